@@ -1,0 +1,119 @@
+"""A layout says which global positions each rank holds, in which local order: spans of integers, nothing else.
+
+contiguous, zigzag, striped, uneven and empty shards are all just tuples of spans. Any sequence length works on any number of
+ranks: where it does not divide, some ranks hold one row more. No mask, schedule or kernel is known here, and no torch.
+
+zigzag (a causal mask then costs every rank the same): Zhu 2024, https://github.com/zhuzilin/ring-flash-attention/issues/2
+striped: Brandon et al. 2023, https://arxiv.org/abs/2311.09431
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ringattn.errors import PlanError
+
+
+class Span(NamedTuple):
+    """Global positions start, start + stride, ..., `length` of them."""
+
+    start: int
+    length: int
+    stride: int = 1
+
+    def positions(self) -> range:
+        return range(self.start, self.start + self.length * self.stride, self.stride)
+
+    def cut(self, begin: int, end: int) -> Span:
+        """Local elements [begin, end) of this span."""
+        return Span(self.start + begin * self.stride, end - begin, self.stride)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`shards[rank]` is the ordered tuple of spans that rank holds; local row n has one global position."""
+
+    name: str
+    shards: tuple[tuple[Span, ...], ...]
+
+    @property
+    def world(self) -> int:
+        return len(self.shards)
+
+    def rows(self, rank: int) -> int:
+        """Rows that `rank` holds; may be 0."""
+        return sum(span.length for span in self.shards[rank])
+
+    def positions(self, rank: int) -> list[int]:
+        """Global position of every local row of `rank`."""
+        return [p for span in self.shards[rank] for p in span.positions()]
+
+    def validate(self, seq_len: int) -> None:
+        """Raise `PlanError` unless the shards hold every position of [0, seq_len) exactly once."""
+        spans = [span for shard in self.shards for span in shard]
+        strides = {span.stride for span in spans if span.length > 1}
+        if len(strides) > 1:
+            raise PlanError(
+                f"layout {self.name!r} mixes strides {sorted(strides)}; use one stride throughout, "
+                "so that a mask's band stays a band on every pair of shards"
+            )
+        seen = bytearray(seq_len)
+        for span in spans:
+            at = span.positions()
+            if span.length < 0 or span.stride < 1 or (at and not 0 <= at[0] <= at[-1] < seq_len):
+                raise PlanError(f"layout {self.name!r}: {span} does not lie in [0, {seq_len})")
+            if any(seen[at.start : at.stop : at.step]):
+                raise PlanError(f"layout {self.name!r}: positions of {span} are held twice")
+            seen[at.start : at.stop : at.step] = b"\1" * span.length
+        if not all(seen):
+            raise PlanError(f"layout {self.name!r}: position {seen.index(0)} of [0, {seq_len}) is held by no rank")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def even_parts(length: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Cut [0, length) into `parts` consecutive (start, stop), the first `length % parts` of them one longer."""
+    base, longer = divmod(length, parts)
+    start = 0
+    for n in range(parts):
+        stop = start + base + (n < longer)
+        yield start, stop
+        start = stop
+
+
+def take(spans: tuple[Span, ...], begin: int, end: int) -> tuple[Span, ...]:
+    """Local rows [begin, end) of a shard, as spans."""
+    taken, offset = [], 0
+    for span in spans:
+        lo, hi = max(begin - offset, 0), min(end - offset, span.length)
+        if lo < hi:
+            taken.append(span.cut(lo, hi))
+        offset += span.length
+    return tuple(taken)
+
+
+def contiguous(seq_len: int, world: int) -> Layout:
+    """Rank r holds the r-th run of consecutive positions."""
+    return Layout("contiguous", tuple(_spans(Span(a, b - a)) for a, b in even_parts(seq_len, world)))
+
+
+def zigzag(seq_len: int, world: int) -> Layout:
+    """Of 2 * world chunks rank r holds number r and number 2 * world - 1 - r."""
+    chunks = [Span(a, b - a) for a, b in even_parts(seq_len, 2 * world)]
+    return Layout("zigzag", tuple(_spans(chunks[r], chunks[-1 - r]) for r in range(world)))
+
+
+def striped(seq_len: int, world: int) -> Layout:
+    """Rank r holds positions r, r + world, r + 2 * world, ..."""
+    counts = [len(range(r, seq_len, world)) for r in range(world)]
+    return Layout("striped", tuple(_spans(Span(r, n, world)) for r, n in enumerate(counts)))
+
+
+def _spans(*spans: Span) -> tuple[Span, ...]:
+    return tuple(span for span in spans if span.length)
+
+
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}

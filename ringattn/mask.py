@@ -1,0 +1,107 @@
+"""Masks are integers: disjoint rectangles over global positions, each with a band.
+
+A query at position q sees the key at position k when some rectangle contains (q, k) and `left <= k - q <= right` holds in its
+band. Full, causal, sliding window, packed documents and prefix-LM are all of this form, one to four lines each, and `a & b`
+intersects any two. A mask knows nothing of ranks, layouts, schedules or kernels; `pieces` joins it with a layout.
+
+No torch here, and no sequence length: the plan gives that. `END` stands for "to the end, however long".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ringattn.errors import PlanError
+
+END = 1 << 60  # larger than any sequence, and safe to add and subtract
+
+
+class Band(NamedTuple):
+    """Keep (q, k) iff `left <= k - q <= right`; -END and END mean unbounded."""
+
+    left: int = -END
+    right: int = END
+
+
+class Rect(NamedTuple):
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), kept where the band says so."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    band: Band
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A named union of disjoint rectangles. `length` is the sequence length the mask insists on, if any."""
+
+    name: str
+    rects: tuple[Rect, ...]
+    length: int | None = None
+
+    def keeps(self, q: int, k: int) -> bool:
+        """The meaning, for one pair of global positions."""
+        return any(
+            r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right
+            for r in self.rects
+        )
+
+    def __and__(self, other: Mask) -> Mask:
+        """Keep what both keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""
+        if None not in (self.length, other.length) and self.length != other.length:
+            raise PlanError(f"masks for {self.length} and {other.length} tokens cannot be intersected")
+        met = (_meet(a, b) for a in self.rects for b in other.rects)
+        length = self.length if self.length is not None else other.length
+        return Mask(f"{self.name} & {other.name}", tuple(r for r in met if r is not None), length)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _meet(a: Rect, b: Rect) -> Rect | None:
+    q_start, q_stop = max(a.q_start, b.q_start), min(a.q_stop, b.q_stop)
+    k_start, k_stop = max(a.k_start, b.k_start), min(a.k_stop, b.k_stop)
+    band = Band(max(a.band.left, b.band.left), min(a.band.right, b.band.right))
+    empty = q_start >= q_stop or k_start >= k_stop or band.left > band.right
+    return None if empty else Rect(q_start, q_stop, k_start, k_stop, band)
+
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Mask("full", (Rect(0, END, 0, END, Band()),))
+
+
+def causal() -> Mask:
+    """A query sees keys at its own position and before."""
+    return Mask("causal", (Rect(0, END, 0, END, Band(right=0)),))
+
+
+def sliding_window(left: int, right: int = 0) -> Mask:
+    """A query at q sees keys q - left .. q + right. `right=0` is causal; flash-attn's `window_size=(left, right)`."""
+    if left < 0 or right < 0:
+        raise PlanError(f"sliding_window(left={left}, right={right}): both count tokens and must be 0 or more")
+    return Mask(f"window({left},{right})", (Rect(0, END, 0, END, Band(-left, right)),))
+
+
+def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
+    """Packed documents that do not see each other; `cu_seqlens` = (0, end of 1st, ..., seq_len) as in flash-attn's varlen."""
+    cu = tuple(int(c) for c in cu_seqlens)
+    if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in zip(cu, cu[1:], strict=False)):
+        raise PlanError(
+            f"documents(cu_seqlens={list(cu[:8])}...): must start with 0 and never decrease, one entry more than documents"
+        )
+    band = Band(right=0) if causal else Band()
+    rects = tuple(Rect(a, b, a, b, band) for a, b in zip(cu, cu[1:], strict=False) if a < b)
+    return Mask(f"{'causal ' if causal else ''}documents({len(rects)})", rects, length=cu[-1])
+
+
+def prefix_lm(prefix: int) -> Mask:
+    """The first `prefix` tokens see each other in both directions; what follows is causal and sees all of the prefix."""
+    if prefix < 0:
+        raise PlanError(f"prefix_lm(prefix={prefix}): the prefix counts tokens and must be 0 or more")
+    rects = (Rect(0, END, 0, prefix, Band()), Rect(prefix, END, prefix, END, Band(right=0)))
+    return Mask(f"prefix({prefix})", rects[prefix == 0 :])

@@ -1,0 +1,24 @@
+"""Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
+
+from ringattn.schedule.check import check, peak
+from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
+from ringattn.schedule.passes import prune, side_by_side
+from ringattn.schedule.ring import bidirectional_ring, ring
+from ringattn.schedule.token_ring import token_ring
+
+__all__ = [
+    "Kind",
+    "Move",
+    "Room",
+    "Schedule",
+    "Tile",
+    "bidirectional_ring",
+    "check",
+    "make",
+    "parse",
+    "peak",
+    "prune",
+    "ring",
+    "side_by_side",
+    "token_ring",
+]

@@ -1,0 +1,146 @@
+"""Proof that a schedule is a correct algorithm, by replaying it with names instead of numbers.
+
+Every tile is computed exactly once; nothing is read before it is due; every accumulator ends at its owner with exactly its own
+tiles in it; buffers stay within the schedule's promise; both ends of every link see the same messages in the same order.
+What passes here computes the right attention, and what does not pass does not: tests drop, duplicate and redirect every move of
+every schedule to show both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from itertools import product
+
+from ringattn.errors import ScheduleError
+from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile
+from ringattn.schedule.program import messages, program
+
+
+def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) -> Room:
+    """Raise `ScheduleError` naming step and item at the first fault; otherwise the peak of foreign blocks a rank holds.
+
+    `alive` are the tiles that have work (default: all of them).
+    """
+    expected = set(alive) if alive is not None else set(product(range(len(schedule.q_home)), range(len(schedule.kv_home))))
+    _check_form(schedule)
+    _check_result(_replay(schedule), schedule, expected)
+    _check_links(schedule)
+    highest = peak(schedule)
+    if any(used > promised for used, promised in zip(highest, schedule.room, strict=True)):
+        raise ScheduleError(f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.room}")
+    return highest
+
+
+def _check_form(schedule: Schedule) -> None:
+    ranks = range(schedule.world)
+    for move in schedule.moves:
+        if move.src not in ranks or move.dst not in ranks or move.src == move.dst:
+            raise ScheduleError(f"{schedule.name}: {move} does not go from one rank of {schedule.world} to another")
+        if move.due <= move.depart:
+            raise ScheduleError(f"{schedule.name}: {move} departs in step {move.depart} and would be due no later")
+
+
+def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int, int]]]:
+    """Run all ranks with names for numbers: which tiles each accumulator holds, wherever it is at the end."""
+    held = {(rank, Kind.Q, i) for i, rank in enumerate(schedule.q_home)}
+    held |= {(rank, Kind.KV, j) for j, rank in enumerate(schedule.kv_home)}
+    gathered: dict[tuple[int, Kind, int], Counter[tuple[int, int]]] = defaultdict(Counter)
+    on_the_way: dict[int, list[tuple[Move, Counter[tuple[int, int]]]]] = defaultdict(list)
+    moves, tiles = _by_step(schedule)
+    for step in range(schedule.steps):
+        for move, content in on_the_way.pop(step, []):
+            if move.kind.moved:
+                gathered[move.dst, move.kind, move.index] += content
+            else:
+                held.add((move.dst, move.kind, move.index))
+        for move in moves[step]:
+            source = (move.src, move.kind, move.index)
+            if source not in (gathered if move.kind.moved else held):
+                raise ScheduleError(f"{schedule.name}, step {step}: rank {move.src} does not hold what it sends in {move}")
+            on_the_way[move.due].append((move, gathered.pop(source) if move.kind.moved else Counter()))
+        for tile in tiles[step]:
+            for kind, index in ((Kind.Q, tile.i), (Kind.KV, tile.j)):
+                if (tile.rank, kind, index) not in held:
+                    raise ScheduleError(
+                        f"{schedule.name}, step {step}: rank {tile.rank} computes tile ({tile.i}, {tile.j}) "
+                        f"but {kind.value}{index} has not arrived"
+                    )
+            gathered[tile.rank, Kind.Q_ACC, tile.i][tile.i, tile.j] += 1
+            gathered[tile.rank, Kind.KV_ACC, tile.j][tile.i, tile.j] += 1
+    return gathered
+
+
+def _by_step(schedule: Schedule) -> tuple[dict[int, list[Move]], dict[int, list[Tile]]]:
+    moves, tiles = defaultdict(list), defaultdict(list)
+    for move in schedule.moves:
+        moves[move.depart].append(move)
+    for tile in schedule.tiles:
+        tiles[tile.step].append(tile)
+    return moves, tiles
+
+
+def _check_result(
+    gathered: dict[tuple[int, Kind, int], Counter[tuple[int, int]]], schedule: Schedule, expected: set[tuple[int, int]]
+) -> None:
+    for kind, axis in ((Kind.Q_ACC, 0), (Kind.KV_ACC, 1)):
+        wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        for tile in expected:
+            wanted[tile[axis]].add(tile)
+        for (rank, held_kind, index), tiles in gathered.items():
+            if held_kind is kind and rank != schedule.home(kind, index):
+                raise ScheduleError(f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}")
+        for index, tiles in wanted.items():
+            found = gathered[schedule.home(kind, index), kind, index]
+            if found != Counter(tiles):
+                missing, extra = sorted(tiles - set(found)), sorted((found - Counter(tiles)).elements())
+                raise ScheduleError(f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many")
+        stray = {tile for (_, k, _), tiles in gathered.items() if k is kind for tile in tiles} - expected
+        if stray:
+            raise ScheduleError(f"{schedule.name}: tiles {sorted(stray)} have no work and are computed all the same; prune them")
+
+
+def _check_links(schedule: Schedule) -> None:
+    """Both ends of each link, each from its own program, list the same messages in the same order."""
+    for backward in (False, True):
+        sent = messages([schedule], backward=backward)
+        links: dict[tuple[int, int, int], list] = defaultdict(list)
+        for rank in range(schedule.world):
+            for step in program([schedule], sent, rank):
+                for message in step.post:
+                    links[message.src, message.dst, rank].append((step.number, message))
+        for src, dst in {(src, dst) for src, dst, _ in links}:
+            if links[src, dst, src] != links[src, dst, dst]:
+                raise ScheduleError(f"{schedule.name}: ranks {src} and {dst} disagree on the order of messages between them")
+
+
+def peak(schedule: Schedule) -> Room:
+    """The most foreign blocks of each kind that any rank holds in any step, buffers of moves in flight included."""
+    alive: Counter[tuple[Kind, int, int]] = Counter()  # (kind, rank, step)
+    last_read: dict[tuple[int, Kind, int], int] = {}
+    born: dict[tuple[int, Kind, int], list[int]] = defaultdict(list)
+    for tile in schedule.tiles:
+        for kind, index in ((Kind.Q, tile.i), (Kind.KV, tile.j)):
+            last_read[tile.rank, kind, index] = max(tile.step, last_read.get((tile.rank, kind, index), 0))
+        for kind, index in ((Kind.Q_ACC, tile.i), (Kind.KV_ACC, tile.j)):
+            if schedule.home(kind, index) != tile.rank:
+                born[tile.rank, kind, index].append(tile.step)
+    for move in schedule.moves:
+        last_read[move.src, move.kind, move.index] = max(move.depart, last_read.get((move.src, move.kind, move.index), 0))
+    for move in schedule.moves:
+        # The receiver's buffer: until merged for an accumulator, until last read for an input.
+        here = (move.dst, move.kind, move.index)
+        stop = move.due if move.kind.moved else max(move.due, last_read.get(here, 0) + 1)
+        _occupy(alive, move.kind, move.dst, range(move.depart, stop))
+        if move.kind.moved:
+            # The sender's: from the first share computed or merged there until the transfer is complete.
+            source = (move.src, move.kind, move.index)
+            start = min([s for s in born[source] if s < move.depart], default=move.depart)
+            _occupy(alive, move.kind, move.src, range(start, move.due))
+    highest = {kind: max((n for (k, _, _), n in alive.items() if k is kind), default=0) for kind in Kind}
+    return Room(highest[Kind.Q], highest[Kind.KV], highest[Kind.Q_ACC], highest[Kind.KV_ACC])
+
+
+def _occupy(alive: Counter[tuple[Kind, int, int]], kind: Kind, rank: int, steps: range) -> None:
+    for step in steps:
+        alive[kind, rank, step] += 1

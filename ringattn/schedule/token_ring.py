@@ -1,0 +1,32 @@
+"""TokenRing: K and V stay where they are, Q goes out one way, partial results come home the other way.
+
+    step 0     step 1     step 2     step 3     step 4     (row: rank, entry: the Q block it works on)
+    0          3          2          1                     hop:    Q moves on to the next rank each step
+    1          0          3          2                     direct: the owner sends Q straight to each rank
+    2          1          0          3
+    3          2          1          0
+                          <- partials of step 1, then 2, then 3: each straight to the owner of its Q
+
+Both directions of a full-duplex link carry data at once, and nothing of KV ever moves: not keys, not values, not per-key biases.
+Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the forward pass with hops. New here: the backward pass, from the
+same list (q, dout and row statistics go out, dq comes home, dk and dv gather where they are), and `routing="direct"`, which
+sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by `lookahead`.
+"""
+
+from __future__ import annotations
+
+from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
+from ringattn.schedule.routes import at, straight_home, validate, visit
+
+
+def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
+    """Q visits every rank, and each partial goes straight home. `lookahead` (steps in flight) is 1 for hops, else up to 4."""
+    lookahead = lookahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
+    validate(world, routing, direction, lookahead)
+    tiles = [Tile(step, at(i, step, direction, world), i, at(i, step, direction, world)) for step in range(world) for i in range(world)]
+    moves = [
+        *visit(Kind.Q, world, routing, direction, lookahead),
+        *straight_home(Kind.Q_ACC, world, direction, lookahead),
+    ]
+    room = Room(q=2 if routing == "hop" else lookahead + 1, q_acc=2 * lookahead + 1)
+    return make("token_ring" if routing == "hop" else "token_ring_direct", world, tiles, moves, room)
