@@ -61,6 +61,15 @@ def pieces(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> 
     return _join(found)
 
 
+def strips(piece: Piece, rows: int) -> Iterator[Piece]:
+    """A band piece cut into runs of at most `rows` rows, each against only the keys those rows see."""
+    left, right = piece.band
+    for begin, end in zip(range(0, piece.rows, rows), [*range(rows, piece.rows, rows), piece.rows], strict=True):
+        first, last = max(0, begin + left), min(piece.keys, end + right)
+        band = Band(left + begin - first, right + begin - first if right < END else END)
+        yield Piece(piece.q_start + begin, piece.q_start + end, piece.k_start + first, piece.k_start + last, band)
+
+
 def _with_offsets(spans: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
     offset = 0
     for span in spans:
@@ -81,7 +90,7 @@ def _meet(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) 
     rows, keys = q1 - q0, k1 - k0
     row0, row1 = max(0, -right), min(rows, keys - left)
     key0, key1 = max(0, left), min(keys, rows + right)
-    if row0 >= row1 or key0 >= key1:
+    if left > right or row0 >= row1 or key0 >= key1:  # a stride can step over a narrow band entirely
         return
     left, right = left + row0 - key0, right + row0 - key0
     q0, k0 = q_offset + q0 + row0, k_offset + k0 + key0

@@ -1,0 +1,83 @@
+"""The real transport: point-to-point over torch.distributed, gloo on CPUs and NCCL on GPUs.
+
+Everything that departs in a step is one `batch_isend_irecv`, in the global order of messages, so both directions of every link start
+together and both ends agree without tags. gloo moves the bytes in the background; each transfer is waited for on its own, when due.
+NCCL may return one handle for the whole batch; then waiting for its first message waits for all.
+
+gloo checks neither size nor dtype of what arrives. That is why shapes are agreed on before (see `agree`) and only bytes travel here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from time import perf_counter
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.comm.transport import Result
+from ringattn.errors import CommError
+from ringattn.schedule.program import Message
+
+
+class P2P:
+    """A transport that hosts this process's rank of `group`. Counts bytes sent per link and seconds spent waiting."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.ranks = (dist.get_rank(group) if group is not None else 0,)
+        self.bytes_sent: Counter[tuple[int, int]] = Counter()
+        self.messages_sent: Counter[tuple[int, int]] = Counter()
+        self.seconds_waiting = 0.0
+
+    def ports(self, label: str) -> list[P2PPort]:
+        return [P2PPort(self, self.ranks[0], label)]
+
+    def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
+        (run,) = runs
+        while True:
+            try:
+                next(run)
+            except StopIteration as stop:
+                return [stop.value]
+
+
+class P2PPort:
+    """This rank's end during one pass."""
+
+    def __init__(self, transport: P2P, rank: int, label: str) -> None:
+        self.rank, self._transport, self._label = rank, transport, label
+        self._pending: dict[Message, list[dist.Work]] = {}
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        ops = []
+        for message, buffer in transfers:
+            sending = message.src == self.rank
+            peer = message.dst if sending else message.src
+            ops.append(
+                dist.P2POp(dist.isend if sending else dist.irecv, buffer, group=self._transport.group, group_peer=peer)
+            )
+            if sending:
+                self._transport.bytes_sent[message.src, message.dst] += buffer.numel()
+                self._transport.messages_sent[message.src, message.dst] += 1
+        try:
+            works = dist.batch_isend_irecv(ops)
+        except RuntimeError as error:
+            raise self._failed(transfers[0][0], error) from error
+        coalesced = len(works) != len(ops)
+        for n, (message, _) in enumerate(transfers):
+            self._pending[message] = works if coalesced else [works[n]]
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        begin = perf_counter()
+        try:
+            for work in self._pending.pop(message):
+                work.wait()
+        except RuntimeError as error:
+            raise self._failed(message, error) from error
+        self._transport.seconds_waiting += perf_counter() - begin
+        yield from ()
+
+    def _failed(self, message: Message, error: RuntimeError) -> CommError:
+        return CommError(f"rank {self.rank}, {self._label}: {message} failed. The backend says: {error}")

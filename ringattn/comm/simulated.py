@@ -1,0 +1,113 @@
+"""All ranks in one process: the transport under the debugger, and the one most distributed bugs die on.
+
+It runs the same engine as the real one, in lock step or in any order a seed draws; counts bytes on every directed link; can delay
+messages (they arrive only after the waiting rank has asked that many times) and drop them. When no rank can go on, it says who
+waits for what, instead of hanging.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Generator, Sequence
+
+from torch import Tensor
+
+from ringattn.comm.transport import Result
+from ringattn.errors import CommError, StalledError
+from ringattn.schedule.program import Message
+
+PATIENCE = 1000  # rounds in which nobody gets anywhere before it counts as stalled; delays must stay below
+
+
+class Simulated:
+    """A transport that hosts every rank. `bytes_sent[src, dst]` and `messages_sent[src, dst]` count what has travelled."""
+
+    def __init__(
+        self,
+        world: int,
+        *,
+        delay: Callable[[Message], int] = lambda message: 0,
+        drop: Callable[[Message], bool] = lambda message: False,
+        shuffle: int | None = None,
+    ) -> None:
+        self.ranks = range(world)
+        self.bytes_sent: Counter[tuple[int, int]] = Counter()
+        self.messages_sent: Counter[tuple[int, int]] = Counter()
+        self.delay, self.drop = delay, drop
+        self.waiting_for: dict[int, str] = {}
+        self._order = random.Random(shuffle) if shuffle is not None else None
+        self._progress = 0
+
+    def ports(self, label: str) -> list[SimulatedPort]:
+        links: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
+        return [SimulatedPort(self, links, rank, label) for rank in self.ranks]
+
+    def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
+        """Advance the ranks in turn until each has returned; raise `StalledError` when none can go on."""
+        results: dict[int, Result] = {}
+        running = dict(enumerate(runs))
+        idle_rounds = 0
+        while running:
+            before = self._progress
+            for rank in self._turn(running):
+                try:
+                    next(running[rank])
+                except StopIteration as stop:
+                    results[rank] = stop.value
+                    del running[rank]
+                    self.advanced(rank)
+            idle_rounds = idle_rounds + 1 if self._progress == before else 0
+            if idle_rounds > PATIENCE:
+                stuck = "\n".join(f"  rank {rank} waits for {what}" for rank, what in sorted(self.waiting_for.items()))
+                raise StalledError(f"every rank waits for a message that will not come:\n{stuck}")
+        return [results[rank] for rank in range(len(runs))]
+
+    def advanced(self, rank: int) -> None:
+        self._progress += 1
+        self.waiting_for.pop(rank, None)
+
+    def _turn(self, running: dict[int, object]) -> list[int]:
+        ranks = list(running)
+        if self._order is not None:
+            self._order.shuffle(ranks)
+        return ranks
+
+
+class SimulatedPort:
+    """One rank's end: sending copies into a queue per link, receiving takes from it in order."""
+
+    def __init__(self, transport: Simulated, links: dict[tuple[int, int], deque[Tensor]], rank: int, label: str) -> None:
+        self.rank, self._transport, self._links, self._label = rank, transport, links, label
+        self._posted: dict[tuple[int, int], deque[tuple[Message, Tensor]]] = defaultdict(deque)
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        for message, buffer in transfers:
+            link = (message.src, message.dst)
+            if message.dst == self.rank:
+                self._posted[link].append((message, buffer))
+            else:
+                self._transport.bytes_sent[link] += buffer.numel()
+                self._transport.messages_sent[link] += 1
+                if not self._transport.drop(message):
+                    self._links[link].append(buffer.clone())
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        link = (message.src, message.dst)
+        asked = 0
+        while message.dst == self.rank and any(pending is message for pending, _ in self._posted[link]):
+            if self._links[link] and asked >= self._transport.delay(message):
+                self._deliver(link)
+            else:
+                asked += 1
+                self._transport.waiting_for[self.rank] = f"{message} ({self._label})"
+                yield
+        self._transport.advanced(self.rank)
+
+    def _deliver(self, link: tuple[int, int]) -> None:
+        """The oldest message on the link goes into the oldest buffer posted for it, as on a real one."""
+        message, buffer = self._posted[link].popleft()
+        arrived = self._links[link].popleft()
+        if arrived.numel() != buffer.numel():
+            raise CommError(f"{self._label}: {arrived.numel()} bytes came where {message} has {buffer.numel()}")
+        buffer.copy_(arrived)

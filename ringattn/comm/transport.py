@@ -1,0 +1,42 @@
+"""What the engine asks of a transport, and nothing more.
+
+A `Port` is one rank's end. `post` starts the transfers of one departure, all at once, in the order given; `wait` ends one of them.
+`wait` is a generator so that one engine serves two worlds: a real port blocks inside it and never yields; a simulated one yields
+until another rank, in the same process, has sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from ringattn.schedule.program import Message
+
+Result = TypeVar("Result")
+
+
+class Port(Protocol):
+    """One rank's access to its peers."""
+
+    rank: int
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        """Start sending (where `message.src` is this rank) or receiving each message from or into its byte buffer."""
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        """Return when `message` has been sent or received completely; its buffer may then be used."""
+
+
+class Transport(Protocol):
+    """The ranks that this process hosts: its own, or all of them when simulated."""
+
+    @property
+    def ranks(self) -> Sequence[int]: ...
+
+    def ports(self, label: str) -> Sequence[Port]:
+        """A port for each hosted rank, for one pass over a schedule; `label` names the pass in errors."""
+
+    def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
+        """Run each hosted rank's engine to its end."""

@@ -1,0 +1,102 @@
+"""Executes a program: take in what is due, post what departs, compute, let go. Forward and backward are this one function.
+
+It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how results merge is asked of
+`Work`; how bytes travel is asked of a `Port`. Waiting happens only for what is due, so everything else travels beside compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from ringattn.comm.packing import Spec, pack, unpack
+from ringattn.comm.transport import Port
+from ringattn.schedule.ir import Kind
+from ringattn.schedule.program import Item, Message, Step
+
+Payload = tuple[Tensor, ...]
+
+
+class Work(Protocol):
+    """One rank's part in one pass: what things are made of."""
+
+    device: torch.device
+
+    def own(self, item: Item) -> Payload:
+        """The input block `item`, which this rank owns."""
+
+    def specs(self, item: Item) -> Sequence[Spec]:
+        """What `item` looks like on the wire, wherever it comes from."""
+
+    def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Any]:
+        """Tile (i, j): its share of each accumulator it adds to."""
+
+    def merge(self, total: Any, share: Any) -> Any:
+        """Both together; may reuse the memory of `total`."""
+
+    def ship(self, item: Item, total: Any) -> Payload:
+        """An accumulator as tensors to send."""
+
+    def unship(self, item: Item, payload: Payload) -> Any:
+        """The accumulator that `ship` sent."""
+
+
+def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None, dict[Item, Any]]:
+    """Carry out `program`. Yields whenever it would have to wait for a simulated peer; returns the accumulators left at home."""
+    held: dict[Item, Payload] = {}
+    gathered: dict[Item, Any] = {}
+    buffers: dict[Message, Tensor] = {}
+
+    def add(item: Item, share: Any) -> None:
+        gathered[item] = work.merge(gathered[item], share) if item in gathered else share
+
+    def read(item: Item) -> Payload:
+        if item not in held:
+            held[item] = work.own(item)
+        return held[item]
+
+    def outgoing(message: Message) -> Tensor:
+        tensors, specs = [], []
+        for item in message.items:
+            tensors += work.ship(item, gathered.pop(item)) if item.kind.moved else read(item)
+            specs += work.specs(item)
+        return pack(tensors, specs)
+
+    def take_in(message: Message, buffer: Tensor) -> None:
+        specs = [work.specs(item) for item in message.items]
+        tensors = unpack(buffer, [spec for group in specs for spec in group])
+        for item, group in zip(message.items, specs, strict=True):
+            payload, tensors = tuple(tensors[: len(group)]), tensors[len(group) :]
+            if item.kind.moved:
+                add(item, work.unship(item, payload))
+            else:
+                held[item] = payload
+
+    for step in program:
+        with record_function(f"ringattn/step{step.number}/wait"):
+            for message in step.due:
+                yield from port.wait(message)
+                buffer = buffers.pop(message)
+                if message.dst == port.rank:
+                    take_in(message, buffer)
+        with record_function(f"ringattn/step{step.number}/post"):
+            for message in step.post:
+                buffers[message] = outgoing(message) if message.src == port.rank else _room(message, work)
+            if step.post:
+                port.post([(message, buffers[message]) for message in step.post])
+        for lane, i, j in step.tiles:
+            with record_function(f"ringattn/step{step.number}/tile({i},{j})"):
+                for item, share in work.compute(lane, i, j, read(Item(lane, Kind.Q, i)), read(Item(lane, Kind.KV, j))).items():
+                    add(item, share)
+        for item in step.release:
+            held.pop(item, None)
+    return gathered
+
+
+def _room(message: Message, work: Work) -> Tensor:
+    nbytes = sum(spec.nbytes for item in message.items for spec in work.specs(item))
+    return torch.empty(nbytes, dtype=torch.uint8, device=work.device)

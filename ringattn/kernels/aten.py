@@ -1,0 +1,120 @@
+"""The fused attention operators inside torch, which return lse and whose backward takes the whole row's lse.
+
+    cpu                     aten::_scaled_dot_product_flash_attention_for_cpu    bf16, fp16, fp32, fp64; GQA natively
+    cuda, bf16 and fp16     aten::_scaled_dot_product_flash_attention            full and causal pieces
+    cuda, everything else   aten::_scaled_dot_product_efficient_attention        fp32, bands, biases
+    cuda, fp64              the reference kernel
+
+`Fused` is one of these rows: a forward, a backward, and what it can take. The kernel that chooses among them is in `sdpa`.
+The CUDA rows are checked for names, shapes and dtypes only (see docs/gpu.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Call(NamedTuple):
+    """One fused call: q, k, v of equal head_dim; `mask` is additive, broadcastable to (batch, heads, rows, keys), or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+
+def cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        call.q, call.k, call.v, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
+    )
+
+
+def cpu_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, call.q, call.k, call.v, out, lse, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
+    )
+
+
+def flash_forward(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v = _pad_heads(8, call.q, call.k, call.v)
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, call.causal, False, scale=call.scale)
+    return out[..., : call.v.shape[-1]], lse
+
+
+def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dim = call.q.shape[-1]
+    q, k, v, dout, out = _pad_heads(8, call.q, call.k, call.v, dout, out)
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    grads = aten._scaled_dot_product_flash_attention_backward(
+        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, call.causal, seed, seed[:1], scale=call.scale
+    )
+    dq, dk, dv = (grad[..., :dim] for grad in grads)
+    return dq, dk, dv
+
+
+def efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
+    k, v, mask = _expand(call)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+        call.q, k, v, mask, True, 0.0, call.causal, scale=call.scale
+    )
+    return out, lse[..., : call.q.shape[2]]  # this operator pads lse to a multiple of 32 rows
+
+
+def efficient_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    k, v, mask = _expand(call)
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    seed = torch.zeros((), dtype=torch.int64, device=call.q.device)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dout, call.q, k, v, mask, out, padded, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
+    )
+    groups = (call.k.shape[1], -1)
+    return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
+
+
+def _pad_heads(multiple: int, *tensors: Tensor) -> list[Tensor]:
+    """Pad head_dim with zeros, which changes neither logits nor outputs."""
+    short = -tensors[0].shape[-1] % multiple
+    return [torch.nn.functional.pad(t, (0, short)) if short else t for t in tensors]
+
+
+def _expand(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """KV heads repeated to the query heads, and the mask to its full shape, in memory that is aligned as the operator asks."""
+    repeats = call.q.shape[1] // call.k.shape[1]
+    k, v = (t.repeat_interleave(repeats, dim=1) for t in (call.k, call.v))
+    if call.mask is None:
+        return k, v, None
+    batch, heads, rows, _ = call.q.shape
+    keys = call.k.shape[2]
+    room = torch.zeros(batch, heads, rows, -(-keys // 16) * 16, dtype=call.q.dtype, device=call.q.device)
+    room[..., :keys] = call.mask
+    return k, v, room[..., :keys]
+
+
+class Fused(NamedTuple):
+    """One operator pair: forward gives (out, lse), backward takes (call, dout, out, lse) and gives (dq, dk, dv)."""
+
+    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+CPU = Fused(cpu_forward, cpu_backward)
+FLASH = Fused(flash_forward, flash_backward)
+EFFICIENT = Fused(efficient_forward, efficient_backward)
+
+
+def choose(q: Tensor, *, needs_mask: bool) -> Fused | None:
+    """The operator for these tensors, or None where torch has no fused one that returns lse."""
+    if q.device.type == "cpu":
+        return CPU
+    if q.device.type != "cuda" or q.dtype == torch.float64:
+        return None
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return FLASH if half and not needs_mask and q.shape[-1] <= 256 else EFFICIENT

@@ -1,0 +1,131 @@
+"""What a kernel is: attention of one block of queries to one block of keys on one device, over a list of pieces.
+
+    forward(q, k, v, bias, pieces, options)                      -> Partial(out, lse)
+    backward(q, k, v, bias, dout, lse, delta, pieces, options)   -> Grads(dq, dk, dv, dbias)
+
+q, dout: (batch, heads, rows, head_dim); k, v: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
+bias: (batch, kv_heads or 1, keys), added to the scaled logits, or None. lse, delta: (batch, heads, rows).
+In backward lse belongs to the whole row, not to this block, and is +inf for rows that see no key at all, so that their
+probabilities come out as exactly 0; delta = sum(dout * out) of the whole row. That is all a block needs to get its exact share.
+
+A kernel knows neither ranks nor masks nor schedules. Subclasses compute one piece; this module walks the list.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.partial import Partial, accum_dtype, merge_, nothing
+from ringattn.pieces import Band, Piece
+
+
+class Options(NamedTuple):
+    """What changes the logits, the same for every tile."""
+
+    scale: float
+    softcap: float | None = None  # logits = softcap * tanh(scale * q @ k / softcap) + bias
+
+
+class Grads(NamedTuple):
+    """Gradients of one block; dbias is None when there is no bias."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+
+
+class Kernel(ABC):
+    """Walks over pieces; a subclass gives the arithmetic of a single one."""
+
+    name: str
+
+    @abstractmethod
+    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
+        """Attention within one rectangle. Every row sees at least one key, unless its bias is -inf."""
+
+    @abstractmethod
+    def piece_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        band: Band,
+        options: Options,
+    ) -> Grads:
+        """This rectangle's share of the gradients."""
+
+    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """The pieces as this kernel wants them; it may cut some up."""
+        return pieces
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pieces: Sequence[Piece], options: Options
+    ) -> Partial:
+        pieces = self.refine(pieces)
+        if _is_whole(pieces, q, k):
+            return self.piece_forward(q, k, v, bias, pieces[0].band, options)
+        total = nothing(q.new_empty(*q.shape[:-1], v.shape[-1]))
+        for piece in pieces:
+            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
+            part = self.piece_forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], _cut(bias, keys), piece.band, options)
+            merge_(Partial(total.out[:, :, rows], total.lse[:, :, rows]), part)
+        return total
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        pieces: Sequence[Piece],
+        options: Options,
+    ) -> Grads:
+        pieces = self.refine(pieces)
+        if _is_whole(pieces, q, k):
+            return self.piece_backward(q, k, v, bias, dout, lse, delta, pieces[0].band, options)
+        dtype = accum_dtype(q.dtype)
+        total = Grads(*(torch.zeros_like(x, dtype=dtype) for x in (q, k, v)), _zeros_like(bias, dtype))
+        for piece in pieces:
+            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
+            part = self.piece_backward(
+                q[:, :, rows],
+                k[:, :, keys],
+                v[:, :, keys],
+                _cut(bias, keys),
+                dout[:, :, rows],
+                lse[:, :, rows],
+                delta[:, :, rows],
+                piece.band,
+                options,
+            )
+            total.dq[:, :, rows] += part.dq
+            total.dk[:, :, keys] += part.dk
+            total.dv[:, :, keys] += part.dv
+            if total.dbias is not None:
+                total.dbias[:, :, keys] += part.dbias
+        return total
+
+
+def _is_whole(pieces: Sequence[Piece], q: Tensor, k: Tensor) -> bool:
+    return len(pieces) == 1 and (pieces[0].rows, pieces[0].keys) == (q.shape[2], k.shape[2])
+
+
+def _cut(bias: Tensor | None, keys: slice) -> Tensor | None:
+    return None if bias is None else bias[:, :, keys]
+
+
+def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else torch.zeros_like(bias, dtype=dtype)

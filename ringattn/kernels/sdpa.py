@@ -1,0 +1,115 @@
+"""torch's fused attention operators as a kernel: the default on every device.
+
+Four things about these operators are put right here, so that nobody else need know:
+
+- A row whose keys are all masked returns lse 0.0 instead of -inf, and would win every merge. Such rows are found and marked.
+- The backward wants `out` where a block elsewhere only has delta = sum(dout * out). Any out with that delta gives the same
+  gradients, so one is made from dout itself; a schedule that ships q, dout, lse and delta moves a third less than one that
+  ships out as well.
+- There is no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q gets
+  ones); the scale stays that of the true head_dim, and the gradient of the channel is the gradient of the bias.
+- A band needs an explicit mask. It is built for a few hundred rows at a time, so memory and work grow with rows * window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ringattn.kernels.aten import Call, Fused, choose
+from ringattn.kernels.base import Grads, Kernel, Options
+from ringattn.kernels.reference import Reference, band_mask
+from ringattn.partial import Partial, accum_dtype
+from ringattn.pieces import CAUSAL, FULL, Band, Piece, strips
+
+ROWS_PER_MASK = 512
+
+
+class Sdpa(Kernel):
+    name = "sdpa"
+
+    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        return [part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))]
+
+    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
+        fused = _fused(q, band, options)
+        if fused is None:
+            return Reference().piece_forward(q, k, v, bias, band, options)
+        out, lse = fused.forward(_call(q, k, v, bias, band, options))
+        if bias is not None:
+            lse = lse.masked_fill(_blind(bias, band, q), -torch.inf)
+        return Partial(out[..., : v.shape[-1]], lse)
+
+    def piece_backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        dout: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        band: Band,
+        options: Options,
+    ) -> Grads:
+        fused = _fused(q, band, options)
+        if fused is None:
+            return Reference().piece_backward(q, k, v, bias, dout, lse, delta, band, options)
+        call = _call(q, k, v, bias, band, options)
+        width = call.q.shape[-1]
+        dq, dk, dv = fused.backward(call, _widen(dout, width), _widen(stand_in(dout, delta), width), lse)
+        dim = q.shape[-1]
+        dbias = None
+        if bias is not None:
+            dbias = dk[..., dim].to(accum_dtype(q.dtype)).unflatten(1, (bias.shape[1], -1)).sum(2) / options.scale
+        return Grads(dq[..., :dim], dk[..., :dim], dv[..., : v.shape[-1]], dbias)
+
+
+def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
+    """A tensor in dout's shape and dtype whose row-wise product with dout sums to delta: the multiple of dout that does.
+
+    It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow; rows of dout are brought to size 1
+    first, so that tiny gradients do not underflow when squared.
+    """
+    row = dout.to(delta.dtype)
+    size = row.abs().amax(-1, keepdim=True)
+    unit = row / size.masked_fill(size == 0, 1.0)
+    square = unit.square().sum(-1, keepdim=True)
+    factor = delta.unsqueeze(-1) / (size * square).masked_fill(size == 0, 1.0)
+    return (unit * factor).to(dout.dtype)
+
+
+def _fused(q: Tensor, band: Band, options: Options) -> Fused | None:
+    return None if options.softcap is not None else choose(q, needs_mask=band not in (FULL, CAUSAL))
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Call:
+    """The fused call for one piece: bias as two more channels, head sizes made equal, a mask only for a band."""
+    if bias is not None:
+        logits = (bias / options.scale).repeat_interleave(k.shape[1] // bias.shape[1], dim=1)
+        high = logits.to(k.dtype)
+        low = (logits - high).masked_fill(high == -torch.inf, 0.0).to(k.dtype)
+        k = torch.cat([k, high.unsqueeze(-1), low.unsqueeze(-1)], dim=-1)
+        q = torch.cat([q, q.new_ones(*q.shape[:-1], 2)], dim=-1)
+    width = max(q.shape[-1], v.shape[-1])
+    mask = None
+    if band not in (FULL, CAUSAL):
+        keep = band_mask(q.shape[2], k.shape[2], band, q.device)
+        mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, -torch.inf)
+    return Call(*(_widen(x, width) for x in (q, k, v)), mask, band == CAUSAL, options.scale)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def _blind(bias: Tensor, band: Band, q: Tensor) -> Tensor:
+    """(batch, heads, rows) bool: rows whose every key within the band has a bias of -inf."""
+    rows, keys = q.shape[2], bias.shape[2]
+    live = pad((bias != -torch.inf).cumsum(-1), (1, 0))  # live[..., n]: keys before n that can be seen
+    row = torch.arange(rows, device=bias.device)
+    seen = live[..., (row + band.right + 1).clamp(0, keys)] - live[..., (row + band.left).clamp(0, keys)]
+    return (seen == 0).repeat_interleave(q.shape[1] // bias.shape[1], dim=1)

@@ -1,0 +1,43 @@
+"""A partial result of attention and how two of them become one.
+
+Softmax over all keys is the weighted mean of softmaxes over disjoint sets of keys, with weights from their log-sum-exp. Merging
+is associative and commutative up to rounding; the engine merges in schedule order, so results are the same bits every time.
+
+The weight form used here, sigmoid of a difference, never overflows: derivation at
+https://github.com/zhuzilin/ring-flash-attention/pull/34#issuecomment-2076126795. Rows that have seen no key carry out 0 and
+lse -inf, and two such rows merge to the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention of some queries to some keys."""
+
+    out: Tensor  # (batch, heads, rows, head_dim)
+    lse: Tensor  # (batch, heads, rows), natural log; -inf where no key was seen
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def nothing(out: Tensor) -> Partial:
+    """The neutral element of `merge_`, shaped like the given out and ready to be merged into."""
+    dtype = accum_dtype(out.dtype)
+    lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
+    return Partial(torch.zeros(out.shape, dtype=dtype, device=out.device), lse)
+
+
+def merge_(into: Partial, part: Partial) -> None:
+    """Merge `part` into `into`, in place; `into` must be in the accumulation dtype."""
+    # Two empty rows give -inf minus -inf; NaN from the inputs must survive, so only empty parts are masked.
+    weight = torch.sigmoid(part.lse - into.lse).masked_fill_(part.lse == -torch.inf, 0.0)
+    into.out.lerp_(part.out.to(into.out.dtype), weight.unsqueeze(-1))
+    into.lse.copy_(torch.logaddexp(into.lse, part.lse))
