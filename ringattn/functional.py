@@ -1,0 +1,175 @@
+"""`attention`: the public function. It checks what it is given, makes sure all ranks agree, and obeys the plan."""
+
+from __future__ import annotations
+
+from math import isfinite, sqrt
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ringattn.autograd import Inputs, attend
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.p2p import P2P
+from ringattn.kernels import Options
+from ringattn.partial import accum_dtype
+from ringattn.plan import Plan
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    group: Group | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    group: Group | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    group: Group | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention over a sequence that is cut over ranks; each rank calls it with the rows the plan gives it.
+
+    Args:
+        q: (batch, rows, heads, head_dim), in the plan's dtype; rows as `plan.rows(rank)`, positions as `positions(plan)`.
+        k: (batch, rows, kv_heads, head_dim).
+        v: (batch, rows, kv_heads, head_dim).
+        plan: from `make_plan`; the same on every rank.
+        key_bias: (batch, rows) or (batch, kv_heads, rows), float; added to the scaled logits of this rank's keys. -inf hides a key.
+        scale: of the logits; 1 / sqrt(head_dim) by default.
+        sinks: (heads,); one more logit per head that takes weight and has no value, as in GPT-OSS.
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
+        group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
+        return_lse: also return the log-sum-exp of each row's logits. No gradient flows through it.
+
+    Returns:
+        out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64 input),
+        natural log. A row that sees no key gives out 0, lse -inf and zero gradients.
+
+    Differentiable in q, k, v, key_bias and sinks (once). Under autocast, q, k and v are cast to the autocast dtype, as SDPA does, and
+    the plan must be for that dtype.
+
+    Raises:
+        InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent.
+        MismatchError: ranks came with different plans, shapes, dtypes or options. Raised on every rank.
+        CommError: a transfer failed.
+        LaunchError: the plan needs a process group and there is none.
+
+    Method: blockwise attention merged by log-sum-exp, https://arxiv.org/abs/2310.01889 (ring) and https://arxiv.org/abs/2412.20501 (TokenRing).
+    """
+    process_group, rank = group_and_rank(group, plan.world)
+    q, k, v = _autocast(q, k, v)
+    problem = _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    fields = {
+        "plan": plan.digest,
+        "batch": q.shape[0] if q.ndim else 0,
+        "value head_dim": v.shape[-1] if v.ndim else 0,
+        "dtype": q.dtype,
+        "device type": q.device.type,
+        "scale": scale,
+        "softcap": softcap,
+        "key_bias": key_bias is not None and key_bias.ndim,
+        "sinks": sinks is not None,
+    }
+    agree(process_group, q.device, fields, problem)
+    if key_bias is not None:
+        key_bias = key_bias.to(accum_dtype(q.dtype))
+        key_bias = key_bias.unsqueeze(1) if key_bias.ndim == 2 else key_bias
+    options = Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
+    ((out, lse),) = attend([Inputs(q, k, v, key_bias, sinks)], plan, options, P2P(process_group))
+    return (out, lse) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    rank: int,
+    key_bias: Tensor | None,
+    scale: float | None,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> str | None:
+    """The first thing wrong with this rank's arguments, in words, or None."""
+    batch, rows = q.shape[0] if q.ndim else "batch", plan.rows(rank)
+    expected: list[tuple[str, Tensor | None, tuple[object, ...]]] = [
+        ("q", q, (batch, rows, plan.heads, plan.head_dim)),
+        ("k", k, (batch, rows, plan.kv_heads, plan.head_dim)),
+        ("v", v, (batch, rows, plan.kv_heads, v.shape[-1] if v.ndim else "head_dim")),
+        ("sinks", sinks, (plan.heads,)),
+        ("key_bias", key_bias, (batch, rows) if key_bias is not None and key_bias.ndim == 2 else (batch, plan.kv_heads, rows)),
+    ]
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            return _wrong_shape(name, tensor, shape, plan, rank)
+        if tensor.device != q.device:
+            return f"{name} is on {tensor.device} and q on {q.device}; move all tensors to this rank's device"
+        if not tensor.is_floating_point():
+            return f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor"
+        if name in "qkv" and str(tensor.dtype) != f"torch.{plan.dtype}":
+            return (
+                f"{name} has dtype {tensor.dtype} and the plan is for {plan.dtype}; cast {name}, "
+                f"or make the plan with dtype={str(tensor.dtype).removeprefix('torch.')!r}"
+            )
+    if scale is not None and not (isfinite(scale) and scale != 0):
+        return f"scale={scale}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
+    if softcap is not None and not (isfinite(softcap) and softcap > 0):
+        return f"softcap={softcap}: must be finite and positive; leave it out for none"
+    return None
+
+
+def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Plan, rank: int) -> str:
+    found = tuple(tensor.shape)
+    said = f"{name} has shape {found}, the plan expects {shape} on rank {rank}"
+    if len(found) == 4 and len(shape) == 4 and (found[0], found[2], found[1], found[3]) == shape:
+        return f"{said}; heads and rows are swapped: pass {name}.transpose(1, 2)"
+    if len(found) > 1 and len(shape) > 1 and found[1] != shape[1] and name in "qkv":
+        if found[1] == plan.seq_len:
+            return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan)"
+        return f"{said}; rank {rank} holds {plan.rows(rank)} of {plan.seq_len} rows: cut the sequence with shard(x, plan) and the same plan"
+    return f"{said}; make the plan with the model's heads, kv_heads and head_dim"

@@ -1,0 +1,89 @@
+"""From a whole sequence to the rows of one rank, and back. Both follow the plan's layout, both are differentiable.
+
+`shard` needs no communication: every rank takes its own rows out of the whole. `unshard` gathers all shards on every rank; it is
+meant for people, tests and checkpoints, since a model trains on shards throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.errors import InputError
+from ringattn.plan import Plan
+
+
+def positions(plan: Plan, rank: int | None = None) -> Tensor:
+    """Global position of each local row: int64 (rows,). `rank` defaults to this process's rank, 0 outside a group."""
+    rank = _rank(plan, rank)
+    spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in plan.layout.shards[rank]]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
+
+
+def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None) -> Tensor:
+    """The rows of `x` along `dim` that `rank` holds. x: (..., seq_len at dim, ...), the same on every rank.
+
+    Raises `InputError` when `x` has another length than the plan. Gradients flow back to the rows taken.
+    """
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != plan.seq_len:
+        raise InputError(
+            f"shard(x): the plan is for {plan.seq_len} positions and x of shape {tuple(x.shape)} does not have as many along "
+            f"dim {dim}; pass the whole sequence, or make a plan for its length"
+        )
+    return x.index_select(dim, positions(plan, rank).to(x.device))
+
+
+def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None) -> Tensor:
+    """The whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard.
+
+    In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the whole counts `world`
+    times: divide it by `world`, or compute the loss on shards.
+    """
+    process_group, rank = group_and_rank(group, plan.world)
+    if x.shape[dim] != plan.rows(rank):
+        raise InputError(
+            f"unshard(x) on rank {rank}: x of shape {tuple(x.shape)} has {x.shape[dim]} rows along dim {dim}, "
+            f"the plan gives this rank {plan.rows(rank)}"
+        )
+    return _Unshard.apply(x, plan, dim, process_group, rank)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, group: dist.ProcessGroup | None, rank: int) -> Tensor:
+        ctx.plan, ctx.dim, ctx.group, ctx.rank = plan, dim, group, rank
+        shards = _gather(x.movedim(dim, 0).contiguous(), plan, group)
+        whole = torch.empty_like(torch.cat(shards))
+        whole[torch.cat([positions(plan, r) for r in range(plan.world)]).to(x.device)] = torch.cat(shards)
+        return whole.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad = grad.contiguous().clone()
+        if ctx.group is not None:
+            dist.all_reduce(grad, group=ctx.group)
+        return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank), None, None, None, None
+
+
+def _gather(rows: Tensor, plan: Plan, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Every rank's rows (dim 0). Shards may differ in length: all are padded to the longest for one collective."""
+    if group is None:
+        return [rows]
+    longest = max(plan.rows(r) for r in range(plan.world))
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(plan.world)]
+    dist.all_gather(parts, padded, group=group)
+    return [part[: plan.rows(r)] for r, part in enumerate(parts)]
+
+
+def _rank(plan: Plan, rank: int | None) -> int:
+    if rank is None:
+        return group_and_rank(None, plan.world)[1]
+    if not 0 <= rank < plan.world:
+        raise InputError(f"rank={rank}: the plan has ranks 0 to {plan.world - 1}")
+    return rank
