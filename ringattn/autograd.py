@@ -44,7 +44,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        works = [Forward(plan, options, *_engine_order(i)) for i in inputs]
+        works = [Forward(plan, rank, options, *_engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
         runs = [
             run(plan.program(rank, backward=False), work, port)
             for rank, work, port in zip(transport.ranks, works, transport.ports("forward"), strict=True)
@@ -67,10 +67,10 @@ class _Attend(torch.autograd.Function):
         count = len(Inputs._fields) * len(transport.ranks)
         inputs, results = _by_rank(ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
         works, deltas = [], []
-        for i, dout, out, lse in zip(inputs, grads[::2], results[::2], results[1::2], strict=True):
+        for rank, i, dout, out, lse in zip(transport.ranks, inputs, grads[::2], results[::2], results[1::2], strict=True):
             delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
             deltas.append(delta)
-            works.append(Backward(plan, ctx.options, *_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
+            works.append(Backward(plan, rank, ctx.options, *_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
         runs = [
             run(plan.program(rank, backward=True), work, port)
             for rank, work, port in zip(transport.ranks, works, transport.ports("backward"), strict=True)

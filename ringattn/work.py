@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ringattn.comm.packing import Spec
 from ringattn.engine import Payload
+from ringattn.errors import ScheduleError
 from ringattn.kernels import Grads, Kernel, Options, get
 from ringattn.partial import Partial, accum_dtype, merge_
 from ringattn.plan import Block, Lane, Plan
@@ -31,8 +32,10 @@ from ringattn.schedule.program import Item
 class _Pass(ABC):
     """One rank's tensors in engine order: (batch, heads, rows, head_dim), sliced by lane and block."""
 
-    def __init__(self, plan: Plan, options: Options, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
-        self.plan, self.lanes, self.options = plan, self._lanes(plan), options
+    def __init__(
+        self, plan: Plan, rank: int, options: Options, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
+    ) -> None:
+        self.plan, self.lanes, self.rank, self.options = plan, self._lanes(plan), rank, options
         self.q, self.k, self.v, self.bias = q, k, v, bias
         self.device = q.device
         self.kernel: Kernel = get(plan.kernel)
@@ -61,6 +64,8 @@ class _Pass(ABC):
     def _cut(self, tensor: Tensor, item: Item) -> Tensor:
         """Of one of this rank's tensors, the heads and rows that `item` is about."""
         block = self._block(item)
+        if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
+            raise ScheduleError(f"rank {self.rank} has {item.kind.value}{item.index} in hand, which belongs to rank {block.rank}")
         return self._heads(tensor, item.lane)[:, :, block.start : block.stop]
 
     def _spec(self, tensor: Tensor, item: Item, dtype: torch.dtype | None = None) -> Spec:

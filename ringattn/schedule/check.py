@@ -83,6 +83,9 @@ def _by_step(schedule: Schedule) -> tuple[dict[int, list[Move]], dict[int, list[
 def _check_result(
     gathered: dict[tuple[int, Kind, int], Counter[tuple[int, int]]], schedule: Schedule, expected: set[tuple[int, int]]
 ) -> None:
+    idle = {(tile.i, tile.j) for tile in schedule.tiles} - expected
+    if idle:
+        raise ScheduleError(f"{schedule.name}: tiles {sorted(idle)} have no work and are computed all the same; prune them")
     for kind, axis in ((Kind.Q_ACC, 0), (Kind.KV_ACC, 1)):
         wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
         for tile in expected:
@@ -95,9 +98,6 @@ def _check_result(
             if found != Counter(tiles):
                 missing, extra = sorted(tiles - set(found)), sorted((found - Counter(tiles)).elements())
                 raise ScheduleError(f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many")
-        stray = {tile for (_, k, _), tiles in gathered.items() if k is kind for tile in tiles} - expected
-        if stray:
-            raise ScheduleError(f"{schedule.name}: tiles {sorted(stray)} have no work and are computed all the same; prune them")
 
 
 def _check_links(schedule: Schedule) -> None:

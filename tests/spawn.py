@@ -1,0 +1,89 @@
+"""Real ranks for tests: processes with a gloo group, whose failures are told in full and who never hang a build.
+
+A fork server imports torch once, so that starting eight ranks costs about as much as starting one. When time is up every rank prints
+the stacks of all its threads and is killed; the test fails with all of them in its message.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "ringattn.functional", "ringattn.nn"])
+
+
+class RankFailure(AssertionError):
+    """Some rank raised, died or hung; the message holds what each of them said."""
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 50) -> list[Any]:
+    """`[function(rank, *args) for rank in range(world)]`, each in its own process of one gloo group."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pipes, processes = [], []
+        for rank in range(world):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(target=_main, args=(rank, world, scratch, theirs, function, args), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, processes, time.monotonic() + timeout, Path(scratch))
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _main(rank: int, world: int, scratch: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with open(f"{scratch}/stacks{rank}", "w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        torch.set_num_threads(1)
+        try:
+            store = dist.FileStore(f"{scratch}/store", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=45))
+            pipe.send((True, function(rank, *args)))
+            dist.destroy_process_group()
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _collect(pipes: list[Connection], processes: list[Any], deadline: float, scratch: Path) -> list[Any]:
+    answers: dict[int, tuple[bool, Any]] = {}
+    failed = False
+    while len(answers) < len(pipes) and time.monotonic() < deadline:
+        for rank, pipe in enumerate(pipes):
+            if rank not in answers and pipe.poll(0.005):
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    processes[rank].join(2)
+                    answers[rank] = (False, f"died without a word, exit code {processes[rank].exitcode}")
+                if not answers[rank][0] and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + 5)  # the others may fail of it; give them a moment
+    hung = [rank for rank in range(len(pipes)) if rank not in answers]
+    for rank in hung:
+        answers[rank] = (False, "did not return. Its stacks:\n" + _stacks(processes[rank], scratch / f"stacks{rank}"))
+    if any(not good for good, _ in answers.values()):
+        told = [f"--- rank {rank}: {what}" for rank, (good, what) in sorted(answers.items()) if not good]
+        raise RankFailure("\n".join(told))
+    return [answers[rank][1] for rank in range(len(pipes))]
+
+
+def _stacks(process: Any, path: Path) -> str:
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+    return path.read_text()
