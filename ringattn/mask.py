@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from ringattn.errors import PlanError
@@ -90,12 +91,12 @@ def sliding_window(left: int, right: int = 0) -> Mask:
 def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
     """Packed documents that do not see each other; `cu_seqlens` = (0, end of 1st, ..., seq_len) as in flash-attn's varlen."""
     cu = tuple(int(c) for c in cu_seqlens)
-    if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in zip(cu, cu[1:], strict=False)):
+    if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in pairwise(cu)):
         raise PlanError(
             f"documents(cu_seqlens={list(cu[:8])}...): must start with 0 and never decrease, one entry more than documents"
         )
     band = Band(right=0) if causal else Band()
-    rects = tuple(Rect(a, b, a, b, band) for a, b in zip(cu, cu[1:], strict=False) if a < b)
+    rects = tuple(Rect(a, b, a, b, band) for a, b in pairwise(cu) if a < b)
     return Mask(f"{'causal ' if causal else ''}documents({len(rects)})", rects, length=cu[-1])
 
 

@@ -10,6 +10,7 @@ lse -inf, and two such rows merge to the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,10 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def nothing(out: Tensor) -> Partial:
-    """The neutral element of `merge_`, shaped like the given out and ready to be merged into."""
-    dtype = accum_dtype(out.dtype)
-    lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
-    return Partial(torch.zeros(out.shape, dtype=dtype, device=out.device), lse)
+def nothing(rows: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device) -> Partial:
+    """The neutral element of `merge_` for `rows` = (batch, heads, rows): nothing seen yet."""
+    lse = torch.full(tuple(rows), -torch.inf, dtype=accum_dtype(dtype), device=device)
+    return Partial(torch.zeros(*rows, dim, dtype=dtype, device=device), lse)
 
 
 def merge_(into: Partial, part: Partial) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -74,11 +75,18 @@ class Kernel(ABC):
         pieces = self.refine(pieces)
         if _is_whole(pieces, q, k):
             return self.piece_forward(q, k, v, bias, pieces[0].band, options)
-        total = nothing(q.new_empty(*q.shape[:-1], v.shape[-1]))
+        # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
+        once = _rows_occur_once(pieces)
+        total = nothing(q.shape[:-1], v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
         for piece in pieces:
             rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
             part = self.piece_forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], _cut(bias, keys), piece.band, options)
-            merge_(Partial(total.out[:, :, rows], total.lse[:, :, rows]), part)
+            into = Partial(total.out[:, :, rows], total.lse[:, :, rows])
+            if once:
+                into.out.copy_(part.out)
+                into.lse.copy_(part.lse)
+            else:
+                merge_(into, part)
         return total
 
     def backward(
@@ -96,8 +104,8 @@ class Kernel(ABC):
         pieces = self.refine(pieces)
         if _is_whole(pieces, q, k):
             return self.piece_backward(q, k, v, bias, dout, lse, delta, pieces[0].band, options)
-        dtype = accum_dtype(q.dtype)
-        total = Grads(*(torch.zeros_like(x, dtype=dtype) for x in (q, k, v)), _zeros_like(bias, dtype))
+        dtype = q.dtype if len(pieces) == 1 else accum_dtype(q.dtype)
+        total = Grads(*(torch.zeros_like(x, dtype=dtype) for x in (q, k, v)), _zeros_like(bias))
         for piece in pieces:
             rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
             part = self.piece_backward(
@@ -119,6 +127,11 @@ class Kernel(ABC):
         return total
 
 
+def _rows_occur_once(pieces: Sequence[Piece]) -> bool:
+    runs = sorted((piece.q_start, piece.q_stop) for piece in pieces)
+    return all(stop <= start for (_, stop), (start, _) in pairwise(runs))
+
+
 def _is_whole(pieces: Sequence[Piece], q: Tensor, k: Tensor) -> bool:
     return len(pieces) == 1 and (pieces[0].rows, pieces[0].keys) == (q.shape[2], k.shape[2])
 
@@ -127,5 +140,5 @@ def _cut(bias: Tensor | None, keys: slice) -> Tensor | None:
     return None if bias is None else bias[:, :, keys]
 
 
-def _zeros_like(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else torch.zeros_like(bias, dtype=dtype)
+def _zeros_like(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else torch.zeros_like(bias)
