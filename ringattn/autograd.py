@@ -65,7 +65,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan, transport = ctx.plan, ctx.transport
         count = len(Inputs._fields) * len(transport.ranks)
-        inputs, results = _by_rank(ctx.saved_tensors[:count]), ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
+        inputs, results = _by_rank(saved[:count]), saved[count:]
         works, deltas = [], []
         for rank, i, dout, out, lse in zip(transport.ranks, inputs, grads[::2], results[::2], results[1::2], strict=True):
             delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)

@@ -32,9 +32,7 @@ from ringattn.schedule.program import Item
 class _Pass(ABC):
     """One rank's tensors in engine order: (batch, heads, rows, head_dim), sliced by lane and block."""
 
-    def __init__(
-        self, plan: Plan, rank: int, options: Options, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-    ) -> None:
+    def __init__(self, plan: Plan, rank: int, options: Options, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         self.plan, self.lanes, self.rank, self.options = plan, self._lanes(plan), rank, options
         self.q, self.k, self.v, self.bias = q, k, v, bias
         self.device = q.device
@@ -65,7 +63,7 @@ class _Pass(ABC):
         """Of one of this rank's tensors, the heads and rows that `item` is about."""
         block = self._block(item)
         if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
-            raise ScheduleError(f"rank {self.rank} has {item.kind.value}{item.index} in hand, which belongs to rank {block.rank}")
+            raise ScheduleError(f"rank {self.rank} has {item} in hand, which belongs to rank {block.rank}")
         return self._heads(tensor, item.lane)[:, :, block.start : block.stop]
 
     def _spec(self, tensor: Tensor, item: Item, dtype: torch.dtype | None = None) -> Spec:
@@ -155,7 +153,9 @@ class Backward(_Pass):
         return {Item(lane, Kind.Q_ACC, i): (grads.dq,), Item(lane, Kind.KV_ACC, j): of_keys}
 
     def merge(self, total: Payload, share: Payload) -> Payload:
-        return tuple(t.add_(s) if t.dtype == self.accum else t.to(self.accum).add_(s) for t, s in zip(total, share, strict=True))
+        return tuple(
+            t.add_(s) if t.dtype == self.accum else t.to(self.accum).add_(s) for t, s in zip(total, share, strict=True)
+        )
 
     def _result_specs(self, item: Item) -> Sequence[Spec]:
         like = [self.q] if item.kind is Kind.Q_ACC else self._inputs[Kind.KV]

@@ -86,7 +86,9 @@ def simulate(
     rows = [positions(plan, rank) for rank in range(plan.world)]
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     inputs = [Inputs(*(x[:, p] for x in leaves), None if key_bias is None else key_bias[..., p], sinks) for p in rows]
-    made = attend(inputs, plan, Options(options.pop("scale", plan.head_dim**-0.5), **options), transport or Simulated(plan.world))
+    made = attend(
+        inputs, plan, Options(options.pop("scale", plan.head_dim**-0.5), **options), transport or Simulated(plan.world)
+    )
     order = torch.cat(rows).argsort()
     out = torch.cat([o for o, _ in made], dim=1)[:, order]
     lse = torch.cat([lse for _, lse in made], dim=2)[:, :, order]
@@ -97,7 +99,10 @@ def simulate(
 def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Largest absolute difference; -inf equals -inf, and NaN differs from everything."""
     pairs = zip(found, expected, strict=True)
-    return max((torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max().item() for a, b in pairs if a.numel()), default=0.0)
+    return max(
+        (torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max().item() for a, b in pairs if a.numel()),
+        default=0.0,
+    )
 
 
 def schedules(world: int) -> dict[str, Schedule]:

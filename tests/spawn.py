@@ -72,7 +72,10 @@ def _collect(pipes: list[Connection], processes: list[Any], deadline: float, scr
                     processes[rank].join(2)
                     answers[rank] = (False, f"died without a word, exit code {processes[rank].exitcode}")
                 if not answers[rank][0] and not failed:
-                    failed, deadline = True, min(deadline, time.monotonic() + 5)  # the others may fail of it; give them a moment
+                    failed, deadline = (
+                        True,
+                        min(deadline, time.monotonic() + 5),
+                    )  # the others may fail of it; give them a moment
     hung = [rank for rank in range(len(pipes)) if rank not in answers]
     for rank in hung:
         answers[rank] = (False, "did not return. Its stacks:\n" + _stacks(processes[rank], scratch / f"stacks{rank}"))

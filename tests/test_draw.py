@@ -12,19 +12,9 @@ import pytest
 
 from ringattn.errors import RingAttnError
 from ringattn.schedule import Kind, Move, Room, Schedule, Tile, bidirectional_ring, make, prune, ring, side_by_side, token_ring
-from ringattn.schedule.draw import (
-    COLOURS,
-    TEXT_WIDTH,
-    Grid,
-    Point,
-    arrow_head,
-    draw_svg,
-    draw_text,
-    owner_colour,
-    paint,
-    timeline,
-)
-from ringattn.schedule.draw_png import draw_png
+from ringattn.schedule.draw import draw_png, draw_svg, draw_text, timeline
+from ringattn.schedule.draw.picture import COLOURS, Grid, Point, arrow_head, owner_colour, paint
+from ringattn.schedule.draw.text import TEXT_WIDTH
 from ringattn.schedule.program import messages
 
 HOW = "0─Q0→1: rank 0 sends Q0 to rank 1, there when the next step begins; 'by 4': when step 4 does."
@@ -50,9 +40,9 @@ ring, 3 ranks, backward: 9 tiles and 12 messages in 5 steps
 rank 0  Q0·K0    Q0·K2    Q0·K1        .
 rank 1  Q1·K1    Q1·K0    Q1·K2        .
 rank 2  Q2·K2    Q2·K1    Q2·K0        .
-sends   0─KV0→1  1─KV0→2  1─kv_acc0→2  2─kv_acc0→0
-        1─KV1→2  2─KV1→0  2─kv_acc1→0  0─kv_acc1→1
-        2─KV2→0  0─KV2→1  0─kv_acc2→1  1─kv_acc2→2
+sends   0─KV0→1  1─KV0→2  1─KV_ACC0→2  2─KV_ACC0→0
+        1─KV1→2  2─KV1→0  2─KV_ACC1→0  0─KV_ACC1→1
+        2─KV2→0  0─KV2→1  0─KV_ACC2→1  1─KV_ACC2→2
 
 {HOW}
 """
@@ -64,9 +54,9 @@ token_ring, 3 ranks, forward: 9 tiles and 12 messages in 5 steps
 rank 0  Q0·K0   Q2·K0   Q1·K0       .
 rank 1  Q1·K1   Q0·K1   Q2·K1       .
 rank 2  Q2·K2   Q1·K2   Q0·K2       .
-sends   0─Q0→1  1─Q0→2  1─q_acc0→0  2─q_acc0→0
-        1─Q1→2  2─Q1→0  2─q_acc1→1  0─q_acc1→1
-        2─Q2→0  0─Q2→1  0─q_acc2→2  1─q_acc2→2
+sends   0─Q0→1  1─Q0→2  1─Q_ACC0→0  2─Q_ACC0→0
+        1─Q1→2  2─Q1→0  2─Q_ACC1→1  0─Q_ACC1→1
+        2─Q2→0  0─Q2→1  0─Q_ACC2→2  1─Q_ACC2→2
 
 {HOW}
 """
@@ -78,9 +68,9 @@ token_ring_direct, 3 ranks, forward: 9 tiles and 12 messages in 5 steps
 rank 0  Q0·K0        Q2·K0   Q1·K0            .
 rank 1  Q1·K1        Q0·K1   Q2·K1            .
 rank 2  Q2·K2        Q1·K2   Q0·K2            .
-sends   0─Q0→1               1─q_acc0→0 by 4  2─q_acc0→0
-        1─Q1→2               2─q_acc1→1 by 4  0─q_acc1→1
-        2─Q2→0               0─q_acc2→2 by 4  1─q_acc2→2
+sends   0─Q0→1               1─Q_ACC0→0 by 4  2─Q_ACC0→0
+        1─Q1→2               2─Q_ACC1→1 by 4  0─Q_ACC1→1
+        2─Q2→0               0─Q_ACC2→2 by 4  1─Q_ACC2→2
         0─Q0→2 by 2
         1─Q1→0 by 2
         2─Q2→1 by 2
@@ -89,15 +79,15 @@ sends   0─Q0→1               1─q_acc0→0 by 4  2─q_acc0→0
 """
 
 BIDIRECTIONAL = f"""\
-ring | ring, 2 ranks, backward: 8 tiles and 4 messages in 4 steps
+ring | ring_reversed, 2 ranks, backward: 8 tiles and 4 messages in 4 steps
 
           step 0         step 1  step 2
 rank 0 a  Q0·K0          Q0·K1   .
 rank 0 b  Q0·K0          Q0·K1   .
 rank 1 a  Q1·K1          Q1·K0   .
 rank 1 b  Q1·K1          Q1·K0   .
-sends     0─KV0a KV0b→1          1─kv_acc0a kv_acc0b→0
-          1─KV1a KV1b→0          0─kv_acc1a kv_acc1b→1
+sends     0─KV0a KV0b→1          1─KV_ACC0a KV_ACC0b→0
+          1─KV1a KV1b→0          0─KV_ACC1a KV_ACC1b→1
 
 {HOW}
 """
@@ -125,7 +115,7 @@ def test_text_shows_the_work_of_tiles_and_ranks() -> None:
         "        load  step 0     step 1      step 2",
         "rank 0  100%  Q0·K0 50%  Q1·K0 100%  .",
         "rank 1  33%   Q1·K1 50%  .           .",
-        "sends         1─Q1→0                 0─q_acc1→1",
+        "sends         1─Q1→0                 0─Q_ACC1→1",
     ]
 
 
@@ -192,6 +182,8 @@ def test_every_tile_is_in_its_cell(schedules: Sequence[Schedule], backward: bool
         assert y + height <= grid.y(rank) + (lane + 1) * grid.tile
         found[lane, rank, step, title.rpartition(" ")[2], fill] += 1
     assert found == expected
+    corners = [corner for corner, _, _, title in canvas.boxes if title]
+    assert len(set(corners)) == len(corners)
 
 
 @cases
@@ -214,6 +206,9 @@ def test_every_message_goes_from_its_rank_and_step_to_its_rank_and_step(schedule
         (src,), depart, (dst,), due = ends
         found[src, dst, depart, due, frozenset(colours)] += 1
         assert tip[0] < grid.right
+        assert abs(tip[1] - tail[1]) == pytest.approx(
+            abs(dst - src) * (grid.band + grid.gap) - grid.band
+        )  # between facing edges
     assert found == expected
 
 
@@ -233,14 +228,15 @@ def test_svg_escapes_names() -> None:
     assert root[0].text == '<&", 1 rank, forward'
 
 
-def test_names_of_arrows_stand_apart_and_between_rows() -> None:
-    time, canvas = timeline([token_ring(4)]), Recorder()
+@pytest.mark.parametrize("routing", ["hop", "direct"])
+def test_names_of_arrows_stand_apart_and_between_rows(routing: str) -> None:
+    time, canvas = timeline([token_ring(4, routing=routing)]), Recorder()
     paint(time, canvas)
     grid, labels = Grid(time), Counter(arrow.label for arrow in time.arrows)
     named = [(at, text) for at, text in canvas.texts if text in labels]
     assert Counter(text for _, text in named) == labels
     assert all(grid.clear(y - 4) for (_, y), _ in named)
-    apart = [abs(a[0] - b[0]) > 10 or abs(a[1] - b[1]) > 10 for n, (a, _) in enumerate(named) for b, _ in named[:n]]
+    apart = [abs(a[0] - b[0]) > 12 or abs(a[1] - b[1]) > 11 for n, (a, _) in enumerate(named) for b, _ in named[:n]]
     assert all(apart)
 
 
@@ -249,7 +245,7 @@ def test_legend_names_what_travels_in_this_pass(backward: bool) -> None:
     canvas = Recorder()
     paint(timeline([ring(3)], backward=backward), canvas)
     legend = [text for _, text in canvas.texts if ": " in text]
-    assert legend == ["KV: keys and values", *(["kv_acc: dk, dv"] if backward else [])]
+    assert legend == ["KV: keys and values", *(["KV_ACC: dk, dv"] if backward else [])]
 
 
 def test_a_step_without_tiles_or_departures_still_has_its_column() -> None:
@@ -289,5 +285,5 @@ def test_png_without_matplotlib_names_the_cure(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_drawing_needs_no_matplotlib_to_import() -> None:
-    code = "import sys, ringattn.schedule.draw, ringattn.schedule.draw_png; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, ringattn.schedule.draw; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

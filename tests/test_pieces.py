@@ -13,7 +13,9 @@ MASKS = st.one_of(
     st.just(causal()),
     st.builds(sliding_window, st.integers(0, 30), st.integers(0, 9)),
     st.builds(prefix_lm, st.integers(0, 40)),
-    st.builds(lambda ends, c: documents([0, *sorted(ends), 40], causal=c), st.lists(st.integers(0, 40), max_size=6), st.booleans()),
+    st.builds(
+        lambda ends, c: documents([0, *sorted(ends), 40], causal=c), st.lists(st.integers(0, 40), max_size=6), st.booleans()
+    ),
 )
 
 

@@ -69,7 +69,9 @@ def test_check_rejects_work_that_the_mask_leaves_empty() -> None:
         check(token_ring(2), {(0, 0), (1, 0), (1, 1)})
 
 
-@pytest.mark.parametrize("bad", [Move(Kind.Q, 0, 0, 0, 0, 1), Move(Kind.Q, 0, 0, 1, 1, 1), Move(Kind.Q, 0, 0, 7, 0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "bad", [Move(Kind.Q, 0, 0, 0, 0, 1), Move(Kind.Q, 0, 0, 1, 1, 1), Move(Kind.Q, 0, 0, 7, 0, 1)], ids=str
+)
 def test_malformed_moves_are_named(bad: Move) -> None:
     schedule = token_ring(2)
     with pytest.raises(ScheduleError, match=str(bad)):

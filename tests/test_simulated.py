@@ -44,7 +44,16 @@ def test_other_masks(mask, kernel: str) -> None:
     for layout in ("contiguous", "zigzag", "striped"):
         for schedule in ("ring", "bidirectional_ring", "token_ring"):
             plan = make_plan(
-                37, world=3, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask, schedule=schedule, layout=layout, kernel=kernel
+                37,
+                world=3,
+                heads=4,
+                kv_heads=2,
+                head_dim=8,
+                dtype="float64",
+                mask=mask,
+                schedule=schedule,
+                layout=layout,
+                kernel=kernel,
             )
             assert worst(simulate(plan, e.q, e.k, e.v, e.dout), expected(e)) < EXACT, (schedule, layout)
 

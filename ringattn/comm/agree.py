@@ -67,7 +67,9 @@ def _raise_differences(reports: list[str]) -> None:
             by_value.setdefault(fields.get(name, "nothing"), []).append(rank)
         if len(by_value) > 1:
             said = ", ".join(f"{value} on {_ranks(ranks, len(reports))}" for value, ranks in by_value.items())
-            raise MismatchError(f"ranks disagree on {name}: {said}. All ranks must make the same call with the same plan and options")
+            raise MismatchError(
+                f"ranks disagree on {name}: {said}. All ranks must make the same call with the same plan and options"
+            )
 
 
 def _ranks(ranks: list[int], world: int) -> str:

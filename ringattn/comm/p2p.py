@@ -55,9 +55,7 @@ class P2PPort:
         for message, buffer in transfers:
             sending = message.src == self.rank
             peer = message.dst if sending else message.src
-            ops.append(
-                dist.P2POp(dist.isend if sending else dist.irecv, buffer, group=self._transport.group, group_peer=peer)
-            )
+            ops.append(dist.P2POp(dist.isend if sending else dist.irecv, buffer, group=self._transport.group, group_peer=peer))
             if sending:
                 self._transport.bytes_sent[message.src, message.dst] += buffer.numel()
                 self._transport.messages_sent[message.src, message.dst] += 1

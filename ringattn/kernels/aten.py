@@ -46,7 +46,7 @@ def cpu_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Te
 def flash_forward(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v = _pad_heads(8, call.q, call.k, call.v)
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, call.causal, False, scale=call.scale)
-    return out[..., : call.v.shape[-1]], lse
+    return out.narrow(-1, 0, call.v.shape[-1]), lse
 
 
 def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,18 +54,30 @@ def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
     q, k, v, dout, out = _pad_heads(8, call.q, call.k, call.v, dout, out)
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, call.causal, seed, seed[:1], scale=call.scale
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        call.causal,
+        seed,
+        seed.narrow(0, 0, 1),
+        scale=call.scale,
     )
-    dq, dk, dv = (grad[..., :dim] for grad in grads)
+    dq, dk, dv = (grad.narrow(-1, 0, dim) for grad in grads)
     return dq, dk, dv
 
 
 def efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
     k, v, mask = _expand(call)
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        call.q, k, v, mask, True, 0.0, call.causal, scale=call.scale
-    )
-    return out, lse[..., : call.q.shape[2]]  # this operator pads lse to a multiple of 32 rows
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(call.q, k, v, mask, True, 0.0, call.causal, scale=call.scale)
+    return out, lse.narrow(-1, 0, call.q.shape[2])  # this operator pads lse to a multiple of 32 rows
 
 
 def efficient_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,9 +105,8 @@ def _expand(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
         return k, v, None
     batch, heads, rows, _ = call.q.shape
     keys = call.k.shape[2]
-    room = torch.zeros(batch, heads, rows, -(-keys // 16) * 16, dtype=call.q.dtype, device=call.q.device)
-    room[..., :keys] = call.mask
-    return k, v, room[..., :keys]
+    padded = torch.nn.functional.pad(call.mask.expand(batch, heads, rows, keys), (0, -keys % 16))
+    return k, v, padded.narrow(-1, 0, keys)
 
 
 class Fused(NamedTuple):

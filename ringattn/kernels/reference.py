@@ -16,7 +16,7 @@ from ringattn.pieces import FULL, Band
 
 def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:
     """(rows, keys) bool, True where the band keeps; band relative to local indices."""
-    offset = torch.arange(keys, device=device)[None, :] - torch.arange(rows, device=device)[:, None]
+    offset = torch.arange(keys, device=device).unsqueeze(0) - torch.arange(rows, device=device).unsqueeze(1)
     return (offset >= band.left) & (offset <= band.right)
 
 

@@ -32,7 +32,9 @@ class Sdpa(Kernel):
     name = "sdpa"
 
     def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        return [part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))]
+        return [
+            part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))
+        ]
 
     def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
         fused = _fused(q, band, options)
@@ -41,7 +43,7 @@ class Sdpa(Kernel):
         out, lse = fused.forward(_call(q, k, v, bias, band, options))
         if bias is not None:
             lse = lse.masked_fill(_blind(bias, band, q), -torch.inf)
-        return Partial(out[..., : v.shape[-1]], lse)
+        return Partial(_first(out, v.shape[-1]), lse)
 
     def piece_backward(
         self,
@@ -64,8 +66,8 @@ class Sdpa(Kernel):
         dim = q.shape[-1]
         dbias = None
         if bias is not None:
-            dbias = dk[..., dim].to(accum_dtype(q.dtype)).unflatten(1, (bias.shape[1], -1)).sum(2) / options.scale
-        return Grads(dq[..., :dim], dk[..., :dim], dv[..., : v.shape[-1]], dbias)
+            dbias = dk.select(-1, dim).to(accum_dtype(q.dtype)).unflatten(1, (bias.shape[1], -1)).sum(2) / options.scale
+        return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)
 
 
 def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
@@ -98,8 +100,12 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, opti
     mask = None
     if band not in (FULL, CAUSAL):
         keep = band_mask(q.shape[2], k.shape[2], band, q.device)
-        mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, -torch.inf)
+        mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(keep.logical_not(), -torch.inf)
     return Call(*(_widen(x, width) for x in (q, k, v)), mask, band == CAUSAL, options.scale)
+
+
+def _first(x: Tensor, width: int) -> Tensor:
+    return x.narrow(-1, 0, width)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
@@ -111,5 +117,6 @@ def _blind(bias: Tensor, band: Band, q: Tensor) -> Tensor:
     rows, keys = q.shape[2], bias.shape[2]
     live = pad((bias != -torch.inf).cumsum(-1), (1, 0))  # live[..., n]: keys before n that can be seen
     row = torch.arange(rows, device=bias.device)
-    seen = live[..., (row + band.right + 1).clamp(0, keys)] - live[..., (row + band.left).clamp(0, keys)]
+    stop, start = (row + band.right + 1).clamp(0, keys), (row + band.left).clamp(0, keys)
+    seen = live.index_select(-1, stop) - live.index_select(-1, start)
     return (seen == 0).repeat_interleave(q.shape[1] // bias.shape[1], dim=1)

@@ -28,7 +28,9 @@ def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) 
     _check_links(schedule)
     highest = peak(schedule)
     if any(used > promised for used, promised in zip(highest, schedule.room, strict=True)):
-        raise ScheduleError(f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.room}")
+        raise ScheduleError(
+            f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.room}"
+        )
     return highest
 
 
@@ -92,12 +94,16 @@ def _check_result(
             wanted[tile[axis]].add(tile)
         for (rank, held_kind, index), tiles in gathered.items():
             if held_kind is kind and rank != schedule.home(kind, index):
-                raise ScheduleError(f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}")
+                raise ScheduleError(
+                    f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}"
+                )
         for index, tiles in wanted.items():
             found = gathered[schedule.home(kind, index), kind, index]
             if found != Counter(tiles):
                 missing, extra = sorted(tiles - set(found)), sorted((found - Counter(tiles)).elements())
-                raise ScheduleError(f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many")
+                raise ScheduleError(
+                    f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many"
+                )
 
 
 def _check_links(schedule: Schedule) -> None:

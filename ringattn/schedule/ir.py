@@ -32,8 +32,8 @@ from ringattn.errors import ScheduleError
 class Kind(Enum):
     Q = "Q"
     KV = "KV"
-    Q_ACC = "q_acc"
-    KV_ACC = "kv_acc"
+    Q_ACC = "Q_ACC"
+    KV_ACC = "KV_ACC"
 
     @property
     def moved(self) -> bool:

@@ -22,6 +22,9 @@ class Item(NamedTuple):
     kind: Kind
     index: int
 
+    def __str__(self) -> str:
+        return f"{self.kind.value}{self.index}{f' of lane {self.lane}' if self.lane else ''}"
+
 
 class Work(NamedTuple):
     """Tile (i, j) of one lane."""
@@ -42,8 +45,7 @@ class Message:
     items: tuple[Item, ...]
 
     def __str__(self) -> str:
-        names = " ".join(f"{i.kind.value}{i.index}" for i in self.items)
-        return f"{names} from rank {self.src} to rank {self.dst}, departing in step {self.depart}, due in step {self.due}"
+        return f"{', '.join(map(str, self.items))} from rank {self.src} to rank {self.dst}, departing in step {self.depart}, due in step {self.due}"
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,26 @@ carry data. It is the honest baseline for TokenRing: same time on full-duplex li
 from __future__ import annotations
 
 from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.routes import at, ride_home, straight_home, validate, visit
+from ringattn.schedule.routes import at, ride_home, straight_home, validate, variant, visit
 
 
 def ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int = 1) -> Schedule:
     """KV visits every rank. `routing="direct"` sends it from the owner to each rank, gradients straight back."""
     validate(world, routing, direction, lookahead)
-    tiles = [Tile(step, at(j, step, direction, world), at(j, step, direction, world), j) for step in range(world) for j in range(world)]
+    tiles = [
+        Tile(step, at(j, step, direction, world), at(j, step, direction, world), j)
+        for step in range(world)
+        for j in range(world)
+    ]
     inputs = visit(Kind.KV, world, routing, direction, lookahead)
     if routing == "hop":
         results, room = ride_home(Kind.KV_ACC, world, direction), Room(kv=2, kv_acc=3)
     else:
-        results, room = straight_home(Kind.KV_ACC, world, direction, lookahead), Room(kv=lookahead + 1, kv_acc=2 * lookahead + 1)
-    return make("ring" if routing == "hop" else "ring_direct", world, tiles, [*inputs, *results], room)
+        results, room = (
+            straight_home(Kind.KV_ACC, world, direction, lookahead),
+            Room(kv=lookahead + 1, kv_acc=2 * lookahead + 1),
+        )
+    return make(variant("ring", routing, direction), world, tiles, [*inputs, *results], room)
 
 
 def bidirectional_ring(world: int, *, routing: str = "hop", lookahead: int = 1) -> tuple[Schedule, Schedule]:

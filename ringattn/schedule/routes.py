@@ -30,6 +30,11 @@ def validate(world: int, routing: str, direction: int, lookahead: int) -> None:
         raise PlanError(f"lookahead={lookahead}: at least 1 step; more keeps more links busy and more buffers full")
 
 
+def variant(name: str, routing: str, direction: int) -> str:
+    """The name with what sets it apart, for plans and pictures."""
+    return name + ("_direct" if routing == "direct" else "") + ("_reversed" if direction == -1 else "")
+
+
 def at(owner: int, step: int, direction: int, world: int) -> int:
     """Where the visitor of `owner` is during `step`."""
     return (owner + step * direction) % world

@@ -16,17 +16,21 @@ sends to several peers at once and so uses every link of a full mesh; buffers st
 from __future__ import annotations
 
 from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.routes import at, straight_home, validate, visit
+from ringattn.schedule.routes import at, straight_home, validate, variant, visit
 
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
     """Q visits every rank, and each partial goes straight home. `lookahead` (steps in flight) is 1 for hops, else up to 4."""
     lookahead = lookahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
     validate(world, routing, direction, lookahead)
-    tiles = [Tile(step, at(i, step, direction, world), i, at(i, step, direction, world)) for step in range(world) for i in range(world)]
+    tiles = [
+        Tile(step, at(i, step, direction, world), i, at(i, step, direction, world))
+        for step in range(world)
+        for i in range(world)
+    ]
     moves = [
         *visit(Kind.Q, world, routing, direction, lookahead),
         *straight_home(Kind.Q_ACC, world, direction, lookahead),
     ]
     room = Room(q=2 if routing == "hop" else lookahead + 1, q_acc=2 * lookahead + 1)
-    return make("token_ring" if routing == "hop" else "token_ring_direct", world, tiles, moves, room)
+    return make(variant("token_ring", routing, direction), world, tiles, moves, room)

@@ -1,4 +1,4 @@
-"""The timeline of `draw` as a bitmap, for reports and training logs: the same strokes on a matplotlib canvas.
+"""A timeline as a bitmap, for reports and training logs: the same strokes as the SVG, on a matplotlib canvas.
 
 matplotlib is imported only when a picture is asked for, and only its Agg renderer: no display, no global state.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ringattn.errors import RingAttnError
-from ringattn.schedule.draw import COLOURS, INK, PAPER, Anchor, Grid, Point, arrow_head, paint, timeline
+from ringattn.schedule.draw.picture import COLOURS, INK, PAPER, Anchor, Grid, Point, arrow_head, paint
+from ringattn.schedule.draw.timeline import timeline
 from ringattn.schedule.ir import Schedule
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ class _Agg:
 
         sides = {"start": "left", "middle": "center", "end": "right"}
         halo = [withStroke(linewidth=3 * POINT, foreground=PAPER)] if colour in COLOURS.values() else []
-        self.axes.text(
-            *at, text, fontsize=size * POINT, color=colour, ha=sides[anchor], path_effects=halo, zorder=self._next()
-        )
+        self.axes.text(*at, text, fontsize=size * POINT, color=colour, ha=sides[anchor], path_effects=halo, zorder=self._next())
 
     def _next(self) -> int:
         """Later strokes lie over earlier ones."""

@@ -1,0 +1,96 @@
+"""Mesh: ranks stand in a grid of a columns and b rows; Q travels along its row, KV along its column.
+
+    a = 3, b = 2, rank = y * a + x           rank (x, y) computes every tile (i, j) with i from its row and j from its column:
+                                             Q[i] of rank (xi, yi) meets KV[j] of rank (xj, yj) at rank (xj, yi), and only there.
+    0  1  2     Q of 0 visits 0, 1, 2
+    3  4  5     KV of 0 visits 0, 3          step = visit of Q * b + visit of KV
+
+A rank then receives a - 1 blocks of Q and b - 1 of KV instead of world - 1 of either: O(sqrt(world)) traffic, paid for by keeping
+the b - 1 foreign blocks of KV and their gradients. a = 1 is a ring, b = 1 is TokenRing. With a = ranks in a node it is two levels:
+queries stay inside the node, and only KV crosses between nodes.
+
+KV goes round once, during the first visit, and is kept; each partial of Q leaves after its visit. Gradients of KV gather where the
+block is kept and leave in the last visit, which ends with the rank's own KV, so that they travel beside it.
+The same volume argument as 2.5D matrix products; as attention: Mesh-Attention, https://arxiv.org/abs/2512.20968.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import isqrt
+
+from ringattn.errors import PlanError
+from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
+
+
+def mesh(world: int, *, a: int | None = None) -> Schedule:
+    """Q visits the `a` ranks of its row, KV the world / a ranks of its column.
+
+    By default `a` is the largest factor of `world` not above its root: where two grids are equally square the one that moves less
+    Q moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at most as many heads.
+    Raises `PlanError` unless `a` divides `world`.
+    """
+    if world < 1:
+        raise PlanError(f"world={world}: a schedule needs at least one rank")
+    a = max(factors(world, upto=isqrt(world))) if a is None else a
+    if a < 1 or world % a:
+        raise PlanError(f"a={a}: the ranks of a row must divide world={world}; choose one of {factors(world, upto=world)}")
+    grid = _Grid(a, world // a)
+    return make("mesh", world, grid.tiles(), [*grid.kv(), *grid.q(), *grid.q_acc(), *grid.kv_acc()], grid.room())
+
+
+def factors(world: int, *, upto: int) -> list[int]:
+    """The factors of `world` not above `upto`."""
+    return [n for n in range(1, upto + 1) if world % n == 0]
+
+
+class _Grid:
+    def __init__(self, a: int, b: int) -> None:
+        self.a, self.b = a, b
+        self.end = a * b + 1  # the step in which the last results are taken in
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        """x, y and rank of everyone."""
+        return ((x, y, self.rank(x, y)) for y, x in product(range(self.b), range(self.a)))
+
+    def rank(self, x: int, y: int) -> int:
+        return y % self.b * self.a + x % self.a
+
+    def step(self, n: int, m: int) -> int:
+        """When visit n of Q meets visit m of KV: own KV first in the first visit, since no other is there yet, afterwards last."""
+        return n * self.b + (m if n == 0 else (m - 1) % self.b)
+
+    def tiles(self) -> Iterator[Tile]:
+        for x, y, rank in self:
+            for n, m in product(range(self.a), range(self.b)):
+                yield Tile(self.step(n, m), rank, self.rank(x - n, y), self.rank(x, y - m))
+
+    def kv(self) -> Iterator[Move]:
+        for (x, y, rank), m in product(self, range(1, self.b)):
+            yield Move(Kind.KV, rank, self.rank(x, y + m - 1), self.rank(x, y + m), m - 1, m)
+
+    def q(self) -> Iterator[Move]:
+        for (x, y, rank), n in product(self, range(1, self.a)):
+            yield Move(Kind.Q, rank, self.rank(x + n - 1, y), self.rank(x + n, y), (n - 1) * self.b, n * self.b)
+
+    def q_acc(self) -> Iterator[Move]:
+        for (x, y, rank), n in product(self, range(1, self.a)):
+            depart = (n + 1) * self.b
+            yield Move(Kind.Q_ACC, rank, self.rank(x + n, y), rank, depart, min(depart + self.b, self.end))
+
+    def kv_acc(self) -> Iterator[Move]:
+        for (x, y, rank), m in product(self, range(1, self.b)):
+            depart = self.step(self.a - 1, m) + 1
+            yield Move(Kind.KV_ACC, rank, self.rank(x, y + m), rank, depart, min(depart + 2, self.end))
+
+    def room(self) -> Room:
+        """Of Q one block in use and one on its way, of their results one more. All KV and all its gradients, and two more coming home."""
+        foreign_q, foreign_kv = self.a - 1, self.b - 1
+        passing_on = self.a == 1  # with a single visit of Q nothing of KV is needed twice
+        return Room(
+            q=min(foreign_q, 2),
+            kv=min(foreign_kv, 2) if passing_on else foreign_kv,
+            q_acc=min(foreign_q, 1) * min(self.a, 3),
+            kv_acc=min(foreign_kv, 2) + (min(foreign_kv, 3) if passing_on else foreign_kv),
+        )

@@ -1,0 +1,265 @@
+"""`attention` as an ordinary function: how it behaves in training code, and how it answers input that does not fit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from meaning import dense
+from spawn import run_ranks
+from torch.utils.checkpoint import checkpoint
+
+import ringattn
+from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+
+
+def plan_for(world: int, **changes) -> Plan:
+    given = dict(world=world, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=causal(), schedule="token_ring") | changes
+    return make_plan(changes.pop("length", 13), **{k: v for k, v in given.items() if k != "length"})
+
+
+def tensors(plan: Plan, rank: int = 0, **changes) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    heads = (plan.heads, plan.kv_heads, plan.kv_heads)
+    whole = [torch.randn(2, plan.seq_len, h, plan.head_dim, dtype=changes.get("dtype", torch.float64)) for h in heads]
+    return [shard(x, plan, rank=rank).requires_grad_() for x in whole]
+
+
+# ---- one process
+
+
+def test_a_world_of_one_needs_no_process_group() -> None:
+    plan = plan_for(1)
+    q, k, v = tensors(plan)
+    out, lse = attention(q, k, v, plan, return_lse=True)
+    expected, expected_lse = dense(q, k, v, causal())
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert out.is_contiguous() and not lse.requires_grad
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, plan), (q, k, v))
+
+
+def test_gradients_of_bias_and_sinks() -> None:
+    plan = plan_for(1)
+    q, k, v = tensors(plan)
+    bias = torch.randn(2, 13, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda b, s: attention(q, k, v, plan, key_bias=b, sinks=s), (bias, sinks))
+
+
+def test_no_grad_keeps_no_graph() -> None:
+    plan = plan_for(1)
+    with torch.no_grad():
+        assert attention(*tensors(plan), plan).grad_fn is None
+
+
+def test_strided_and_expanded_inputs_give_the_same_bits() -> None:
+    plan = plan_for(1)
+    q, k, v = (x.detach() for x in tensors(plan))
+    swapped = q.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = k[:1].expand(2, -1, -1, -1)
+    assert torch.equal(attention(swapped, wide, v, plan), attention(q, wide.contiguous(), v, plan))
+
+
+def test_autocast_casts_as_sdpa_does() -> None:
+    plan = plan_for(1, dtype="bfloat16")
+    q, k, v = (x.detach().float().requires_grad_() for x in tensors(plan))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v, plan)
+        assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=r"bfloat16.*plan is for float64"):
+        attention(q, k, v, plan_for(1))
+
+
+def test_differentiating_twice_is_refused_clearly() -> None:
+    plan = plan_for(1)
+    q, k, v = tensors(plan)
+    (grad,) = torch.autograd.grad(attention(q, k, v, plan).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda q, k, v: (q[:, :-1], k, v, {}), r"q has shape \(2, 12, 4, 8\), the plan expects \(2, 13, 4, 8\)"),
+        (lambda q, k, v: (q.transpose(1, 2), k, v, {}), "heads and rows are swapped"),
+        (lambda q, k, v: (q, k[:, :, :1], v, {}), "k has shape .* make the plan with the model's heads"),
+        (lambda q, k, v: (q, k, v[:1], {}), "v has shape"),
+        (lambda q, k, v: (q, k.float(), v, {}), "k has dtype torch.float32 and the plan is for float64; cast k"),
+        (lambda q, k, v: (q[0], k, v, {}), "q has shape"),
+        (lambda q, k, v: (torch.zeros(()), k, v, {}), "q has shape"),
+        (lambda q, k, v: (q, k.to("meta"), v, {}), "k is on meta and q on cpu"),
+        (lambda q, k, v: (q, k, v, dict(sinks=torch.zeros(3))), r"sinks has shape \(3,\), the plan expects \(4,\)"),
+        (lambda q, k, v: (q, k, v, dict(key_bias=torch.zeros(2, 12))), "key_bias has shape"),
+        (lambda q, k, v: (q, k, v, dict(key_bias=torch.zeros(2, 13, dtype=torch.long))), "floating-point"),
+        (lambda q, k, v: (q, k, v, dict(scale=0.0)), "scale=0.0: must be finite"),
+        (lambda q, k, v: (q, k, v, dict(scale=float("nan"))), "scale=nan"),
+        (lambda q, k, v: (q, k, v, dict(softcap=-1.0)), "softcap=-1.0"),
+    ],
+)
+def test_input_that_does_not_fit_is_named(change, text: str) -> None:
+    plan = plan_for(1)
+    q, k, v, options = change(*tensors(plan))
+    with pytest.raises(InputError, match=text):
+        attention(q, k, v, plan, **options)
+
+
+def test_the_whole_sequence_instead_of_a_shard() -> None:
+    plan = plan_for(1)
+    with pytest.raises(InputError, match="13 positions"):
+        shard(torch.zeros(1, 12, 3), plan)
+    with pytest.raises(InputError, match="rank=5"):
+        shard(torch.zeros(1, 13, 3), plan, rank=5)
+
+
+def test_a_plan_for_many_needs_a_group() -> None:
+    with pytest.raises(LaunchError, match="torchrun --nproc-per-node"):
+        attention(*tensors(plan_for(2)), plan_for(2))
+
+
+def test_init_without_torchrun_says_which_command_to_use() -> None:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    code = "import ringattn; ringattn.init()"
+    ran = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=30)
+    assert "LaunchError: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR not set" in ran.stderr
+    assert "torchrun --nproc-per-node" in ran.stderr
+
+
+# ---- several processes; each function below runs on every rank
+
+
+def training_forms(rank: int) -> None:
+    """Checkpointing, double use in one graph and no_grad change nothing."""
+    plan = plan_for(3)
+    q, k, v = tensors(plan, rank)
+
+    def twice(q: torch.Tensor) -> torch.Tensor:
+        return attention(attention(q, k, v, plan), k, v, plan)
+
+    plain = torch.autograd.grad(twice(q).sum(), (q, k, v))
+    recomputed = torch.autograd.grad(checkpoint(twice, q, use_reentrant=False).sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    whole = [unshard(x.detach(), plan).requires_grad_() for x in (q, k, v)]
+    once, _ = dense(*whole, causal())
+    expected = torch.autograd.grad(dense(once, *whole[1:], causal())[0].sum(), whole)
+    for a, b in zip(plain, expected, strict=True):
+        torch.testing.assert_close(a, shard(b, plan))
+    with torch.no_grad():
+        assert torch.equal(twice(q), twice(q))
+
+
+def test_checkpointing_and_double_use() -> None:
+    run_ranks(3, training_forms)
+
+
+def sub_groups(rank: int) -> None:
+    """Two sequences on two groups of two ranks: peers are group ranks, not global ones."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
+    plan = plan_for(mesh["sequence"])
+    torch.manual_seed(mesh.get_local_rank("data"))
+    whole = [torch.randn(1, 13, h, 8, dtype=torch.float64) for h in (4, 2, 2)]
+    mine = [shard(x, plan, rank=mesh.get_local_rank("sequence")) for x in whole]
+    for group in (mesh["sequence"], mesh["sequence"].get_group()):
+        out = unshard(attention(*mine, plan, group=group), plan, group=group)
+        torch.testing.assert_close(out, dense(*whole, causal())[0])
+
+
+def test_attention_on_sub_groups() -> None:
+    run_ranks(4, sub_groups)
+
+
+def caught(rank: int, *args) -> str:
+    """What the call in question raises, as text."""
+    try:
+        MISTAKES[args[0]](rank)
+    except RingAttnError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _wrong_rows(rank: int) -> None:
+    q, k, v = tensors(plan_for(3), rank)
+    attention(q[:, :-1] if rank == 1 else q, k, v, plan_for(3))
+
+
+def _anothers_rows(rank: int) -> None:
+    """14 tokens over 3 ranks contiguously: 5, 5 and 4 rows; ranks take their neighbour's."""
+    plan = plan_for(3, length=14, layout="contiguous")
+    attention(*tensors(plan, (rank + 1) % 3), plan)
+
+
+def _different_plans(rank: int) -> None:
+    plan = plan_for(3, schedule="ring" if rank == 2 else "token_ring")
+    attention(*tensors(plan, rank), plan)
+
+
+def _different_options(rank: int) -> None:
+    attention(*tensors(plan_for(3), rank), plan_for(3), scale=0.5 if rank == 0 else None)
+
+
+def _different_batch(rank: int) -> None:
+    q, k, v = tensors(plan_for(3), rank)
+    cut = slice(0, 1 if rank == 0 else 2)
+    attention(q[cut], k[cut], v[cut], plan_for(3))
+
+
+def _wrong_group(rank: int) -> None:
+    attention(*tensors(plan_for(2), 0), plan_for(2))
+
+
+MISTAKES = {
+    f.__name__: f for f in (_wrong_rows, _anothers_rows, _different_plans, _different_options, _different_batch, _wrong_group)
+}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text"),
+    [
+        (_wrong_rows, "InputError: on rank 1: q has shape"),
+        (_anothers_rows, "InputError: on rank 1: q has shape (2, 4, 4, 8), the plan expects (2, 5, 4, 8)"),
+        (_different_plans, "MismatchError: ranks disagree on plan"),
+        (_different_options, "MismatchError: ranks disagree on scale: 0.5 on rank 0, None on ranks 1, 2"),
+        (_different_batch, "MismatchError: ranks disagree on batch: 1 on rank 0, 2 on ranks 1, 2"),
+        (_wrong_group, "MismatchError: the plan is for 2 ranks and the group has 3"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str) -> None:
+    said = run_ranks(3, caught, mistake.__name__, timeout=30)
+    assert len(set(said)) == 1 and said[0].startswith(text), said
+
+
+def agreed_once(rank: int) -> int:
+    """The exchange happens for the first call of its kind only."""
+    gathered = 0
+    original = dist.all_gather
+
+    def counting(*args, **kwargs):
+        nonlocal gathered
+        gathered += 1
+        return original(*args, **kwargs)
+
+    dist.all_gather = counting
+    try:
+        plan = plan_for(2)
+        for _ in range(3):
+            attention(*tensors(plan, rank), plan)
+        attention(*tensors(plan, rank), plan, scale=0.3)
+    finally:
+        dist.all_gather = original
+    return gathered
+
+
+def test_agreement_costs_one_exchange_per_kind_of_call() -> None:
+    assert run_ranks(2, agreed_once) == [2, 2]
+
+
+def test_errors_share_a_base() -> None:
+    for name in ringattn.__all__:
+        if name.endswith("Error"):
+            assert issubclass(getattr(ringattn, name), RingAttnError)

@@ -1,0 +1,256 @@
+"""Kernels against plain mathematics; merging of partials; and the CUDA operators as far as they can be checked without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ringattn.kernels import KERNELS, Options, aten, get, sdpa
+from ringattn.kernels.sdpa import stand_in
+from ringattn.mask import END
+from ringattn.partial import Partial, merge_, nothing
+from ringattn.pieces import CAUSAL, FULL, Band, Piece
+
+BANDS = [FULL, CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0)]
+F64 = torch.float64
+
+
+def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_dim: int | None = None, dtype=F64):
+    source = torch.Generator().manual_seed(rows)
+    shapes = [(2, 9, rows, dim), (2, 3, rows, dim), (2, 3, rows, value_dim or dim)]
+    q, k, v = (torch.randn(s, generator=source, dtype=F64).to(dtype) for s in shapes)
+    bias = None if bias_heads is None else torch.randn(2, bias_heads, rows, generator=source, dtype=F64)
+    if bias is not None:
+        bias[0, 0, :5] = -torch.inf
+    return q, k, v, bias
+
+
+def both_passes(name: str, inputs, pieces, options=Options(0.3)):
+    """(out, lse, dq, dk, dv, dbias) with row statistics from the plain mathematics."""
+    q, k, v, bias = inputs
+    out, lse = get(name).forward(q, k, v, bias, pieces, options)
+    whole = get("reference").forward(q, k, v, bias, pieces, options)
+    dout = torch.cos(torch.arange(whole.out.numel(), dtype=F64)).reshape(whole.out.shape).to(q.dtype)
+    delta = (dout * whole.out).sum(-1)
+    grads = get(name).backward(
+        q, k, v, bias, dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), delta, pieces, options
+    )
+    return [x for x in (out, lse, *grads) if x is not None]
+
+
+def assert_same(found, expected, tolerance=1e-13) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, b[b.isfinite()].abs().max().item()))
+
+
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize("bias_heads", [None, 1, 3])
+@pytest.mark.parametrize("value_dim", [8, 5, 12])
+def test_sdpa_is_the_reference(band: Band, bias_heads: int | None, value_dim: int) -> None:
+    inputs = block(bias_heads=bias_heads, value_dim=value_dim)
+    pieces = [Piece(0, 37, 0, 37, band)]
+    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+
+
+def test_the_reference_is_autograd_of_softmax() -> None:
+    q, k, v, bias = (x.requires_grad_() for x in block(rows=6, bias_heads=3))
+    with torch.no_grad():
+        bias.nan_to_num_(neginf=-2.0)
+    options = Options(0.4, softcap=3.0)
+    logits = options.softcap * torch.tanh(0.4 * q @ k.repeat_interleave(3, 1).mT / options.softcap)
+    logits = logits + bias.repeat_interleave(3, 1)[:, :, None]
+    keep = torch.ones(6, 6, dtype=torch.bool).tril()
+    logits = logits.masked_fill(~keep, -torch.inf)
+    out = logits.softmax(-1) @ v.repeat_interleave(3, 1)
+    dout = torch.cos(torch.arange(out.numel(), dtype=F64)).reshape(out.shape)
+    expected = [out, logits.logsumexp(-1), *torch.autograd.grad(out, (q, k, v, bias), dout)]
+    inputs = [x.detach() for x in (q, k, v, bias)]
+    for name in KERNELS:
+        assert_same(both_passes(name, inputs, [Piece(0, 6, 0, 6, CAUSAL)], options), [x.detach() for x in expected])
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch.dtype) -> None:
+    q, k, v, _ = block(dtype=dtype)
+    pieces = [Piece(0, 37, 0, 37, CAUSAL)]
+    out, lse, *grads = both_passes(name, (q, k, v, None), pieces)
+    exact_out, exact_lse, *exact_grads = both_passes("reference", (q.to(F64), k.to(F64), v.to(F64), None), pieces)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    own = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
+    dout = torch.cos(torch.arange(own.numel(), dtype=F64)).reshape(own.shape).to(dtype)
+    own_grads = torch.autograd.grad(own, leaves, dout)
+    found, theirs, exact = (out, *grads), (own, *own_grads), (exact_out, *exact_grads)
+    for a, b, c in zip(found, theirs, exact, strict=True):
+        assert (a.to(F64) - c).norm() <= 1.5 * (b.to(F64) - c).norm()
+    # lse is fp32 whatever the inputs. An error x in it scales a partial by 1 + x in a merge, so it must stay below what rounding
+    # does to out anyway; in fp32 a few units in the last place of the largest logit.
+    assert lse.dtype == torch.float32
+    allowed = max(torch.finfo(dtype).eps / 8, 8 * torch.finfo(torch.float32).eps * exact_lse.abs().max().item())
+    assert (lse.to(F64) - exact_lse).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_pieces_of_a_tile_add_up(name: str) -> None:
+    """A causal square cut into a triangle, a rectangle and a triangle; rows of one piece overlap with rows of another."""
+    inputs = block(rows=20, bias_heads=1)
+    cut = [Piece(0, 12, 0, 12, CAUSAL), Piece(12, 20, 0, 12, FULL), Piece(12, 20, 12, 20, CAUSAL)]
+    assert_same(both_passes(name, inputs, cut), both_passes("reference", inputs, [Piece(0, 20, 0, 20, CAUSAL)]))
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_large_logits_do_not_overflow(name: str) -> None:
+    q, k, v, _ = block()
+    inputs = [(q * 1e3).float(), (k * 1e3).float(), v.float(), None]
+    found = both_passes(name, inputs, [Piece(0, 37, 0, 37, CAUSAL)], Options(0.1))
+    assert all(x.isfinite().all() for x in found)
+    assert found[1].abs().max() > 1e4
+
+
+def test_a_wide_window_is_computed_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "ROWS_PER_MASK", 4)
+    inputs, pieces = block(bias_heads=3), [Piece(0, 37, 0, 37, Band(-6, 1))]
+    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+    assert len(get("sdpa").refine(pieces)) == 10
+
+
+def test_stand_in_has_the_right_delta_and_size() -> None:
+    dout = torch.randn(50, 16, dtype=torch.float32)
+    dout[0], dout[1], dout[2] = 0.0, dout[1] * 1e-30, dout[2] * 1e30
+    out = torch.randn(50, 16)
+    delta = (dout.double() * out).sum(-1).float()
+    made = stand_in(dout, delta)
+    assert made.isfinite().all() and (made[0] == 0).all()
+    ours = (dout.double() * made).sum(-1)
+    scale = dout.double().norm(dim=-1) * out.norm(dim=-1)
+    assert ((ours - delta).abs() <= 1e-6 * scale).all()
+    assert (made.norm(dim=-1) <= out.norm(dim=-1) * (1 + 1e-5)).all()
+
+
+# ---- merging
+
+
+def partial_of(q, k, v) -> Partial:
+    return get("reference").forward(q, k, v, None, [Piece(0, q.shape[2], 0, k.shape[2], FULL)], Options(0.3))
+
+
+def test_merging_is_attention_to_all_keys_in_any_order() -> None:
+    q, k, v, _ = block()
+    whole = partial_of(q, k, v)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        total = nothing(q.shape[:-1], 8, F64, q.device)
+        for n in order:
+            keys = slice(n * 13, (n + 1) * 13)
+            merge_(total, partial_of(q, k[:, :, keys], v[:, :, keys]))
+        assert_same(total, whole)
+
+
+def test_merging_nothing_changes_nothing_and_keeps_nan() -> None:
+    q, k, v, _ = block()
+    whole = partial_of(q, k, v)
+    total = nothing(q.shape[:-1], 8, F64, q.device)
+    merge_(total, nothing(q.shape[:-1], 8, F64, q.device))
+    assert (total.lse == -torch.inf).all() and (total.out == 0).all()
+    merge_(total, whole)
+    merge_(total, nothing(q.shape[:-1], 8, F64, q.device))
+    assert torch.equal(total.out, whole.out) and torch.equal(total.lse, whole.lse)
+    merge_(total, Partial(whole.out * torch.nan, whole.lse * torch.nan))
+    assert total.out.isnan().all() and total.lse.isnan().all(), "NaN in the input must show in the output"
+
+
+# ---- CUDA operators, without CUDA
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize("bias_heads", [None, 3])
+def test_cuda_operators_take_these_arguments(dtype: torch.dtype, band: Band, bias_heads: int | None) -> None:
+    """Names, order, shapes and dtypes only: fake tensors compute nothing."""
+    with FakeTensorMode():
+        q = torch.empty(2, 9, 37, 20, dtype=dtype, device="cuda")
+        k = torch.empty(2, 3, 37, 20, dtype=dtype, device="cuda")
+        bias = None if bias_heads is None else torch.empty(2, bias_heads, 37, device="cuda")
+        rows = torch.empty(2, 9, 37, device="cuda")
+        piece = [Piece(0, 37, 0, 37, band)]
+        out, lse = get("sdpa").forward(q, k, k, bias, piece, Options(0.3))
+        grads = get("sdpa").backward(q, k, k, bias, out.to(dtype), rows, rows, piece, Options(0.3))
+        assert (out.shape, out.device, lse.shape, lse.dtype) == (q.shape, q.device, (2, 9, 37), torch.float32)
+        assert [g.shape for g in grads[:3]] == [q.shape, k.shape, k.shape]
+
+
+def test_the_operator_is_chosen_by_device_and_dtype() -> None:
+    def tensor(device: str, dtype: torch.dtype, dim: int = 64):
+        return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 1, 1, dim))
+
+    assert aten.choose(tensor("cpu", torch.float64), needs_mask=True) is aten.CPU
+    assert aten.choose(tensor("cuda", torch.bfloat16), needs_mask=False) is aten.FLASH
+    assert aten.choose(tensor("cuda", torch.bfloat16), needs_mask=True) is aten.EFFICIENT
+    assert aten.choose(tensor("cuda", torch.float32), needs_mask=False) is aten.EFFICIENT
+    assert aten.choose(tensor("cuda", torch.float64), needs_mask=False) is None
+    assert aten.choose(tensor("meta", torch.float32), needs_mask=False) is None
+
+
+def _flash_signature(q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
+    assert dropout_p == 0.0 and return_debug_mask is False and q.shape[-1] % 8 == 0
+    out, lse = aten.cpu_forward(aten.Call(q, k, v, None, is_causal, scale))
+    return out, lse, None, None, q.shape[2], k.shape[2], None, None, None
+
+
+def _flash_backward_signature(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    logsumexp,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    philox_seed,
+    philox_offset,
+    *,
+    scale,
+):
+    assert (cum_seq_q, cum_seq_k, max_q, max_k, dropout_p) == (None, None, q.shape[2], k.shape[2], 0.0)
+    return aten.cpu_backward(aten.Call(q, k, v, None, is_causal, scale), grad_out, out, logsumexp)
+
+
+def _efficient_signature(q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, *, scale):
+    assert compute_log_sumexp is True and dropout_p == 0.0 and q.shape[1] == k.shape[1] == v.shape[1]
+    out, lse = aten.cpu_forward(aten.Call(q, k, v, attn_bias, is_causal, scale))
+    return out, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)), None, None
+
+
+def _efficient_backward_signature(
+    grad_out, q, k, v, attn_bias, out, logsumexp, seed, offset, dropout_p, grad_input_mask, is_causal, *, scale
+):
+    assert logsumexp.shape[-1] % 32 == 0 and grad_input_mask == [True, True, True, False]
+    call = aten.Call(q, k, v, attn_bias, is_causal, scale)
+    return (*aten.cpu_backward(call, grad_out, out, logsumexp[..., : q.shape[2]]), None)
+
+
+@pytest.mark.parametrize("fused", [aten.FLASH, aten.EFFICIENT], ids=["flash", "efficient"])
+@pytest.mark.parametrize("bias_heads", [None, 1, 3])
+@pytest.mark.parametrize("band", BANDS, ids=str)
+def test_arithmetic_around_the_cuda_operators(
+    monkeypatch: pytest.MonkeyPatch, fused, bias_heads: int | None, band: Band
+) -> None:
+    """Padding, expansion of KV heads, bias channels: run on the CPU behind functions with the operators' signatures."""
+    if fused is aten.FLASH and band not in (FULL, CAUSAL):
+        pytest.skip("flash is not chosen for bands")
+    operators = SimpleNamespace(
+        _scaled_dot_product_flash_attention=_flash_signature,
+        _scaled_dot_product_flash_attention_backward=_flash_backward_signature,
+        _scaled_dot_product_efficient_attention=_efficient_signature,
+        _scaled_dot_product_efficient_attention_backward=_efficient_backward_signature,
+        _scaled_dot_product_flash_attention_for_cpu=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        _scaled_dot_product_flash_attention_for_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    )
+    monkeypatch.setattr(aten, "aten", operators)
+    monkeypatch.setattr(sdpa, "choose", lambda q, needs_mask: fused)
+    inputs, pieces = block(bias_heads=bias_heads), [Piece(0, 37, 0, 37, band)]
+    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
