@@ -47,8 +47,7 @@ class Mask:
     def keeps(self, q: int, k: int) -> bool:
         """The meaning, for one pair of global positions."""
         return any(
-            r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right
-            for r in self.rects
+            r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right for r in self.rects
         )
 
     def __and__(self, other: Mask) -> Mask:

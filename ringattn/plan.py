@@ -19,7 +19,7 @@ from ringattn.layout import Layout, Span, even_parts, take
 from ringattn.mask import Mask
 from ringattn.pieces import Piece, pieces
 from ringattn.schedule import Kind, Schedule, prune, side_by_side
-from ringattn.schedule.program import Step, messages, program
+from ringattn.schedule.program import Message, Step, messages, program
 
 
 class Block(NamedTuple):
@@ -82,15 +82,19 @@ class Plan:
         key = (rank, backward)
         if key not in self._programs:
             schedules = [lane.schedule for lane in (self.backward if backward else self.forward)]
-            self._programs[key] = program(schedules, self._messages[backward], rank)
+            self._programs[key] = program(schedules, self.messages(backward=backward), rank)
         return self._programs[key]
+
+    def messages(self, *, backward: bool) -> tuple[Message, ...]:
+        """Everything that any rank sends in one pass, in the one order that all ranks keep to."""
+        return self._messages[backward]
 
     @cached_property
     def _programs(self) -> dict[tuple[int, bool], tuple[Step, ...]]:
         return {}
 
     @cached_property
-    def _messages(self) -> tuple:
+    def _messages(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
         forward, backward = ([lane.schedule for lane in lanes] for lanes in (self.forward, self.backward))
         return messages(forward, backward=False), messages(backward, backward=True)
 
@@ -134,10 +138,18 @@ def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, kv_hea
 @lru_cache(maxsize=256)
 def _lane(kv_heads: tuple[int, int], schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
     q_blocks, kv_blocks = blocks(layout, schedule.q_home), blocks(layout, schedule.kv_home)
+    alive = _tiles(q_blocks, kv_blocks, layout, mask)
+    return Lane(kv_heads, prune(schedule, alive), q_blocks, kv_blocks, alive)
+
+
+@lru_cache(maxsize=16)
+def _tiles(
+    q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask
+) -> dict[tuple[int, int], tuple[Piece, ...]]:
+    """The pieces of every tile that has any. Kept by itself, since the planner asks it of many schedules on the same blocks."""
     q_spans, kv_spans = _spans(layout, q_blocks), _spans(layout, kv_blocks)
     found = {(i, j): pieces(q_spans[i], kv_spans[j], mask) for i, j in product(range(len(q_blocks)), range(len(kv_blocks)))}
-    alive = {tile: parts for tile, parts in found.items() if parts}
-    return Lane(kv_heads, prune(schedule, alive), q_blocks, kv_blocks, alive)
+    return {tile: parts for tile, parts in found.items() if parts}
 
 
 def blocks(layout: Layout, homes: Sequence[int]) -> tuple[Block, ...]:

@@ -1,16 +1,16 @@
 """Mesh: ranks stand in a grid of a columns and b rows; Q travels along its row, KV along its column.
 
-    a = 3, b = 2, rank = y * a + x           rank (x, y) computes every tile (i, j) with i from its row and j from its column:
-                                             Q[i] of rank (xi, yi) meets KV[j] of rank (xj, yj) at rank (xj, yi), and only there.
+    a = 3, b = 2, rank = y * a + x     rank (x, y) computes every tile (i, j) with i from its row and j from its column:
+                                       Q[i] of rank (xi, yi) meets KV[j] of rank (xj, yj) at rank (xj, yi), and only there
     0  1  2     Q of 0 visits 0, 1, 2
-    3  4  5     KV of 0 visits 0, 3          step = visit of Q * b + visit of KV
+    3  4  5     KV of 0 visits 0, 3    step = visit of Q * b + visit of KV
 
-A rank then receives a - 1 blocks of Q and b - 1 of KV instead of world - 1 of either: O(sqrt(world)) traffic, paid for by keeping
-the b - 1 foreign blocks of KV and their gradients. a = 1 is a ring, b = 1 is TokenRing. With a = ranks in a node it is two levels:
-queries stay inside the node, and only KV crosses between nodes.
+A rank then receives a - 1 blocks of Q and b - 1 of KV instead of world - 1 of either: O(sqrt(world)) traffic, paid for by
+keeping the b - 1 foreign blocks of KV and their gradients. a = 1 is a ring, b = 1 is TokenRing. With a = ranks in a node it is
+two levels: queries stay inside the node, and only KV crosses between nodes.
 
-KV goes round once, during the first visit, and is kept; each partial of Q leaves after its visit. Gradients of KV gather where the
-block is kept and leave in the last visit, which ends with the rank's own KV, so that they travel beside it.
+KV goes round once, during the first visit, and is kept; each partial of Q leaves after its visit. Gradients of KV gather where
+the block is kept and leave in the last visit, which ends with the rank's own KV, so that they travel beside it.
 The same volume argument as 2.5D matrix products; as attention: Mesh-Attention, https://arxiv.org/abs/2512.20968.
 """
 
@@ -27,8 +27,8 @@ from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
 def mesh(world: int, *, a: int | None = None) -> Schedule:
     """Q visits the `a` ranks of its row, KV the world / a ranks of its column.
 
-    By default `a` is the largest factor of `world` not above its root: where two grids are equally square the one that moves less
-    Q moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at most as many heads.
+    By default `a` is the largest factor of `world` not above its root: of two equally square grids the one that moves less Q
+    moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at most as many heads.
     Raises `PlanError` unless `a` divides `world`.
     """
     if world < 1:
@@ -58,7 +58,7 @@ class _Grid:
         return y % self.b * self.a + x % self.a
 
     def step(self, n: int, m: int) -> int:
-        """When visit n of Q meets visit m of KV: own KV first in the first visit, since no other is there yet, afterwards last."""
+        """When visit n of Q meets visit m of KV: own KV first in the first visit, as no other is there yet; then last."""
         return n * self.b + (m if n == 0 else (m - 1) % self.b)
 
     def tiles(self) -> Iterator[Tile]:
@@ -85,7 +85,7 @@ class _Grid:
             yield Move(Kind.KV_ACC, rank, self.rank(x, y + m), rank, depart, min(depart + 2, self.end))
 
     def room(self) -> Room:
-        """Of Q one block in use and one on its way, of their results one more. All KV and all its gradients, and two more coming home."""
+        """Of Q one block in use and one on its way, of results one more. All KV; all its gradients, and two coming home."""
         foreign_q, foreign_kv = self.a - 1, self.b - 1
         passing_on = self.a == 1  # with a single visit of Q nothing of KV is needed twice
         return Room(

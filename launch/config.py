@@ -1,0 +1,94 @@
+"""The flags of `train`, and what follows from them alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import plots
+
+from ringattn import InputError
+from ringattn.nn import DecoderConfig
+
+# What may differ between a run and its continuation: everything else decides what is learned.
+MAY_CHANGE = ("data", "schedule", "layout", "ulysses", "kernel", "steps", "out", "save_every", "resume", "auto_resume", "plots")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a byte-level language model on long contexts, the sequence cut over the ranks of torchrun."""
+
+    data: tuple[Path, ...] = ()
+    """Text files, or directories of them; by default the Python standard library's own sources."""
+    seq_len: int = 8192
+    """Bytes in a sequence; need not divide by anything."""
+    batch: int = 1
+    """Sequences in a step."""
+    schedule: str = "token_ring"
+    """What travels: auto, ring, bidirectional_ring, token_ring, mesh or all_gather."""
+    layout: str = "auto"
+    """Which rank holds which positions: auto, contiguous, zigzag or striped."""
+    ulysses: int = 1
+    """Ranks that share a sequence by heads instead; divides the number of ranks."""
+    kernel: str = "auto"
+    """Attention kernel on one device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations; parameters, gradients and the loss stay float32."""
+    dim: int = 128
+    """Width of the residual stream."""
+    layers: int = 2
+    """Blocks of attention and MLP."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 4
+    """Key and value heads; divides --heads."""
+    head_dim: int = 32
+    """Width of a head; even."""
+    hidden_dim: int = 384
+    """Width inside the MLP."""
+    steps: int = 40
+    """Optimizer steps in all, those before a resume included."""
+    lr: float = 4e-3
+    """Learning rate at its peak, at the end of the warm-up; from there it falls with the square root of the step."""
+    warmup: int = 10
+    """Steps over which the learning rate rises."""
+    clip: float = 1.0
+    """Largest norm of the gradient; what is longer is scaled down."""
+    seed: int = 0
+    """Of the initial parameters and the order of the data."""
+    out: Path = Path("runs/train")
+    """Directory for metrics, checkpoints and pictures. A finished run found there is moved aside, not overwritten."""
+    save_every: int = 20
+    """Steps between checkpoints; 0 for only one, at the end."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out; an error when there is none."""
+    auto_resume: bool = False
+    """The same, but start anew when there is none: for jobs that are restarted or requeued."""
+    plots: bool = True
+    """Draw the loss curve and the schedule's timeline (needs matplotlib)."""
+
+    def check(self) -> None:
+        """Raise `InputError` for numbers that cannot work; model and plan check their own."""
+        for name in ("seq_len", "batch", "steps", "warmup"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name} {getattr(self, name)}: must be positive")
+        if self.save_every < 0:
+            raise InputError(f"--save-every {self.save_every}: must be 0 (only at the end) or more")
+        if self.plots:
+            plots.available()
+
+    def model(self) -> DecoderConfig:
+        return DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        return {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
+
+    def learning_rate(self, step: int) -> float:
+        """For step 1, 2, ...; no horizon, so that a run can be continued beyond its --steps as if it had been longer."""
+        return self.lr * min(step / self.warmup, math.sqrt(self.warmup / step))

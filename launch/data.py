@@ -1,0 +1,50 @@
+"""Bytes to train on: files, joined; and windows of them, drawn by (seed, step) alone, so that a resumed run misses nothing."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringattn import InputError
+
+ELSEWHERE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}  # not the library proper
+
+
+def read_corpus(paths: Sequence[Path]) -> Tensor:
+    """All text under `paths`, in a fixed order, as uint8 (bytes,); by default the Python standard library's own sources.
+
+    Directories are searched for text: hidden files and files with a zero byte are passed over. Raises `InputError` when a path
+    does not exist or nothing is found.
+    """
+    files = sorted(_standard_library()) if not paths else [file for path in paths for file in _files(path)]
+    texts = [text for file in files if b"\0" not in (text := file.read_bytes())]
+    whole = b"\n".join(texts)
+    if not whole:
+        raise InputError(f"--data {' '.join(map(str, paths))}: no text found; give text files or directories that hold some")
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+
+
+def windows(corpus: Tensor, *, seq_len: int, batch: int, seed: int, step: int) -> Tensor:
+    """Random windows of `corpus` for one step: int64 (batch, seq_len). The same on every rank."""
+    if len(corpus) < seq_len:
+        raise InputError(f"--data holds {len(corpus)} bytes, less than one window of --seq-len {seq_len}; give more text")
+    starts = np.random.default_rng((seed, step)).integers(0, len(corpus) - seq_len + 1, size=batch)
+    return torch.stack([corpus[start : start + seq_len] for start in starts.tolist()]).long()
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise InputError(f"--data {path}: there is no such file or directory")
+    if path.is_file():
+        return [path]
+    return sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
+
+
+def _standard_library() -> Iterator[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return (file for file in root.rglob("*.py") if not ELSEWHERE.intersection(file.relative_to(root).parts))

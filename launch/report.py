@@ -1,0 +1,118 @@
+"""What a run says of itself: a line or a bar per step, metrics.jsonl for machines, a table at the end. Only rank 0 speaks."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections import Counter
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn import Plan
+from ringattn.cost import traffic
+from ringattn.measure import overlap
+
+MIB = 1 << 20
+
+
+class Log(AbstractContextManager["Log"]):
+    """One dict of metrics per step: appended to `path` as a JSON line, shown on stderr as a bar or, without a terminal, a line.
+
+    Lines that `path` already holds for steps after `done` come from a run that went on beyond its checkpoint: they are dropped,
+    since those steps are made again.
+    """
+
+    def __init__(self, path: Path, *, speaks: bool, done: int, steps: int) -> None:
+        self.speaks, self.steps, self.seconds = speaks, steps, list[float]()
+        if not speaks:
+            return
+        kept = [line for line in read_metrics(path) if line["step"] <= done]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+        if self.bar is not None:
+            self.task = self.bar.add_task("", total=steps, completed=done)
+            self.bar.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        self.seconds.append(metrics["seconds"])
+        if not self.speaks:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        said = "loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s".format(**metrics)
+        if self.bar is not None:
+            self.bar.update(self.task, advance=1, description=said)
+        else:
+            self.say(f"step {metrics['step']}/{self.steps}  {said}")
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.speaks:
+            self.file.close()
+            if self.bar is not None:
+                self.bar.stop()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The steps logged in `path`; a last line cut short by a crash does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_bytes: int, seconds: list[float]) -> Table:
+    """The table at the end of a run; collective, since it measures how much communication hides behind compute."""
+    peak = torch.tensor(_peak_bytes(mesh), dtype=torch.int64, device=mesh.device_type)
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=mesh.get_group())
+    forward, backward = (overlap(plan, batch=batch, group=mesh, backward=b, repeats=3) for b in (False, True))
+    sent: Counter[int] = Counter()
+    for one_pass in (False, True):
+        for (src, _), size in traffic(plan, batch=batch, backward=one_pass).items():
+            sent[src] += size * layers
+    step = median(seconds)
+    table = Table(title=f"{plan.world} ranks, {plan.seq_len:,} tokens, {plan.forward[0].schedule.name}", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("counted how")
+    table.add_row("throughput", f"{batch * plan.seq_len / step:,.0f} tokens/s", f"median step of {step:.2f} s")
+    table.add_row(
+        "attention sends", f"{_mib(max(sent.values(), default=0))}", "per step, busiest rank, forward + backward, all layers"
+    )
+    reduced = 2 * gradient_bytes * (plan.world - 1) // plan.world
+    table.add_row("gradient reduction sends", f"{_mib(reduced)}", "per step and rank, as a ring all-reduce")
+    table.add_row(
+        "peak memory", f"{_mib(int(peak))}", "largest of all ranks, " + ("allocated on the GPU" if _gpu(mesh) else "resident")
+    )
+    for name, found in (("forward", forward), ("backward", backward)):
+        how = f"of the shorter of compute {found.compute * 1e3:.0f} ms and transfer {found.transfer * 1e3:.0f} ms, one layer"
+        table.add_row(f"communication hidden, {name}", f"{found.hidden:.0%}", how)
+    return table
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f} MiB"
+
+
+def _gpu(mesh: DeviceMesh) -> bool:
+    return bool(mesh.device_type == "cuda")
+
+
+def _peak_bytes(mesh: DeviceMesh) -> int:
+    if _gpu(mesh):
+        return torch.cuda.max_memory_allocated()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

@@ -1,0 +1,27 @@
+"""A Llama-shaped decoder that trains on shards, and the three things a sharded training step needs.
+
+    logits = Decoder(config)(tokens, plan)            each rank: its own rows, positions from the plan
+    loss = cross_entropy(logits, targets)             the global mean; targets shifted before they were sharded
+    reduce_gradients(model.parameters())              parameters are replicated, so gradients are summed
+
+With a plan for one rank the same class with the same parameters is the ordinary single-process model: only `attention` and the
+two reductions know whether the sequence is cut.
+"""
+
+from ringattn.nn.config import DecoderConfig
+from ringattn.nn.decoder import MLP, Decoder, SelfAttention
+from ringattn.nn.grads import reduce_gradients
+from ringattn.nn.loss import cross_entropy, shift_labels
+from ringattn.nn.rotary import apply_rotary, rotary
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "MLP",
+    "SelfAttention",
+    "apply_rotary",
+    "cross_entropy",
+    "reduce_gradients",
+    "rotary",
+    "shift_labels",
+]

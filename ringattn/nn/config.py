@@ -1,0 +1,45 @@
+"""The shape of a decoder: plain numbers, checked once. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringattn.errors import InputError
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a Llama-shaped decoder.
+
+    vocab_size: tokens; 256 for bytes.         dim: width of the residual stream.
+    layers: blocks of attention and MLP.       hidden_dim: width inside the SwiGLU MLP.
+    heads, kv_heads, head_dim: of the attention; heads must be a multiple of kv_heads, head_dim even (rotary turns pairs).
+    rope_theta: base of the rotary frequencies. norm_eps: added to the mean square in RMSNorm.
+
+    Raises `InputError` when a number cannot work.
+    """
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value!r}: must be a whole number of 1 or more")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}={getattr(self, name)!r}: must be positive")
+        if self.heads % self.kv_heads:
+            raise InputError(
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; each KV head serves equally many query ones"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim={self.head_dim}: must be even, since the rotary embedding turns pairs of channels")

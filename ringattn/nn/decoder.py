@@ -1,0 +1,160 @@
+"""The decoder: embedding, blocks of attention and SwiGLU, final norm, head tied to the embedding; each rank runs its own rows.
+
+Only attention looks beyond a row, so it is the only place where ranks meet. Modules are named as in Llama's published weights
+(`layers.0.self_attn.q_proj`), so a bias-free, tied Llama loads with `load_state_dict`. No dropout and no KV cache: this is for
+training and scoring, not for generation.
+
+Touvron et al. 2023, https://arxiv.org/abs/2302.13971; GQA: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245;
+SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.functional import attention
+from ringattn.nn.config import DecoderConfig
+from ringattn.nn.loss import IGNORE, mean_over, summed
+from ringattn.nn.rotary import apply_rotary, rotary
+from ringattn.plan import Plan
+from ringattn.sharding import positions
+
+LOGIT_ROWS = 1024  # rows whose logits exist at once in `Decoder.loss`
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention over a sequence that is cut over ranks."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None) -> Tensor:
+        """x: (batch, rows, dim), this rank's rows; positions: int64 (rows,), their global positions. Returns the shape of x."""
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = rotary(positions, self.head_dim, self.rope_theta)
+        out = attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, plan, group=group)
+        y: Tensor = self.o_proj(out.flatten(-2))
+        return y
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., dim). Returns the same shape."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on normed input and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, plan, group)
+        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return y
+
+
+class Decoder(nn.Module):
+    """A Llama-shaped language model whose sequence is cut over ranks; parameters are replicated.
+
+    With a plan for one rank it is the single-process model. New parameters are drawn from torch's global generator: give it the
+    same seed on all ranks.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Matrices keep their input's variance; what joins the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2."""
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # small, as it is also the head: training starts at log(vocab_size)
+        for name, p in self.layers.named_parameters():
+            if p.ndim == 2:
+                joins = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.layers if joins else 1)) ** -0.5)
+
+    def forward(self, tokens: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False) -> Tensor:
+        """Logits (batch, rows, vocab_size) for this rank's rows.
+
+        Args:
+            tokens: int64 (batch, rows), this rank's shard of the sequence: `shard(tokens, plan)`.
+            plan: from `make_plan` with this model's heads, kv_heads and head_dim; the same on every rank.
+            group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
+            checkpoint: keep only each block's input and compute the block again in backward, its communication included.
+
+        Raises:
+            InputError: tokens do not fit the plan. Raised on every rank.
+        """
+        logits: Tensor = F.linear(self._hidden(tokens, plan, group, checkpoint), self.embed_tokens.weight)
+        return logits
+
+    def loss(
+        self, tokens: Tensor, targets: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False
+    ) -> Tensor:
+        """`cross_entropy(self(tokens, plan, group), targets, group)` without ever holding the logits of a whole shard.
+
+        targets: int64 (batch, rows), shifted before sharding. Logits of 1,024 rows exist at once; backward makes them again.
+
+        Raises:
+            InputError: tokens or targets do not fit the plan. Raised on every rank.
+        """
+        process_group, _ = group_and_rank(group, plan.world)
+        hidden = self._hidden(tokens, plan, group, checkpoint, targets).flatten(0, 1)
+        parts = [
+            recomputed(self._summed_loss, h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS), strict=True)
+        ]
+        return mean_over(torch.stack(parts).sum(), (targets != IGNORE).sum(), process_group)
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return summed(F.linear(hidden, self.embed_tokens.weight), targets)
+
+    def _hidden(
+        self, tokens: Tensor, plan: Plan, group: Group | None, checkpoint: bool, targets: Tensor | None = None
+    ) -> Tensor:
+        process_group, rank = group_and_rank(group, plan.world)
+        problem = None
+        if tokens.ndim != 2 or tokens.shape[1] != plan.rows(rank):
+            problem = (
+                f"tokens has shape {tuple(tokens.shape)}, the plan gives rank {rank} {plan.rows(rank)} rows: "
+                "pass (batch, rows) as shard(tokens, plan) returns it"
+            )
+        elif targets is not None and targets.shape != tokens.shape:
+            problem = (
+                f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
+            )
+        agree(process_group, tokens.device, {"plan of the decoder": plan.digest}, problem)
+        where = positions(plan, rank).to(tokens.device)
+        x: Tensor = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = recomputed(layer, x, where, plan, group, use_reentrant=False) if checkpoint else layer(x, where, plan, group)
+        normed: Tensor = self.norm(x)
+        return normed

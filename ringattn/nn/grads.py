@@ -1,0 +1,70 @@
+"""Summing the gradients of replicated parameters over the ranks that hold the sequence.
+
+Each rank has differentiated its own share of the loss (see `loss`), so the sum is the gradient of the whole. It equals that of
+a single process up to rounding, and is bit-identical on all ranks, which keeps the replicas equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group
+from ringattn.nn.group import reduction_group
+
+BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small beside the gradients of a large model
+
+
+def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -> None:
+    """Replace each parameter's `.grad` by its sum over `group`; collective.
+
+    Args:
+        parameters: the same ones in the same order on every rank. Those that require no gradient are passed over. One without
+            `.grad` counts as zero; where no rank has a gradient, none is made.
+        group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
+
+    Raises:
+        MismatchError: ranks came with different parameters. Raised on every rank.
+    """
+    process_group = reduction_group(group)
+    trained = [p for p in parameters if p.requires_grad]
+    if process_group is None or not trained:
+        return
+    shapes = [(tuple(p.shape), p.dtype) for p in trained]
+    agree(process_group, trained[0].device, {"parameters to reduce": sha256(repr(shapes).encode()).hexdigest()[:16]}, None)
+    for bucket in _buckets(trained):
+        _reduce(bucket, process_group)
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters in order, grouped by dtype and device, each bucket up to `BUCKET_BYTES` or one parameter."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for p in parameters:
+        kinds.setdefault((p.dtype, p.device), []).append(p)
+    for alike in kinds.values():
+        bucket: list[Tensor] = []
+        size = 0
+        for p in alike:
+            if bucket and size + p.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(p)
+            size += p.nbytes
+        yield bucket
+
+
+def _reduce(bucket: list[Tensor], group: dist.ProcessGroup) -> None:
+    has_grad = bucket[0].new_tensor([p.grad is not None for p in bucket])
+    flat = torch.cat([has_grad, *(torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket)])
+    dist.all_reduce(flat, group=group)
+    counts, *sums = flat.split([len(bucket), *(p.numel() for p in bucket)])
+    for p, count, total in zip(bucket, counts, sums, strict=True):
+        if p.grad is not None:
+            p.grad.copy_(total.view_as(p))
+        elif count > 0:
+            p.grad = total.view_as(p).clone()

@@ -1,0 +1,16 @@
+"""The group that a reduction runs over, where no plan says how many ranks there are."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.comm.group import Group, group_and_rank
+
+
+def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
+    """`group`, or the default group, as a process group; None where there is nothing to reduce: no group, or one member."""
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return None
+    world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
+    return group_and_rank(group, world)[0]

@@ -1,0 +1,84 @@
+"""From the arguments of `make_plan` to a plan: `request` checks them, `choose` decides what they leave open, by price.
+
+Without a topology the plan is made for `infiniband`: nodes of eight behind a switch. Up to eight ranks that is one switch,
+which gives every schedule the same port and so lets bytes decide; beyond, it knows that leaving a node is dear. To have the
+links at hand instead, measure them with `ringattn probe`.
+
+No torch here, and no process group: every rank calls this by itself, with the same arguments, and finds the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ringattn.layout import Layout
+from ringattn.mask import Mask, causal
+from ringattn.plan import Plan
+from ringattn.planner.choose import Candidate, choose, options
+from ringattn.planner.request import KERNELS, request
+from ringattn.schedule import Schedule
+from ringattn.topology import Topology
+
+__all__ = ["KERNELS", "Candidate", "candidates", "make_plan"]
+
+
+def make_plan(
+    seq_len: int,
+    *,
+    world: Any,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    dtype: Any = "float32",
+    mask: Mask = causal(),  # noqa: B008  (immutable)
+    schedule: str | Schedule | Sequence[Schedule] = "auto",
+    layout: str | Layout = "auto",
+    ulysses: int | None = None,
+    kernel: str = "auto",
+    topology: Topology | str | None = None,
+) -> Plan:
+    """Decide how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
+
+    Args:
+        seq_len: tokens in the whole sequence; need not divide by anything.
+        world: number of ranks, or the 1-D DeviceMesh or ProcessGroup that has them.
+        heads: query heads of the whole model, a multiple of kv_heads.
+        kv_heads: key and value heads; by default as many as heads.
+        head_dim: of q, k and v.
+        dtype: float32, float64, bfloat16 or float16, as torch dtype or by name.
+        mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them joined with `&`.
+        schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share out the heads. "auto" leaves
+            out all_gather, whose buffers grow with the whole sequence.
+        layout: "auto", "contiguous", "zigzag", "striped" or a `Layout`.
+        ulysses: degree of head resharding; None or 1 is none, and this version has no other.
+        kernel: "auto" ("sdpa"), "sdpa" or "reference".
+        topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
+
+    Raises:
+        PlanError: an argument is out of range, unknown, or contradicts another.
+        ScheduleError: a schedule given as data is not a correct algorithm.
+    """
+    return choose(
+        request(
+            seq_len=seq_len,
+            world=world,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            mask=mask,
+            schedule=schedule,
+            layout=layout,
+            ulysses=ulysses,
+            kernel=kernel,
+            topology=topology,
+        )
+    )
+
+
+def candidates(seq_len: int, *, world: Any, heads: int, head_dim: int, **others: Any) -> list[Candidate]:
+    """Everything that `make_plan` with the same arguments would choose from, priced; the fastest pair of passes first."""
+    asked = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
+    found = [option for layout in asked.layouts for option in options(asked, layout)]
+    return sorted(found, key=lambda option: option.cost(backward=False).seconds + option.cost(backward=True).seconds)

@@ -1,0 +1,129 @@
+"""Choose by price. Nobody's slogan decides.
+
+Every schedule and layout that the request allows is a candidate, forward and backward each by itself; both share the layout.
+They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
+less than the model can tell apart. So no plan here is more than 1 % faster than the one chosen, and where compute hides the
+transfers, the fewest bytes win. Equal bytes: the order of `schedule.named`, then hops before direct.
+
+What cannot take over, because its compute or its busiest link alone takes too long, is not simulated. Plans are priced for a
+batch of 1: with more, compute and bytes grow alike, and only latency counts for less. All of it is arithmetic on integers and
+IEEE doubles and depends on the request alone, so every rank finds the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from ringattn.cost import Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.layout import Layout
+from ringattn.plan import Plan, make_lanes
+from ringattn.planner.request import Request
+from ringattn.schedule import ring
+from ringattn.schedule.named import NAMES, Facts, Named, named
+from ringattn.topology import Topology
+
+TIE = 1.01
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One schedule on one layout, for both passes, and what it costs."""
+
+    named: Named
+    plan: Plan
+    topology: Topology
+
+    def cost(self, *, backward: bool) -> Cost:
+        if backward not in self._costs:
+            self._costs[backward] = price(self.plan, self.topology, backward=backward)
+        return self._costs[backward]
+
+    def total_bytes(self, *, backward: bool) -> int:
+        return sum(self._traffic[backward].values())
+
+    def at_least(self, *, backward: bool) -> float:
+        """Seconds it cannot take less than, without a simulation."""
+        compute = compute_seconds(self.plan, self.topology, backward=backward)
+        return max(compute, transfer_seconds(self._traffic[backward], self.topology))
+
+    @cached_property
+    def _traffic(self) -> tuple[dict[tuple[int, int], int], ...]:
+        return tuple(traffic(self.plan, backward=backward) for backward in (False, True))
+
+    @cached_property
+    def _costs(self) -> dict[bool, Cost]:
+        return {}
+
+
+@lru_cache(maxsize=256)
+def choose(request: Request) -> Plan:
+    """The plan for `request`, the same object for an equal request."""
+    best = None
+    for layout in request.layouts:
+        found = options(request, layout)
+        # Layouts stand in the order of bytes too: under a mask, shards that are neighbours need fewest others.
+        least = sum(min(option.at_least(backward=backward) for option in found) for backward in (False, True))
+        if best is None or TIE * least < _seconds(*best):
+            pair = _cheapest(found, backward=False), _cheapest(found, backward=True)
+            best = pair if best is None or TIE * _seconds(*pair) < _seconds(*best) else best
+    assert best is not None
+    forward, backward = best
+    told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
+    notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
+    return replace(forward.plan, backward=backward.plan.backward, notes=notes)
+
+
+def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
+    first, *others = sorted(found, key=lambda option: option.total_bytes(backward=backward))
+    best, seconds = first, first.cost(backward=backward).seconds
+    for option in others:
+        if TIE * option.at_least(backward=backward) < seconds and TIE * option.cost(backward=backward).seconds < seconds:
+            best, seconds = option, option.cost(backward=backward).seconds
+    return best
+
+
+def _seconds(forward: Candidate, backward: Candidate) -> float:
+    return forward.cost(backward=False).seconds + backward.cost(backward=True).seconds
+
+
+def _told(which: str, cost: Cost) -> str:
+    return f"{which} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
+
+
+def options(request: Request, layout: Layout) -> list[Candidate]:
+    """Every schedule that `request` allows, on one layout."""
+    found = []
+    for one in _schedules(request, layout):
+        lanes = make_lanes(one.lanes, layout, request.mask, request.kv_heads)
+        model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
+        plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
+        found.append(Candidate(one, plan, request.topology))
+    return found
+
+
+def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
+    if not isinstance(request.schedule, str):
+        yield Named("given", "", request.schedule)
+    elif request.schedule != "auto":
+        yield from _variants(request.schedule, _facts(request, layout))
+    elif request.world == 1:
+        yield from _variants("ring", _facts(request, layout))
+    else:
+        for name in NAMES:
+            if name != "all_gather":  # its buffers grow with the whole sequence: only where asked for
+                yield from _variants(name, _facts(request, layout))
+
+
+def _facts(request: Request, layout: Layout) -> Facts:
+    """Turned round, a schedule costs the same, unless some tiles have no work or links are not all alike."""
+    lanes = make_lanes((ring(request.world),), layout, request.mask, request.kv_heads)
+    uneven = len(lanes[0].pieces) < request.world**2 or request.topology.kind == "matrix"
+    node_size = request.topology.node_size or 1
+    return Facts(request.world, request.heads, request.kv_heads, node_size, (1, -1) if uneven else (1,))
+
+
+@lru_cache(maxsize=64)
+def _variants(name: str, facts: Facts) -> tuple[Named, ...]:
+    return tuple(named(name, facts))

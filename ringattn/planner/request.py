@@ -1,0 +1,164 @@
+"""The arguments of `make_plan`, checked and in one form: whatever is wrong is said here, before anything is computed.
+
+Each complaint names the argument, what was found, and the cure. What is left open stays open: "auto" is `choose`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import index
+from typing import Any, NamedTuple
+
+from ringattn.cost import ITEMSIZE
+from ringattn.errors import PlanError
+from ringattn.layout import LAYOUTS, Layout
+from ringattn.mask import Mask, causal, full
+from ringattn.schedule import Schedule, check
+from ringattn.schedule.mesh import factors
+from ringattn.schedule.named import NAMES, Lanes
+from ringattn.topology import PRESETS, Topology
+
+KERNELS = ("sdpa", "reference")  # "auto" is the first
+DEFAULT_TOPOLOGY = "infiniband"
+
+
+class Request(NamedTuple):
+    """What a plan is made from, and cached by. `layouts` are those to choose from; `schedule` is "auto", a name, or lanes."""
+
+    seq_len: int
+    world: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    mask: Mask
+    schedule: str | Lanes
+    layouts: tuple[Layout, ...]
+    kernel: str
+    topology: Topology
+
+
+def request(
+    *,
+    seq_len: Any,
+    world: Any,
+    heads: Any,
+    kv_heads: Any = None,
+    head_dim: Any,
+    dtype: Any = "float32",
+    mask: Any = causal(),  # noqa: B008  (immutable)
+    schedule: Any = "auto",
+    layout: Any = "auto",
+    ulysses: Any = None,
+    kernel: Any = "auto",
+    topology: Any = None,
+) -> Request:
+    """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
+    seq_len, world, heads = _count("seq_len", seq_len), _world(world), _count("heads", heads)
+    kv_heads = heads if kv_heads is None else _count("kv_heads", kv_heads)
+    if heads % kv_heads:
+        raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; give the model's own numbers of heads")
+    _check_ulysses(ulysses, world)
+    mask = _mask(mask, seq_len)
+    return Request(
+        seq_len,
+        world,
+        heads,
+        kv_heads,
+        _count("head_dim", head_dim),
+        _one_of("dtype", str(dtype).removeprefix("torch."), ITEMSIZE),
+        mask,
+        _schedule(schedule, world, kv_heads),
+        _layouts(layout, seq_len, world, mask),
+        KERNELS[0] if kernel == "auto" else _one_of("kernel", kernel, ("auto", *KERNELS)),
+        _topology(topology, world),
+    )
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        raise PlanError(f"{name}={value!r}; must be a whole number") from None
+    if number < 1:
+        raise PlanError(f"{name}={number}; must be 1 or more")
+    return number
+
+
+def _one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    if value not in choices:
+        raise PlanError(f"{name}={value!r}; choose one of {', '.join(choices)}")
+    return str(value)
+
+
+def _world(world: Any) -> int:
+    """A number, or the size of a mesh or group, which are known by their `size` method: torch is not imported for this."""
+    if getattr(world, "ndim", 1) != 1:
+        raise PlanError(
+            f"world has {world.ndim} dimensions ({world!r}); give the one the sequence is cut over, as in mesh['sequence']"
+        )
+    return _count("world", world.size() if callable(getattr(world, "size", None)) else world)
+
+
+def _mask(mask: Any, seq_len: int) -> Mask:
+    if not isinstance(mask, Mask):
+        raise PlanError(f"mask={mask!r}; call one of full(), causal(), sliding_window(..), documents(..), prefix_lm(..)")
+    if mask.length not in (None, seq_len):
+        raise PlanError(f"mask={mask} is for {mask.length} tokens and seq_len={seq_len}; cu_seqlens must end with seq_len")
+    return mask
+
+
+def _check_ulysses(degree: Any, world: int) -> None:
+    if degree is None:
+        return
+    degree = _count("ulysses", degree)
+    if world % degree:
+        raise PlanError(f"ulysses={degree} does not divide world={world}; choose one of {factors(world, upto=world)}, or None")
+    if degree > 1:
+        raise PlanError(
+            f"ulysses={degree}: this version does not reshard heads; leave it out and use schedule='auto' or 'mesh'"
+        )
+
+
+def _topology(topology: Any, world: int) -> Topology:
+    if topology is None:
+        topology = DEFAULT_TOPOLOGY
+    found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
+    if found is None:
+        raise PlanError(f"topology={topology!r}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)")
+    if found.world not in (None, world):
+        raise PlanError(
+            f"topology {found.name!r} describes {found.world} ranks and world={world}; measure these, or name a preset"
+        )
+    return found
+
+
+def _layouts(layout: Any, seq_len: int, world: int, mask: Mask) -> tuple[Layout, ...]:
+    if not isinstance(layout, Layout):
+        name = _one_of("layout", layout, ("auto", *LAYOUTS))
+        # Where every query sees every key, no layout is better balanced than the plainest.
+        names = [name] if name != "auto" else ["contiguous"] if mask == full() or world == 1 else list(LAYOUTS)
+        return tuple(LAYOUTS[name](seq_len, world) for name in names)
+    if layout.world != world:
+        raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
+    layout.validate(seq_len)
+    return (layout,)
+
+
+def _schedule(schedule: Any, world: int, kv_heads: int) -> str | Lanes:
+    if isinstance(schedule, str):
+        return _one_of("schedule", schedule, ("auto", *NAMES))
+    lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
+    if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
+        raise PlanError(f"schedule={schedule!r}; give a name ({', '.join(('auto', *NAMES))}), a Schedule, or a tuple of them")
+    for lane in lanes:
+        if lane.world != world:
+            raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and world={world}; build it for as many ranks")
+        check(lane)
+    queries_travel = any(move.kind.of_queries for lane in lanes for move in lane.moves)
+    if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel):
+        raise PlanError(
+            f"schedule has {len(lanes)} lanes and kv_heads={kv_heads} are too few to share out among them; "
+            "give one Schedule, or two in which only keys and values travel"
+        )
+    return lanes

@@ -1,0 +1,110 @@
+"""Schedules by name, each with the variants among which the planner picks by price.
+
+    ring                 KV from neighbour to neighbour, either way round
+    bidirectional_ring   half of the heads each way
+    ring_direct          KV from its owner straight to each rank, a few at a time
+    token_ring           Q to neighbours or straight to each rank, partial results straight home
+    mesh                 Q along rows, KV along columns; a few sensible grids
+    all_gather           KV from its owner to all ranks at once: one exchange, and buffers as large as the whole sequence
+
+Within a name and among names, what needs less room stands first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import isqrt
+
+from ringattn.schedule.ir import Schedule
+from ringattn.schedule.mesh import factors, mesh
+from ringattn.schedule.ring import bidirectional_ring, ring
+from ringattn.schedule.token_ring import token_ring
+
+IN_FLIGHT = 4  # peers that a direct schedule sends to at once
+
+Lanes = tuple[Schedule, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """One variant of a named schedule."""
+
+    name: str
+    variant: str
+    lanes: Lanes
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the choice of variants depends on. `node_size` is 1 where ranks do not stand in nodes."""
+
+    world: int
+    heads: int
+    kv_heads: int
+    node_size: int = 1
+    directions: tuple[int, ...] = (1, -1)
+
+
+def named(name: str, facts: Facts) -> Iterator[Named]:
+    """The variants of `name`, one of `NAMES`."""
+    for variant, lanes in NAMES[name](facts):
+        yield Named(name, variant, lanes)
+
+
+Variants = Iterator[tuple[str, Lanes]]
+
+
+def _ring(facts: Facts) -> Variants:
+    for direction in facts.directions:
+        yield _turned("hop", direction), (ring(facts.world, direction=direction),)
+
+
+def _bidirectional_ring(facts: Facts) -> Variants:
+    yield "hop", bidirectional_ring(facts.world)
+
+
+def _ring_direct(facts: Facts) -> Variants:
+    ahead = max(1, min(IN_FLIGHT, facts.world - 1))
+    for direction in facts.directions:
+        yield _turned("direct", direction), (ring(facts.world, routing="direct", direction=direction, lookahead=ahead),)
+
+
+def _token_ring(facts: Facts) -> Variants:
+    for routing in ("hop", "direct"):
+        for direction in facts.directions:
+            yield _turned(routing, direction), (token_ring(facts.world, routing=routing, direction=direction),)
+
+
+def _mesh(facts: Facts) -> Variants:
+    """The squarest grid, those that move least in either pass, and one with nodes as rows."""
+    world, q, kv = facts.world, facts.heads, facts.kv_heads
+    grids = {max(factors(world, upto=isqrt(world))), facts.node_size}
+    # Vectors that move for each row of a visitor: q and out, k and v; then q, dout and dq, k, v, dk and dv.
+    for of_q, of_kv in ((2 * q, 2 * kv), (3 * q, 4 * kv)):
+        grids.add(min(factors(world, upto=world), key=lambda a: (a - 1) * of_q + (world // a - 1) * of_kv))
+    for a in sorted(grids):
+        if world % a == 0:
+            yield f"{a} x {world // a}", (mesh(world, a=a),)
+
+
+def _all_gather(facts: Facts) -> Variants:
+    everyone = ring(facts.world, routing="direct", lookahead=max(1, facts.world - 1))
+    yield "", (replace(everyone, name="all_gather"),)
+
+
+def _turned(variant: str, direction: int) -> str:
+    return variant if direction == 1 else f"{variant}, reversed"
+
+
+NAMES: dict[str, Callable[[Facts], Variants]] = {
+    "ring": _ring,
+    "bidirectional_ring": _bidirectional_ring,
+    "ring_direct": _ring_direct,
+    "token_ring": _token_ring,
+    "mesh": _mesh,
+    "all_gather": _all_gather,
+}

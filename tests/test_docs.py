@@ -1,0 +1,34 @@
+"""Every Python block in the README and in docs/ runs as it stands, under torchrun."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{n}")
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_example_runs(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(block)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(script)]
+    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=55)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_there_are_examples() -> None:
+    assert len(BLOCKS) >= 2
+
+
+def test_the_readme_loop_fits_on_one_screen() -> None:
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 15
