@@ -146,7 +146,7 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
             f"{row.hidden_forward:.0%} / {row.hidden_backward:.0%}",
             f"{row.sent_forward / 1e6:.1f} / {row.sent_backward / 1e6:.1f}",
         )
-    Console().print(table)
+    Console(width=130).print(table)
     if config.json:
         facts = dict(config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, rows=[asdict(row) for row in rows])
         config.json.write_text(json.dumps(facts, indent=1) + "\n")

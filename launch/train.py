@@ -74,6 +74,8 @@ def main(config: TrainConfig) -> None:
                 break
         else:
             log.say(f"nothing to do: step {done} is done and --steps is {config.steps}")
+        if stop.requested:
+            log.say(f"stopped by SIGTERM; go on with --resume --out {config.out}")
         if stop.requested or not log.seconds:
             return
     gradient_bytes = sum(p.nbytes for p in model.parameters())
@@ -171,12 +173,13 @@ class _StopRequest:
         return self.requested
 
 
-def _explain(error: RingAttnError) -> str:
+def _complain(error: RingAttnError) -> None:
     """One paragraph. What is raised on every rank is said by rank 0 alone, the rest by whom it befell."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, CommError):
-        return f"rank {rank}: {error}"
-    return f"error: {error}" if rank == 0 else ""
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
+    elif rank == 0:
+        print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -184,5 +187,5 @@ if __name__ == "__main__":
         main(tyro.cli(TrainConfig))
         dist.destroy_process_group()
     except RingAttnError as error:
-        print(_explain(error), file=sys.stderr, end="\n" if _explain(error) else "")
+        _complain(error)
         sys.exit(1)

@@ -234,6 +234,26 @@ def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str) -> None:
     assert len(set(said)) == 1 and said[0].startswith(text), said
 
 
+def deserted(rank: int) -> str:
+    """Rank 1 leaves after the first call; its peers are in the middle of the second."""
+    plan = plan_for(3)
+    attention(*tensors(plan, rank), plan)
+    if rank == 1:
+        return "left"
+    try:
+        for _ in range(3):
+            attention(*tensors(plan, rank), plan)
+    except ringattn.CommError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_leaves_is_named_by_its_peers() -> None:
+    said = run_ranks(3, deserted, timeout=30)
+    assert any(f"rank {rank}, forward" in said[rank] and "rank 1" in said[rank] for rank in (0, 2)), said
+    assert all("departing in step" in said[rank] for rank in (0, 2)), said
+
+
 def agreed_once(rank: int) -> int:
     """The exchange happens for the first call of its kind only."""
     gathered = 0

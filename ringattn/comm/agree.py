@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import InputError, MismatchError
+from ringattn.errors import CommError, InputError, MismatchError
 
 REPORT_BYTES = 2048
 
@@ -45,7 +45,13 @@ def _exchange(group: dist.ProcessGroup, device: torch.device, text: str) -> list
     data = text.encode()[:REPORT_BYTES].ljust(REPORT_BYTES, b"\0")
     report = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     reports = [torch.empty_like(report) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(reports, report, group=group)
+    try:
+        dist.all_gather(reports, report, group=group)
+    except RuntimeError as error:
+        raise CommError(
+            f"rank {dist.get_rank(group)}: the ranks could not agree on this call before sending; some rank has died, or came "
+            f"to another call. The backend says: {error}"
+        ) from error
     return [bytes(r.tolist()).rstrip(b"\0").decode(errors="replace") for r in reports]
 
 

@@ -73,15 +73,12 @@ class Sdpa(Kernel):
 def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     """A tensor in dout's shape and dtype whose row-wise product with dout sums to delta: the multiple of dout that does.
 
-    It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow; rows of dout are brought to size 1
-    first, so that tiny gradients do not underflow when squared.
+    It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow. Norms are taken in fp64, where the
+    square of no fp32 number is lost; a row too small even so, or zero, has no gradient to speak of and gets a bounded factor.
     """
-    row = dout.to(delta.dtype)
-    size = row.abs().amax(-1, keepdim=True)
-    unit = row / size.masked_fill(size == 0, 1.0)
-    square = unit.square().sum(-1, keepdim=True)
-    factor = delta.unsqueeze(-1) / (size * square).masked_fill(size == 0, 1.0)
-    return (unit * factor).to(dout.dtype)
+    norm = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64)
+    factor = (delta / norm / norm).masked_fill_(norm == 0, 0.0).clamp_(-1e37, 1e37).to(delta.dtype)
+    return (dout * factor.unsqueeze(-1)).to(dout.dtype)
 
 
 def _fused(q: Tensor, band: Band, options: Options) -> Fused | None:

@@ -48,7 +48,7 @@ def make_plan(
         head_dim: of q, k and v.
         dtype: float32, float64, bfloat16 or float16, as torch dtype or by name.
         mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them joined with `&`.
-        schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share out the heads. "auto" leaves
+        schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share the heads. "auto" leaves
             out all_gather, whose buffers grow with the whole sequence.
         layout: "auto", "contiguous", "zigzag", "striped" or a `Layout`.
         ulysses: degree of head resharding; None or 1 is none, and this version has no other.

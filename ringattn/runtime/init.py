@@ -2,7 +2,7 @@
 
 What it adds to `torch.distributed.init_process_group`: the environment is read first and a gap is answered with the command to use; the
 store's keys carry the attempt number, without which a torchrun restart reads the addresses of dead workers and cannot connect; every wait has a
-deadline; and every pair of neighbours has exchanged a message before the first attention relies on it.
+deadline; and near ranks have exchanged a message before the first attention relies on it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
 
 AXIS = "sequence"
+WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
 def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
@@ -91,13 +92,13 @@ def _join(backend: str, env: dict[str, int], timeout: timedelta) -> None:
 
 
 def _warm_up(mesh: DeviceMesh) -> None:
-    """One byte to each neighbour and one from it, in one batch: connections exist before anything depends on them."""
+    """One byte to and from each near rank, in one batch: connections exist before anything depends on them."""
     group, rank, world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     if world == 1:
         return
     byte = torch.zeros(1, dtype=torch.uint8, device=mesh.device_type)
     ops = []
-    for offset in range(1, world):
+    for offset in range(1, min(world, WARM_PEERS + 1)):
         ops.append(dist.P2POp(dist.isend, byte, group=group, group_peer=(rank + offset) % world))
         ops.append(dist.P2POp(dist.irecv, byte.clone(), group=group, group_peer=(rank - offset) % world))
     for work in dist.batch_isend_irecv(ops):

@@ -1,0 +1,223 @@
+"""The console script `ringattn`: `plan` compares plans on paper, `doctor` looks at this machine, `probe` measures its links.
+
+    ringattn plan 65536 --world 8 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology nvswitch --draw plan.svg
+    ringattn doctor
+    torchrun --nproc-per-node 8 -m ringattn.cli probe --out links.json
+
+Errors that ringattn raises on purpose are one paragraph on stderr and exit status 2. `plan` needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ringattn.errors import PlanError, RingAttnError
+from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
+from ringattn.plan import Plan
+from ringattn.planner import Candidate, candidates, make_plan
+from ringattn.topology import PRESETS, Topology, load_topology
+
+WIDE = 160  # columns where there is no terminal to ask
+
+
+def plan(
+    seq_len: Annotated[int, tyro.conf.Positional],
+    *,
+    world: int,
+    heads: int,
+    kv_heads: int | None = None,
+    head_dim: int,
+    dtype: str = "float32",
+    mask: str = "causal",
+    schedule: str = "auto",
+    layout: str = "auto",
+    ulysses: int | None = None,
+    kernel: str = "auto",
+    topology: str | None = None,
+    draw: Path | None = None,
+    draw_pass: Literal["forward", "backward"] = "forward",
+    top: int = 12,
+) -> None:
+    """Price every plan for one attention layer with a batch of 1, and show the one that make_plan chooses.
+
+    Args:
+        seq_len: Tokens in the whole sequence.
+        world: Number of ranks.
+        heads: Query heads of the whole model.
+        kv_heads: Key and value heads; as many as heads by default.
+        head_dim: Of q, k and v.
+        dtype: float32, float64, bfloat16 or float16.
+        mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
+        schedule: auto, ring, bidirectional_ring, ring_direct, token_ring, mesh or all_gather.
+        layout: auto, contiguous, zigzag or striped.
+        ulysses: Degree of head resharding.
+        kernel: auto, sdpa or reference.
+        topology: A preset's name, or a file that probe wrote.
+        draw: Write a picture of the chosen schedule to this SVG file.
+        draw_pass: Which pass to draw.
+        top: Rows of the table.
+    """
+    from ringattn.schedule.draw import draw_svg, draw_text
+
+    arguments: dict[str, Any] = {
+        "world": world,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype,
+        "mask": _mask(mask),
+        "schedule": schedule,
+        "layout": layout,
+        "ulysses": ulysses,
+        "kernel": kernel,
+        "topology": _topology(topology),
+    }
+    chosen = make_plan(seq_len, **arguments)
+    console = _console()
+    console.print(_comparison(candidates(seq_len, **arguments), chosen, top))
+    console.print(str(chosen), markup=False, highlight=False)
+    drawn = [lane.schedule for lane in (chosen.forward if draw_pass == "forward" else chosen.backward)]
+    console.print(draw_text(drawn, backward=draw_pass == "backward"), markup=False, highlight=False, soft_wrap=True)
+    if draw is not None:
+        draw.write_text(draw_svg(drawn, backward=draw_pass == "backward"))
+        console.print(f"drawn to {draw}", markup=False, highlight=False)
+
+
+def doctor() -> None:
+    """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1)."""
+    from ringattn.runtime.doctor import examine
+
+    table = Table("what", "found", "what to do", title="ringattn doctor")
+    findings = list(examine())
+    for finding in findings:
+        table.add_row(*finding)
+    _console().print(table)
+    if any(finding.cure for finding in findings):
+        sys.exit(1)
+
+
+def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
+    """Measure latency and bandwidth of every link and the speed of attention; run it under torchrun, one process for each rank.
+
+    Args:
+        out: The topology file to write, for `--topology` and load_topology.
+        megabytes: Size of the messages that measure bandwidth; larger on links above 100 GB/s.
+        repeats: Times that everything is measured; the best counts.
+    """
+    if megabytes <= 0 or repeats < 1:
+        raise PlanError(f"--megabytes {megabytes} --repeats {repeats}: messages must have a size, and be sent at least once")
+    import torch.distributed as dist
+
+    from ringattn.runtime import init
+    from ringattn.runtime.probe import Probe
+
+    mesh = init()
+    measured = Probe(mesh, nbytes=int(megabytes * 1e6), repeats=repeats).topology(out.stem)
+    if mesh.get_local_rank() == 0:
+        measured.save(out)
+        _console().print(_links(measured))
+        ports = "links are independent" if measured.port is None else f"links of a rank share {measured.port / 1e9:.3g} GB/s"
+        _console().print(f"{ports}; attention at {measured.flops / 1e9:.4g} Gflop/s; written to {out}", highlight=False)
+    dist.destroy_process_group()
+
+
+def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
+    title = f"{len(found)} candidates on {found[0].topology.name}, fastest first; chosen: F forward, B backward"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "schedule", "layout"):
+        table.add_column(name, no_wrap=True)
+    for name in ("forward ms", "backward ms", "busiest link MB", "backward", "all links GB", "buffers MB"):
+        table.add_column(name, justify="right")
+    for n, candidate in enumerate(found):
+        mark = _mark(candidate, chosen)
+        if n < top or mark:
+            forward, backward = candidate.cost(backward=False), candidate.cost(backward=True)
+            table.add_row(
+                mark,
+                str(candidate.named),
+                str(candidate.plan.layout),
+                f"{forward.seconds * 1e3:.4g}",
+                f"{backward.seconds * 1e3:.4g}",
+                f"{forward.link_bytes / 1e6:.4g}",
+                f"{backward.link_bytes / 1e6:.4g}",
+                f"{(forward.total_bytes + backward.total_bytes) / 1e9:.4g}",
+                f"{max(forward.buffer_bytes, backward.buffer_bytes) / 1e6:.4g}",
+            )
+    return table
+
+
+def _mark(candidate: Candidate, chosen: Plan) -> str:
+    if candidate.plan.layout != chosen.layout:
+        return ""
+    passes = (("F", chosen.forward, candidate.plan.forward), ("B", chosen.backward, candidate.plan.backward))
+    return "".join(mark for mark, a, b in passes if [lane.schedule for lane in a] == [lane.schedule for lane in b])
+
+
+def _links(measured: Topology) -> Table:
+    table = Table("from", title="latency in µs / bandwidth in GB/s")
+    ranks = range(measured.world or 0)
+    for dst in ranks:
+        table.add_column(f"to {dst}", justify="right")
+    for src in ranks:
+        cells = (f"{measured.latencies[src][dst] * 1e6:.3g} / {measured.bandwidths[src][dst] / 1e9:.3g}" for dst in ranks)
+        table.add_row(str(src), *("" if src == dst else cell for dst, cell in enumerate(cells)))
+    return table
+
+
+def _mask(text: str) -> Mask:
+    """The mask that a command line names; `&` intersects."""
+    parts = [_one_mask(part.strip()) for part in text.split("&")]
+    mask = parts[0]
+    for part in parts[1:]:
+        mask &= part
+    return mask
+
+
+def _one_mask(text: str) -> Mask:
+    name, _, numbers = text.partition(":")
+    values = [int(n) for n in numbers.split(",")] if re.fullmatch(r"\d+(,\d+)*", numbers) else []
+    if text == "full":
+        return full()
+    if text == "causal":
+        return causal()
+    if name == "window" and len(values) in (1, 2):
+        return sliding_window(*values)
+    if name == "documents" and values:
+        return documents(values)
+    if name == "prefix" and len(values) == 1:
+        return prefix_lm(*values)
+    raise PlanError(f"--mask {text}: give full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH")
+
+
+def _topology(text: str | None) -> Topology | str | None:
+    """A preset's name stays a name; anything that looks like a file is read."""
+    looks_like_file = text is not None and text not in PRESETS and ("." in text or "/" in text)
+    return load_topology(text) if text is not None and looks_like_file else text
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDE)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"plan": plan, "doctor": doctor, "probe": probe}, prog="ringattn")
+    except RingAttnError as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: RingAttnError) -> int:
+    print(f"ringattn: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""What this machine offers, and whether ringattn runs on it: facts, and for whatever is wrong the cure.
+
+It tries rather than asks: the attention kernel computes a small block and is held against the reference, and gloo opens a group
+of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import ringattn
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+class Finding(NamedTuple):
+    """One line of the report. A cure means that ringattn cannot run as things are."""
+
+    what: str
+    found: str
+    cure: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, in the order in which a person would ask."""
+    yield Finding("python", platform.python_version())
+    yield Finding("ringattn", ringattn.__version__)
+    try:
+        yield Finding("torch", version("torch"))
+    except PackageNotFoundError:
+        yield Finding(
+            "torch", "not installed", "install it: pip install torch (plans can be made without it, attention cannot)"
+        )
+        return
+    yield _backends()
+    yield _devices()
+    yield from _kernel()
+    yield _gloo()
+    yield _torchrun()
+    for name in INTERFACES:
+        yield Finding(name, os.environ.get(name, "not set: the backend chooses"))
+    yield _memory()
+
+
+def _backends() -> Finding:
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return Finding("backends", "none", "this torch was built without torch.distributed; install an official build")
+    there = [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+    return Finding("backends", ", ".join(there), "" if there else "this torch has no backend; install an official build")
+
+
+def _devices() -> Finding:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cpus = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads for each process"
+    return Finding("devices", f"{cpus}; {', '.join(gpus) or 'no GPU'}")
+
+
+def _kernel() -> Iterator[Finding]:
+    """What "sdpa" stands for here, and whether its numbers are right."""
+    import torch
+
+    from ringattn.kernels import Options, get
+    from ringattn.kernels.aten import choose
+    from ringattn.pieces import CAUSAL, Piece
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind()
+        fused = choose(q, needs_mask=False)
+        name = "reference" if fused is None else fused.forward.__name__.replace("_", " ")
+        what = f"sdpa kernel, {str(dtype).removeprefix('torch.')}"
+        try:
+            found, wanted = (
+                get(kernel).forward(q, k, v, None, (Piece(0, 33, 0, 33, CAUSAL),), Options(0.25))
+                for kernel in ("sdpa", "reference")
+            )
+            off = (found.out.float() - wanted.out.float()).abs().max().item()
+        except RuntimeError as error:
+            yield Finding(what, f"{name}: fails ({error})", "make plans with kernel='reference', and report this torch version")
+            continue
+        wrong = off > (1e-4 if dtype is torch.float32 else 5e-2)
+        cure = "make plans with kernel='reference', and report this torch version" if wrong else ""
+        yield Finding(what, f"{name} on {device}, within {off:.0e} of the reference", cure)
+
+
+def _gloo() -> Finding:
+    import torch.distributed as dist
+
+    cure = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        return Finding("gloo", f"cannot open a group: {error}", cure)
+    return Finding("gloo", "opens a group")
+
+
+def _torchrun() -> Finding:
+    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    missing = [name for name in TORCHRUN if name not in there]
+    if not there:
+        return Finding("torchrun", "not under torchrun (one process; start ranks with `torchrun --nproc-per-node N ...`)")
+    cure = f"{', '.join(missing)} not set: start every rank with torchrun, or set all of them" if missing else ""
+    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in there.items()), cure)
+
+
+def _memory() -> Finding:
+    import torch
+
+    found = []
+    try:
+        with open("/proc/meminfo") as meminfo:
+            free = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
+        found.append(f"{free / 2**20:.1f} GiB on the host")
+    except (OSError, StopIteration):
+        found.append("unknown on the host (no /proc/meminfo)")
+    if torch.cuda.is_available():
+        found += [f"{torch.cuda.mem_get_info(n)[0] / 2**30:.1f} GiB on GPU {n}" for n in range(torch.cuda.device_count())]
+    return Finding("free memory", ", ".join(found))

@@ -1,0 +1,135 @@
+"""Checkpoints: what was saved comes back, and nothing else is taken for one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_ranks
+
+from ringattn import CheckpointError
+from ringattn.runtime import checkpoint
+
+CONFIG = {"dim": 4, "data": ("a", "b")}
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process: nothing to coordinate
+
+
+def training(seed: int = 0, width: int = 4, layers: int = 2) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4 if n == 0 else width, width) for n in range(layers)))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
+    """Losses on random data, so that they depend on parameters, moments and random state."""
+    losses = []
+    for _ in range(count):
+        loss = model(torch.randn(3, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_goes_on_bit_by_bit(tmp_path):
+    model, optimizer = training()
+    steps(model, optimizer, 3)
+    path = checkpoint.save(tmp_path, 3, model, optimizer, config=CONFIG)
+    expected = steps(model, optimizer, 3)
+    again = training(seed=9)
+    assert checkpoint.load(path, *again, config=CONFIG) == 3
+    assert steps(*again, 3) == expected
+
+
+def test_the_newest_complete_checkpoint_is_the_latest_and_old_ones_go(tmp_path):
+    model, optimizer = training()
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    (tmp_path / ".step_00000001").mkdir()  # left by a job that died
+    for step in (8, 9, 10, 100):
+        checkpoint.save(tmp_path, step, model, optimizer, keep=2)
+    (tmp_path / "step_00000200").mkdir()  # without ringattn.json: not a checkpoint
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000100"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000100", "step_00000200"]
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    model, optimizer = training()
+    checkpoint.save(tmp_path, 1, model, optimizer)
+    steps(model, optimizer, 1)
+    path = checkpoint.save(tmp_path, 1, model, optimizer)
+    again = training(seed=9)
+    checkpoint.load(path, *again)
+    assert torch.equal(again[0][0].weight, model[0].weight)
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    path = checkpoint.save(tmp_path, 1, *training(), config=CONFIG)
+    with pytest.raises(CheckpointError, match="dim is 5 and was 4"):
+        checkpoint.load(path, *training(), config={**CONFIG, "dim": 5})
+    with pytest.raises(CheckpointError, match="heads is 2 and was None"):
+        checkpoint.load(path, *training(), config={**CONFIG, "heads": 2})
+    with pytest.raises(CheckpointError, match=r"Size mismatch .* for model.0.weight"):
+        checkpoint.load(path, *training(width=5), config=CONFIG)
+    with pytest.raises(CheckpointError, match=r"Missing key .* model.2.weight"):
+        checkpoint.load(path, *training(layers=3), config=CONFIG)
+    with pytest.raises(CheckpointError, match=r"holds more than this model has: model.1.weight and 1 more"):
+        checkpoint.load(path, *training(layers=1), config=CONFIG)
+
+
+def test_missing_and_damaged_checkpoints_are_told_apart(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*step_00000007"):
+        checkpoint.load(tmp_path / "step_00000007", *training())
+    path = checkpoint.save(tmp_path, 1, *training())
+    about, metadata = path / "ringattn.json", path / ".metadata"
+    text = about.read_text()
+    for broken in ("", "[]", json.dumps({"step": 1})):
+        about.write_text(broken)
+        with pytest.raises(CheckpointError, match="incomplete or damaged"):
+            checkpoint.load(path, *training())
+    about.write_text(text)
+    metadata.unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        checkpoint.load(path, *training())
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot prepare"):
+        checkpoint.save(tmp_path / "file", 1, *training())
+    with pytest.raises(CheckpointError, match="keep=0"):
+        checkpoint.save(tmp_path, 1, *training(), keep=0)
+
+
+def save_on_ranks(rank: int, directory: Path) -> list[float]:
+    model, optimizer = training()
+    torch.manual_seed(rank)  # replicated parameters, but each rank's own random state
+    checkpoint.save(directory, 5, model, optimizer)
+    return torch.rand(2).tolist()
+
+
+def load_on_ranks(rank: int, directory: Path) -> tuple[list[float], list[float]]:
+    model, optimizer = training(seed=9)
+    path = checkpoint.latest(directory)
+    assert path is not None and checkpoint.load(path, model, optimizer) == 5
+    return torch.rand(2).tolist(), model[0].bias.tolist()
+
+
+def fail_on_ranks(rank: int, directory: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.save(directory, 5, *training())
+    return str(caught.value)
+
+
+def test_any_number_of_ranks_can_load(tmp_path):
+    drawn = run_ranks(2, save_on_ranks, tmp_path)
+    assert drawn[0] != drawn[1]
+    bias = training()[0][0].bias.tolist()
+    assert run_ranks(3, load_on_ranks, tmp_path) == [(drawn[0], bias), (drawn[1], bias), (drawn[0], bias)]
+
+
+def test_every_rank_learns_that_rank_0_could_not_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = run_ranks(2, fail_on_ranks, tmp_path / "file")
+    assert first == second and "cannot prepare" in first

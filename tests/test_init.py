@@ -1,0 +1,48 @@
+"""`init`: what a wrong environment, a missing rank and a damaged one get to hear."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD", "LOCAL"))}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))") -> subprocess.CompletedProcess[str]:
+    text = {name: str(value) for name, value in env.items()}
+    return subprocess.run([sys.executable, "-c", code], env=CLEAN | text, capture_output=True, text=True, timeout=40)
+
+
+def environment(**changes: object) -> dict[str, object]:
+    return dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) | changes
+
+
+def test_a_single_rank_starts_without_torchrun() -> None:
+    assert "DeviceMesh" in run(environment()).stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(RANK="two"), "torchrun's environment is damaged"),
+        (dict(RANK=3, WORLD_SIZE=2), "RANK=3 does not lie in WORLD_SIZE=2"),
+    ],
+)
+def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -> None:
+    assert text in run(environment(**changes)).stderr
+
+
+def test_a_rank_that_never_comes_is_an_error_in_time() -> None:
+    begin = time.monotonic()
+    ran = run(environment(WORLD_SIZE=2))
+    assert "LaunchError: rank 0 of 2 could not join the group" in ran.stderr and "is every rank running" in ran.stderr
+    assert time.monotonic() - begin < 25

@@ -1,0 +1,198 @@
+"""The main job as a user starts it: real torchrun, small sizes."""
+
+import json
+import math
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "launch" / "train.py"
+SMALL = shlex.split("--seq-len 203 --batch 2 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3")
+LEARNED = ("step", "loss", "bits_per_byte", "gradient_norm", "lr")  # the rest of a line is time
+
+sys.path.insert(0, str(TRAIN.parent))
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def descendants(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
+    return children + [d for child in children for d in descendants(child)]
+
+
+def start(command: list[str], **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 40) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; nothing that was started survives."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for pid in [*descendants(process.pid), process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"no end within {timeout} s\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def torchrun(*flags: str, ranks: int = 2) -> tuple[str, str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(TRAIN)]
+    code, out, err = finish(start([*launch, *SMALL, *flags]))
+    assert code == 0, err
+    return out, err
+
+
+def rank(number: int, world: int, port: int, *flags: str) -> subprocess.Popen:
+    """One rank without torchrun's agent, so that its own exit code can be seen."""
+    place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+    return start([str(TRAIN), *SMALL, *flags], **place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def metrics(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def learned(directory: Path) -> list[tuple]:
+    return [tuple(line[name] for name in LEARNED) for line in metrics(directory)]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Six steps in one go: its directory and what it said."""
+    directory = tmp_path_factory.mktemp("train") / "straight"
+    return directory, *torchrun("--steps", "6", "--out", str(directory))
+
+
+def test_every_step_is_logged(straight):
+    directory, _, err = straight
+    lines = metrics(directory)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {*LEARNED, "seconds", "tokens_per_second"} == set(lines[0])
+    for line in lines:
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / math.log(2))
+        assert line["tokens_per_second"] == pytest.approx(2 * 203 / line["seconds"])
+        assert f"step {line['step']}/6  loss {line['loss']:.4f}" in err
+    assert lines[0]["bits_per_byte"] == pytest.approx(8, abs=0.2)  # knows nothing yet
+    assert lines[-1]["bits_per_byte"] < lines[0]["bits_per_byte"] - 0.3
+    assert [line["lr"] / 4e-3 for line in lines[:4]] == pytest.approx([1 / 3, 2 / 3, 1, math.sqrt(3 / 4)])
+
+
+def test_the_run_ends_with_a_table_and_pictures(straight):
+    directory, out, _ = straight
+    for said in ("throughput", "attention sends", "gradient reduction sends", "peak memory", "communication"):
+        assert said in out
+    for picture in ("loss.png", "timeline.png"):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
+    assert (directory / "step_00000006").is_dir()
+
+
+def test_a_resumed_run_is_bit_identical_and_logs_nothing_twice(straight, tmp_path):
+    torchrun("--steps", "3", "--no-plots", "--out", str(tmp_path))
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # it went on beyond its checkpoint and died while writing
+        file.write(json.dumps(metrics(tmp_path)[-1] | {"step": 4, "loss": 0.0}) + '\n{"step": 5, "lo')
+    torchrun("--steps", "6", "--no-plots", "--resume", "--out", str(tmp_path))
+    assert learned(tmp_path) == learned(straight[0])
+
+
+def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_exit_code_0(tmp_path):
+    port = free_port()
+    ranks = [rank(r, 2, port, "--steps", "100000", "--save-every", "0", "--no-plots", "--out", str(tmp_path)) for r in (0, 1)]
+    log, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 30
+    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)
+    for process in ranks:
+        code, _, err = finish(process, timeout=20)
+        assert code == 0, err
+    assert [p.name for p in tmp_path.glob("step_*")] == [f"step_{metrics(tmp_path)[-1]['step']:08d}"]
+
+
+def complaint(process: subprocess.Popen) -> str:
+    """What a failing run says: one paragraph and no traceback."""
+    code, out, err = finish(process)
+    assert code == 1 and out == ""
+    assert err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+def test_without_torchrun_it_says_how_to_start(tmp_path):
+    said = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
+    assert "torchrun --nproc-per-node" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--schedule star_ring", "star_ring"),
+        ("--heads 3 --kv-heads 2", "heads=3 is not a multiple of kv_heads=2"),
+        ("--data nowhere.txt", "--data nowhere.txt: there is no such file or directory"),
+        ("--resume --out nowhere", "--resume: there is no complete checkpoint in nowhere"),
+        ("--batch 0", "--batch 0: must be 1 or more"),
+    ],
+)
+def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, said):
+    assert said in complaint(rank(0, 1, free_port(), *flags.split()))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(straight):
+    said = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
+    assert "lr is 0.5 and was 0.004" in said
+    assert len(metrics(straight[0])) == 6
+
+
+def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
+    from config import TrainConfig
+    from train import _checkpoint_to_resume
+
+    config = TrainConfig(out=tmp_path / "run")
+    for n in (1, 2):
+        assert _checkpoint_to_resume(config) is None
+        (config.out / "metrics.jsonl").write_text(f"run {n}")
+    assert _checkpoint_to_resume(config) is None
+    assert not list(config.out.iterdir())
+    assert [(tmp_path / f"run.{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["run 1", "run 2"]
+
+
+def test_windows_depend_on_seed_and_step_alone(tmp_path):
+    from data import read_corpus, windows
+
+    from ringattn import InputError
+
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.txt").write_text("first")
+    (tmp_path / ".hidden").write_text("hidden")
+    (tmp_path / "binary").write_bytes(b"zero\0")
+    corpus = read_corpus([tmp_path])
+    assert bytes(corpus.tolist()) == b"first\nsecond"
+    corpus = torch.arange(200, dtype=torch.uint8)
+    drawn = windows(corpus, seq_len=50, batch=3, seed=0, step=1)
+    assert drawn.dtype == torch.int64 and drawn.shape == (3, 50)
+    assert torch.equal(drawn, windows(corpus, seq_len=50, batch=3, seed=0, step=1))
+    assert not torch.equal(drawn, windows(corpus, seq_len=50, batch=3, seed=0, step=2))
+    assert not torch.equal(drawn, windows(corpus, seq_len=50, batch=3, seed=1, step=1))
+    assert torch.equal(windows(corpus, seq_len=200, batch=1, seed=0, step=1)[0], torch.arange(200))
+    with pytest.raises(InputError, match="--data holds 200 bytes, less than one window of --seq-len 201"):
+        windows(corpus, seq_len=201, batch=1, seed=0, step=1)
