@@ -44,7 +44,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        works = [Forward(plan, rank, options, *_engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
+        works = [Forward(plan, rank, options, **_engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
         runs = [
             run(plan.program(rank, backward=False), work, port)
             for rank, work, port in zip(transport.ranks, works, transport.ports("forward"), strict=True)
@@ -71,7 +71,7 @@ class _Attend(torch.autograd.Function):
         for rank, i, dout, out, lse in zip(transport.ranks, inputs, grads[::2], results[::2], results[1::2], strict=True):
             delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
             deltas.append(delta)
-            works.append(Backward(plan, rank, ctx.options, *_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
+            works.append(Backward(plan, rank, ctx.options, **_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
         runs = [
             run(plan.program(rank, backward=True), work, port)
             for rank, work, port in zip(transport.ranks, works, transport.ports("backward"), strict=True)
@@ -89,9 +89,9 @@ def _by_rank(flat: Sequence[Tensor | None]) -> list[Inputs]:
     return [Inputs(*flat[n : n + count]) for n in range(0, len(flat), count)]  # type: ignore[arg-type]
 
 
-def _engine_order(i: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(batch, heads, rows, head_dim) views."""
-    return i.q.transpose(1, 2), i.k.transpose(1, 2), i.v.transpose(1, 2), i.key_bias
+def _engine_order(i: Inputs) -> dict[str, Tensor | None]:
+    """(batch, heads, rows, head_dim) views, under the names of `payload`."""
+    return {"q": i.q.transpose(1, 2), "k": i.k.transpose(1, 2), "v": i.v.transpose(1, 2), "bias": i.key_bias}
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

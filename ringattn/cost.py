@@ -1,6 +1,6 @@
 """What a plan costs: exact bytes on every directed link, and a prediction of time and memory on a topology.
 
-Bytes are counted, not estimated: this module repeats what `work` puts on the wire, item by item, and tests hold them together.
+Bytes are counted, not estimated, from the table in `payload` that `work` makes its tensors of.
 Time is the end of a small simulation of all ranks: each goes through its own program, waits for what is due, posts, computes; a
 transfer begins when both ends have posted it and queues for every resource of its route, first come first served.
 
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from ringattn.payload import fields
 from ringattn.plan import Lane, Plan
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Message, Step
@@ -68,18 +69,14 @@ class Sizes:
         return self.lanes[item.lane].block(item.kind, item.index).rows
 
     def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int) -> int:
-        """See the table at the top of `work`."""
+        """Of one row of all the lane's heads."""
         start, stop = self.lanes[lane].kv_heads
         kv_heads, groups = stop - start, self.plan.heads // self.plan.kv_heads
-        vector = self.plan.head_dim * itemsize
-        if not kind.of_queries:
-            bias = wide * (kv_heads if bias_heads > 1 else bias_heads)
-            return self.batch * (kv_heads * 2 * vector + bias)  # k, v (, bias); dk, dv (, dbias)
-        if self.backward:
-            of_head = vector if kind.moved else 2 * vector + 2 * wide  # dq; q, dout, lse, delta
-        else:
-            of_head = vector + wide if kind.moved else vector  # out, lse; q
-        return self.batch * kv_heads * groups * of_head
+        heads = {"q": kv_heads * groups, "kv": kv_heads, "bias": kv_heads if bias_heads > 1 else bias_heads}
+        return self.batch * sum(
+            heads[field.heads] * (wide if field.wide else itemsize) * (self.plan.head_dim if field.dim else 1)
+            for field in fields(kind, backward=self.backward, bias=bias_heads > 0)
+        )
 
 
 def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> dict[tuple[int, int], int]:

@@ -22,7 +22,7 @@ Payload = tuple[Tensor, ...]
 
 
 class Work(Protocol):
-    """One rank's part in one pass: what things are made of."""
+    """One rank's part in one pass: what things are made of. An accumulator is a tuple of tensors too."""
 
     device: torch.device
 
@@ -38,11 +38,8 @@ class Work(Protocol):
     def merge(self, total: Any, share: Any) -> Any:
         """Both together; may reuse the memory of `total`."""
 
-    def ship(self, item: Item, total: Any) -> Payload:
-        """An accumulator as tensors to send."""
-
     def unship(self, item: Item, payload: Payload) -> Any:
-        """The accumulator that `ship` sent."""
+        """The accumulator that came as `payload`."""
 
 
 def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None, dict[Item, Any]]:
@@ -62,7 +59,7 @@ def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None
     def outgoing(message: Message) -> Tensor:
         tensors, specs = [], []
         for item in message.items:
-            tensors += work.ship(item, gathered.pop(item)) if item.kind.moved else read(item)
+            tensors += gathered.pop(item) if item.kind.moved else read(item)
             specs += work.specs(item)
         return pack(tensors, specs)
 

@@ -118,10 +118,10 @@ def _work(plan: Plan, rank: int, batch: int, backward: bool, device: torch.devic
     q, k, v, dout = some(plan.heads), some(plan.kv_heads), some(plan.kv_heads), some(plan.heads)
     options = Options(plan.head_dim**-0.5)
     if not backward:
-        return Forward(plan, rank, options, q, k, v, None)
+        return Forward(plan, rank, options, q=q, k=k, v=v)
     # Large lse keeps the made-up probabilities small; their values do not matter, only the time they take.
     lse = torch.full(q.shape[:-1], 20.0, dtype=accum_dtype(dtype), device=device)
-    return Backward(plan, rank, options, q, k, v, None, dout=dout, lse=lse, delta=torch.zeros_like(lse))
+    return Backward(plan, rank, options, q=q, k=k, v=v, dout=dout, lse=lse, delta=torch.zeros_like(lse))
 
 
 def _on_gpu(group: dist.ProcessGroup | None) -> bool:

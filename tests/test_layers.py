@@ -18,7 +18,7 @@ LAYERS = [
     ["layout"],
     ["pieces"],
     ["schedule"],
-    ["topology"],
+    ["topology", "payload"],
     ["plan"],
     ["cost"],
     ["planner"],
@@ -30,7 +30,7 @@ LAYERS = [
     ["nn", "runtime"],
     ["cli"],
 ]
-PURE = ["errors", "mask", "layout", "pieces", "schedule", "topology", "plan", "cost", "planner"]
+PURE = ["errors", "mask", "layout", "pieces", "schedule", "topology", "payload", "plan", "cost", "planner"]
 
 
 def unit(path: Path) -> str:
