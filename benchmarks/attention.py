@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/attention.py --seq-len 4096 --dtype bfloat16
 
-All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the slowest
-rank are printed, and ratios to the first schedule. "hidden" compares the pass with compute alone and transfers alone (see
-`ringattn.measure`). The prediction beside it is the plan's own, for the topology given.
+All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the
+slowest rank are printed, and ratios to the first schedule. "hidden" compares the pass with compute alone and transfers alone
+(see `ringattn.measure`). The prediction beside it is the plan's own, for the topology given.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def main(config: Config) -> None:
 
 
 def _plan(config: Config, schedule: str, world: int) -> Plan:
-    topology = ringattn.load_topology(config.topology) if config.topology and Path(config.topology).exists() else config.topology
+    topology = (
+        ringattn.load_topology(config.topology) if config.topology and Path(config.topology).exists() else config.topology
+    )
     return make_plan(
         config.seq_len,
         world=world,
@@ -135,7 +137,14 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         title=f"{config.seq_len} tokens on {world} ranks, {config.heads} heads over {config.kv_heads} of {config.head_dim}, "
         f"{config.dtype}, {config.mask}, {config.layout}"
     )
-    for head in ("schedule", "forward", "forward+backward", f"ratio to {base.schedule}", "hidden fwd / bwd", "MB sent fwd / bwd"):
+    for head in (
+        "schedule",
+        "forward",
+        "forward+backward",
+        f"ratio to {base.schedule}",
+        "hidden fwd / bwd",
+        "MB sent fwd / bwd",
+    ):
         table.add_column(head, justify="left" if head == "schedule" else "right")
     for row in rows:
         table.add_row(
@@ -148,7 +157,9 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         )
     Console(width=130).print(table)
     if config.json:
-        facts = dict(config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, rows=[asdict(row) for row in rows])
+        facts = dict(
+            config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, rows=[asdict(row) for row in rows]
+        )
         config.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ringattn import InputError
 
-ELSEWHERE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}  # not the library proper
+# Not the library proper: what is installed into it, tests, and modules that are little but tables.
+ELSEWHERE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
 def read_corpus(paths: Sequence[Path]) -> Tensor:

@@ -78,7 +78,7 @@ def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_b
     """The table at the end of a run; collective, since it measures how much communication hides behind compute."""
     peak = torch.tensor(_peak_bytes(mesh), dtype=torch.int64, device=mesh.device_type)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=mesh.get_group())
-    forward, backward = (overlap(plan, batch=batch, group=mesh, backward=b, repeats=3) for b in (False, True))
+    forward, backward = (overlap(plan, batch=batch, group=mesh, backward=b, repeats=5) for b in (False, True))
     sent: Counter[int] = Counter()
     for one_pass in (False, True):
         for (src, _), size in traffic(plan, batch=batch, backward=one_pass).items():
@@ -98,9 +98,15 @@ def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_b
         "peak memory", f"{_mib(int(peak))}", "largest of all ranks, " + ("allocated on the GPU" if _gpu(mesh) else "resident")
     )
     for name, found in (("forward", forward), ("backward", backward)):
-        how = f"of the shorter of compute {found.compute * 1e3:.0f} ms and transfer {found.transfer * 1e3:.0f} ms, one layer"
+        apart = f"compute {found.compute * 1e3:.0f} ms, transfer {found.transfer * 1e3:.0f} ms"
+        how = f"one layer: {apart}, together {found.together * 1e3:.0f} ms"
         table.add_row(f"communication hidden, {name}", f"{found.hidden:.0%}", how)
     return table
+
+
+def print_table(table: Table) -> None:
+    """To stdout, at the width of the terminal, or wide where there is none."""
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _mib(size: int) -> str:

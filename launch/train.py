@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 launch/train.py
 
-On a machine without GPUs this takes about two minutes: 40 steps of TokenRing attention over 8,192 bytes of Python source.
+On two cores this takes between one and two minutes: 40 steps of TokenRing attention over 8,192 bytes of Python source.
 Parameters are replicated, each rank holds its rows of every sequence, gradients are summed. What is learned is a function of
 the flags, and a resumed run goes on bit by bit where its checkpoint was made. SIGTERM ends the run after the current step, with
 a checkpoint. `config` holds the flags, `data` the text, `report` and `plots` what is told of the run.
@@ -24,8 +24,7 @@ import torch.distributed as dist
 import tyro
 from config import TrainConfig
 from data import read_corpus, windows
-from report import Log, read_metrics, summary
-from rich.console import Console
+from report import Log, print_table, read_metrics, summary
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,7 +80,7 @@ def main(config: TrainConfig) -> None:
     gradient_bytes = sum(p.nbytes for p in model.parameters())
     table = summary(plan, mesh, batch=config.batch, layers=config.layers, gradient_bytes=gradient_bytes, seconds=log.seconds)
     if speaks:
-        Console().print(table)
+        print_table(table)
         if config.plots:
             plots.loss_curve(read_metrics(config.out / "metrics.jsonl"), config.out / "loss.png")
             plots.schedule_timeline(plan, config.out / "timeline.png")

@@ -4,8 +4,8 @@
     x = shard(x, plan)                      # this rank's rows
     out = attention(q, k, v, plan)          # exact, differentiable, still sharded
 
-Importing this package does nothing and imports nothing heavy: names are looked up when first used, so that masks, layouts, schedules
-and plans work on a machine without torch.
+Importing this package does nothing and imports nothing heavy: names are looked up when first used, so that masks, layouts,
+schedules and plans work on a machine without torch.
 """
 
 from importlib import import_module

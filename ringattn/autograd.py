@@ -1,7 +1,8 @@
 """Attention over all shards as one differentiable function.
 
-Forward runs the plan's forward program and keeps only this rank's q, k, v, out and lse; backward runs the plan's backward program,
-which may be another schedule. Sinks need no schedule at all: they join at the owner, after all partials have been merged.
+Forward runs the plan's forward program and keeps only this rank's q, k, v, out and lse; backward runs the plan's backward
+program, which may be another schedule. Sinks need no schedule at all: they join at the owner, after all partials have been
+merged.
 
 `attend` is told which ranks it hosts by its transport: one, as a member of a process group, or all of them when simulated.
 """

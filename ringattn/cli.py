@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ringattn.errors import PlanError, RingAttnError
+from ringattn.errors import LaunchError, PlanError, RingAttnError
 from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 from ringattn.plan import Plan
 from ringattn.planner import Candidate, candidates, make_plan
@@ -83,17 +83,21 @@ def plan(
     console = _console()
     console.print(_comparison(candidates(seq_len, **arguments), chosen, top))
     console.print(str(chosen), markup=False, highlight=False)
-    drawn = [lane.schedule for lane in (chosen.forward if draw_pass == "forward" else chosen.backward)]
-    console.print(draw_text(drawn, backward=draw_pass == "backward"), markup=False, highlight=False, soft_wrap=True)
+    backward = draw_pass == "backward"
+    lanes = chosen.backward if backward else chosen.forward
+    drawn, areas = [lane.schedule for lane in lanes], [lane.areas for lane in lanes]
+    console.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
-        draw.write_text(draw_svg(drawn, backward=draw_pass == "backward"))
+        draw.write_text(draw_svg(drawn, backward=backward))
         console.print(f"drawn to {draw}", markup=False, highlight=False)
 
 
 def doctor() -> None:
     """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1)."""
-    from ringattn.runtime.doctor import examine
-
+    try:
+        from ringattn.runtime.doctor import examine
+    except ImportError as error:
+        raise LaunchError(f"torch cannot be imported ({error}); install it with `pip install torch`") from error
     table = Table("what", "found", "what to do", title="ringattn doctor")
     findings = list(examine())
     for finding in findings:
@@ -133,7 +137,7 @@ def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "schedule", "layout"):
         table.add_column(name, no_wrap=True)
-    for name in ("forward ms", "backward ms", "busiest link MB", "backward", "all links GB", "buffers MB"):
+    for name in ("forward ms", "backward ms", "busiest link MB", "in backward", "all links GB", "buffers MB"):
         table.add_column(name, justify="right")
     for n, candidate in enumerate(found):
         mark = _mark(candidate, chosen)

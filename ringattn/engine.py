@@ -1,7 +1,8 @@
 """Executes a program: take in what is due, post what departs, compute, let go. Forward and backward are this one function.
 
-It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how results merge is asked of
-`Work`; how bytes travel is asked of a `Port`. Waiting happens only for what is due, so everything else travels beside compute.
+It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how results merge is asked
+of `Work`; how bytes travel is asked of a `Port`. Waiting happens only for what is due, so everything else travels beside
+compute.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Work(Protocol):
 
 
 def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None, dict[Item, Any]]:
-    """Carry out `program`. Yields whenever it would have to wait for a simulated peer; returns the accumulators left at home."""
+    """Carry out `program`; returns the accumulators left at home. Yields whenever it has to wait for a simulated peer."""
     held: dict[Item, Payload] = {}
     gathered: dict[Item, Any] = {}
     buffers: dict[Message, Tensor] = {}
@@ -57,7 +58,8 @@ def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None
         return held[item]
 
     def outgoing(message: Message) -> Tensor:
-        tensors, specs = [], []
+        tensors: list[Tensor] = []
+        specs: list[Spec] = []
         for item in message.items:
             tensors += gathered.pop(item) if item.kind.moved else read(item)
             specs += work.specs(item)

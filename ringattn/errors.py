@@ -1,7 +1,7 @@
 """Every error ringattn raises on purpose.
 
-Catching `RingAttnError` catches them all. Each also derives from the builtin a caller would have expected, and each message says
-what was found, where, and the cure: these texts are part of the interface.
+Catching `RingAttnError` catches them all. Each also derives from the builtin a caller would have expected, and each message
+says what was found, where, and the cure: these texts are part of the interface.
 """
 
 

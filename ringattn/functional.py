@@ -69,7 +69,7 @@ def attention(
         k: (batch, rows, kv_heads, head_dim).
         v: (batch, rows, kv_heads, head_dim).
         plan: from `make_plan`; the same on every rank.
-        key_bias: (batch, rows) or (batch, kv_heads, rows), float; added to the scaled logits of this rank's keys. -inf hides a key.
+        key_bias: (batch, rows) or (batch, kv_heads, rows), float; added to the scaled logits of these keys; -inf hides one.
         scale: of the logits; 1 / sqrt(head_dim) by default.
         sinks: (heads,); one more logit per head that takes weight and has no value, as in GPT-OSS.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
@@ -77,11 +77,11 @@ def attention(
         return_lse: also return the log-sum-exp of each row's logits. No gradient flows through it.
 
     Returns:
-        out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64 input),
-        natural log. A row that sees no key gives out 0, lse -inf and zero gradients.
+        out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
+        input), natural log. A row that sees no key gives out 0, lse -inf and zero gradients.
 
-    Differentiable in q, k, v, key_bias and sinks (once). Under autocast, q, k and v are cast to the autocast dtype, as SDPA does, and
-    the plan must be for that dtype.
+    Differentiable in q, k, v, key_bias and sinks (once). Under autocast, q, k and v are cast to the autocast dtype, as SDPA
+    does, and the plan must be for that dtype.
 
     Raises:
         InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent.
@@ -89,7 +89,8 @@ def attention(
         CommError: a transfer failed.
         LaunchError: the plan needs a process group and there is none.
 
-    Method: blockwise attention merged by log-sum-exp, https://arxiv.org/abs/2310.01889 (ring) and https://arxiv.org/abs/2412.20501 (TokenRing).
+    Method: blockwise attention merged by log-sum-exp, https://arxiv.org/abs/2310.01889 (ring) and
+    https://arxiv.org/abs/2412.20501 (TokenRing).
     """
     process_group, rank = group_and_rank(group, plan.world)
     q, k, v = _autocast(q, k, v)
@@ -171,5 +172,6 @@ def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Pla
     if len(found) > 1 and len(shape) > 1 and found[1] != shape[1] and name in "qkv":
         if found[1] == plan.seq_len:
             return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan)"
-        return f"{said}; rank {rank} holds {plan.rows(rank)} of {plan.seq_len} rows: cut the sequence with shard(x, plan) and the same plan"
+        held = f"rank {rank} holds {plan.rows(rank)} of {plan.seq_len} rows"
+        return f"{said}; {held}: cut the sequence with shard(x, plan) and the same plan"
     return f"{said}; make the plan with the model's heads, kv_heads and head_dim"

@@ -1,8 +1,8 @@
 """How much of an attention's communication hides behind its compute, on the links and cores at hand.
 
-The same program is run three ways, interleaved: as it is, with the transfers left out, and with the kernel left out. If transfers and
-compute were perfectly overlapped the first would take as long as the longer of the other two; if not at all, as long as both together.
-`hidden` says where between the two it lies. Collective: every rank of the group calls it.
+The same program is run three ways, interleaved: as it is, with the transfers left out, and with the kernel left out. If
+transfers and compute were perfectly overlapped the first would take as long as the longer of the other two; if not at all, as
+long as both together. `hidden` says where between the two it lies. Collective: every rank of the group calls it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
 from ringattn.engine import run
 from ringattn.kernels import Grads, Kernel, Options
+from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import Band
 from ringattn.plan import Plan
 from ringattn.schedule.program import Message
 from ringattn.work import Backward, Forward
@@ -38,7 +38,7 @@ class Overlap:
 
     @property
     def hidden(self) -> float:
-        """Share of what could be hidden that is: 1 when the shorter of compute and transfer costs nothing, 0 when both add up."""
+        """Share that is hidden of what could be: 1 when the shorter of the two costs nothing, 0 when both add up."""
         shorter = min(self.compute, self.transfer)
         return min(1.0, max(0.0, (self.compute + self.transfer - self.together) / shorter)) if shorter > 0 else 1.0
 

@@ -1,11 +1,11 @@
 """Layout and mask meet here: what of one tile has to be computed, in local indices.
 
-A tile is one shard of queries against one shard of keys. `pieces` cuts it into rectangles that are full, square causal, or carry
-a band; together they cover every kept cell exactly once and nothing else. This is all a kernel ever learns about masks.
+A tile is one shard of queries against one shard of keys. `pieces` cuts it into rectangles that are full, square causal, or
+carry a band; together they cover every kept cell exactly once and nothing else. This is all a kernel ever learns about masks.
 
 A causal piece is always square, because aten aligns causal top-left and flash-attn bottom-right, and on squares they agree.
-Rows and keys without work are trimmed, so that in every piece each row sees a key. Neighbours are joined: under causal every pair
-of zigzag or striped shards comes out as one piece. No torch here.
+Rows and keys without work are trimmed, so that in every piece each row sees a key. Neighbours are joined: under causal every
+pair of zigzag or striped shards comes out as one piece. No torch here.
 """
 
 from __future__ import annotations
@@ -39,10 +39,13 @@ class Piece(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Kept (query, key) pairs."""
-        if self.band == FULL:
-            return self.rows * self.keys
-        return sum(self.visible(row) for row in range(self.rows)) if self.band != CAUSAL else self.rows * (self.rows + 1) // 2
+        """Kept (query, key) pairs: the sum of `visible` over all rows, in closed form."""
+        left, right = self.band
+        cut = min(max(self.keys - right, 0), self.rows)  # rows whose last key is decided by the band, not by the edge
+        full = min(max(-left, 0), self.rows)  # rows that see from the first key on
+        stops = cut * (2 * right + cut + 1) // 2 + (self.rows - cut) * self.keys
+        starts = (self.rows - full) * (2 * left + full + self.rows - 1) // 2
+        return stops - starts
 
     def visible(self, row: int) -> int:
         """Keys that local row `row` of the piece sees."""

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One schedule on KV heads [kv_heads[0], kv_heads[1]) and the query heads that belong to them, joined with layout and mask."""
+    """One schedule on KV heads [kv_heads[0], kv_heads[1]) and their query heads, joined with layout and mask."""
 
     kv_heads: tuple[int, int]
     schedule: Schedule
@@ -57,7 +57,8 @@ class Lane:
 class Plan:
     """What `make_plan` returns. Frozen and hashable; two plans are equal exactly when their digests are.
 
-    `str(plan)` describes it for people, `digest` identifies it among ranks. `forward` and `backward` may use different schedules.
+    `str(plan)` describes it for people, `digest` identifies it among ranks. `forward` and `backward` may use different
+    schedules.
     """
 
     seq_len: int
@@ -115,7 +116,8 @@ class Plan:
         forward, backward = (" | ".join(lane.schedule.name for lane in lanes) for lanes in (self.forward, self.backward))
         rows = sorted({self.rows(rank) for rank in range(self.world)})
         lines = [
-            f"{self.seq_len} tokens, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, {self.mask} mask",
+            f"{self.seq_len} tokens, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, "
+            f"{self.mask} mask",
             f"{self.world} ranks, {self.layout} layout, {' or '.join(map(str, rows))} rows each; kernel {self.kernel}",
             f"forward {forward}; backward {backward}",
         ]

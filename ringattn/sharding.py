@@ -1,7 +1,7 @@
 """From a whole sequence to the rows of one rank, and back. Both follow the plan's layout, both are differentiable.
 
-`shard` needs no communication: every rank takes its own rows out of the whole. `unshard` gathers all shards on every rank; it is
-meant for people, tests and checkpoints, since a model trains on shards throughout.
+`shard` needs no communication: every rank takes its own rows out of the whole. `unshard` gathers all shards on every rank; it
+is meant for people, tests and checkpoints, since a model trains on shards throughout.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None) -> Te
 def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None) -> Tensor:
     """The whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard.
 
-    In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the whole counts `world`
-    times: divide it by `world`, or compute the loss on shards.
+    In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the
+    whole counts `world` times: divide it by `world`, or compute the loss on shards.
     """
     process_group, rank = group_and_rank(group, plan.world)
     if x.shape[dim] != plan.rows(rank):
@@ -49,7 +49,8 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None) 
             f"unshard(x) on rank {rank}: x of shape {tuple(x.shape)} has {x.shape[dim]} rows along dim {dim}, "
             f"the plan gives this rank {plan.rows(rank)}"
         )
-    return _Unshard.apply(x, plan, dim, process_group, rank)
+    whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank)
+    return whole
 
 
 class _Unshard(torch.autograd.Function):

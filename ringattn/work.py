@@ -1,14 +1,14 @@
 """The tensors behind a program: what one rank owns, computes, merges and keeps, in each pass.
 
-`payload` says what the four kinds of thing consist of; here that table meets a plan and this rank's tensors. Everything is in engine
-order, (batch, heads, rows, head_dim), and sliced by lane (heads) and block (rows). No communication here, and no choice.
+`payload` says what the four kinds of thing consist of; here that table meets a plan and this rank's tensors. Everything is in
+engine order, (batch, heads, rows, head_dim), and sliced by lane (heads) and block (rows). No communication here, and no choice.
 """
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,12 +36,15 @@ class _Pass(ABC):
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         self.device, self.dtype = self.tensors["q"].device, self.tensors["q"].dtype
         self.accum = accum_dtype(self.dtype)
+        self._specs: dict[Item, Sequence[Spec]] = {}
 
     def own(self, item: Item) -> Payload:
         return tuple(self._cut(self.tensors[field.name], item) for field in self._fields(item.kind))
 
     def specs(self, item: Item) -> Sequence[Spec]:
-        return [self._spec(field, item) for field in self._fields(item.kind)]
+        if item not in self._specs:
+            self._specs[item] = [self._spec(field, item) for field in self._fields(item.kind)]
+        return self._specs[item]
 
     def _fields(self, kind: Kind) -> tuple[Field, ...]:
         return fields(kind, backward=self.backward, bias="bias" in self.tensors)
@@ -87,7 +90,8 @@ class Forward(_Pass):
 
     def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Partial]:
         pieces = self.lanes[lane].pieces[i, j]
-        return {Item(lane, Kind.Q_ACC, i): self.kernel.forward(*q, *_with_bias(kv), pieces, self.options)}
+        key, value, bias = _with_bias(kv)
+        return {Item(lane, Kind.Q_ACC, i): self.kernel.forward(q[0], key, value, bias, pieces, self.options)}
 
     def merge(self, total: Partial, share: Partial) -> Partial:
         total = Partial(total.out.to(self.accum), total.lse)
@@ -138,5 +142,5 @@ class Backward(_Pass):
         return Grads(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"))
 
 
-def _with_bias(kv: Payload) -> tuple[Any, ...]:
-    return (*kv, None) if len(kv) == 2 else kv
+def _with_bias(kv: Payload) -> tuple[Tensor, Tensor, Tensor | None]:
+    return kv[0], kv[1], kv[2] if len(kv) > 2 else None

@@ -9,7 +9,8 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
-# Deterministic, so that a red build is red again on the next machine; `--hypothesis-profile=explore` draws afresh and for longer.
+# Deterministic, so that a red build is red again on the next machine; `--hypothesis-profile=explore` draws afresh and for
+# longer.
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("explore", max_examples=3000, deadline=None)
 settings.load_profile("ci")

@@ -1,4 +1,4 @@
-"""What attention means, in the fewest words: dense, whole, and in whatever dtype it is given. Everything is compared with this."""
+"""What attention means, in the fewest words: dense, whole, in whatever dtype it is given. Everything is compared with this."""
 
 from functools import lru_cache
 

@@ -1,7 +1,7 @@
 """Real ranks for tests: processes with a gloo group, whose failures are told in full and who never hang a build.
 
-A fork server imports torch once, so that starting eight ranks costs about as much as starting one. When time is up every rank prints
-the stacks of all its threads and is killed; the test fails with all of them in its message.
+A fork server imports torch once, so that starting eight ranks costs about as much as starting one. When time is up every rank
+prints the stacks of all its threads and is killed; the test fails with all of them in its message.
 """
 
 import faulthandler

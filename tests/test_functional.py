@@ -12,7 +12,7 @@ from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
 
 
 def plan_for(world: int, **changes) -> Plan:

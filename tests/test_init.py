@@ -17,7 +17,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))") -> subprocess.CompletedProcess[str]:
+def run(
+    env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))"
+) -> subprocess.CompletedProcess[str]:
     text = {name: str(value) for name, value in env.items()}
     return subprocess.run([sys.executable, "-c", code], env=CLEAN | text, capture_output=True, text=True, timeout=40)
 

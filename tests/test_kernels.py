@@ -1,4 +1,4 @@
-"""Kernels against plain mathematics; merging of partials; and the CUDA operators as far as they can be checked without a GPU."""
+"""Kernels against plain mathematics, merging of partials, and the CUDA operators as far as they can be checked without one."""
 
 from types import SimpleNamespace
 
@@ -14,6 +14,7 @@ from ringattn.pieces import CAUSAL, FULL, Band, Piece
 
 BANDS = [FULL, CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0)]
 F64 = torch.float64
+PLAIN = Options(0.3)
 
 
 def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_dim: int | None = None, dtype=F64):
@@ -26,7 +27,7 @@ def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_
     return q, k, v, bias
 
 
-def both_passes(name: str, inputs, pieces, options=Options(0.3)):
+def both_passes(name: str, inputs, pieces, options=PLAIN):
     """(out, lse, dq, dk, dv, dbias) with row statistics from the plain mathematics."""
     q, k, v, bias = inputs
     out, lse = get(name).forward(q, k, v, bias, pieces, options)
@@ -84,8 +85,8 @@ def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch
     found, theirs, exact = (out, *grads), (own, *own_grads), (exact_out, *exact_grads)
     for a, b, c in zip(found, theirs, exact, strict=True):
         assert (a.to(F64) - c).norm() <= 1.5 * (b.to(F64) - c).norm()
-    # lse is fp32 whatever the inputs. An error x in it scales a partial by 1 + x in a merge, so it must stay below what rounding
-    # does to out anyway; in fp32 a few units in the last place of the largest logit.
+    # lse is fp32 whatever the inputs. An error x in it scales a partial by 1 + x in a merge, so it must stay below what
+    # rounding does to out anyway; in fp32 a few units in the last place of the largest logit.
     assert lse.dtype == torch.float32
     allowed = max(torch.finfo(dtype).eps / 8, 8 * torch.finfo(torch.float32).eps * exact_lse.abs().max().item())
     assert (lse.to(F64) - exact_lse).abs().max() <= allowed

@@ -1,7 +1,8 @@
 """bf16 over shards is as good as bf16 on one device: errors against fp64, relative to dense bf16 attention's own.
 
-Each tile's result is rounded once to bf16 by the kernel, as dense attention rounds its own once, so the errors should be alike and must
-not grow with the number of ranks; 1.5 leaves room for the two kinds of rounding that a dense kernel keeps in registers.
+Each tile's result is rounded once to bf16 by the kernel, as dense attention rounds its own once, so the errors should be alike
+and must not grow with the number of ranks; 1.5 leaves room for the two kinds of rounding that a dense kernel keeps in
+registers.
 """
 
 import pytest
@@ -31,8 +32,10 @@ def test_bf16_error_is_that_of_dense_bf16_attention(world: int, mask: str, heads
     grads = torch.autograd.grad(out, (q, k, v), whole[3].transpose(1, 2))
     dense = [rms(x.transpose(1, 2), y) for x, y in zip((out, *grads), (exact[0], *exact[2:]), strict=True)]
 
-    for name in ("ring", "bidirectional_ring", "token_ring", "token_ring_direct"):
-        plan = make_plan(length, world=world, dtype="bfloat16", schedule=SCHEDULES[name](world), **given)
+    for name in ("ring", "ring_direct", "bidirectional_ring", "token_ring", "token_ring_direct", "mesh"):
+        plan = make_plan(
+            length, world=world, dtype="bfloat16", schedule=name if name == "mesh" else SCHEDULES[name](world), **given
+        )
         out, _, *grads = simulate(plan, *whole)
-        for what, x, y, bound in zip("out dq dk dv".split(), (out, *grads), (exact[0], *exact[2:]), dense, strict=True):
+        for what, x, y, bound in zip(["out", "dq", "dk", "dv"], (out, *grads), (exact[0], *exact[2:]), dense, strict=True):
             assert rms(x, y) <= 1.5 * bound, (name, what, rms(x, y) / bound)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 from cases import EXACT, HEADS, MASKS, SCHEDULES, Case, example, schedules, simulate, worst
 
 from ringattn import RingAttnError, Schedule, ScheduleError

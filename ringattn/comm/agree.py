@@ -1,8 +1,9 @@
 """Nothing is sent before all ranks agree on what will be sent.
 
-gloo and NCCL check neither size nor dtype of a message: a mismatch is silent corruption, a hang or an abort. So the first call of
-each kind exchanges a fixed-size report: either "this is what I am about to do", in named fields, or "this is what is wrong with my
-arguments". Ranks that all say the same go on, and remember it; otherwise every rank raises the same error, naming who said what.
+gloo and NCCL check neither size nor dtype of a message: a mismatch is silent corruption, a hang or an abort. So the first call
+of each kind exchanges a fixed-size report: either "this is what I am about to do", in named fields, or "this is what is wrong
+with my arguments". Ranks that all say the same go on, and remember it; otherwise every rank raises the same error, naming who
+said what.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _agreed: WeakKeyDictionary[dist.ProcessGroup, set[tuple[tuple[str, str], ...]]] 
 def agree(group: dist.ProcessGroup | None, device: torch.device, fields: Mapping[str, object], problem: str | None) -> None:
     """Raise on every rank unless no rank has a problem and all have equal `fields`.
 
-    Ranks that come with fields they have agreed on before skip the exchange; a problem is always reported, and peers that skip then
-    fail when this rank leaves.
+    Ranks that come with fields they have agreed on before skip the exchange; a problem is always reported, and peers that skip
+    then fail when this rank leaves.
     """
     if group is None:
         if problem:

@@ -1,10 +1,11 @@
 """The real transport: point-to-point over torch.distributed, gloo on CPUs and NCCL on GPUs.
 
-Everything that departs in a step is one `batch_isend_irecv`, in the global order of messages, so both directions of every link start
-together and both ends agree without tags. gloo moves the bytes in the background; each transfer is waited for on its own, when due.
-NCCL may return one handle for the whole batch; then waiting for its first message waits for all.
+Everything that departs in a step is one `batch_isend_irecv`, in the global order of messages, so both directions of every link
+start together and both ends agree without tags. gloo moves the bytes in the background; each transfer is waited for on its own,
+when due. NCCL may return one handle for the whole batch; then waiting for its first message waits for all.
 
-gloo checks neither size nor dtype of what arrives. That is why shapes are agreed on before (see `agree`) and only bytes travel here.
+gloo checks neither size nor dtype of what arrives. That is why shapes are agreed on before (see `agree`) and only bytes travel
+here.
 """
 
 from __future__ import annotations

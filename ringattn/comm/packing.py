@@ -1,7 +1,7 @@
 """One message, one buffer: tensors of several shapes and dtypes packed to bytes and seen again as tensors.
 
-Both ends know every shape beforehand, so nothing but the payload travels: the bytes on a link are exactly the closed form. Wider
-dtypes come first, which keeps every tensor aligned without padding.
+Both ends know every shape beforehand, so nothing but the payload travels: the bytes on a link are exactly the closed form.
+Wider dtypes come first, which keeps every tensor aligned without padding.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """All ranks in one process: the transport under the debugger, and the one most distributed bugs die on.
 
-It runs the same engine as the real one, in lock step or in any order a seed draws; counts bytes on every directed link; can delay
-messages (they arrive only after the waiting rank has asked that many times) and drop them. When no rank can go on, it says who
-waits for what, instead of hanging.
+It runs the same engine as the real one, in lock step or in any order a seed draws; counts bytes on every directed link; can
+delay messages (they arrive only after the waiting rank has asked that many times) and drop them. When no rank can go on, it
+says who waits for what, instead of hanging.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class Simulated:
         self._progress += 1
         self.waiting_for.pop(rank, None)
 
-    def _turn(self, running: dict[int, object]) -> list[int]:
+    def _turn(self, running: Mapping[int, object]) -> list[int]:
         ranks = list(running)
         if self._order is not None:
             self._order.shuffle(ranks)

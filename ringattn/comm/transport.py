@@ -1,8 +1,8 @@
 """What the engine asks of a transport, and nothing more.
 
-A `Port` is one rank's end. `post` starts the transfers of one departure, all at once, in the order given; `wait` ends one of them.
-`wait` is a generator so that one engine serves two worlds: a real port blocks inside it and never yields; a simulated one yields
-until another rank, in the same process, has sent.
+A `Port` is one rank's end. `post` starts the transfers of one departure, all at once, in the order given; `wait` ends one of
+them. `wait` is a generator so that one engine serves two worlds: a real port blocks inside it and never yields; a simulated one
+yields until another rank, in the same process, has sent.
 """
 
 from __future__ import annotations

@@ -32,15 +32,17 @@ class Call(NamedTuple):
 
 
 def cpu_forward(call: Call) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
         call.q, call.k, call.v, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
     )
+    return out, lse
 
 
 def cpu_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
         dout, call.q, call.k, call.v, out, lse, 0.0, call.causal, attn_mask=call.mask, scale=call.scale
     )
+    return dq, dk, dv
 
 
 def flash_forward(call: Call) -> tuple[Tensor, Tensor]:

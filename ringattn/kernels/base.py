@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype, merge_, nothing
-from ringattn.pieces import Band, Piece
+from ringattn.pieces import Piece
 
 
 class Options(NamedTuple):
@@ -105,7 +106,8 @@ class Kernel(ABC):
         if _is_whole(pieces, q, k):
             return self.piece_backward(q, k, v, bias, dout, lse, delta, pieces[0].band, options)
         dtype = q.dtype if len(pieces) == 1 else accum_dtype(q.dtype)
-        total = Grads(*(torch.zeros_like(x, dtype=dtype) for x in (q, k, v)), _zeros_like(bias))
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+        total = Grads(dq, dk, dv, _zeros_like(bias))
         for piece in pieces:
             rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
             part = self.piece_backward(
@@ -122,7 +124,7 @@ class Kernel(ABC):
             total.dq[:, :, rows] += part.dq
             total.dk[:, :, keys] += part.dk
             total.dv[:, :, keys] += part.dv
-            if total.dbias is not None:
+            if total.dbias is not None and part.dbias is not None:
                 total.dbias[:, :, keys] += part.dbias
         return total
 

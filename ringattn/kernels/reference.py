@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Kernel, Options
+from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import FULL, Band
+from ringattn.pieces import FULL
 
 
 def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:
@@ -47,8 +48,8 @@ class Reference(Kernel):
         probs = torch.exp(logits - lse.unsqueeze(-1))
         dout = dout.to(probs.dtype)
         dlogits = probs * (dout @ _repeat(v, q).mT - delta.unsqueeze(-1))
-        dbias = None if bias is None else _bias_grad(dlogits, bias)
-        if capped is not None:
+        dbias = None if bias is None else _group_sum(dlogits.sum(2), bias)
+        if capped is not None and options.softcap is not None:
             dlogits = dlogits * (1 - (capped / options.softcap) ** 2)
         dq = options.scale * (dlogits @ _repeat(k, q))
         dk = options.scale * _group_sum(dlogits.mT @ q.to(probs.dtype), k)
@@ -76,8 +77,5 @@ def _repeat(kv: Tensor, q: Tensor) -> Tensor:
 
 def _group_sum(grad: Tensor, like: Tensor) -> Tensor:
     """Sum over the query heads that share a KV head."""
-    return grad.unflatten(1, (like.shape[1], -1)).sum(2)
-
-
-def _bias_grad(dlogits: Tensor, bias: Tensor) -> Tensor:
-    return _group_sum(dlogits.sum(2), bias)
+    summed: Tensor = grad.unflatten(1, (like.shape[1], -1)).sum(2)
+    return summed

@@ -22,8 +22,9 @@ from torch.nn.functional import pad
 from ringattn.kernels.aten import Call, Fused, choose
 from ringattn.kernels.base import Grads, Kernel, Options
 from ringattn.kernels.reference import Reference, band_mask
+from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import CAUSAL, FULL, Band, Piece, strips
+from ringattn.pieces import CAUSAL, FULL, Piece, strips
 
 ROWS_PER_MASK = 512
 
@@ -76,7 +77,7 @@ def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
     It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow. Norms are taken in fp64, where the
     square of no fp32 number is lost; a row too small even so, or zero, has no gradient to speak of and gets a bounded factor.
     """
-    norm = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64)
     factor = (delta / norm / norm).masked_fill_(norm == 0, 0.0).clamp_(-1e37, 1e37).to(delta.dtype)
     return (dout * factor.unsqueeze(-1)).to(dout.dtype)
 
@@ -98,7 +99,7 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, opti
     if band not in (FULL, CAUSAL):
         keep = band_mask(q.shape[2], k.shape[2], band, q.device)
         mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(keep.logical_not(), -torch.inf)
-    return Call(*(_widen(x, width) for x in (q, k, v)), mask, band == CAUSAL, options.scale)
+    return Call(_widen(q, width), _widen(k, width), _widen(v, width), mask, band == CAUSAL, options.scale)
 
 
 def _first(x: Tensor, width: int) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each fp32 (rows, head_dim / 2). positions: int64 (rows,), global; theta: base of the frequencies."""
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    # Autocast must not touch this: in bf16 neighbouring positions beyond 256 would be the same.
-    with torch.autocast(positions.device.type, enabled=False):
-        angles = torch.outer(positions.float(), theta ** (-channels / head_dim))
+    # A product, not a matmul: autocast leaves it in fp32. In bf16 neighbouring positions beyond 256 would be the same.
+    angles = positions.float().unsqueeze(1) * theta ** (-channels / head_dim)
     return angles.cos(), angles.sin()
 
 

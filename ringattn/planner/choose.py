@@ -2,8 +2,9 @@
 
 Every schedule and layout that the request allows is a candidate, forward and backward each by itself; both share the layout.
 They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
-less than the model can tell apart. So no plan here is more than 1 % faster than the one chosen, and where compute hides the
-transfers, the fewest bytes win. Equal bytes: the order of `schedule.named`, then hops before direct.
+less than the model can tell apart: where compute hides the transfers, the fewest bytes win. Equal bytes: the order of
+`schedule.named`. Layouts are looked at in the order contiguous, zigzag, striped, and a later one must gain 5 %: it breaks tiles
+into other shapes, and what kernels make of those is not modelled.
 
 What cannot take over, because its compute or its busiest link alone takes too long, is not simulated. Plans are priced for a
 batch of 1: with more, compute and bytes grow alike, and only latency counts for less. All of it is arithmetic on integers and
@@ -25,6 +26,7 @@ from ringattn.schedule.named import NAMES, Facts, Named, named
 from ringattn.topology import Topology
 
 TIE = 1.01
+LAYOUT_TIE = 1.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +65,10 @@ def choose(request: Request) -> Plan:
     best = None
     for layout in request.layouts:
         found = options(request, layout)
-        # Layouts stand in the order of bytes too: under a mask, shards that are neighbours need fewest others.
         least = sum(min(option.at_least(backward=backward) for option in found) for backward in (False, True))
-        if best is None or TIE * least < _seconds(*best):
+        if best is None or LAYOUT_TIE * least < _seconds(*best):
             pair = _cheapest(found, backward=False), _cheapest(found, backward=True)
-            best = pair if best is None or TIE * _seconds(*pair) < _seconds(*best) else best
+            best = pair if best is None or LAYOUT_TIE * _seconds(*pair) < _seconds(*best) else best
     assert best is not None
     forward, backward = best
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))

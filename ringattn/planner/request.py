@@ -6,6 +6,7 @@ Each complaint names the argument, what was found, and the cure. What is left op
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from operator import index
 from typing import Any, NamedTuple
 
@@ -145,6 +146,9 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask) -> tuple[Layout,
     return (layout,)
 
 
+_check_once = lru_cache(maxsize=64)(check)
+
+
 def _schedule(schedule: Any, world: int, kv_heads: int) -> str | Lanes:
     if isinstance(schedule, str):
         return _one_of("schedule", schedule, ("auto", *NAMES))
@@ -154,7 +158,7 @@ def _schedule(schedule: Any, world: int, kv_heads: int) -> str | Lanes:
     for lane in lanes:
         if lane.world != world:
             raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and world={world}; build it for as many ranks")
-        check(lane)
+        _check_once(lane)
     queries_travel = any(move.kind.of_queries for lane in lanes for move in lane.moves)
     if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel):
         raise PlanError(

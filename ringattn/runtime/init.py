@@ -1,8 +1,8 @@
 """`init`: from torchrun's environment to a process group that fails early, clearly, and restarts.
 
-What it adds to `torch.distributed.init_process_group`: the environment is read first and a gap is answered with the command to use; the
-store's keys carry the attempt number, without which a torchrun restart reads the addresses of dead workers and cannot connect; every wait has a
-deadline; and near ranks have exchanged a message before the first attention relies on it.
+What it adds to `torch.distributed.init_process_group`: the environment is read first and a gap is answered with the command to
+use; the store's keys carry the attempt number, without which a torchrun restart reads the addresses of dead workers and cannot
+connect; every wait has a deadline; and near ranks have exchanged a message before the first attention relies on it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore
 
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
@@ -49,7 +50,9 @@ def _environment() -> dict[str, int]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     missing = [name for name in (*names, "MASTER_ADDR") if name not in os.environ]
     if missing:
-        raise LaunchError(f"{', '.join(missing)} not set in the environment: this process was not started by torchrun; {LAUNCH_HINT}")
+        raise LaunchError(
+            f"{', '.join(missing)} not set in the environment: this process was not started by torchrun; {LAUNCH_HINT}"
+        )
     try:
         env = {name: int(os.environ[name]) for name in names}
     except ValueError as error:
@@ -74,7 +77,7 @@ def _join(backend: str, env: dict[str, int], timeout: timedelta) -> None:
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address = f"{os.environ['MASTER_ADDR']}:{env['MASTER_PORT']}"
     try:
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
             env["MASTER_PORT"],
             env["WORLD_SIZE"],
@@ -82,11 +85,12 @@ def _join(backend: str, env: dict[str, int], timeout: timedelta) -> None:
             timeout=timeout,
             wait_for_workers=False,
         )
-        prefixed = dist.PrefixStore(f"attempt_{attempt}", store)
+        prefixed = PrefixStore(f"attempt_{attempt}", store)
         dist.init_process_group(backend, store=prefixed, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=timeout)
     except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
         raise LaunchError(
-            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not join the group at {address} within {timeout.total_seconds():.0f} s: "
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not join the group at {address} "
+            f"within {timeout.total_seconds():.0f} s: "
             f"is every rank running, and is {address} reachable and free? The backend says: {error}"
         ) from error
 

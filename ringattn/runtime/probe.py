@@ -1,9 +1,9 @@
 """Measure what the planner needs to know: every directed link, whether links share a port, and how fast attention is.
 
 One pair at a time first, everybody else silent: half a round trip of one byte is the latency, and what a large message takes
-beyond it the bandwidth. Then all ranks to all at once: where a rank's total stays clearly below the sum of its links, they share
-a port, as behind a switch, and the port's rate is recorded. Last, all ranks run the attention kernel at the same time, and the
-slowest counts. The best of a few repeats is kept, since disturbances only ever add time.
+beyond it the bandwidth. Then all ranks to all at once: where a rank's total stays clearly below the sum of its links, they
+share a port, as behind a switch, and the port's rate is recorded. Last, all ranks run the attention kernel at the same time,
+and the slowest counts. The best of a few repeats is kept, since disturbances only ever add time.
 
 A direction's latency is half a round trip, so the two directions of a pair come out alike. Collective: every rank calls it.
 """

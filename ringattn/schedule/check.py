@@ -14,7 +14,7 @@ from itertools import product
 
 from ringattn.errors import ScheduleError
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile
-from ringattn.schedule.program import messages, program
+from ringattn.schedule.program import Message, messages, program
 
 
 def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) -> Room:
@@ -97,10 +97,10 @@ def _check_result(
                 raise ScheduleError(
                     f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}"
                 )
-        for index, tiles in wanted.items():
+        for index, complete in wanted.items():
             found = gathered[schedule.home(kind, index), kind, index]
-            if found != Counter(tiles):
-                missing, extra = sorted(tiles - set(found)), sorted((found - Counter(tiles)).elements())
+            if found != Counter(complete):
+                missing, extra = sorted(complete - set(found)), sorted((found - Counter(complete)).elements())
                 raise ScheduleError(
                     f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many"
                 )
@@ -110,7 +110,7 @@ def _check_links(schedule: Schedule) -> None:
     """Both ends of each link, each from its own program, list the same messages in the same order."""
     for backward in (False, True):
         sent = messages([schedule], backward=backward)
-        links: dict[tuple[int, int, int], list] = defaultdict(list)
+        links: dict[tuple[int, int, int], list[tuple[int, Message]]] = defaultdict(list)
         for rank in range(schedule.world):
             for step in program([schedule], sent, rank):
                 for message in step.post:

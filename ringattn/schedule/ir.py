@@ -58,7 +58,7 @@ class Move(NamedTuple):
     """`kind[index]` leaves `src` at the start of step `depart` and is taken in by `dst` at the start of step `due`."""
 
     kind: Kind
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     src: int
     dst: int
     depart: int
@@ -104,7 +104,11 @@ class Schedule:
 
     def straight_home(self, kind: Kind) -> bool:
         """Whether every accumulator of this kind goes to its owner in one move, and so is rounded at most once on the way."""
-        return all(m.dst == self.home(kind, m.index) for m in self.moves if m.kind is kind)
+        return kind not in self._riding
+
+    @cached_property
+    def _riding(self) -> frozenset[Kind]:
+        return frozenset(m.kind for m in self.moves if m.kind.moved and m.dst != self.home(m.kind, m.index))
 
     @cached_property
     def digest(self) -> str:
@@ -116,12 +120,14 @@ class Schedule:
     def __str__(self) -> str:
         """One line per step; `parse` reads it back."""
         homes = f"q_home={_csv(self.q_home)} kv_home={_csv(self.kv_home)} room={_csv(self.room)}"
-        lines = [f"{self.name} world={self.world} {homes}"]
-        for step in range(self.steps):
-            tiles = " ".join(f"r{t.rank}({t.i},{t.j})" for t in self.tiles if t.step == step)
-            moves = " ".join(str(m) for m in self.moves if m.depart == step)
-            lines.append(f"{step} | {tiles} | {moves}")
-        return "\n".join(lines)
+        tiles: list[list[str]] = [[] for _ in range(self.steps)]
+        moves: list[list[str]] = [[] for _ in range(self.steps)]
+        for t in self.tiles:
+            tiles[t.step].append(f"r{t.rank}({t.i},{t.j})")
+        for m in self.moves:
+            moves[m.depart].append(str(m))
+        lines = [f"{step} | {' '.join(tiles[step])} | {' '.join(moves[step])}" for step in range(self.steps)]
+        return "\n".join([f"{self.name} world={self.world} {homes}", *lines])
 
 
 def make(

@@ -1,7 +1,7 @@
 """Schedules in, schedules out.
 
-`prune` drops the tiles a mask leaves empty and every move nobody reads. `side_by_side` runs two schedules at once, each on its own
-half of every rank's keys. Neither knows masks or layouts: `prune` is told which tiles have work.
+`prune` drops the tiles a mask leaves empty and every move nobody reads. `side_by_side` runs two schedules at once, each on its
+own half of every rank's keys. Neither knows masks or layouts: `prune` is told which tiles have work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 
+from ringattn.errors import PlanError
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
 
 
@@ -21,7 +22,7 @@ def prune(schedule: Schedule, alive: Collection[tuple[int, int]]) -> Schedule:
 
 
 def _read(schedule: Schedule, tiles: tuple[Tile, ...]) -> set[int]:
-    """Input moves whose receiver reads or forwards the block afterwards; latest first, since a forward is a read at the source."""
+    """Input moves whose receiver reads or forwards the block later. Latest first: to forward is to read at the source."""
     last_read: dict[tuple[int, Kind, int], int] = defaultdict(lambda: -1)
     for tile in tiles:
         for item in ((tile.rank, Kind.Q, tile.i), (tile.rank, Kind.KV, tile.j)):
@@ -61,10 +62,13 @@ def _carrying(schedule: Schedule, tiles: tuple[Tile, ...]) -> set[int]:
 def side_by_side(a: Schedule, b: Schedule) -> Schedule:
     """Both at once over the same queries: `a` on the first half of every rank's keys, `b` on the second.
 
-    For schedules in which queries and their results stay at home. It is how two directions share the work when there are too few
-    KV heads to share.
+    For schedules in which queries and their results stay at home. It is how two directions share the work when there are too
+    few KV heads to share.
     """
-    assert not any(m.kind.of_queries for m in a.moves + b.moves), "queries would travel twice"
+    if any(m.kind.of_queries for m in a.moves + b.moves):
+        raise PlanError(
+            f"{a.name} and {b.name} cannot share the keys of one head: in one of them queries travel, and would twice"
+        )
     shift = len(a.kv_home)
     tiles = [*a.tiles, *(t._replace(j=t.j + shift) for t in b.tiles)]
     moves = [*a.moves, *(m._replace(index=m.index + shift) for m in b.moves)]

@@ -1,8 +1,8 @@
 """From the one global schedule to what a single rank does, step by step.
 
-Lanes (schedules that run at the same time on different heads) are interleaved here; moves between the same two ranks with the same
-departure and due step share one message. Every rank filters the same ordered list of messages, so sends and receives on a link
-come in the same order at both ends, which is all that NCCL (it ignores tags) and gloo need.
+Lanes (schedules that run at the same time on different heads) are interleaved here; moves between the same two ranks with the
+same departure and due step share one message. Every rank filters the same ordered list of messages, so sends and receives on a
+link come in the same order at both ends, which is all that NCCL (it ignores tags) and gloo need.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Item(NamedTuple):
 
     lane: int
     kind: Kind
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
     def __str__(self) -> str:
         return f"{self.kind.value}{self.index}{f' of lane {self.lane}' if self.lane else ''}"
@@ -45,7 +45,8 @@ class Message:
     items: tuple[Item, ...]
 
     def __str__(self) -> str:
-        return f"{', '.join(map(str, self.items))} from rank {self.src} to rank {self.dst}, departing in step {self.depart}, due in step {self.due}"
+        items = ", ".join(map(str, self.items))
+        return f"{items} from rank {self.src} to rank {self.dst}, departing in step {self.depart}, due in step {self.due}"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@
     3          2          1          0
                           <- partials of step 1, then 2, then 3: each straight to the owner of its Q
 
-Both directions of a full-duplex link carry data at once, and nothing of KV ever moves: not keys, not values, not per-key biases.
-Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the forward pass with hops. New here: the backward pass, from the
-same list (q, dout and row statistics go out, dq comes home, dk and dv gather where they are), and `routing="direct"`, which
-sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by `lookahead`.
+Both directions of a full-duplex link carry data at once, and nothing of KV ever moves: not keys, not values, not per-key
+biases. Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the forward pass with hops. New here: the backward
+pass, from the same list (q, dout and row statistics go out, dq comes home, dk and dv gather where they are), and
+`routing="direct"`, which sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by
+`lookahead`.
 """
 
 from __future__ import annotations

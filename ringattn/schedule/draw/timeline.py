@@ -1,7 +1,7 @@
 """What there is to see in a pass: a box for each tile, an arrow for each message. Plain data, read by every kind of picture.
 
-An arrow is a message that the engine sends: moves that share a message share an arrow. Nothing is proved here (`check` does) and
-no bytes or seconds are known (`cost` does).
+An arrow is a message that the engine sends: moves that share a message share an arrow. Nothing is proved here (`check` does)
+and no bytes or seconds are known (`cost` does).
 """
 
 from __future__ import annotations
