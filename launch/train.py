@@ -32,6 +32,7 @@ import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
 from ringattn.comm.agree import agree
 from ringattn.nn import Decoder, reduce_gradients, shift_labels
+from ringattn.nn.group import sum_over
 from ringattn.runtime import checkpoint
 
 
@@ -57,7 +58,7 @@ def main(config: TrainConfig) -> None:
     corpus, identity = _corpus(config, mesh)
     found = _prepare(config, speaks)
     done = checkpoint.load(found, model, optimizer, config=identity) if found else 0
-    stop = _StopRequest(mesh)
+    stop, stopped = _StopRequest(mesh), False
     with Log(config.out / "metrics.jsonl", speaks=speaks, done=done, steps=config.steps) as log:
         size = sum(p.numel() for p in model.parameters())
         log.say(
@@ -66,16 +67,17 @@ def main(config: TrainConfig) -> None:
         for step in range(done + 1, config.steps + 1):
             tokens = windows(corpus, seq_len=config.seq_len, batch=config.batch, seed=config.seed, step=step)
             log.step(_train_step(model, optimizer, tokens.to(mesh.device_type), plan, mesh, config, step))
-            last = stop.agreed() or step == config.steps
+            stopped = stop.agreed()
+            last = stopped or step == config.steps
             if last or (config.save_every and step % config.save_every == 0):
                 checkpoint.save(config.out, step, model, optimizer, config=identity)
             if last:
                 break
         else:
             log.say(f"nothing to do: step {done} is done and --steps is {config.steps}")
-        if stop.requested:
+        if stopped:
             log.say(f"stopped by SIGTERM; go on with --resume --out {config.out}")
-        if stop.requested or not log.seconds:
+        if stopped or not log.seconds:
             return
     gradient_bytes = sum(p.nbytes for p in model.parameters())
     table = summary(plan, mesh, batch=config.batch, layers=config.layers, gradient_bytes=gradient_bytes, seconds=log.seconds)
@@ -156,20 +158,19 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 
 class _StopRequest:
-    """SIGTERM to any rank, agreed upon by all between two steps."""
+    """SIGTERM to any rank, agreed upon by all between two steps. Once noted it is never forgotten, whenever it comes."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        self.mesh, self.requested = mesh, False
+        self.mesh, self.noted = mesh, False
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: object) -> None:
-        self.requested = True
+        self.noted = True
 
     def agreed(self) -> bool:
-        flag = torch.tensor(self.requested, dtype=torch.int32, device=self.mesh.device_type)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.mesh.get_group())
-        self.requested = bool(flag)
-        return self.requested
+        return bool(
+            sum_over(self.mesh.get_group(), torch.tensor(float(self.noted), device=self.mesh.device_type), "stop request")
+        )
 
 
 def _complain(error: RingAttnError) -> None:

@@ -43,7 +43,7 @@ def test_plan_compares_chooses_and_draws(tmp_path: Path) -> None:
         "--topology",
         "pcie",
         "--top",
-        "40",
+        "99",
         "--draw",
         f"{tmp_path}/plan.svg",
         before=NO_TORCH,

@@ -5,9 +5,24 @@ from dataclasses import replace
 import pytest
 from cases import EXACT, HEADS, MASKS, SCHEDULES, Case, example, schedules, simulate, worst
 
-from ringattn import RingAttnError, Schedule, ScheduleError
+from ringattn import RingAttnError, Schedule, ScheduleError, make_plan
+from ringattn.cost import traffic
 from ringattn.plan import Lane, Plan
-from ringattn.schedule import Kind, Move, Room, bidirectional_ring, check, parse, peak, prune, ring, side_by_side, token_ring
+from ringattn.schedule import (
+    Kind,
+    Move,
+    Room,
+    bidirectional_ring,
+    check,
+    parse,
+    peak,
+    prune,
+    ring,
+    side_by_side,
+    split,
+    token_ring,
+)
+from ringattn.schedule.mesh import mesh
 
 WORLDS = [1, 2, 3, 4, 5, 8, 16]
 
@@ -61,6 +76,36 @@ def test_prune_drops_what_nobody_reads() -> None:
         assert len(pruned.moves) < len(schedule.moves)
     # Turning down, a query visits only ranks that have keys for it: 6 visits and 6 partials.
     assert len(prune(token_ring(4, direction=-1), below).moves) == 12
+
+
+@pytest.mark.parametrize("q", [1, 2, 3])
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_split_schedules_are_correct_too(q: int, kv: int) -> None:
+    for world in (1, 2, 3, 5, 8):
+        for schedule in [*schedules(world).values(), mesh(world), side_by_side(*bidirectional_ring(world))]:
+            parted = split(schedule, q=q, kv=kv)
+            check(parted)
+            assert len(parted.tiles) == q * kv * len(schedule.tiles)
+    with pytest.raises(RingAttnError, match=r"split\(q=0, kv=1\)"):
+        split(schedule, q=0)
+
+
+def test_split_and_prune_send_only_the_halves_that_are_read() -> None:
+    """Causal zigzag, in units of one rank's q: TokenRing needs 3/4 of its traffic, the ring too if it turns down."""
+
+    def volume(schedule: Schedule) -> float:
+        plan = make_plan(
+            8 * 64, world=4, heads=4, head_dim=64, dtype="float64", mask=MASKS["causal"], schedule=schedule, layout="zigzag"
+        )
+        q_bytes = plan.rows(0) * 4 * 64 * 8
+        return sum(traffic(plan).values()) / q_bytes / 4
+
+    lse = 1 / 64  # one more number per row and head beside out
+    assert volume(token_ring(4)) == pytest.approx(3 + 3 * (1 + lse))
+    assert volume(split(token_ring(4, direction=-1), q=2)) == pytest.approx((3 + 3 * (1 + lse)) * 3 / 4)
+    assert volume(ring(4)) == 6.0
+    assert volume(split(ring(4), kv=2)) == 5.25
+    assert volume(split(ring(4, direction=-1), kv=2)) == 4.5
 
 
 def test_check_rejects_work_that_the_mask_leaves_empty() -> None:

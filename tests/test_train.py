@@ -132,7 +132,7 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_exit_code_0(tmp_path
 def complaint(process: subprocess.Popen) -> str:
     """What a failing run says: one paragraph and no traceback."""
     code, out, err = finish(process)
-    assert code == 1 and out == ""
+    assert code == 1 and out == "", err
     assert err.count("\n") == 1 and err.startswith("error: "), err
     return err
 

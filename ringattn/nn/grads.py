@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group
-from ringattn.nn.group import reduction_group
+from ringattn.nn.group import reduction_group, sum_over
 
 BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small beside the gradients of a large model
 
@@ -61,7 +61,7 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 def _reduce(bucket: list[Tensor], group: dist.ProcessGroup) -> None:
     has_grad = bucket[0].new_tensor([p.grad is not None for p in bucket])
     flat = torch.cat([has_grad, *(torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket)])
-    dist.all_reduce(flat, group=group)
+    sum_over(group, flat, "gradients")
     counts, *sums = flat.split([len(bucket), *(p.numel() for p in bucket)])
     for p, count, total in zip(bucket, counts, sums, strict=True):
         if p.grad is not None:

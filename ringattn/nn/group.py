@@ -1,11 +1,13 @@
-"""The group that a reduction runs over, where no plan says how many ranks there are."""
+"""Sums over a group, where no plan says how many ranks there are."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.group import Group, group_and_rank
+from ringattn.errors import CommError
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
@@ -14,3 +16,16 @@ def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
         return None
     world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
     return group_and_rank(group, world)[0]
+
+
+def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tensor:
+    """`tensor`, replaced by its sum over `group`. Raises `CommError` when a rank is gone; `what` names the sum."""
+    if group is None:
+        return tensor
+    try:
+        dist.all_reduce(tensor, group=group)
+    except RuntimeError as error:  # gloo and NCCL say no more
+        raise CommError(
+            f"rank {dist.get_rank(group)}: {what} could not be summed over the ranks. The backend says: {error}"
+        ) from error
+    return tensor

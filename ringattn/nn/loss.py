@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
-from ringattn.nn.group import reduction_group
+from ringattn.nn.group import reduction_group, sum_over
 from ringattn.partial import accum_dtype
 
 IGNORE = -100  # torch's default too
@@ -68,9 +68,8 @@ class _MeanOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         totals = torch.stack([local_sum.double(), local_count.double()])  # fp64 counts exactly up to 2^53
-        if group is not None:
-            dist.all_reduce(totals, group=group)
-        total, ctx.count = totals[0], totals[1].clamp(min=1)
+        total, count = sum_over(group, totals, "loss")
+        ctx.count = count.clamp(min=1)
         mean: Tensor = (total / ctx.count).to(local_sum.dtype)
         return mean
 

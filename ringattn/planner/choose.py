@@ -21,11 +21,12 @@ from ringattn.cost import Cost, compute_seconds, price, traffic, transfer_second
 from ringattn.layout import Layout
 from ringattn.plan import Plan, make_lanes
 from ringattn.planner.request import Request
-from ringattn.schedule import ring
+from ringattn.schedule import ring, split
 from ringattn.schedule.named import NAMES, Facts, Named, named
 from ringattn.topology import Topology
 
 TIE = 1.01
+LARGE = 16  # more ranks than this are planned in whole blocks: parts gain little there and take long to price
 LAYOUT_TIE = 1.05
 
 
@@ -118,11 +119,14 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
 
 
 def _facts(request: Request, layout: Layout) -> Facts:
-    """Turned round, a schedule costs the same, unless some tiles have no work or links are not all alike."""
-    lanes = make_lanes((ring(request.world),), layout, request.mask, request.kv_heads)
-    uneven = len(lanes[0].pieces) < request.world**2 or request.topology.kind == "matrix"
-    node_size = request.topology.node_size or 1
-    return Facts(request.world, request.heads, request.kv_heads, node_size, (1, -1) if uneven else (1,))
+    """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
+    world = request.world
+    (whole,) = make_lanes((ring(world),), layout, request.mask, request.kv_heads)
+    (halves,) = make_lanes((split(ring(world), q=2, kv=2),), layout, request.mask, request.kv_heads)
+    idle = len(halves.pieces) < (2 * world) ** 2
+    directions = (1, -1) if idle or len(whole.pieces) < world**2 or request.topology.kind == "matrix" else (1,)
+    parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
+    return Facts(world, request.heads, request.kv_heads, request.topology.node_size or 1, directions, parts)
 
 
 @lru_cache(maxsize=64)

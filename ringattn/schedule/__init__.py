@@ -2,7 +2,7 @@
 
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
-from ringattn.schedule.passes import prune, side_by_side
+from ringattn.schedule.passes import prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
 
@@ -20,5 +20,6 @@ __all__ = [
     "prune",
     "ring",
     "side_by_side",
+    "split",
     "token_ring",
 ]

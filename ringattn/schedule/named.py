@@ -7,7 +7,8 @@
     mesh                 Q along rows, KV along columns; a few sensible grids
     all_gather           KV from its owner to all ranks at once: one exchange, and buffers as large as the whole sequence
 
-Within a name and among names, what needs less room stands first.
+What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, or quarters, so that
+the first tile starts and the first result leaves early. Within a name and among names, what needs less room stands first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from math import isqrt
 
 from ringattn.schedule.ir import Schedule
 from ringattn.schedule.mesh import factors, mesh
+from ringattn.schedule.passes import split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
 
@@ -47,6 +49,7 @@ class Facts:
     kv_heads: int
     node_size: int = 1
     directions: tuple[int, ...] = (1, -1)
+    parts: tuple[int, ...] = (1,)
 
 
 def named(name: str, facts: Facts) -> Iterator[Named]:
@@ -60,7 +63,7 @@ Variants = Iterator[tuple[str, Lanes]]
 
 def _ring(facts: Facts) -> Variants:
     for direction in facts.directions:
-        yield _turned("hop", direction), (ring(facts.world, direction=direction),)
+        yield from _cut("kv", facts, "hop", direction, ring(facts.world, direction=direction))
 
 
 def _bidirectional_ring(facts: Facts) -> Variants:
@@ -70,13 +73,14 @@ def _bidirectional_ring(facts: Facts) -> Variants:
 def _ring_direct(facts: Facts) -> Variants:
     ahead = max(1, min(IN_FLIGHT, facts.world - 1))
     for direction in facts.directions:
-        yield _turned("direct", direction), (ring(facts.world, routing="direct", direction=direction, lookahead=ahead),)
+        schedule = ring(facts.world, routing="direct", direction=direction, lookahead=ahead)
+        yield from _cut("kv", facts, "direct", direction, schedule)
 
 
 def _token_ring(facts: Facts) -> Variants:
     for routing in ("hop", "direct"):
         for direction in facts.directions:
-            yield _turned(routing, direction), (token_ring(facts.world, routing=routing, direction=direction),)
+            yield from _cut("q", facts, routing, direction, token_ring(facts.world, routing=routing, direction=direction))
 
 
 def _mesh(facts: Facts) -> Variants:
@@ -96,8 +100,10 @@ def _all_gather(facts: Facts) -> Variants:
     yield "", (replace(everyone, name="all_gather"),)
 
 
-def _turned(variant: str, direction: int) -> str:
-    return variant if direction == 1 else f"{variant}, reversed"
+def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
+    for parts in facts.parts:
+        words = [routing, *["reversed"][direction == 1 :], *[f"in {parts} parts"][parts == 1 :]]
+        yield ", ".join(words), (schedule if parts == 1 else split(schedule, **{what: parts}),)
 
 
 NAMES: dict[str, Callable[[Facts], Variants]] = {

@@ -1,16 +1,18 @@
 """Schedules in, schedules out.
 
-`prune` drops the tiles a mask leaves empty and every move nobody reads. `side_by_side` runs two schedules at once, each on its
-own half of every rank's keys. Neither knows masks or layouts: `prune` is told which tiles have work.
+`prune` drops the tiles a mask leaves empty and every move nobody reads. `split` cuts every block into parts that travel by
+themselves. `side_by_side` runs two schedules at once, each on its own half of every rank's keys. None of them knows masks or
+layouts: `prune` is told which tiles have work.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from ringattn.errors import PlanError
+from ringattn.schedule.check import peak
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
 
 
@@ -57,6 +59,42 @@ def _carrying(schedule: Schedule, tiles: tuple[Tile, ...]) -> set[int]:
         for tile in working[step]:
             filled |= {(tile.rank, Kind.Q_ACC, tile.i), (tile.rank, Kind.KV_ACC, tile.j)}
     return kept
+
+
+def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
+    """Cut every block of queries into `q` parts and every block of keys into `kv`, each computed and sent by itself.
+
+    A step becomes q * kv steps, parts of queries outermost. A part is due when it is first read and leaves, if it is a result,
+    as soon as its last tile is done; so the first tile starts before a whole block is there, and the first partial is home
+    before the last is computed. After `prune` only the parts that a mask needs travel: under causal, half of a zigzag shard.
+    """
+    if q < 1 or kv < 1:
+        raise PlanError(f"split(q={q}, kv={kv}): a block has at least one part")
+    steps = q * kv
+
+    def parts(kind: Kind) -> Iterator[tuple[int, int, int]]:
+        """Number, first and last use within a step of each part of a block."""
+        for n in range(q if kind.of_queries else kv):
+            yield n, *((n * kv, n * kv + kv - 1) if kind.of_queries else (n, steps - kv + n))
+
+    tiles = [
+        Tile(t.step * steps + m * kv + n, t.rank, t.i * q + m, t.j * kv + n)
+        for t in schedule.tiles
+        for m in range(q)
+        for n in range(kv)
+    ]
+    moves = []
+    for move in schedule.moves:
+        for n, first, last in parts(move.kind):
+            # An input is needed at its first use; a result is complete after the last one of the step before.
+            shift = last + 1 - steps if move.kind.moved else first
+            index = move.index * (q if move.kind.of_queries else kv) + n
+            at_home = not move.kind.moved and move.src == schedule.home(move.kind, move.index)
+            depart = move.depart * steps + (0 if at_home else shift)
+            moves.append(move._replace(index=index, depart=depart, due=move.due * steps + shift))
+    homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
+    parted = make(f"{schedule.name}/{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
+    return replace(parted, room=peak(parted))
 
 
 def side_by_side(a: Schedule, b: Schedule) -> Schedule:
