@@ -11,6 +11,7 @@ a checkpoint. `config` holds the flags, `data` the text, `report` and `plots` wh
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -51,6 +52,7 @@ def main(config: TrainConfig) -> None:
         layout=config.layout,
         ulysses=config.ulysses,
         kernel=config.kernel,
+        topology="cpu" if mesh.device_type == "cpu" else None,
     )
     torch.manual_seed(config.seed)
     model = Decoder(config.model()).to(mesh.device_type)
@@ -124,7 +126,7 @@ def _corpus(config: TrainConfig, mesh: DeviceMesh) -> tuple[Tensor, dict[str, An
         problem = str(error)
     digest = sha256(text.numpy()).hexdigest()[:16]
     group = mesh.get_group() if mesh.size() > 1 else None
-    agree(group, torch.device(mesh.device_type), {"--data, by its digest": digest}, problem)
+    agree(group, {"--data, by its digest": digest}, problem)
     return text, config.identity() | {"text": digest}
 
 
@@ -188,4 +190,5 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     except RingAttnError as error:
         _complain(error)
-        sys.exit(1)
+        sys.stderr.flush()
+        os._exit(1)  # at once: an orderly end would wait for peers that may be gone, and the backend's threads may abort it

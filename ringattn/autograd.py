@@ -98,10 +98,12 @@ def _engine_order(i: Inputs) -> dict[str, Tensor | None]:
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """A sink is one more key per head with a learned logit and a value of zero: it only takes weight away."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    keep = torch.exp(lse - total)
+    keep = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))  # no key and no sink: nothing to keep
     return (out * keep.unsqueeze(-1)).to(out.dtype), total
 
 
 def _sink_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)  # (batch, heads, rows): the probability of the sink
+    weight = torch.exp(
+        sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, 0.0)
+    )  # (batch, heads, rows): the probability of the sink
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)

@@ -6,11 +6,12 @@ from math import isfinite, sqrt
 from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.autograd import Inputs, attend
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.group import Group, device_of, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.kernels import Options
 from ringattn.partial import accum_dtype
@@ -84,8 +85,10 @@ def attention(
     does, and the plan must be for that dtype.
 
     Raises:
-        InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent.
-        MismatchError: ranks came with different plans, shapes, dtypes or options. Raised on every rank.
+        InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent. (Rows that belong to
+            another rank are found when their number is wrong; no library can tell from the numbers in them.)
+        MismatchError: ranks came with different plans, shapes, dtypes or options, or one skipped a call. Raised on every rank.
+            With NCCL a kind of call is checked when it first occurs, see `comm.agree`.
         CommError: a transfer failed.
         LaunchError: the plan needs a process group and there is none.
 
@@ -94,7 +97,7 @@ def attention(
     """
     process_group, rank = group_and_rank(group, plan.world)
     q, k, v = _autocast(q, k, v)
-    problem = _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    problem = _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     fields = {
         "plan": plan.digest,
         "batch": q.shape[0] if q.ndim else 0,
@@ -105,8 +108,9 @@ def attention(
         "softcap": softcap,
         "key_bias": key_bias is not None and key_bias.ndim,
         "sinks": sinks is not None,
+        "needs gradient": torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, key_bias, sinks) if t is not None),
     }
-    agree(process_group, q.device, fields, problem)
+    agree(process_group, fields, problem)
     if key_bias is not None:
         key_bias = key_bias.to(accum_dtype(q.dtype))
         key_bias = key_bias.unsqueeze(1) if key_bias.ndim == 2 else key_bias
@@ -117,10 +121,19 @@ def attention(
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
+    if group is None or q.device.type == device_of(group).type:
+        return None
+    return (
+        f"q is on {q.device} and the {dist.get_backend(group)} group moves tensors on {device_of(group).type}; move q, k and v "
+        f"there, or start the group with another backend"
+    )
 
 
 def _problem(

@@ -83,7 +83,10 @@ def causal() -> Mask:
 def sliding_window(left: int, right: int = 0) -> Mask:
     """A query at q sees keys q - left .. q + right. `right=0` is causal; flash-attn's `window_size=(left, right)`."""
     if left < 0 or right < 0:
-        raise PlanError(f"sliding_window(left={left}, right={right}): both count tokens and must be 0 or more")
+        raise PlanError(
+            f"sliding_window(left={left}, right={right}): both count tokens, 0 or more; "
+            "flash-attn's -1 (no limit) is full(), or causal() with right=0"
+        )
     return Mask(f"window({left},{right})", (Rect(0, END, 0, END, Band(-left, right)),))
 
 

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.plan import Plan
 
 
 def positions(plan: Plan, rank: int | None = None) -> Tensor:
-    """Global position of each local row: int64 (rows,). `rank` defaults to this process's rank, 0 outside a group."""
+    """Global position of each local row: int64 (rows,). `rank` defaults to this process's rank in the default group."""
     rank = _rank(plan, rank)
     spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in plan.layout.shards[rank]]
     return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
@@ -44,11 +45,13 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None) 
     whole counts `world` times: divide it by `world`, or compute the loss on shards.
     """
     process_group, rank = group_and_rank(group, plan.world)
-    if x.shape[dim] != plan.rows(rank):
-        raise InputError(
-            f"unshard(x) on rank {rank}: x of shape {tuple(x.shape)} has {x.shape[dim]} rows along dim {dim}, "
-            f"the plan gives this rank {plan.rows(rank)}"
+    problem = None
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != plan.rows(rank):
+        problem = (
+            f"unshard(x): x of shape {tuple(x.shape)} does not have the {plan.rows(rank)} rows of rank {rank} along dim {dim}"
         )
+    others = [n for d, n in enumerate(x.shape) if d != dim % max(1, x.ndim)]
+    agree(process_group, {"plan": plan.digest, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}, problem)
     whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank)
     return whole
 

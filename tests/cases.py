@@ -14,7 +14,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
 from ringattn.kernels import Options
-from ringattn.schedule import Schedule, bidirectional_ring, ring, split, token_ring
+from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, token_ring
 
 SCHEDULES = {
     "ring": ring,
@@ -22,6 +22,7 @@ SCHEDULES = {
     "bidirectional_ring": bidirectional_ring,
     "token_ring": token_ring,
     "token_ring_direct": lambda world: token_ring(world, routing="direct"),
+    "mesh": mesh,
     "token_ring_halves": lambda world: split(token_ring(world, direction=-1), q=2),
 }
 LAYOUTS = ("contiguous", "zigzag", "striped")

@@ -4,10 +4,13 @@ A fork server imports torch once, so that starting eight ranks costs about as mu
 prints the stacks of all its threads and is killed; the test fails with all of them in its message.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -45,6 +48,45 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def finish(process: "subprocess.Popen[str]", timeout: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a started job. One that hangs shows the stacks of all its processes; nothing survives."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        started = [*descendants(process.pid), process.pid]
+        for number in (signal.SIGABRT, signal.SIGKILL):  # with PYTHONFAULTHANDLER set, the first prints stacks
+            for pid in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(0.5)
+        out, err = process.communicate()
+        raise RankFailure(f"no end within {timeout} s\n{out}\n{err}") from None
+    return process.returncode, out, err
+
+
+def descendants(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
+    return children + [d for child in children for d in descendants(child)]
+
+
+def start(command: list[str], **more: str) -> "subprocess.Popen[str]":
+    """A Python command in a clean environment, without what a surrounding job may have set."""
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC"))
+    }
+    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | more
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def torchrun(*command: str, ranks: int, timeout: float = 50, **more: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script under torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return finish(start([*launch, *command], **more), timeout)
 
 
 def _main(rank: int, world: int, scratch: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

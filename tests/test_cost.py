@@ -11,7 +11,7 @@ from ringattn.comm.simulated import Simulated
 from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.kernels import Options
 from ringattn.schedule import Schedule, bidirectional_ring, ring, token_ring
-from ringattn.schedule.mesh import mesh
+from ringattn.schedule.grid import mesh
 from ringattn.topology import PRESETS
 
 SCHEDULES = {
@@ -91,39 +91,36 @@ def test_a_bias_travels_with_the_keys(bias_heads: int) -> None:
         assert (found == predicted(plan)) == (name == "token_ring"), "nothing of KV moves in TokenRing"
 
 
-def test_the_closed_form_of_ring() -> None:
-    world, rows, heads, kv_heads, dim, batch = 5, 7, 6, 2, 8, 3
-    plan = make_plan(
-        world * rows,
-        world=world,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        dtype="bfloat16",
-        mask=full(),
-        schedule=ring(world),
-    )
-    kv = batch * rows * kv_heads * 2 * dim
-    forward = {(r, (r + 1) % world): (world - 1) * kv * 2 for r in range(world)}
-    # k and v make P - 1 hops in bf16 behind them, one later, dk and dv in fp32.
-    backward = {link: (world - 1) * kv * (2 + 4) for link in forward}
-    assert predicted(plan, batch=batch) == [forward, backward]
-
-
-def test_the_closed_form_of_token_ring() -> None:
-    world, rows, heads, dim = 5, 7, 6, 8
-    plan = make_plan(
-        world * rows, world=world, heads=heads, head_dim=dim, dtype="bfloat16", mask=full(), schedule=token_ring(world)
-    )
-    q, stat = rows * heads * dim * 2, rows * heads * 4
-    for backward, out, home in ((False, q, q + stat), (True, 2 * q + 2 * stat, q)):
-        expected = {
-            (a, b): home + ((world - 1) * out if (b - a) % world == 1 else 0)
-            for a in range(world)
-            for b in range(world)
-            if a != b
-        }
-        assert traffic(plan, backward=backward) == expected
+@pytest.mark.parametrize("kv_heads", [6, 2, 1], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_the_closed_forms_of_ring_and_token_ring(kv_heads: int, world: int) -> None:
+    """Written out from the algorithms, and equal to what the transport counts, on every link, forward and backward."""
+    rows, heads, dim, batch = 7, 6, 8, 3
+    q, kv, stat = batch * rows * heads * dim * 2, batch * rows * kv_heads * 2 * dim * 2, batch * rows * heads * 4
+    next_ranks = {(r, (r + 1) % world) for r in range(world)} if world > 1 else set()
+    pairs = {(a, b) for a in range(world) for b in range(world) if a != b}
+    # Ring: k and v make world - 1 hops; in backward dk and dv do too, in fp32, or in one hop straight home as they are.
+    wide = 1 if world == 2 else 2
+    ring_bytes = [{link: (world - 1) * size for link in next_ranks} for size in (kv, kv + wide * kv)]
+    # TokenRing: what goes out hops world - 1 times; what comes home goes to the owner from each rank. In forward q, then out
+    # and lse; in backward q, dout, lse and delta, then dq.
+    token_ring_bytes = [
+        {link: home + (world - 1) * out * (link in next_ranks) for link in pairs}
+        for out, home in ((q, q + stat), (2 * q + 2 * stat, q))
+    ]
+    for schedule, expected in ((ring(world), ring_bytes), (token_ring(world), token_ring_bytes)):
+        plan = make_plan(
+            world * rows,
+            world=world,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=dim,
+            dtype="bfloat16",
+            mask=full(),
+            schedule=schedule,
+        )
+        assert counted(plan, batch=batch) == expected
+        assert predicted(plan, batch=batch) == expected
 
 
 def two_ranks(schedule: Schedule, topology: Topology, backward: bool = False) -> tuple[float, float]:

@@ -1,12 +1,10 @@
 """Every Python block in the README and in docs/ runs as it stands, under torchrun."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from spawn import torchrun
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -20,9 +18,8 @@ BLOCKS = [
 def test_the_example_runs(block: str, tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(block)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(script)]
-    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=55)
-    assert ran.returncode == 0, ran.stderr
+    code, _, err = torchrun(str(script), ranks=4)
+    assert code == 0, err
 
 
 def test_there_are_examples() -> None:

@@ -13,6 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import ringattn
 from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+from ringattn.autograd import Inputs, attend
+from ringattn.comm.p2p import P2P
+from ringattn.kernels import Options
+from ringattn.nn import cross_entropy
 
 
 def plan_for(world: int, **changes) -> Plan:
@@ -47,6 +51,17 @@ def test_gradients_of_bias_and_sinks() -> None:
     bias = torch.randn(2, 13, dtype=torch.float64, requires_grad=True)
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda b, s: attention(q, k, v, plan, key_bias=b, sinks=s), (bias, sinks))
+
+
+def test_a_sink_of_minus_infinity_is_no_sink() -> None:
+    plan = plan_for(1)
+    q, k, v = tensors(plan)
+    bias = torch.zeros(2, 13, dtype=torch.float64)
+    bias[:, 0] = -torch.inf  # under causal the first row then sees nothing
+    sinks = torch.full((4,), -torch.inf, dtype=torch.float64, requires_grad=True)
+    out = attention(q, k, v, plan, key_bias=bias, sinks=sinks)
+    assert torch.equal(out, attention(q, k, v, plan, key_bias=bias)) and (out[:, 0] == 0).all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v, sinks)))
 
 
 def test_no_grad_keeps_no_graph() -> None:
@@ -175,6 +190,10 @@ def test_attention_on_sub_groups() -> None:
 
 def caught(rank: int, *args) -> str:
     """What the call in question raises, as text."""
+    if args[1]:  # not the first call: the ranks have agreed before, on this kind of call too
+        plan = plan_for(3)
+        attention(*tensors(plan, rank), plan)
+        attention(*tensors(plan, rank), plan, scale=0.5)
     try:
         MISTAKES[args[0]](rank)
     except RingAttnError as error:
@@ -208,13 +227,46 @@ def _different_batch(rank: int) -> None:
     attention(q[cut], k[cut], v[cut], plan_for(3))
 
 
+def _different_masks(rank: int) -> None:
+    plan = plan_for(3, mask=ringattn.sliding_window(5 + (rank == 1)))
+    attention(*tensors(plan, rank), plan)
+
+
+def _different_grad_mode(rank: int) -> None:
+    with torch.set_grad_enabled(rank != 2):
+        attention(*tensors(plan_for(3), rank), plan_for(3))
+
+
+def _wrong_device(rank: int) -> None:
+    q, k, v = tensors(plan_for(3), rank)
+    attention(q.to("meta") if rank == 0 else q, k, v, plan_for(3))
+
+
+def _skipped_call(rank: int) -> None:
+    if rank != 1:
+        attention(*tensors(plan_for(3), rank), plan_for(3))
+    unshard(tensors(plan_for(3), rank)[0], plan_for(3))
+
+
+def _unshard_of_different_batch(rank: int) -> None:
+    plan = plan_for(3)
+    unshard(torch.zeros(1 + (rank == 0), plan.rows(rank), 2), plan)
+
+
+def _unshard_along_no_dim(rank: int) -> None:
+    plan = plan_for(3)
+    unshard(torch.zeros(1, plan.rows(rank), 2), plan, dim=7 if rank == 2 else 1)
+
+
+def _loss_of_wrong_targets(rank: int) -> None:
+    cross_entropy(torch.zeros(1, 4, 7), torch.zeros(1, 4 - (rank == 1), dtype=torch.int64))
+
+
 def _wrong_group(rank: int) -> None:
     attention(*tensors(plan_for(2), 0), plan_for(2))
 
 
-MISTAKES = {
-    f.__name__: f for f in (_wrong_rows, _anothers_rows, _different_plans, _different_options, _different_batch, _wrong_group)
-}
+MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and callable(f)}
 
 
 @pytest.mark.parametrize(
@@ -225,24 +277,32 @@ MISTAKES = {
         (_different_plans, "MismatchError: ranks disagree on plan"),
         (_different_options, "MismatchError: ranks disagree on scale: 0.5 on rank 0, None on ranks 1, 2"),
         (_different_batch, "MismatchError: ranks disagree on batch: 1 on rank 0, 2 on ranks 1, 2"),
+        (_different_masks, "MismatchError: ranks disagree on plan"),
+        (_different_grad_mode, "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, False on rank 2"),
+        (_wrong_device, "InputError: on rank 0: q is on meta and the gloo group moves tensors on cpu"),
+        (_skipped_call, "MismatchError: ranks disagree on "),
+        (_unshard_of_different_batch, "MismatchError: ranks disagree on shape beside the rows: [2, 2] on rank 0"),
+        (_unshard_along_no_dim, "InputError: on rank 2: unshard(x): x of shape (1, 4, 2) does not have the 4 rows"),
+        (_loss_of_wrong_targets, "InputError: on rank 1: targets has shape (1, 3)"),
         (_wrong_group, "MismatchError: the plan is for 2 ranks and the group has 3"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str) -> None:
-    said = run_ranks(3, caught, mistake.__name__, timeout=30)
+@pytest.mark.parametrize("later", [False, True], ids=["first call", "later call"])
+def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str, later: bool) -> None:
+    said = run_ranks(3, caught, mistake.__name__, later, timeout=30)
     assert len(set(said)) == 1 and said[0].startswith(text), said
 
 
 def deserted(rank: int) -> str:
-    """Rank 1 leaves after the first call; its peers are in the middle of the second."""
+    """Rank 1 leaves after all have agreed; its peers are in the middle of the transfers."""
     plan = plan_for(3)
     attention(*tensors(plan, rank), plan)
     if rank == 1:
         return "left"
     try:
         for _ in range(3):
-            attention(*tensors(plan, rank), plan)
+            attend([Inputs(*tensors(plan, rank))], plan, Options(0.3), P2P(dist.group.WORLD))
     except ringattn.CommError as error:
         return str(error)
     return "no error"
@@ -254,29 +314,50 @@ def test_a_rank_that_leaves_is_named_by_its_peers() -> None:
     assert all("departing in step" in said[rank] for rank in (0, 2)), said
 
 
-def agreed_once(rank: int) -> int:
-    """The exchange happens for the first call of its kind only."""
-    gathered = 0
+def bytes_of_agreement(rank: int) -> list[int]:
+    """What this rank gives to exchanges, in bytes, over four calls of two kinds."""
+    given = []
     original = dist.all_gather
 
-    def counting(*args, **kwargs):
-        nonlocal gathered
-        gathered += 1
-        return original(*args, **kwargs)
+    def counting(every: list[torch.Tensor], mine: torch.Tensor, **options) -> None:
+        given.append(mine.nbytes)
+        original(every, mine, **options)
 
     dist.all_gather = counting
     try:
         plan = plan_for(2)
-        for _ in range(3):
-            attention(*tensors(plan, rank), plan)
-        attention(*tensors(plan, rank), plan, scale=0.3)
+        for scale in (None, None, 0.3, None):
+            attention(*tensors(plan, rank), plan, scale=scale)
     finally:
         dist.all_gather = original
-    return gathered
+    return given
 
 
-def test_agreement_costs_one_exchange_per_kind_of_call() -> None:
-    assert run_ranks(2, agreed_once) == [2, 2]
+def test_agreement_costs_eight_bytes_a_call() -> None:
+    assert run_ranks(2, bytes_of_agreement) == [[8] * 4] * 2
+
+
+def bias_and_sinks(rank: int) -> None:
+    """Through the public function, on several ranks, in both shapes of a bias."""
+    plan = plan_for(3, schedule="bidirectional_ring")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 13, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for shape in ((2, 13), (2, 2, 13)):
+        bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        mine = shard(bias, plan, dim=-1)
+        out = attention(*(shard(x, plan) for x in (q, k, v)), plan, key_bias=mine, sinks=sinks)
+        expected, _ = dense(q, k, v, causal(), key_bias=bias, sinks=sinks)
+        torch.testing.assert_close(unshard(out.detach(), plan), expected.detach())
+        leaves = (q, k, v, bias, sinks)
+        found = torch.autograd.grad(out.sum(), leaves)
+        for a, b in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+            dist.all_reduce(a)
+            torch.testing.assert_close(a, b)
+
+
+def test_bias_and_sinks_on_several_ranks() -> None:
+    run_ranks(3, bias_and_sinks)
 
 
 def test_errors_share_a_base() -> None:

@@ -109,6 +109,42 @@ def test_large_logits_do_not_overflow(name: str) -> None:
     assert found[1].abs().max() > 1e4
 
 
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_any_memory_order_gives_the_same_numbers(name: str) -> None:
+    """As from `qkv.unbind(-1)`, or a gradient that an einsum has permuted: the operators assume stride 1 without looking."""
+    q, k, v, bias = block(bias_heads=3)
+    pieces = [Piece(0, 37, 0, 37, CAUSAL)]
+    expected = both_passes(name, (q, k, v, bias), pieces)
+    odd = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    assert odd[0].stride(-1) != 1
+    assert_same(both_passes(name, (*odd, bias), pieces), expected)
+    whole = get("reference").forward(q, k, v, bias, pieces, PLAIN)
+    lse = whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf)
+    dout = torch.randn_like(whole.out)
+    delta = (dout * whole.out).sum(-1)
+    permuted = dout.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    assert_same(
+        get(name).backward(q, k, v, bias, permuted, lse, delta, pieces, PLAIN),
+        get(name).backward(q, k, v, bias, dout, lse, delta, pieces, PLAIN),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.125, 0.3, 2.5, -0.5])
+def test_huge_biases_hide_keys_and_nothing_else(dtype: torch.dtype, scale: float) -> None:
+    """Padding is often a bias of -1e4 or of finfo.min instead of -inf; as a partial it must lose every merge."""
+    q, k, v, _ = block(dtype=dtype)
+    pieces = [Piece(0, 37, 0, 37, FULL)]
+    seen = get("sdpa").forward(q, k, v, None, pieces, Options(scale))
+    for hidden in (-1e4, torch.finfo(torch.float32).min, torch.finfo(dtype).min if dtype != F64 else -1e300):
+        bias = torch.full((2, 1, 37), hidden, dtype=F64 if dtype == F64 else torch.float32)
+        part = get("sdpa").forward(q, k, v, bias, pieces, Options(scale))
+        assert part.lse.max() < -1000 and part.out.isfinite().all()
+        total = Partial(seen.out.to(part.lse.dtype).clone(), seen.lse.clone())
+        merge_(total, part)
+        assert torch.equal(total.out, seen.out.to(total.out.dtype)) and torch.equal(total.lse, seen.lse)
+
+
 def test_a_wide_window_is_computed_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "ROWS_PER_MASK", 4)
     inputs, pieces = block(bias_heads=3), [Piece(0, 37, 0, 37, Band(-6, 1))]

@@ -47,6 +47,8 @@ def imports(path: Path) -> set[str]:
             continue
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module == "ringattn":
+            names = [f"ringattn.{ringattn._HOME.get(a.name, a.name)}" for a in node.names]
         for name in names:
             parts = name.split(".")
             found.add(parts[1] if parts[0] == "ringattn" and len(parts) > 1 else parts[0])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -222,7 +221,10 @@ def test_one_rank_degenerates() -> None:
 def test_the_prediction_is_shown() -> None:
     assert "predicted on nvlink: forward " in str(plan(topology="nvlink"))
     assert "predicted on infiniband: " in str(plan()), "the sober default"
-    assert plan(topology="cpu", schedule="bidirectional_ring").digest == plan(topology="nvlink", schedule="bidirectional_ring").digest, "words do not count"
+    assert (
+        plan(topology="cpu", schedule="bidirectional_ring").digest
+        == plan(topology="nvlink", schedule="bidirectional_ring").digest
+    ), "words do not count"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
@@ -235,11 +237,3 @@ def test_every_name_is_exact(world: int) -> None:
             )
             found = simulate(made, whole.q, whole.k, whole.v, whole.dout)
             assert worst(found, (whole.out, whole.lse, *whole.grads)) < EXACT, f"{name} {mask}"
-
-
-def test_planning_is_quick() -> None:
-    """Generous bounds, for a busy core: 8 ranks take some 50 ms and 64 a few seconds."""
-    for world, length, limit in ((8, 65_536, 2.0), (64, 1 << 20, 40.0)):
-        begin = time.perf_counter()
-        make_plan(length, world=world, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", topology="nvswitch")
-        assert time.perf_counter() - begin < limit

@@ -1,5 +1,6 @@
 """Schedules are correct algorithms, and `check` is exact: it rejects what computes wrongly and nothing else."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -22,8 +23,10 @@ from ringattn.schedule import (
     split,
     token_ring,
 )
-from ringattn.schedule.mesh import mesh
+from ringattn.schedule.grid import mesh
+from ringattn.schedule.program import program
 
+checking = importlib.import_module("ringattn.schedule.check")  # the package exports the function of that name
 WORLDS = [1, 2, 3, 4, 5, 8, 16]
 
 
@@ -128,6 +131,26 @@ def test_bad_arguments_are_named() -> None:
             token_ring(**wrong)
     with pytest.raises(ScheduleError, match="not a schedule"):
         parse("hello")
+
+
+def test_ranks_that_disagree_on_the_order_of_messages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`program` gives both ends the same order; one that did not would hang NCCL and corrupt gloo."""
+
+    def careless(lanes, sent, rank):
+        return tuple(replace(step, post=step.post[:: -1 if rank else 1]) for step in program(lanes, sent, rank))
+
+    monkeypatch.setattr(checking, "program", careless)
+    twice = split(token_ring(2), q=2)  # two messages on a link in one step
+    with pytest.raises(ScheduleError, match="ranks 0 and 1 disagree on the order"):
+        check(twice)
+
+
+def test_steps_before_the_first_are_refused() -> None:
+    schedule = token_ring(2)
+    with pytest.raises(ScheduleError, match="before the first step"):
+        check(replace(schedule, moves=(*schedule.moves, Move(Kind.Q, 0, 0, 1, -1, 0))))
+    with pytest.raises(ScheduleError, match="before the first step"):
+        check(replace(schedule, tiles=(*schedule.tiles[1:], schedule.tiles[0]._replace(step=-1))))
 
 
 def mutations(schedule: Schedule):

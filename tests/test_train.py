@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shlex
 import signal
 import socket
@@ -12,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import spawn
 import torch
+from spawn import finish, start
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "launch" / "train.py"
@@ -22,38 +23,8 @@ LEARNED = ("step", "loss", "bits_per_byte", "gradient_norm", "lr")  # the rest o
 sys.path.insert(0, str(TRAIN.parent))
 
 
-def environment(**more: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
-
-
-def descendants(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children")
-    children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
-    return children + [d for child in children for d in descendants(child)]
-
-
-def start(command: list[str], **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 40) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr; nothing that was started survives."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in [*descendants(process.pid), process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"no end within {timeout} s\n{out}\n{err}")
-    return process.returncode, out, err
-
-
 def torchrun(*flags: str, ranks: int = 2) -> tuple[str, str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(TRAIN)]
-    code, out, err = finish(start([*launch, *SMALL, *flags]))
+    code, out, err = spawn.torchrun(str(TRAIN), *SMALL, *flags, ranks=ranks)
     assert code == 0, err
     return out, err
 
@@ -131,7 +102,7 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_exit_code_0(tmp_path
 
 def complaint(process: subprocess.Popen) -> str:
     """What a failing run says: one paragraph and no traceback."""
-    code, out, err = finish(process)
+    code, out, err = finish(process, timeout=40)
     assert code == 1 and out == "", err
     assert err.count("\n") == 1 and err.startswith("error: "), err
     return err

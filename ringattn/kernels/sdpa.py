@@ -14,6 +14,7 @@ Four things about these operators are put right here, so that nobody else need k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, copysign, log2
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ class Sdpa(Kernel):
         dim = q.shape[-1]
         dbias = None
         if bias is not None:
-            dbias = dk.select(-1, dim).to(accum_dtype(q.dtype)).unflatten(1, (bias.shape[1], -1)).sum(2) / options.scale
+            dbias = dk.select(-1, dim).to(accum_dtype(q.dtype)).unflatten(1, (bias.shape[1], -1)).sum(2) / (
+                options.scale * _unit(options.scale)
+            )
         return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)
 
 
@@ -89,11 +92,9 @@ def _fused(q: Tensor, band: Band, options: Options) -> Fused | None:
 def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Call:
     """The fused call for one piece: bias as two more channels, head sizes made equal, a mask only for a band."""
     if bias is not None:
-        logits = (bias / options.scale).repeat_interleave(k.shape[1] // bias.shape[1], dim=1)
-        high = logits.to(k.dtype)
-        low = (logits - high).masked_fill(high == -torch.inf, 0.0).to(k.dtype)
-        k = torch.cat([k, high.unsqueeze(-1), low.unsqueeze(-1)], dim=-1)
-        q = torch.cat([q, q.new_ones(*q.shape[:-1], 2)], dim=-1)
+        high, low = _halves(bias, k, options.scale)
+        k = torch.cat([k, high, low], dim=-1)
+        q = torch.cat([q, q.new_full((*q.shape[:-1], 2), _unit(options.scale))], dim=-1)
     width = max(q.shape[-1], v.shape[-1])
     mask = None
     if band not in (FULL, CAUSAL):
@@ -102,11 +103,32 @@ def _call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, opti
     return Call(_widen(q, width), _widen(k, width), _widen(v, width), mask, band == CAUSAL, options.scale)
 
 
+def _unit(scale: float) -> float:
+    """What q holds in the channels of the bias: a power of two, exact in any dtype, with scale * unit between 1 and 2."""
+    return 2.0 ** ceil(-log2(abs(scale)))
+
+
+def _halves(bias: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The bias of each key as two numbers in k's dtype, (batch, kv_heads, keys, 1) each, whose sum is nearly exact.
+
+    Finite biases stay finite, whatever their size: a mask of `finfo.min` must not turn into -inf, neither here nor when the
+    operator multiplies it by q's unit in fp32.
+    """
+    largest = min(torch.finfo(k.dtype).max, torch.finfo(torch.float32).max / 4 / max(1.0, _unit(scale)))
+    value = bias / (scale * _unit(scale))
+    value = value.clamp(-largest, largest).masked_fill_(bias == -torch.inf, -torch.inf * copysign(1.0, scale))
+    value = value.repeat_interleave(k.shape[1] // bias.shape[1], dim=1).unsqueeze(-1)
+    high = value.to(k.dtype)
+    return high, (value - high).masked_fill_(high.isinf(), 0.0).to(k.dtype)
+
+
 def _first(x: Tensor, width: int) -> Tensor:
     return x.narrow(-1, 0, width)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
+    """With zeros up to `width`, and with neighbours in memory side by side, which the operators assume without looking."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 

@@ -151,7 +151,7 @@ class Decoder(nn.Module):
             problem = (
                 f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
             )
-        agree(process_group, tokens.device, {"plan of the decoder": plan.digest}, problem)
+        agree(process_group, {"plan of the decoder": plan.digest}, problem)
         where = positions(plan, rank).to(tokens.device)
         x: Tensor = self.embed_tokens(tokens)
         for layer in self.layers:

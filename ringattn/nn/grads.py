@@ -36,7 +36,7 @@ def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -
     if process_group is None or not trained:
         return
     shapes = [(tuple(p.shape), p.dtype) for p in trained]
-    agree(process_group, trained[0].device, {"parameters to reduce": sha256(repr(shapes).encode()).hexdigest()[:16]}, None)
+    agree(process_group, {"parameters to reduce": sha256(repr(shapes).encode()).hexdigest()[:16]})
     for bucket in _buckets(trained):
         _reduce(bucket, process_group)
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringattn.comm.agree import agree
 from ringattn.comm.group import Group
-from ringattn.errors import InputError
 from ringattn.nn.group import reduction_group, sum_over
 from ringattn.partial import accum_dtype
 
@@ -42,14 +42,17 @@ def cross_entropy(logits: Tensor, targets: Tensor, group: Group | None = None, i
         A scalar, the same on every rank. Its gradient is this rank's share: sum the parameters' gradients over `group`.
 
     Raises:
-        InputError: targets do not fit the logits.
+        InputError: targets do not fit the logits. Raised on every rank.
     """
+    problem = None
     if logits.shape[:-1] != targets.shape:
-        raise InputError(
+        problem = (
             f"targets has shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; it needs one entry per row of logits: "
             "shard both with the same plan"
         )
-    return mean_over(summed(logits, targets, ignore_index), (targets != ignore_index).sum(), reduction_group(group))
+    process_group = reduction_group(group)
+    agree(process_group, {"loss": "cross_entropy"}, problem)
+    return mean_over(summed(logits, targets, ignore_index), (targets != ignore_index).sum(), process_group)
 
 
 def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tensor:

@@ -15,7 +15,7 @@ from ringattn.errors import PlanError
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.mask import Mask, causal, full
 from ringattn.schedule import Schedule, check
-from ringattn.schedule.mesh import factors
+from ringattn.schedule.grid import factors
 from ringattn.schedule.named import NAMES, Lanes
 from ringattn.topology import PRESETS, Topology
 

@@ -26,7 +26,7 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
     """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
 
     Args:
-        backend: "nccl" or "gloo"; by default nccl where there are GPUs, one for each local rank, else gloo.
+        backend: "nccl" or "gloo"; by default nccl where every local rank has a GPU of its own, else gloo.
         timeout: seconds that any single communication may take before it is an error.
 
     Raises:
@@ -34,7 +34,7 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
     """
     env = _environment()
     if backend is None:
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if torch.cuda.device_count() >= env["LOCAL_WORLD_SIZE"] else "gloo"
     if backend == "nccl":
         _take_gpu(env["LOCAL_RANK"])
     if not dist.is_initialized():
@@ -59,7 +59,7 @@ def _environment() -> dict[str, int]:
         raise LaunchError(f"torchrun's environment is damaged ({error}); {LAUNCH_HINT}") from error
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
         raise LaunchError(f"RANK={env['RANK']} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
-    return env
+    return env | {"LOCAL_WORLD_SIZE": int(os.environ.get("LOCAL_WORLD_SIZE", env["LOCAL_RANK"] + 1))}
 
 
 def _take_gpu(local_rank: int) -> None:

@@ -1,6 +1,7 @@
 """Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
 
 from ringattn.schedule.check import check, peak
+from ringattn.schedule.grid import mesh
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
 from ringattn.schedule.passes import prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
@@ -15,6 +16,7 @@ __all__ = [
     "bidirectional_ring",
     "check",
     "make",
+    "mesh",
     "parse",
     "peak",
     "prune",

@@ -39,8 +39,13 @@ def _check_form(schedule: Schedule) -> None:
     for move in schedule.moves:
         if move.src not in ranks or move.dst not in ranks or move.src == move.dst:
             raise ScheduleError(f"{schedule.name}: {move} does not go from one rank of {schedule.world} to another")
-        if move.due <= move.depart:
-            raise ScheduleError(f"{schedule.name}: {move} departs in step {move.depart} and would be due no later")
+        if move.depart < 0 or move.due <= move.depart:
+            raise ScheduleError(
+                f"{schedule.name}: {move} departs in step {move.depart} and would be due no later, or before the first step"
+            )
+    for tile in schedule.tiles:
+        if tile.step < 0 or tile.rank not in ranks:
+            raise ScheduleError(f"{schedule.name}: {tile} is before the first step or on no rank of {schedule.world}")
 
 
 def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int, int]]]:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
 
+from ringattn.schedule.grid import factors, mesh
 from ringattn.schedule.ir import Schedule
-from ringattn.schedule.mesh import factors, mesh
 from ringattn.schedule.passes import split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring

@@ -1,0 +1,117 @@
+"""Hosts with real links, on one Linux machine: network namespaces joined by veth, shaped by tc, with real TCP between them.
+
+    mesh     every directed pair of hosts has `mbit` of its own      one htb class per destination at each sender
+    switch   every host has a port of `mbit` in and out              tbf at both ends of its cable
+    nodes    two halves, each a mesh; between them one uplink        the mesh, and tbf at both ends of the cable between
+
+Nothing leaves the machine: the namespaces have no route out. Needs root and iproute2 (`ip` and `tc`), and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+KINDS = ("mesh", "switch", "nodes")
+BURST = "64kb"  # one packet as the kernel hands it over; less would throttle, more would let bursts pass unshaped
+QUEUE = "500ms"  # what a port may hold back before it drops
+
+
+@dataclass
+class Lab(AbstractContextManager["Lab"]):
+    """`with Lab("mesh", 4, mbit=50) as lab:` makes the hosts and takes them away again. Rates are in Mbit/s, per direction."""
+
+    kind: str
+    hosts: int
+    mbit: float
+    uplink_mbit: float | None = None
+    prefix: str = "ra"
+
+    def __enter__(self) -> Lab:
+        if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+            raise SystemExit(
+                "netlab makes network namespaces: run it as root, with iproute2 installed (apt-get install iproute2)"
+            )
+        if self.kind not in KINDS:
+            raise SystemExit(f"netlab: kind {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind == "nodes" and not self.uplink_mbit:
+            raise SystemExit("netlab: nodes need a rate for their uplink")
+        try:
+            self._build()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._remove()
+
+    def address(self, host: int) -> str:
+        return f"10.77.0.{host + 1}"
+
+    def inside(self, host: int) -> list[str]:
+        """Put this before a command to run it on `host`."""
+        return ["ip", "netns", "exec", self._host(host)]
+
+    def _host(self, host: int) -> str:
+        return f"{self.prefix}-h{host}"
+
+    @property
+    def _core(self) -> str:
+        return f"{self.prefix}-core"
+
+    def _bridge(self, host: int) -> str:
+        return "br1" if self.kind == "nodes" and host >= self.hosts // 2 else "br0"
+
+    def _build(self) -> None:
+        self._remove()
+        _run("ip netns add", self._core)
+        for bridge in ("br0", "br1"):
+            self._in_core(f"ip link add {bridge} type bridge")
+            self._in_core(f"ip link set {bridge} up")
+        if self.kind == "nodes":
+            self._in_core("ip link add up0 type veth peer name up1")
+            for n in range(2):
+                self._in_core(f"ip link set up{n} master br{n} up")
+                self._in_core(f"tc qdisc add dev up{n} root tbf rate {self.uplink_mbit}mbit burst {BURST} latency {QUEUE}")
+        for host in range(self.hosts):
+            self._plug_in(host)
+
+    def _plug_in(self, host: int) -> None:
+        name, cable = self._host(host), f"p{host}"
+        _run("ip netns add", name)
+        _run(f"ip link add {cable} netns {self._core} type veth peer name eth0 netns {name}")
+        self._in_core(f"ip link set {cable} master {self._bridge(host)} up")
+        on_host = f"ip netns exec {name}"
+        _run(f"{on_host} ip address add {self.address(host)}/24 dev eth0")
+        _run(f"{on_host} ip link set eth0 up")
+        _run(f"{on_host} ip link set lo up")
+        if self.kind == "switch":
+            shape = f"root tbf rate {self.mbit}mbit burst {BURST} latency {QUEUE}"
+            _run(f"{on_host} tc qdisc add dev eth0 {shape}")
+            self._in_core(f"tc qdisc add dev {cable} {shape}")
+            return
+        _run(f"{on_host} tc qdisc add dev eth0 root handle 1: htb")
+        for peer in range(self.hosts):
+            rate = f"htb rate {self.mbit}mbit ceil {self.mbit}mbit burst {BURST} cburst {BURST}"
+            to_peer = f"protocol ip parent 1: prio 1 u32 match ip dst {self.address(peer)}/32"
+            _run(f"{on_host} tc class add dev eth0 parent 1: classid 1:{peer + 10} {rate}")
+            _run(f"{on_host} tc filter add dev eth0 {to_peer} flowid 1:{peer + 10}")
+
+    def _in_core(self, command: str) -> None:
+        _run(f"ip netns exec {self._core} {command}")
+
+    def _remove(self) -> None:
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
+        for name in listed:
+            if name.startswith(f"{self.prefix}-"):
+                _run("ip netns delete", name)
+
+
+def _run(*words: str) -> None:
+    ran = subprocess.run(" ".join(words).split(), capture_output=True, text=True)
+    if ran.returncode:
+        raise SystemExit(f"netlab: `{' '.join(words)}` failed: {ran.stderr.strip()}")
