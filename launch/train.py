@@ -17,7 +17,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import plots
 import torch
@@ -184,11 +184,18 @@ def _complain(error: RingAttnError) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
+def _leave(code: int) -> NoReturn:
+    """At once. gloo's threads may still be letting go of tensors, and abort a process whose interpreter shuts down meanwhile."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
     try:
         main(tyro.cli(TrainConfig))
-        dist.destroy_process_group()
     except RingAttnError as error:
         _complain(error)
-        sys.stderr.flush()
-        os._exit(1)  # at once: an orderly end would wait for peers that may be gone, and the backend's threads may abort it
+        _leave(1)  # without a farewell to peers that may be gone
+    dist.destroy_process_group()
+    _leave(0)

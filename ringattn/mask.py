@@ -9,8 +9,10 @@ No torch here, and no sequence length: the plan gives that. `END` stands for "to
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,6 +51,17 @@ class Mask:
         return any(
             r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right for r in self.rects
         )
+
+    def near(self, start: int, stop: int) -> tuple[Rect, ...]:
+        """The rectangles that may hold queries of [start, stop): with thousands of documents, a few of them."""
+        if not self._one_after_another:
+            return self.rects
+        first = bisect_right(self.rects, start, key=lambda r: r.q_stop)
+        return self.rects[first : bisect_left(self.rects, stop, key=lambda r: r.q_start)]
+
+    @cached_property
+    def _one_after_another(self) -> bool:
+        return all(a.q_stop <= b.q_start for a, b in pairwise(self.rects))
 
     def __and__(self, other: Mask) -> Mask:
         """Keep what both keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""

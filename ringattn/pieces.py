@@ -57,8 +57,8 @@ def pieces(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> 
     found = (
         piece
         for q_offset, q_span in _with_offsets(q_spans)
+        for rect in mask.near(q_span.start, q_span.start + q_span.length * q_span.stride)
         for k_offset, k_span in _with_offsets(k_spans)
-        for rect in mask.rects
         for piece in _meet(q_span, k_span, rect, q_offset, k_offset)
     )
     return _join(found)

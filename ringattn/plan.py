@@ -43,14 +43,10 @@ class Lane:
     q_blocks: tuple[Block, ...]
     kv_blocks: tuple[Block, ...]
     pieces: Mapping[tuple[int, int], tuple[Piece, ...]]
+    areas: Mapping[tuple[int, int], int]  # kept (query, key) pairs of every tile
 
     def block(self, kind: Kind, index: int) -> Block:
         return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
-
-    @cached_property
-    def areas(self) -> dict[tuple[int, int], int]:
-        """Kept (query, key) pairs of every tile."""
-        return {tile: sum(piece.area for piece in found) for tile, found in self.pieces.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,18 +136,19 @@ def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, kv_hea
 @lru_cache(maxsize=256)
 def _lane(kv_heads: tuple[int, int], schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
     q_blocks, kv_blocks = blocks(layout, schedule.q_home), blocks(layout, schedule.kv_home)
-    alive = _tiles(q_blocks, kv_blocks, layout, mask)
-    return Lane(kv_heads, prune(schedule, alive), q_blocks, kv_blocks, alive)
+    alive, areas = _tiles(q_blocks, kv_blocks, layout, mask)
+    return Lane(kv_heads, prune(schedule, alive), q_blocks, kv_blocks, alive, areas)
 
 
 @lru_cache(maxsize=16)
 def _tiles(
     q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask
-) -> dict[tuple[int, int], tuple[Piece, ...]]:
-    """The pieces of every tile that has any. Kept by itself, since the planner asks it of many schedules on the same blocks."""
+) -> tuple[dict[tuple[int, int], tuple[Piece, ...]], dict[tuple[int, int], int]]:
+    """The pieces and areas of every tile that has any. Kept by itself, since the planner asks it of many schedules on the same blocks."""
     q_spans, kv_spans = _spans(layout, q_blocks), _spans(layout, kv_blocks)
     found = {(i, j): pieces(q_spans[i], kv_spans[j], mask) for i, j in product(range(len(q_blocks)), range(len(kv_blocks)))}
-    return {tile: parts for tile, parts in found.items() if parts}
+    alive = {tile: parts for tile, parts in found.items() if parts}
+    return alive, {tile: sum(piece.area for piece in parts) for tile, parts in alive.items()}
 
 
 def blocks(layout: Layout, homes: Sequence[int]) -> tuple[Block, ...]:

@@ -187,7 +187,7 @@ def test_check_rejects_exactly_the_mutations_that_compute_wrongly(name: str, mas
 
 
 def runs_right(plan: Plan, lane: Lane, schedule: Schedule, e) -> bool:
-    lanes = (Lane(lane.kv_heads, schedule, lane.q_blocks, lane.kv_blocks, lane.pieces),)
+    lanes = (replace(lane, schedule=schedule),)
     try:
         found = simulate(replace(plan, forward=lanes, backward=lanes), e.q, e.k, e.v, e.dout)
     except (KeyError, RingAttnError):  # something was read or sent that was not there
