@@ -185,7 +185,7 @@ def _complain(error: RingAttnError) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """At once. gloo's threads may still be letting go of tensors, and abort a process whose interpreter shuts down meanwhile."""
+    """At once: a process whose interpreter shuts down while gloo's threads still let go of tensors may abort instead."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

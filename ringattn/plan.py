@@ -144,7 +144,7 @@ def _lane(kv_heads: tuple[int, int], schedule: Schedule, layout: Layout, mask: M
 def _tiles(
     q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask
 ) -> tuple[dict[tuple[int, int], tuple[Piece, ...]], dict[tuple[int, int], int]]:
-    """The pieces and areas of every tile that has any. Kept by itself, since the planner asks it of many schedules on the same blocks."""
+    """The pieces and areas of every tile that has any; kept apart, since many schedules on the same blocks ask for them."""
     q_spans, kv_spans = _spans(layout, q_blocks), _spans(layout, kv_blocks)
     found = {(i, j): pieces(q_spans[i], kv_spans[j], mask) for i, j in product(range(len(q_blocks)), range(len(kv_blocks)))}
     alive = {tile: parts for tile, parts in found.items() if parts}
