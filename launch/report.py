@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections import Counter
@@ -84,7 +85,13 @@ def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_b
         for (src, _), size in traffic(plan, batch=batch, backward=one_pass).items():
             sent[src] += size * layers
     step = median(seconds)
-    table = Table(title=f"{plan.world} ranks, {plan.seq_len:,} tokens, {plan.forward[0].schedule.name}", title_justify="left")
+    crowded = mesh.device_type == "cpu" and plan.world > (os.cpu_count() or 1)
+    caption = "more ranks than cores: what moves bytes takes a core from what computes, so little can hide" if crowded else None
+    table = Table(
+        title=f"{plan.world} ranks, {plan.seq_len:,} tokens, {plan.forward[0].schedule.name}",
+        title_justify="left",
+        caption=caption,
+    )
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("counted how")

@@ -32,7 +32,10 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 50) -> list[Any]:
-    """`[function(rank, *args) for rank in range(world)]`, each in its own process of one gloo group."""
+    """`[function(rank, *args) for rank in range(world)]`, each in its own process of one gloo group.
+
+    Return numbers, text or numpy arrays: a tensor is sent as shared memory, which ends with the rank that made it.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         pipes, processes = [], []
         for rank in range(world):

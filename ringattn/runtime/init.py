@@ -7,7 +7,9 @@ connect; every wait has a deadline; and near ranks have exchanged a message befo
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -19,6 +21,9 @@ from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
 
 AXIS = "sequence"
+# gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
+# process aborts instead of exiting.
+LAST_BREATH = 0.05
 WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
@@ -38,6 +43,7 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
     if backend == "nccl":
         _take_gpu(env["LOCAL_RANK"])
     if not dist.is_initialized():
+        atexit.register(time.sleep, LAST_BREATH)
         _join(backend, env, timedelta(seconds=timeout))
     device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
