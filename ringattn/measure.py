@@ -20,7 +20,7 @@ from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
 from ringattn.engine import run
-from ringattn.kernels import Grads, Kernel, Options
+from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
 from ringattn.plan import Plan
@@ -48,23 +48,12 @@ class _Idle(Kernel):
 
     name = "idle"
 
-    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
-        lse = torch.zeros(q.shape[:-1], dtype=accum_dtype(q.dtype), device=q.device)
-        return Partial(torch.empty_like(q), lse)
+    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+        lse = torch.zeros(block.q.shape[:-1], dtype=accum_dtype(block.q.dtype), device=block.q.device)
+        return Partial(torch.empty_like(block.q), lse)
 
-    def piece_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        band: Band,
-        options: Options,
-    ) -> Grads:
-        return Grads(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None)
+    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+        return Grads(torch.empty_like(block.q), torch.empty_like(block.k), torch.empty_like(block.v), None)
 
 
 class _Nowhere:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ringattn.comm.packing import Spec
 from ringattn.engine import Payload
 from ringattn.errors import ScheduleError
-from ringattn.kernels import Grads, Options, get
+from ringattn.kernels import Grads, Operands, Options, Rows, get
 from ringattn.partial import Partial, accum_dtype, merge_
 from ringattn.payload import Field, fields
 from ringattn.plan import Block, Plan
@@ -90,8 +90,7 @@ class Forward(_Pass):
 
     def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Partial]:
         pieces = self.lanes[lane].pieces[i, j]
-        key, value, bias = _with_bias(kv)
-        return {Item(lane, Kind.Q_ACC, i): self.kernel.forward(q[0], key, value, bias, pieces, self.options)}
+        return {Item(lane, Kind.Q_ACC, i): self.kernel.forward(_operands(q[0], kv), pieces, self.options)}
 
     def merge(self, total: Partial, share: Partial) -> Partial:
         total = Partial(total.out.to(self.accum), total.lse)
@@ -121,9 +120,8 @@ class Backward(_Pass):
 
     def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Payload]:
         query, dout, lse, delta = q
-        key, value, bias = _with_bias(kv)
         pieces = self.lanes[lane].pieces[i, j]
-        dq, *of_keys = self.kernel.backward(query, key, value, bias, dout, lse, delta, pieces, self.options)
+        dq, *of_keys = self.kernel.backward(_operands(query, kv), Rows(dout, lse, delta), pieces, self.options)
         return {
             Item(lane, Kind.Q_ACC, i): (dq,),
             Item(lane, Kind.KV_ACC, j): tuple(grad for grad in of_keys if grad is not None),
@@ -142,5 +140,5 @@ class Backward(_Pass):
         return Grads(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"))
 
 
-def _with_bias(kv: Payload) -> tuple[Tensor, Tensor, Tensor | None]:
-    return kv[0], kv[1], kv[2] if len(kv) > 2 else None
+def _operands(query: Tensor, kv: Payload) -> Operands:
+    return Operands(query, kv[0], kv[1], kv[2] if len(kv) > 2 else None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringattn.kernels import KERNELS, Options, aten, get, sdpa
+from ringattn.kernels import KERNELS, Operands, Options, Rows, aten, get, sdpa
 from ringattn.kernels.sdpa import stand_in
 from ringattn.mask import END
 from ringattn.partial import Partial, merge_, nothing
@@ -30,13 +30,12 @@ def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_
 def both_passes(name: str, inputs, pieces, options=PLAIN):
     """(out, lse, dq, dk, dv, dbias) with row statistics from the plain mathematics."""
     q, k, v, bias = inputs
-    out, lse = get(name).forward(q, k, v, bias, pieces, options)
-    whole = get("reference").forward(q, k, v, bias, pieces, options)
+    out, lse = get(name).forward(Operands(q, k, v, bias), pieces, options)
+    whole = get("reference").forward(Operands(q, k, v, bias), pieces, options)
     dout = torch.cos(torch.arange(whole.out.numel(), dtype=F64)).reshape(whole.out.shape).to(q.dtype)
     delta = (dout * whole.out).sum(-1)
-    grads = get(name).backward(
-        q, k, v, bias, dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), delta, pieces, options
-    )
+    rows = Rows(dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), delta)
+    grads = get(name).backward(Operands(q, k, v, bias), rows, pieces, options)
     return [x for x in (out, lse, *grads) if x is not None]
 
 
@@ -118,14 +117,14 @@ def test_any_memory_order_gives_the_same_numbers(name: str) -> None:
     odd = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
     assert odd[0].stride(-1) != 1
     assert_same(both_passes(name, (*odd, bias), pieces), expected)
-    whole = get("reference").forward(q, k, v, bias, pieces, PLAIN)
+    whole = get("reference").forward(Operands(q, k, v, bias), pieces, PLAIN)
     lse = whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf)
     dout = torch.randn_like(whole.out)
     delta = (dout * whole.out).sum(-1)
     permuted = dout.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
     assert_same(
-        get(name).backward(q, k, v, bias, permuted, lse, delta, pieces, PLAIN),
-        get(name).backward(q, k, v, bias, dout, lse, delta, pieces, PLAIN),
+        get(name).backward(Operands(q, k, v, bias), Rows(permuted, lse, delta), pieces, PLAIN),
+        get(name).backward(Operands(q, k, v, bias), Rows(dout, lse, delta), pieces, PLAIN),
     )
 
 
@@ -135,10 +134,10 @@ def test_huge_biases_hide_keys_and_nothing_else(dtype: torch.dtype, scale: float
     """Padding is often a bias of -1e4 or of finfo.min instead of -inf; as a partial it must lose every merge."""
     q, k, v, _ = block(dtype=dtype)
     pieces = [Piece(0, 37, 0, 37, FULL)]
-    seen = get("sdpa").forward(q, k, v, None, pieces, Options(scale))
+    seen = get("sdpa").forward(Operands(q, k, v, None), pieces, Options(scale))
     for hidden in (-1e4, torch.finfo(torch.float32).min, torch.finfo(dtype).min if dtype != F64 else -1e300):
         bias = torch.full((2, 1, 37), hidden, dtype=F64 if dtype == F64 else torch.float32)
-        part = get("sdpa").forward(q, k, v, bias, pieces, Options(scale))
+        part = get("sdpa").forward(Operands(q, k, v, bias), pieces, Options(scale))
         assert part.lse.max() < -1000 and part.out.isfinite().all()
         total = Partial(seen.out.to(part.lse.dtype).clone(), seen.lse.clone())
         merge_(total, part)
@@ -169,7 +168,7 @@ def test_stand_in_has_the_right_delta_and_size() -> None:
 
 
 def partial_of(q, k, v) -> Partial:
-    return get("reference").forward(q, k, v, None, [Piece(0, q.shape[2], 0, k.shape[2], FULL)], Options(0.3))
+    return get("reference").forward(Operands(q, k, v, None), [Piece(0, q.shape[2], 0, k.shape[2], FULL)], Options(0.3))
 
 
 def test_merging_is_attention_to_all_keys_in_any_order() -> None:
@@ -210,8 +209,8 @@ def test_cuda_operators_take_these_arguments(dtype: torch.dtype, band: Band, bia
         bias = None if bias_heads is None else torch.empty(2, bias_heads, 37, device="cuda")
         rows = torch.empty(2, 9, 37, device="cuda")
         piece = [Piece(0, 37, 0, 37, band)]
-        out, lse = get("sdpa").forward(q, k, k, bias, piece, Options(0.3))
-        grads = get("sdpa").backward(q, k, k, bias, out.to(dtype), rows, rows, piece, Options(0.3))
+        out, lse = get("sdpa").forward(Operands(q, k, k, bias), piece, Options(0.3))
+        grads = get("sdpa").backward(Operands(q, k, k, bias), Rows(out.to(dtype), rows, rows), piece, Options(0.3))
         assert (out.shape, out.device, lse.shape, lse.dtype) == (q.shape, q.device, (2, 9, 37), torch.float32)
         assert [g.shape for g in grads[:3]] == [q.shape, k.shape, k.shape]
 

@@ -1,6 +1,6 @@
 """Kernels: attention on one device, with lse, over a list of pieces. `get` finds one by the name a plan carries."""
 
-from ringattn.kernels.base import Grads, Kernel, Options
+from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
@@ -12,4 +12,4 @@ def get(name: str) -> Kernel:
     return KERNELS[name]()
 
 
-__all__ = ["KERNELS", "Grads", "Kernel", "Options", "get"]
+__all__ = ["KERNELS", "Operands", "Grads", "Kernel", "Options", "Rows", "get"]

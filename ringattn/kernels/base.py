@@ -1,12 +1,7 @@
 """What a kernel is: attention of one block of queries to one block of keys on one device, over a list of pieces.
 
-    forward(q, k, v, bias, pieces, options)                      -> Partial(out, lse)
-    backward(q, k, v, bias, dout, lse, delta, pieces, options)   -> Grads(dq, dk, dv, dbias)
-
-q, dout: (batch, heads, rows, head_dim); k, v: (batch, kv_heads, keys, head_dim); heads is a multiple of kv_heads.
-bias: (batch, kv_heads or 1, keys), added to the scaled logits, or None. lse, delta: (batch, heads, rows).
-In backward lse belongs to the whole row, not to this block, and is +inf for rows that see no key at all, so that their
-probabilities come out as exactly 0; delta = sum(dout * out) of the whole row. That is all a block needs to get its exact share.
+    forward(Operands(q, k, v, bias), pieces, options)                             -> Partial(out, lse)
+    backward(Operands(q, k, v, bias), Rows(dout, lse, delta), pieces, options)    -> Grads(dq, dk, dv, dbias)
 
 A kernel knows neither ranks nor masks nor schedules. Subclasses compute one piece; this module walks the list.
 """
@@ -33,6 +28,32 @@ class Options(NamedTuple):
     softcap: float | None = None  # logits = softcap * tanh(scale * q @ k / softcap) + bias
 
 
+class Operands(NamedTuple):
+    """What attends to what. heads is a multiple of kv_heads; v may have another head_dim than q and k."""
+
+    q: Tensor  # (batch, heads, rows, head_dim)
+    k: Tensor  # (batch, kv_heads, keys, head_dim)
+    v: Tensor  # (batch, kv_heads, keys, head_dim)
+    bias: Tensor | None  # (batch, kv_heads or 1, keys), added to the scaled logits
+
+    def cut(self, piece: Piece) -> Operands:
+        keys = slice(piece.k_start, piece.k_stop)
+        bias = None if self.bias is None else self.bias[:, :, keys]
+        return Operands(self.q[:, :, piece.q_start : piece.q_stop], self.k[:, :, keys], self.v[:, :, keys], bias)
+
+
+class Rows(NamedTuple):
+    """What backward knows of each whole row, which is all that one block of its keys needs to find its share."""
+
+    dout: Tensor  # (batch, heads, rows, head_dim)
+    lse: Tensor  # (batch, heads, rows); +inf where a row sees no key at all, so that its probabilities are exactly 0
+    delta: Tensor  # (batch, heads, rows): sum(dout * out)
+
+    def cut(self, piece: Piece) -> Rows:
+        dout, lse, delta = (x[:, :, piece.q_start : piece.q_stop] for x in self)
+        return Rows(dout, lse, delta)
+
+
 class Grads(NamedTuple):
     """Gradients of one block; dbias is None when there is no bias."""
 
@@ -48,41 +69,27 @@ class Kernel(ABC):
     name: str
 
     @abstractmethod
-    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
+    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         """Attention within one rectangle. Every row sees at least one key, unless its bias is -inf."""
 
     @abstractmethod
-    def piece_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        band: Band,
-        options: Options,
-    ) -> Grads:
+    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         """This rectangle's share of the gradients."""
 
     def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         """The pieces as this kernel wants them; it may cut some up."""
         return pieces
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, pieces: Sequence[Piece], options: Options
-    ) -> Partial:
-        pieces = self.refine(pieces)
-        if _is_whole(pieces, q, k):
-            return self.piece_forward(q, k, v, bias, pieces[0].band, options)
+    def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
+        q, pieces = block.q, self.refine(pieces)
+        if _is_whole(pieces, block):
+            return self.piece_forward(block, pieces[0].band, options)
         # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
         once = _rows_occur_once(pieces)
-        total = nothing(q.shape[:-1], v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
+        total = nothing(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
         for piece in pieces:
-            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
-            part = self.piece_forward(q[:, :, rows], k[:, :, keys], v[:, :, keys], _cut(bias, keys), piece.band, options)
-            into = Partial(total.out[:, :, rows], total.lse[:, :, rows])
+            part = self.piece_forward(block.cut(piece), piece.band, options)
+            into = Partial(*(x[:, :, piece.q_start : piece.q_stop] for x in total))
             if once:
                 into.out.copy_(part.out)
                 into.lse.copy_(part.lse)
@@ -90,42 +97,19 @@ class Kernel(ABC):
                 merge_(into, part)
         return total
 
-    def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        pieces: Sequence[Piece],
-        options: Options,
-    ) -> Grads:
+    def backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Grads:
         pieces = self.refine(pieces)
-        if _is_whole(pieces, q, k):
-            return self.piece_backward(q, k, v, bias, dout, lse, delta, pieces[0].band, options)
-        dtype = q.dtype if len(pieces) == 1 else accum_dtype(q.dtype)
-        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        total = Grads(dq, dk, dv, _zeros_like(bias))
+        if _is_whole(pieces, block):
+            return self.piece_backward(block, rows, pieces[0].band, options)
+        dtype = block.q.dtype if len(pieces) == 1 else accum_dtype(block.q.dtype)
+        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in block[:3])
+        total = Grads(dq, dk, dv, None if block.bias is None else torch.zeros_like(block.bias))
         for piece in pieces:
-            rows, keys = slice(piece.q_start, piece.q_stop), slice(piece.k_start, piece.k_stop)
-            part = self.piece_backward(
-                q[:, :, rows],
-                k[:, :, keys],
-                v[:, :, keys],
-                _cut(bias, keys),
-                dout[:, :, rows],
-                lse[:, :, rows],
-                delta[:, :, rows],
-                piece.band,
-                options,
-            )
-            total.dq[:, :, rows] += part.dq
-            total.dk[:, :, keys] += part.dk
-            total.dv[:, :, keys] += part.dv
-            if total.dbias is not None and part.dbias is not None:
-                total.dbias[:, :, keys] += part.dbias
+            part = self.piece_backward(block.cut(piece), rows.cut(piece), piece.band, options)
+            total.dq[:, :, piece.q_start : piece.q_stop] += part.dq
+            for whole, share in zip(total[1:], part[1:], strict=True):
+                if whole is not None and share is not None:
+                    whole[:, :, piece.k_start : piece.k_stop] += share
         return total
 
 
@@ -134,13 +118,5 @@ def _rows_occur_once(pieces: Sequence[Piece]) -> bool:
     return all(stop <= start for (_, stop), (start, _) in pairwise(runs))
 
 
-def _is_whole(pieces: Sequence[Piece], q: Tensor, k: Tensor) -> bool:
-    return len(pieces) == 1 and (pieces[0].rows, pieces[0].keys) == (q.shape[2], k.shape[2])
-
-
-def _cut(bias: Tensor | None, keys: slice) -> Tensor | None:
-    return None if bias is None else bias[:, :, keys]
-
-
-def _zeros_like(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else torch.zeros_like(bias)
+def _is_whole(pieces: Sequence[Piece], block: Operands) -> bool:
+    return len(pieces) == 1 and (pieces[0].rows, pieces[0].keys) == (block.q.shape[2], block.k.shape[2])

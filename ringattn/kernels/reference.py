@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringattn.kernels.base import Grads, Kernel, Options
+from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
 from ringattn.pieces import FULL
@@ -24,7 +24,8 @@ def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:
 class Reference(Kernel):
     name = "reference"
 
-    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
+    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+        q, k, v, bias = block
         logits, _ = _logits(q, k, bias, band, options)
         peak = logits.amax(-1, keepdim=True)
         weights = torch.exp(logits - peak.masked_fill(peak == -torch.inf, 0.0))
@@ -32,18 +33,9 @@ class Reference(Kernel):
         out = weights @ _repeat(v, q) / total.masked_fill(total == 0, 1.0)
         return Partial(out, (peak + total.log()).squeeze(-1))
 
-    def piece_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        band: Band,
-        options: Options,
-    ) -> Grads:
+    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+        q, k, v, bias = block
+        dout, lse, delta = rows
         logits, capped = _logits(q, k, bias, band, options)
         probs = torch.exp(logits - lse.unsqueeze(-1))
         dout = dout.to(probs.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ringattn.kernels.aten import Call, Fused, choose
-from ringattn.kernels.base import Grads, Kernel, Options
+from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
@@ -38,30 +38,22 @@ class Sdpa(Kernel):
             part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))
         ]
 
-    def piece_forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, band: Band, options: Options) -> Partial:
+    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+        q, k, v, bias = block
         fused = _fused(q, band, options)
         if fused is None:
-            return Reference().piece_forward(q, k, v, bias, band, options)
+            return Reference().piece_forward(block, band, options)
         out, lse = fused.forward(_call(q, k, v, bias, band, options))
         if bias is not None:
             lse = lse.masked_fill(_blind(bias, band, q), -torch.inf)
         return Partial(_first(out, v.shape[-1]), lse)
 
-    def piece_backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        dout: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        band: Band,
-        options: Options,
-    ) -> Grads:
+    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+        q, k, v, bias = block
+        dout, lse, delta = rows
         fused = _fused(q, band, options)
         if fused is None:
-            return Reference().piece_backward(q, k, v, bias, dout, lse, delta, band, options)
+            return Reference().piece_backward(block, rows, band, options)
         call = _call(q, k, v, bias, band, options)
         width = call.q.shape[-1]
         dq, dk, dv = fused.backward(call, _widen(dout, width), _widen(stand_in(dout, delta), width), lse)

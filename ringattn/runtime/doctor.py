@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.kernels import Options, get
+from ringattn.kernels import Operands, Options, get
 from ringattn.kernels.aten import choose
 from ringattn.pieces import CAUSAL, Piece
 
@@ -69,7 +69,9 @@ def _kernel() -> Iterator[Finding]:
         q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind()
         try:
             fused = choose(q, needs_mask=False)
-            found, wanted = (get(name).forward(q, k, v, None, whole, options).out.float() for name in ("sdpa", "reference"))
+            found, wanted = (
+                get(name).forward(Operands(q, k, v, None), whole, options).out.float() for name in ("sdpa", "reference")
+            )
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
             yield Finding(what, f"fails: {error}", cure)
             continue

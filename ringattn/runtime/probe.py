@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.kernels import Options, get
+from ringattn.kernels import Operands, Options, get
 from ringattn.pieces import FULL, Piece
 from ringattn.topology import Topology
 
@@ -94,7 +94,7 @@ class Probe:
         rows, heads, dim, dtype = (8192, 16, 128, torch.bfloat16) if on_gpu else (1024, 4, 64, torch.float32)
         q, k, v = torch.randn(3, 1, heads, rows, dim, device=self.device, dtype=dtype).unbind()
         kernel, whole = get("sdpa"), (Piece(0, rows, 0, rows, FULL),)
-        seconds = self._best(lambda: kernel.forward(q, k, v, None, whole, Options(dim**-0.5)), together=True)
+        seconds = self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(dim**-0.5)), together=True)
         return 4 * rows * rows * heads * dim / seconds
 
     def _best(self, action: Callable[[], object], *, repeats: int | None = None, together: bool = False) -> float:
