@@ -103,7 +103,6 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor
 
 
 def _sink_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    weight = torch.exp(
-        sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, 0.0)
-    )  # (batch, heads, rows): the probability of the sink
+    """The sink's share of each row's weight, (batch, heads, rows), times what that weight takes from the row."""
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, 0.0))
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 
@@ -10,19 +11,10 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.kernels import Options
-from ringattn.schedule import Schedule, bidirectional_ring, ring, token_ring
-from ringattn.schedule.grid import mesh
+from ringattn.schedule import Schedule, ring, token_ring
 from ringattn.topology import PRESETS
 
-SCHEDULES = {
-    "ring": ring,
-    "ring_direct": lambda world: ring(world, routing="direct", lookahead=2),
-    "bidirectional_ring": bidirectional_ring,
-    "token_ring": token_ring,
-    "token_ring_direct": lambda world: token_ring(world, routing="direct"),
-    "mesh": mesh,
-    "all_gather": lambda world: "all_gather",
-}
+SCHEDULES = cases.SCHEDULES | {"all_gather": lambda world: "all_gather"}
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}
 FAST = Topology("fast links", "mesh", flops=1e9, link_latency=0.0, bandwidth=1e15)
 

@@ -36,6 +36,7 @@ def test_a_single_rank_starts_without_torchrun() -> None:
     ("changes", "text"),
     [
         (dict(RANK="two"), "torchrun's environment is damaged"),
+        (dict(LOCAL_WORLD_SIZE="all"), "torchrun's environment is damaged"),
         (dict(RANK=3, WORLD_SIZE=2), "RANK=3 does not lie in WORLD_SIZE=2"),
     ],
 )

@@ -6,8 +6,8 @@ Four things about these operators are put right here, so that nobody else need k
 - The backward wants `out` where a block elsewhere only has delta = sum(dout * out). Any out with that delta gives the same
   gradients, so one is made from dout itself; a schedule that ships q, dout, lse and delta moves a third less than one that
   ships out as well.
-- There is no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q gets
-  ones); the scale stays that of the true head_dim, and the gradient of the channel is the gradient of the bias.
+- There is no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q a constant
+  that undoes the scale); the scale stays that of the true head_dim, and the channel's gradient is that of the bias.
 - A band needs an explicit mask. It is built for a few hundred rows at a time, so memory and work grow with rows * window.
 """
 

@@ -61,11 +61,12 @@ def _environment() -> dict[str, int]:
         )
     try:
         env = {name: int(os.environ[name]) for name in names}
+        env["LOCAL_WORLD_SIZE"] = int(os.environ.get("LOCAL_WORLD_SIZE", env["LOCAL_RANK"] + 1))
     except ValueError as error:
         raise LaunchError(f"torchrun's environment is damaged ({error}); {LAUNCH_HINT}") from error
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
         raise LaunchError(f"RANK={env['RANK']} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
-    return env | {"LOCAL_WORLD_SIZE": int(os.environ.get("LOCAL_WORLD_SIZE", env["LOCAL_RANK"] + 1))}
+    return env
 
 
 def _take_gpu(local_rank: int) -> None:
