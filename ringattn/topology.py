@@ -44,7 +44,8 @@ class Topology:
         bandwidth: bytes/s of a link (mesh, ring) or of a rank's port in each direction (switch, nodes). Full duplex.
         flops: attention flop/s that one rank sustains in the forward pass.
         node_size: ranks in a node (nodes).
-        uplink_latency, uplink_bandwidth: between nodes, in each direction; all ranks of the node share it.
+        uplink_latency, uplink_bandwidth: between nodes, in each direction.
+        uplink_shared: whether all ranks of a node share one uplink; if not, each has one of that bandwidth (rails).
         world: the number of ranks it describes (ring and matrix); None: any number.
         latencies, bandwidths: `[src][dst]`, measured (matrix); the diagonal is not read.
         port: bytes/s that all links of a rank share in each direction (matrix); None: links are independent.
@@ -58,6 +59,7 @@ class Topology:
     node_size: int | None = None
     uplink_latency: float = 0.0
     uplink_bandwidth: float = 0.0
+    uplink_shared: bool = True
     world: int | None = None
     latencies: Matrix = ()
     bandwidths: Matrix = ()
@@ -108,7 +110,7 @@ class Topology:
             return [(("link", src, dst), self.bandwidths[src][dst]), *ports]
         if self._together(src, dst):
             return [(("out", src, 0), self.bandwidth), (("in", dst, 0), self.bandwidth)]
-        size = self.node_size or 1
+        size = (self.node_size or 1) if self.uplink_shared else 1
         return [(("up", src // size, 0), self.uplink_bandwidth), (("down", dst // size, 0), self.uplink_bandwidth)]
 
     def _together(self, src: int, dst: int) -> bool:
@@ -201,7 +203,7 @@ PRESETS: dict[str, Topology] = {
         _preset("nvlink", "mesh", latency=8e-6, bandwidth=80e9, flops=190e12),
         # H100: 18 NVLink4 lanes of 25 GB/s into NVSwitch; FlashAttention-2 and cuDNN sustain 350 to 450 of 989 Tflop/s.
         _preset("nvswitch", "switch", latency=8e-6, bandwidth=360e9, flops=400e12),
-        # The same eight, and one NDR port of 400 Gbit/s for all of them. Nodes with a port for every GPU: measure with `probe`.
+        # The same eight, and one NDR port of 400 Gbit/s for all of them. 
         _preset(
             "infiniband",
             "nodes",
@@ -211,6 +213,18 @@ PRESETS: dict[str, Topology] = {
             node_size=8,
             uplink_latency=15e-6,
             uplink_bandwidth=45e9,
+        ),
+        # Eight ports, one for each GPU: what most H100 clusters have.
+        _preset(
+            "rails",
+            "nodes",
+            latency=8e-6,
+            bandwidth=360e9,
+            flops=400e12,
+            node_size=8,
+            uplink_latency=15e-6,
+            uplink_bandwidth=45e9,
+            uplink_shared=False,
         ),
         # A host for every rank, 100 Gbit/s, TCP: kernel sockets cost tens of microseconds and some of the rate.
         _preset("ethernet", "switch", latency=50e-6, bandwidth=10e9, flops=60e12),

@@ -3,6 +3,7 @@
     mesh     every directed pair of hosts has `mbit` of its own      one htb class per destination at each sender
     switch   every host has a port of `mbit` in and out              tbf at both ends of its cable
     nodes    two halves, each a mesh; between them one uplink        the mesh, and tbf at both ends of the cable between
+    rails    two halves, each a mesh; every host has an uplink       one htb class at each end for all of the other half
 
 Nothing leaves the machine: the namespaces have no route out. Needs root and iproute2 (`ip` and `tc`), and says so.
 """
@@ -15,8 +16,9 @@ import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-KINDS = ("mesh", "switch", "nodes")
+KINDS = ("mesh", "switch", "nodes", "rails")
 BURST = "64kb"  # one packet as the kernel hands it over; less would throttle, more would let bursts pass unshaped
+UPLINK = 1000  # the htb class of all traffic that leaves the node
 QUEUE = "500ms"  # what a port may hold back before it drops
 
 
@@ -37,8 +39,8 @@ class Lab(AbstractContextManager["Lab"]):
             )
         if self.kind not in KINDS:
             raise SystemExit(f"netlab: kind {self.kind!r}; choose one of {', '.join(KINDS)}")
-        if self.kind == "nodes" and not self.uplink_mbit:
-            raise SystemExit("netlab: nodes need a rate for their uplink")
+        if self.kind in ("nodes", "rails") and not self.uplink_mbit:
+            raise SystemExit(f"netlab: {self.kind} need a rate for their uplinks")
         try:
             self._build()
         except BaseException:
@@ -94,12 +96,21 @@ class Lab(AbstractContextManager["Lab"]):
             _run(f"{on_host} tc qdisc add dev eth0 {shape}")
             self._in_core(f"tc qdisc add dev {cable} {shape}")
             return
-        _run(f"{on_host} tc qdisc add dev eth0 root handle 1: htb")
+        self._shape(on_host, "eth0", host, "dst")
+        if self.kind == "rails":
+            self._shape(f"ip netns exec {self._core}", cable, host, "src")
+
+    def _shape(self, where: str, device: str, host: int, end: str) -> None:
+        """A class with a rate of its own for every peer, and with rails one for all peers beyond the uplink."""
+        _run(f"{where} tc qdisc add dev {device} root handle 1: htb")
         for peer in range(self.hosts):
-            rate = f"htb rate {self.mbit}mbit ceil {self.mbit}mbit burst {BURST} cburst {BURST}"
-            to_peer = f"protocol ip parent 1: prio 1 u32 match ip dst {self.address(peer)}/32"
-            _run(f"{on_host} tc class add dev eth0 parent 1: classid 1:{peer + 10} {rate}")
-            _run(f"{on_host} tc filter add dev eth0 {to_peer} flowid 1:{peer + 10}")
+            apart = self.kind == "rails" and (peer < self.hosts // 2) != (host < self.hosts // 2)
+            number = UPLINK if apart else peer + 10
+            mbit = self.uplink_mbit if apart else self.mbit
+            rate = f"htb rate {mbit}mbit ceil {mbit}mbit burst {BURST} cburst {BURST}"
+            _run(f"{where} tc class replace dev {device} parent 1: classid 1:{number} {rate}")
+            match = f"protocol ip parent 1: prio 1 u32 match ip {end} {self.address(peer)}/32"
+            _run(f"{where} tc filter add dev {device} {match} flowid 1:{number}")
 
     def _in_core(self, command: str) -> None:
         _run(f"ip netns exec {self._core} {command}")

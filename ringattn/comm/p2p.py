@@ -17,6 +17,7 @@ from time import perf_counter
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.comm.duplex import prepare, receiving, sending, start
 from ringattn.comm.transport import Result
 from ringattn.errors import CommError
 from ringattn.schedule.program import Message
@@ -26,6 +27,7 @@ class P2P:
     """A transport that hosts this process's rank of `group`. Counts bytes sent per link and seconds spent waiting."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        prepare(group)
         self.group = group
         self.ranks = (dist.get_rank(group) if group is not None else 0,)
         self.bytes_sent: Counter[tuple[int, int]] = Counter()
@@ -54,19 +56,18 @@ class P2PPort:
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         ops = []
         for message, buffer in transfers:
-            sending = message.src == self.rank
-            peer = message.dst if sending else message.src
-            ops.append(dist.P2POp(dist.isend if sending else dist.irecv, buffer, group=self._transport.group, group_peer=peer))
-            if sending:
+            if message.dst == self.rank:
+                ops.append(receiving(buffer, self._transport.group, self.rank, message.src))
+            else:
+                ops.append(sending(buffer, self._transport.group, self.rank, message.dst))
                 self._transport.bytes_sent[message.src, message.dst] += buffer.numel()
                 self._transport.messages_sent[message.src, message.dst] += 1
         try:
-            works = dist.batch_isend_irecv(ops)
+            works = start(ops)
         except RuntimeError as error:
             raise self._failed(transfers[0][0], error) from error
-        coalesced = len(works) != len(ops)
-        for n, (message, _) in enumerate(transfers):
-            self._pending[message] = works if coalesced else [works[n]]
+        for (message, _), work in zip(transfers, works, strict=True):
+            self._pending[message] = work
 
     def wait(self, message: Message) -> Generator[None, None, None]:
         begin = perf_counter()
@@ -80,3 +81,4 @@ class P2PPort:
 
     def _failed(self, message: Message, error: RuntimeError) -> CommError:
         return CommError(f"rank {self.rank}, {self._label}: {message} failed. The backend says: {error}")
+

@@ -1,6 +1,7 @@
 """Kernels: attention on one device, with lse, over a list of pieces. `get` finds one by the name a plan carries."""
 
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.emulated import Emulated
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Sdpa
 
@@ -8,8 +9,9 @@ KERNELS: dict[str, type[Kernel]] = {kernel.name: kernel for kernel in (Reference
 
 
 def get(name: str) -> Kernel:
-    """The kernel that `Plan.kernel` names."""
-    return KERNELS[name]()
+    """The kernel that `Plan.kernel` names: a name, or "emulated:" and its flop/s."""
+    name, _, flops = name.partition(":")
+    return Emulated(float(flops)) if name == Emulated.name else KERNELS[name]()
 
 
-__all__ = ["KERNELS", "Operands", "Grads", "Kernel", "Options", "Rows", "get"]
+__all__ = ["KERNELS", "Emulated", "Operands", "Grads", "Kernel", "Options", "Rows", "get"]

@@ -71,7 +71,7 @@ def request(
         mask,
         _schedule(schedule, world, kv_heads),
         _layouts(layout, seq_len, world, mask),
-        KERNELS[0] if kernel == "auto" else _one_of("kernel", kernel, ("auto", *KERNELS)),
+        _kernel(kernel),
         _topology(topology, world),
     )
 
@@ -90,6 +90,21 @@ def _one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     if value not in choices:
         raise PlanError(f"{name}={value!r}; choose one of {', '.join(choices)}")
     return str(value)
+
+
+def _kernel(kernel: Any) -> str:
+    """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
+    if kernel == "auto":
+        return KERNELS[0]
+    if not str(kernel).startswith("emulated:"):
+        return _one_of("kernel", kernel, ("auto", *KERNELS, "emulated:FLOPS"))
+    try:
+        flops = float(str(kernel).partition(":")[2])
+    except ValueError:
+        flops = 0.0
+    if not 0 < flops < float("inf"):
+        raise PlanError(f"kernel={kernel!r}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
+    return f"emulated:{flops:g}"
 
 
 def _world(world: Any) -> int:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
+from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
 
@@ -107,10 +108,10 @@ def _warm_up(mesh: DeviceMesh) -> None:
     group, rank, world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     if world == 1:
         return
+    prepare(group)
     byte = torch.zeros(1, dtype=torch.uint8, device=mesh.device_type)
     ops = []
     for offset in range(1, min(world, WARM_PEERS + 1)):
-        ops.append(dist.P2POp(dist.isend, byte, group=group, group_peer=(rank + offset) % world))
-        ops.append(dist.P2POp(dist.irecv, byte.clone(), group=group, group_peer=(rank - offset) % world))
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
+        ops.append(sending(byte, group, rank, (rank + offset) % world))
+        ops.append(receiving(byte.clone(), group, rank, (rank - offset) % world))
+    finish(ops)

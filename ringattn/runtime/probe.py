@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.kernels import Operands, Options, get
 from ringattn.pieces import FULL, Piece
 from ringattn.topology import Topology
@@ -32,6 +33,7 @@ class Probe:
     def __init__(self, mesh: DeviceMesh, *, nbytes: int = 8 << 20, repeats: int = 3) -> None:
         self.group, self.rank, self.world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.device, self.nbytes, self.repeats = mesh.device_type, nbytes, repeats
+        prepare(self.group)
 
     def topology(self, name: str = "measured") -> Topology:
         """Everything, as one Topology that is the same on every rank."""
@@ -79,9 +81,9 @@ class Probe:
         outgoing, incoming = self._buffer(self.nbytes), [self._buffer(self.nbytes) for _ in peers]
 
         def exchange() -> None:
-            sends = [dist.P2POp(dist.isend, outgoing, group=self.group, group_peer=peer) for peer in peers]
+            sends = [sending(outgoing, self.group, self.rank, peer) for peer in peers]
             receives = [
-                dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=(self.rank - n) % self.world)
+                receiving(buffer, self.group, self.rank, (self.rank - n) % self.world)
                 for n, buffer in enumerate(incoming, start=1)
             ]
             self._wait(sends + receives)
@@ -111,14 +113,13 @@ class Probe:
         return fastest
 
     def _send(self, message: Tensor, peer: int) -> None:
-        self._wait([dist.P2POp(dist.isend, message, group=self.group, group_peer=peer)])
+        self._wait([sending(message, self.group, self.rank, peer)])
 
     def _receive(self, message: Tensor, peer: int) -> None:
-        self._wait([dist.P2POp(dist.irecv, message, group=self.group, group_peer=peer)])
+        self._wait([receiving(message, self.group, self.rank, peer)])
 
     def _wait(self, ops: Sequence[dist.P2POp]) -> None:
-        for work in dist.batch_isend_irecv(list(ops)):
-            work.wait()
+        finish(ops)
         if self.device == "cuda":
             torch.cuda.synchronize()
 
