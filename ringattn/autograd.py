@@ -1,26 +1,30 @@
 """Attention over all shards as one differentiable function.
 
-Forward runs the plan's forward program and keeps only this rank's q, k, v, out and lse; backward runs the plan's backward
-program, which may be another schedule. Sinks need no schedule at all: they join at the owner, after all partials have been
-merged.
+Forward runs the plan's forward program and saves only this rank's q, k, v, out and lse; backward runs the plan's backward
+program, which may be another schedule. Where inputs rest away from home (Ulysses), what rests on this rank is saved instead of
+its q, k and v: as many bytes, and they need not travel again. Sinks need no schedule at all: they join at the owner, after all
+partials have been merged.
 
 `attend` is told which ranks it hosts by its transport: one, as a member of a process group, or all of them when simulated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ringattn.comm.transport import Transport
-from ringattn.engine import run
+from ringattn.engine import Payload, run
 from ringattn.kernels import Options
 from ringattn.plan import Plan
+from ringattn.schedule.program import Item
 from ringattn.work import Backward, Forward
+
+Held: TypeAlias = dict[Item, Payload]
 
 
 class Inputs(NamedTuple):
@@ -46,9 +50,10 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
         works = [Forward(plan, rank, options, **_engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
+        held: list[Held] = [{} for _ in works]
         runs = [
-            run(plan.program(rank, backward=False), work, port)
-            for rank, work, port in zip(transport.ranks, works, transport.ports("forward"), strict=True)
+            run(plan.program(work.rank, backward=False), work, port, blocks)
+            for work, port, blocks in zip(works, transport.ports("forward"), held, strict=True)
         ]
         results: list[Tensor] = []
         for i, work, gathered in zip(inputs, works, transport.drive(runs), strict=True):
@@ -57,25 +62,36 @@ class _Attend(torch.autograd.Function):
                 out, lse = _with_sinks(out, lse, i.sinks)
             results += [out.transpose(1, 2), lse]
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
-        ctx.save_for_backward(*flat, *results)
         ctx.mark_non_differentiable(*results[1::2])
+        if plan.keep and any(ctx.needs_input_grad):
+            kept = [_resting(work, blocks) for work, blocks in zip(works, held, strict=True)]
+            ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
+            ctx.ghosts = [{name: _ghost(getattr(i, name)) for name in "qkv"} for i in inputs]
+            own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)]
+            ctx.save_for_backward(*own, *results, *(tensor for blocks in kept for part in blocks.values() for tensor in part))
+        else:
+            ctx.save_for_backward(*flat, *results)
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         plan, transport = ctx.plan, ctx.transport
-        count = len(Inputs._fields) * len(transport.ranks)
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
-        inputs, results = _by_rank(saved[:count]), saved[count:]
+        count = len(Inputs._fields) * len(transport.ranks)
+        inputs, results, kept = _by_rank(saved[:count]), saved[count : count + len(grads)], iter(saved[count + len(grads) :])
+        if plan.keep:
+            inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
         works, deltas = [], []
         for rank, i, dout, out, lse in zip(transport.ranks, inputs, grads[::2], results[::2], results[1::2], strict=True):
             delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
             deltas.append(delta)
             works.append(Backward(plan, rank, ctx.options, **_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
+        sizes = ctx.kept if plan.keep else [{} for _ in works]
+        held = [_back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
         runs = [
-            run(plan.program(rank, backward=True), work, port)
-            for rank, work, port in zip(transport.ranks, works, transport.ports("backward"), strict=True)
+            run(plan.program(work.rank, backward=True), work, port, blocks)
+            for work, port, blocks in zip(works, transport.ports("backward"), held, strict=True)
         ]
         flat: list[Tensor | None] = []
         for i, work, gathered, delta, lse in zip(inputs, works, transport.drive(runs), deltas, results[1::2], strict=True):
@@ -83,6 +99,23 @@ class _Attend(torch.autograd.Function):
             dsinks = None if i.sinks is None else _sink_grad(i.sinks, lse, delta)
             flat += [dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks]
         return (None, None, None, *flat)
+
+
+def _resting(work: Forward, held: Held) -> Held:
+    """What stays on this rank until backward. Own rows are copied, or all heads of them would stay."""
+    resting = {item: payload for item, payload in held.items() if work.rests_here(item)}
+    return {i: tuple(t.clone() for t in payload) if work.owns(i) else payload for i, payload in resting.items()}
+
+
+def _back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Held:
+    """What has stayed, as backward has it: to own queries comes at once what those of others will be sent."""
+    held = {item: tuple(next(kept) for _ in range(size)) for item, size in sizes.items()}
+    return {i: (*payload, *work.own(i._replace(new=True))) if work.owns(i) else payload for i, payload in held.items()}
+
+
+def _ghost(tensor: Tensor) -> Tensor:
+    """Shape, dtype and device of `tensor` without its memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 def _by_rank(flat: Sequence[Tensor | None]) -> list[Inputs]:

@@ -14,11 +14,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import product
 
 from ringattn.payload import fields
 from ringattn.plan import Lane, Plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Message, Step
+from ringattn.schedule.program import Item, Message, Step, Work
 from ringattn.topology import Resource, Topology
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -54,12 +55,14 @@ class Sizes:
             for n, lane in enumerate(self.lanes)
             for kind in Kind
         }
-        self._travelling = {key: self._per_row(*key, size, wide, bias_heads) for key, size in wire.items()}
+        self._travelling = {
+            (*key, new): self._per_row(*key, size, wide, bias_heads, new) for key, size in wire.items() for new in (False, True)
+        }
         self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
 
     def travelling(self, item: Item) -> int:
         """Bytes of `item` in a message."""
-        return self._rows(item) * self._travelling[item.lane, item.kind]
+        return self._rows(item) * self._travelling[item.lane, item.kind, item.new]
 
     def held(self, item: Item) -> int:
         """Bytes of `item` between messages: sums are wide."""
@@ -68,14 +71,13 @@ class Sizes:
     def _rows(self, item: Item) -> int:
         return self.lanes[item.lane].block(item.kind, item.index).rows
 
-    def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int) -> int:
+    def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
         """Of one row of all the lane's heads."""
-        start, stop = self.lanes[lane].kv_heads
-        kv_heads, groups = stop - start, self.plan.heads // self.plan.kv_heads
-        heads = {"q": kv_heads * groups, "kv": kv_heads, "bias": kv_heads if bias_heads > 1 else bias_heads}
+        of = self.lanes[lane].heads
+        heads = {"q": of.of_queries, "kv": of.of_keys, "bias": of.of_keys if bias_heads > 1 else bias_heads}
         return self.batch * sum(
             heads[field.heads] * (wide if field.wide else itemsize) * (self.plan.head_dim if field.dim else 1)
-            for field in fields(kind, backward=self.backward, bias=bias_heads > 0)
+            for field in fields(kind, backward=self.backward, bias=bias_heads > 0, new=new)
         )
 
 
@@ -83,10 +85,8 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
     """Bytes from each rank to each other that it sends anything to, in one pass: exactly what a transport counts."""
     sizes = Sizes(plan, batch=batch, backward=backward, bias_heads=bias_heads)
     links: Counter[tuple[int, int]] = Counter()
-    for n, lane in enumerate(sizes.lanes):
-        for move in lane.schedule.moves:
-            if backward or move.kind is not Kind.KV_ACC:
-                links[move.src, move.dst] += sizes.travelling(Item(n, move.kind, move.index))
+    for message in plan.messages(backward=backward):
+        links[message.src, message.dst] += sum(map(sizes.travelling, message.items))
     return dict(links)
 
 
@@ -125,8 +125,7 @@ def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -
 
 def _flops(plan: Plan, lane: Lane, area: int, sizes: Sizes) -> float:
     """Floating-point operations for `area` (query, key) pairs: two matrix products of all heads in forward."""
-    heads = (lane.kv_heads[1] - lane.kv_heads[0]) * (plan.heads // plan.kv_heads)
-    return 4 * area * plan.head_dim * heads * sizes.batch * (BACKWARD_FLOPS if sizes.backward else 1.0)
+    return 4 * area * plan.head_dim * lane.heads.of_queries * sizes.batch * (BACKWARD_FLOPS if sizes.backward else 1.0)
 
 
 class _Simulation:
@@ -170,7 +169,10 @@ class _Simulation:
         for message in step.post:
             self._post(now, message)
         self.position[rank] += 1
-        heappush(self.events, (now + sum(self.seconds[t.lane][t.i, t.j] for t in step.tiles), rank))
+        heappush(self.events, (now + sum(map(self._compute, step.tiles)), rank))
+
+    def _compute(self, tiles: Work) -> float:
+        return sum(self.seconds[tiles.lane].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
 
     def _post(self, now: float, message: Message) -> None:
         if message not in self.posted:
@@ -193,14 +195,16 @@ def _peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
         for message in step.due:
             del held[message]
             if message.dst == rank:
-                held.update((item, sizes.held(item)) for item in message.items if _home(sizes, item) != rank)
+                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
+                held.update((item, sizes.held(item)) for item in whole)
         for message in step.post:
             held[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
                     held.pop(item, None)
         for work in step.tiles:
-            for item in (Item(work.lane, Kind.Q_ACC, work.i), Item(work.lane, Kind.KV_ACC, work.j)):
+            results = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
+            for item in results:
                 if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
                     held[item] = sizes.held(item)
         peak = max(peak, sum(held.values()))

@@ -18,6 +18,7 @@ from ringattn.comm.packing import Spec, pack, unpack
 from ringattn.comm.transport import Port
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Message, Step
+from ringattn.schedule.program import Work as Tiles
 
 Payload = tuple[Tensor, ...]
 
@@ -33,8 +34,8 @@ class Work(Protocol):
     def specs(self, item: Item) -> Sequence[Spec]:
         """What `item` looks like on the wire, wherever it comes from."""
 
-    def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Any]:
-        """Tile (i, j): its share of each accumulator it adds to."""
+    def compute(self, tiles: Tiles, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Any]:
+        """Some tiles at once, given their blocks: the share of each accumulator they add to."""
 
     def merge(self, total: Any, share: Any) -> Any:
         """Both together; may reuse the memory of `total`."""
@@ -43,9 +44,14 @@ class Work(Protocol):
         """The accumulator that came as `payload`."""
 
 
-def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None, dict[Item, Any]]:
-    """Carry out `program`; returns the accumulators left at home. Yields whenever it has to wait for a simulated peer."""
-    held: dict[Item, Payload] = {}
+def run(
+    program: Sequence[Step], work: Work, port: Port, held: dict[Item, Payload] | None = None
+) -> Generator[None, None, dict[Item, Any]]:
+    """Carry out `program`; returns the accumulators left at home. Yields whenever it has to wait for a simulated peer.
+
+    `held` are inputs that are here already, and afterwards those that have not been let go.
+    """
+    held = {} if held is None else held
     gathered: dict[Item, Any] = {}
     buffers: dict[Message, Tensor] = {}
 
@@ -61,8 +67,10 @@ def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None
         tensors: list[Tensor] = []
         specs: list[Spec] = []
         for item in message.items:
-            tensors += gathered.pop(item) if item.kind.moved else read(item)
-            specs += work.specs(item)
+            fields = work.specs(item)
+            payload = gathered.pop(item) if item.kind.moved else read(item._replace(new=False))
+            tensors += payload[len(payload) - len(fields) :]  # of what is new only the end, see `payload`
+            specs += fields
         return pack(tensors, specs)
 
     def take_in(message: Message, buffer: Tensor) -> None:
@@ -70,10 +78,11 @@ def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None
         tensors = unpack(buffer, [spec for group in specs for spec in group])
         for item, group in zip(message.items, specs, strict=True):
             payload, tensors = tuple(tensors[: len(group)]), tensors[len(group) :]
+            whole = item._replace(new=False)
             if item.kind.moved:
                 add(item, work.unship(item, payload))
             else:
-                held[item] = payload
+                held[whole] = (*held[whole], *payload) if item.new else payload
 
     for step in program:
         with record_function(f"ringattn/step{step.number}/wait"):
@@ -87,9 +96,11 @@ def run(program: Sequence[Step], work: Work, port: Port) -> Generator[None, None
                 buffers[message] = outgoing(message) if message.src == port.rank else _room(message, work)
             if step.post:
                 port.post([(message, buffers[message]) for message in step.post])
-        for lane, i, j in step.tiles:
-            with record_function(f"ringattn/step{step.number}/tile({i},{j})"):
-                for item, share in work.compute(lane, i, j, read(Item(lane, Kind.Q, i)), read(Item(lane, Kind.KV, j))).items():
+        for tiles in step.tiles:
+            with record_function(f"ringattn/step{step.number}/{tiles}"):
+                q = [read(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
+                kv = [read(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
+                for item, share in work.compute(tiles, q, kv).items():
                     add(item, share)
         for item in step.release:
             held.pop(item, None)

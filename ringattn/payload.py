@@ -4,6 +4,7 @@
 forward     q                        k, v (, bias)   out, lse         nothing
 backward    q, dout, lse, delta      k, v (, bias)   dq               dk, dv (, dbias)
 
+Of inputs that have stayed since forward where they are needed only what is new comes: dout, lse and delta of Q, nothing of KV.
 delta = sum(dout * out) travels in place of out, one number instead of head_dim of them (see `kernels.sdpa`).
 
 Sums are kept in fp32 (fp64 for fp64). On the wire an accumulator that goes straight home travels in the dtype of q: rounded
@@ -43,7 +44,9 @@ _BACKWARD = {
 
 
 @cache
-def fields(kind: Kind, *, backward: bool, bias: bool) -> tuple[Field, ...]:
-    """What `kind` consists of, in the order it is handled."""
+def fields(kind: Kind, *, backward: bool, bias: bool, new: bool = False) -> tuple[Field, ...]:
+    """What `kind` consists of, in the order it is handled; with `new`, only what backward adds to what forward had."""
     every = (_BACKWARD if backward else _FORWARD)[kind]
+    if new:
+        every = every[len(_FORWARD[kind]) :]
     return every if bias else tuple(field for field in every if field.heads != "bias")

@@ -7,7 +7,7 @@ nothing. How the choice is made is in `planner`; what a plan costs is in `cost`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -19,7 +19,7 @@ from ringattn.layout import Layout, Span, even_parts, take
 from ringattn.mask import Mask
 from ringattn.pieces import Piece, pieces
 from ringattn.schedule import Kind, Schedule, prune, side_by_side
-from ringattn.schedule.program import Message, Step, messages, program
+from ringattn.schedule.program import Message, Step, Work, messages, program
 
 
 class Block(NamedTuple):
@@ -34,19 +34,44 @@ class Block(NamedTuple):
         return self.stop - self.start
 
 
+class Heads(NamedTuple):
+    """Query heads [q_start, q_stop) and the KV heads [kv_start, kv_stop) that they use, the same number of them each."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def of_queries(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def of_keys(self) -> int:
+        return self.kv_stop - self.kv_start
+
+
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One schedule on KV heads [kv_heads[0], kv_heads[1]) and their query heads, joined with layout and mask."""
+    """One schedule on some of the heads, joined with layout and mask."""
 
-    kv_heads: tuple[int, int]
+    heads: Heads
     schedule: Schedule
     q_blocks: tuple[Block, ...]
     kv_blocks: tuple[Block, ...]
-    pieces: Mapping[tuple[int, int], tuple[Piece, ...]]
-    areas: Mapping[tuple[int, int], int]  # kept (query, key) pairs of every tile
+    tiles: Tiles
 
     def block(self, kind: Kind, index: int) -> Block:
         return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
+
+    @property
+    def areas(self) -> Mapping[tuple[int, int], int]:
+        """Kept (query, key) pairs of every tile with work."""
+        return self.tiles.areas
+
+    def pieces(self, work: Work) -> tuple[Piece, ...]:
+        """What a kernel has to compute of `work`, in rows of its blocks put one behind another."""
+        return self.tiles.pieces(work.i, work.j)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +99,18 @@ class Plan:
         """Rows of the sequence that `rank` holds."""
         return self.layout.rows(rank)
 
+    @property
+    def keep(self) -> bool:
+        """Whether inputs that rest away from home stay there for backward: when it has the same lanes."""
+        return self.forward is self.backward and any(lane.schedule.resting for lane in self.forward)
+
     def program(self, rank: int, *, backward: bool) -> tuple[Step, ...]:
         """What `rank` does in one pass."""
         key = (rank, backward)
         if key not in self._programs:
             schedules = [lane.schedule for lane in (self.backward if backward else self.forward)]
-            self._programs[key] = program(schedules, self.messages(backward=backward), rank)
+            sent = self.messages(backward=backward)
+            self._programs[key] = program(schedules, sent, rank, keep=self.keep and not backward)
         return self._programs[key]
 
     def messages(self, *, backward: bool) -> tuple[Message, ...]:
@@ -93,13 +124,13 @@ class Plan:
     @cached_property
     def _messages(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
         forward, backward = ([lane.schedule for lane in lanes] for lanes in (self.forward, self.backward))
-        return messages(forward, backward=False), messages(backward, backward=True)
+        return messages(forward, backward=False), messages(backward, backward=True, keep=self.keep)
 
     @cached_property
     def digest(self) -> str:
         """16 hex digits that agree exactly when two plans do the same thing in the same way."""
-        lanes = [[(lane.kv_heads, str(lane.schedule)) for lane in lanes] for lanes in (self.forward, self.backward)]
-        numbers = (self.seq_len, self.world, self.heads, self.kv_heads, self.head_dim, self.dtype, self.kernel)
+        lanes = [[(lane.heads, str(lane.schedule)) for lane in lanes] for lanes in (self.forward, self.backward)]
+        numbers = (self.keep, self.seq_len, self.world, self.heads, self.kv_heads, self.head_dim, self.dtype, self.kernel)
         return sha256(repr((numbers, self.mask, self.layout, lanes)).encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -120,35 +151,76 @@ class Plan:
         return "\n".join([*lines, *([self.notes] if self.notes else []), f"digest {self.digest}"])
 
 
-def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, kv_heads: int) -> tuple[Lane, ...]:
-    """Share the KV heads out among `schedules` and prune each to the tiles that have work.
+def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int) -> tuple[Lane, ...]:
+    """Share the heads out among `schedules` and prune each to the tiles that have work.
 
-    With fewer KV heads than lanes, two lanes share the keys instead: each takes half of every rank's rows.
+    Where two directions have fewer KV heads than lanes, they share the keys instead: each takes half of every rank's rows.
     """
-    if len(schedules) > kv_heads:
+    if len(schedules) > kv_heads and not any(schedule.resting for schedule in schedules):
         if len(schedules) != 2:
             raise PlanError(f"{len(schedules)} lanes need as many KV heads, and there are {kv_heads}")
         schedules = [side_by_side(*schedules)]
-    shares = even_parts(kv_heads, len(schedules))
-    return tuple(_lane(share, schedule, layout, mask) for share, schedule in zip(shares, schedules, strict=True))
+    shares = share_heads(heads, kv_heads, len(schedules))
+    return tuple(_lane(part, one, layout, mask) for share, one in zip(shares, schedules, strict=True) for part in share)
 
 
-@lru_cache(maxsize=256)
-def _lane(kv_heads: tuple[int, int], schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
+def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
+    """Cut the heads into `parts` shares, as even as can be: along KV heads where that is no less even, else between queries.
+
+    A share that cuts through KV heads is given as several runs, each with a whole number of queries to every KV head; both
+    sides of the cut then use that KV head. Shares may be empty.
+    """
+    group = heads // kv_heads
+    if -(-kv_heads // parts) * group <= -(-heads // parts):
+        return [[Heads(a * group, b * group, a, b)][: b - a] for a, b in even_parts(kv_heads, parts)]
+    return [list(_runs(a, b, group)) for a, b in even_parts(heads, parts)]
+
+
+def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
+    """Query heads [start, stop): up to the next KV head, all that have a KV head to themselves, and what is left."""
+    inner_start, inner_stop = -(-start // group) * group, stop // group * group
+    if inner_start > inner_stop:
+        inner_start = inner_stop = stop
+    for a, b in ((start, min(inner_start, stop)), (inner_start, inner_stop), (max(inner_stop, inner_start), stop)):
+        if a < b:
+            yield Heads(a, b, a // group, -(-b // group))
+
+
+@lru_cache(maxsize=1024)
+def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
     q_blocks, kv_blocks = blocks(layout, schedule.q_home), blocks(layout, schedule.kv_home)
-    alive, areas = _tiles(q_blocks, kv_blocks, layout, mask)
-    return Lane(kv_heads, prune(schedule, alive), q_blocks, kv_blocks, alive, areas)
+    tiles = _tiles(q_blocks, kv_blocks, layout, mask)
+    return Lane(heads, _prune(schedule, tiles), q_blocks, kv_blocks, tiles)
+
+
+@lru_cache(maxsize=1024)
+def _prune(schedule: Schedule, tiles: Tiles) -> Schedule:
+    return prune(schedule, tiles.areas.keys())
+
+
+class Tiles:
+    """What a mask leaves to do between the blocks of a layout; kept apart from lanes, since many share it."""
+
+    def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
+        self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
+        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Piece, ...]] = {}
+        areas = {
+            (i, j): sum(piece.area for piece in self.pieces((i,), (j,)))
+            for i, j in product(range(len(q_spans)), range(len(k_spans)))
+        }
+        self.areas = {tile: area for tile, area in areas.items() if area}
+
+    def pieces(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Piece, ...]:
+        """Between query blocks `i` and key blocks `j`, each put one behind another."""
+        if (i, j) not in self._found:
+            q_spans, k_spans = (sum((spans[n] for n in some), ()) for some, spans in ((i, self._q_spans), (j, self._k_spans)))
+            self._found[i, j] = pieces(q_spans, k_spans, self.mask)
+        return self._found[i, j]
 
 
 @lru_cache(maxsize=16)
-def _tiles(
-    q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask
-) -> tuple[dict[tuple[int, int], tuple[Piece, ...]], dict[tuple[int, int], int]]:
-    """The pieces and areas of every tile that has any; kept apart, since many schedules on the same blocks ask for them."""
-    q_spans, kv_spans = _spans(layout, q_blocks), _spans(layout, kv_blocks)
-    found = {(i, j): pieces(q_spans[i], kv_spans[j], mask) for i, j in product(range(len(q_blocks)), range(len(kv_blocks)))}
-    alive = {tile: parts for tile, parts in found.items() if parts}
-    return alive, {tile: sum(piece.area for piece in parts) for tile, parts in alive.items()}
+def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask) -> Tiles:
+    return Tiles(_spans(layout, q_blocks), _spans(layout, kv_blocks), mask)
 
 
 def blocks(layout: Layout, homes: Sequence[int]) -> tuple[Block, ...]:

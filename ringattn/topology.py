@@ -203,7 +203,7 @@ PRESETS: dict[str, Topology] = {
         _preset("nvlink", "mesh", latency=8e-6, bandwidth=80e9, flops=190e12),
         # H100: 18 NVLink4 lanes of 25 GB/s into NVSwitch; FlashAttention-2 and cuDNN sustain 350 to 450 of 989 Tflop/s.
         _preset("nvswitch", "switch", latency=8e-6, bandwidth=360e9, flops=400e12),
-        # The same eight, and one NDR port of 400 Gbit/s for all of them. 
+        # The same eight, and one NDR port of 400 Gbit/s for all of them.
         _preset(
             "infiniband",
             "nodes",

@@ -21,7 +21,7 @@ from ringattn.partial import Partial, accum_dtype, merge_
 from ringattn.payload import Field, fields
 from ringattn.plan import Block, Plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item
+from ringattn.schedule.program import Item, Work
 
 
 class _Pass(ABC):
@@ -39,18 +39,26 @@ class _Pass(ABC):
         self._specs: dict[Item, Sequence[Spec]] = {}
 
     def own(self, item: Item) -> Payload:
-        return tuple(self._cut(self.tensors[field.name], item) for field in self._fields(item.kind))
+        return tuple(self._cut(field, item) for field in self._fields(item.kind, new=item.new))
 
     def specs(self, item: Item) -> Sequence[Spec]:
         if item not in self._specs:
-            self._specs[item] = [self._spec(field, item) for field in self._fields(item.kind)]
+            self._specs[item] = [self._spec(field, item) for field in self._fields(item.kind, new=item.new)]
         return self._specs[item]
 
-    def _fields(self, kind: Kind) -> tuple[Field, ...]:
-        return fields(kind, backward=self.backward, bias="bias" in self.tensors)
+    def rests_here(self, item: Item) -> bool:
+        """Whether input `item` stays on this rank from forward to backward."""
+        return self.lanes[item.lane].schedule.rest(item.kind, item.index) == self.rank
+
+    def owns(self, item: Item) -> bool:
+        """Whether the rows of `item` are this rank's."""
+        return self._block(item).rank == self.rank
+
+    def _fields(self, kind: Kind, *, new: bool = False) -> tuple[Field, ...]:
+        return fields(kind, backward=self.backward, bias="bias" in self.tensors, new=new)
 
     def _spec(self, field: Field, item: Item) -> Spec:
-        like = self._heads(self.tensors[{"q": "q", "kv": "k", "bias": "bias"}[field.heads]], item.lane)
+        like = self._heads(self.tensors[{"q": "q", "kv": "k", "bias": "bias"}[field.heads]], field, item.lane)
         dims = () if field.dim is None else (self.tensors["q" if field.dim == "qk" else "v"].shape[-1],)
         narrow = not item.kind.moved or self.lanes[item.lane].schedule.straight_home(item.kind)
         dtype = self.dtype if narrow and not field.wide else self.accum
@@ -59,28 +67,48 @@ class _Pass(ABC):
     def _block(self, item: Item) -> Block:
         return self.lanes[item.lane].block(item.kind, item.index)
 
-    def _cut(self, tensor: Tensor, item: Item) -> Tensor:
+    def _cut(self, field: Field, item: Item, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """Of one of this rank's tensors, the heads and rows that `item` is about."""
         block = self._block(item)
         if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
             raise ScheduleError(f"rank {self.rank} has {item} in hand, which belongs to rank {block.rank}")
-        return self._heads(tensor, item.lane)[:, :, block.start : block.stop]
+        tensor = (self.tensors if tensors is None else tensors)[field.name]
+        return self._heads(tensor, field, item.lane)[:, :, block.start : block.stop]
 
-    def _heads(self, tensor: Tensor, lane: int) -> Tensor:
-        """This lane's heads of a tensor that has all query heads, all KV heads, or a single shared one."""
-        if tensor.shape[1] == 1:
-            return tensor
-        start, stop = self.lanes[lane].kv_heads
-        groups = tensor.shape[1] // self.plan.kv_heads
-        return tensor[:, start * groups : stop * groups]
+    def _heads(self, tensor: Tensor, field: Field, lane: int) -> Tensor:
+        """This lane's heads of a tensor that has all query heads, all KV heads, or a single bias for all."""
+        heads = self.lanes[lane].heads
+        if field.heads == "q":
+            return tensor[:, heads.q_start : heads.q_stop]
+        return tensor if field.heads == "bias" and tensor.shape[1] == 1 else tensor[:, heads.kv_start : heads.kv_stop]
+
+    def _parts(self, tiles: Work, kind: Kind) -> list[tuple[Item, slice]]:
+        """The blocks of `tiles`, each with its place when they are put one behind another."""
+        found, start = [], 0
+        for index in tiles.i if kind.of_queries else tiles.j:
+            item = Item(tiles.lane, kind, index)
+            stop = start + self._block(item).rows
+            found.append((item, slice(start, stop)))
+            start = stop
+        return found
 
     def _collect(self, gathered: Mapping[Item, Sequence[Tensor]], into: Mapping[str, Tensor]) -> None:
-        """Write the accumulators that ended here into whole tensors."""
+        """Add the accumulators that ended here into whole tensors; lanes may share a KV head, or one bias."""
         for item, payload in gathered.items():
             for field, share in zip(self._fields(item.kind), payload, strict=True):
-                target = self._cut(into[field.name], item)
-                # Lanes may share one bias; everything else belongs to one lane.
-                target.add_(share) if field.heads == "bias" else target.copy_(share)
+                target = self._cut(field, item, into)
+                target.copy_(share) if field.heads == "q" or not self._shared else target.add_(share)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether several lanes have gradients for the same KV heads."""
+        several = sum(lane.heads.of_keys for lane in self.lanes) > self.plan.kv_heads
+        return several or self.tensors.get("bias", self.tensors["k"]).shape[1] == 1
+
+
+def _joined(payloads: Sequence[Payload]) -> Payload:
+    """The rows of several blocks, one behind another."""
+    return payloads[0] if len(payloads) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*payloads, strict=True))
 
 
 class Forward(_Pass):
@@ -88,9 +116,10 @@ class Forward(_Pass):
 
     backward = False
 
-    def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Partial]:
-        pieces = self.lanes[lane].pieces[i, j]
-        return {Item(lane, Kind.Q_ACC, i): self.kernel.forward(_operands(q[0], kv), pieces, self.options)}
+    def compute(self, tiles: Work, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Partial]:
+        pieces = self.lanes[tiles.lane].pieces(tiles)
+        out, lse = self.kernel.forward(_operands(_joined(q)[0], _joined(kv)), pieces, self.options)
+        return {item: Partial(out[:, :, rows], lse[:, :, rows]) for item, rows in self._parts(tiles, Kind.Q_ACC)}
 
     def merge(self, total: Partial, share: Partial) -> Partial:
         total = Partial(total.out.to(self.accum), total.lse)
@@ -118,14 +147,15 @@ class Backward(_Pass):
         # A row that saw no key has no gradient: with lse = +inf each of its probabilities is exp(-inf) = 0.
         super().__init__(plan, rank, options, lse=lse.masked_fill(lse == -torch.inf, torch.inf), **tensors)
 
-    def compute(self, lane: int, i: int, j: int, q: Payload, kv: Payload) -> dict[Item, Payload]:
-        query, dout, lse, delta = q
-        pieces = self.lanes[lane].pieces[i, j]
-        dq, *of_keys = self.kernel.backward(_operands(query, kv), Rows(dout, lse, delta), pieces, self.options)
-        return {
-            Item(lane, Kind.Q_ACC, i): (dq,),
-            Item(lane, Kind.KV_ACC, j): tuple(grad for grad in of_keys if grad is not None),
-        }
+    def compute(self, tiles: Work, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Payload]:
+        query, dout, lse, delta = _joined(q)
+        pieces = self.lanes[tiles.lane].pieces(tiles)
+        grads = self.kernel.backward(_operands(query, _joined(kv)), Rows(dout, lse, delta), pieces, self.options)
+        of_keys = [grad for grad in grads[1:] if grad is not None]
+        shares: dict[Item, Payload] = {item: (grads.dq[:, :, rows],) for item, rows in self._parts(tiles, Kind.Q_ACC)}
+        for item, rows in self._parts(tiles, Kind.KV_ACC):
+            shares[item] = tuple(grad[:, :, rows] for grad in of_keys)
+        return shares
 
     def merge(self, total: Payload, share: Payload) -> Payload:
         return tuple(t.to(self.accum).add_(s) for t, s in zip(total, share, strict=True))
@@ -135,9 +165,12 @@ class Backward(_Pass):
 
     def result(self, gathered: dict[Item, Payload]) -> Grads:
         """dq, dk, dv in the dtype and memory order of the inputs; dbias in the accumulation dtype."""
-        grads = {f"d{name}": torch.zeros_like(self.tensors[name]) for name in ("q", "k", "v", "bias") if name in self.tensors}
+        names = [name for name in ("q", "k", "v", "bias") if name in self.tensors]
+        dtypes = {name: self.accum if self._shared and name in "kv" else self.tensors[name].dtype for name in names}
+        grads = {f"d{name}": torch.zeros_like(self.tensors[name], dtype=dtypes[name]) for name in names}
         self._collect(gathered, grads)
-        return Grads(grads["dq"], grads["dk"], grads["dv"], grads.get("dbias"))
+        dq, dk, dv = (grads[f"d{name}"].to(self.dtype) for name in "qkv")
+        return Grads(dq, dk, dv, grads.get("dbias"))
 
 
 def _operands(query: Tensor, kv: Payload) -> Operands:

@@ -14,7 +14,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
 from ringattn.kernels import Options
-from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, token_ring
+from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, token_ring, ulysses
 
 SCHEDULES = {
     "ring": ring,
@@ -24,7 +24,17 @@ SCHEDULES = {
     "token_ring_direct": lambda world: token_ring(world, routing="direct"),
     "mesh": mesh,
     "token_ring_halves": lambda world: split(token_ring(world, direction=-1), q=2),
+    "ulysses": lambda world: ulysses(ring(1), world),
+    "ulysses_in_stages": lambda world: ulysses(ring(1), world, stages=max(0, world - 1), groups=2),
+    "ulysses_outside": lambda world: ulysses(split(token_ring(world // _small(world)), q=2), _small(world), stages=1),
 }
+
+
+def _small(world: int) -> int:
+    """The smallest factor of `world` above 1."""
+    return next((n for n in (2, 3, 5, 7) if world % n == 0), 1)
+
+
 LAYOUTS = ("contiguous", "zigzag", "striped")
 MASKS = {"full": full(), "causal": causal()}
 HEADS = {"mha": (4, 4), "9over3": (9, 3), "mqa": (4, 1)}

@@ -81,4 +81,3 @@ class P2PPort:
 
     def _failed(self, message: Message, error: RuntimeError) -> CommError:
         return CommError(f"rank {self.rank}, {self._label}: {message} failed. The backend says: {error}")
-

@@ -51,8 +51,10 @@ def make_plan(
         schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share the heads. "auto" leaves
             out all_gather, whose buffers grow with the whole sequence.
         layout: "auto", "contiguous", "zigzag", "striped" or a `Layout`.
-        ulysses: degree of head resharding; None or 1 is none, and this version has no other.
-        kernel: "auto" ("sdpa"), "sdpa" or "reference".
+        ulysses: how many neighbouring ranks trade sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
+            need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. With a `Schedule` of world /
+            ulysses ranks that one runs inside.
+        kernel: "auto" ("sdpa"), "sdpa", "reference", or "emulated:" and a number of flop/s: right timing, no right numbers.
         topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
 
     Raises:

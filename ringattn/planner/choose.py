@@ -68,13 +68,27 @@ def choose(request: Request) -> Plan:
         found = options(request, layout)
         least = sum(min(option.at_least(backward=backward) for option in found) for backward in (False, True))
         if best is None or LAYOUT_TIE * least < _seconds(*best):
-            pair = _cheapest(found, backward=False), _cheapest(found, backward=True)
+            pair = _best_pair(found)
             best = pair if best is None or LAYOUT_TIE * _seconds(*pair) < _seconds(*best) else best
     assert best is not None
     forward, backward = best
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
     notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
+    if forward is backward:
+        return replace(forward.plan, notes=notes)
     return replace(forward.plan, backward=backward.plan.backward, notes=notes)
+
+
+def _best_pair(found: Sequence[Candidate]) -> tuple[Candidate, Candidate]:
+    """The cheapest of each pass. One whose inputs rest away from home counts on both passes being its own."""
+    free, resting = ([option for option in found if option.plan.keep is keep] for keep in (False, True))
+    best = (_cheapest(free, backward=False), _cheapest(free, backward=True)) if free else None
+    for option in sorted(resting, key=lambda option: sum(option.total_bytes(backward=b) for b in (False, True))):
+        least = sum(option.at_least(backward=backward) for backward in (False, True))
+        if best is None or (TIE * least < _seconds(*best) and TIE * _seconds(option, option) < _seconds(*best)):
+            best = (option, option)
+    assert best is not None
+    return best
 
 
 def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
@@ -98,7 +112,7 @@ def options(request: Request, layout: Layout) -> list[Candidate]:
     """Every schedule that `request` allows, on one layout."""
     found = []
     for one in _schedules(request, layout):
-        lanes = make_lanes(one.lanes, layout, request.mask, request.kv_heads)
+        lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
         found.append(Candidate(one, plan, request.topology))
@@ -108,27 +122,26 @@ def options(request: Request, layout: Layout) -> list[Candidate]:
 def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if not isinstance(request.schedule, str):
         yield Named("given", "", request.schedule)
-    elif request.schedule != "auto":
-        yield from _variants(request.schedule, _facts(request, layout))
-    elif request.world == 1:
-        yield from _variants("ring", _facts(request, layout))
-    else:
-        for name in NAMES:
-            if name != "all_gather":  # its buffers grow with the whole sequence: only where asked for
-                yield from _variants(name, _facts(request, layout))
+        return
+    # all_gather's buffers grow with the whole sequence: only where asked for.
+    asked = [request.schedule] if request.schedule != "auto" else [name for name in NAMES if name != "all_gather"]
+    for degree in request.degrees:
+        # A single rank, or a single group, has nothing left to schedule.
+        for name in asked[:1] if degree == request.world else asked:
+            yield from _variants(name, _facts(request, layout), degree)
 
 
 def _facts(request: Request, layout: Layout) -> Facts:
     """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
     world = request.world
-    (whole,) = make_lanes((ring(world),), layout, request.mask, request.kv_heads)
-    (halves,) = make_lanes((split(ring(world), q=2, kv=2),), layout, request.mask, request.kv_heads)
-    idle = len(halves.pieces) < (2 * world) ** 2
-    directions = (1, -1) if idle or len(whole.pieces) < world**2 or request.topology.kind == "matrix" else (1,)
+    (whole,) = make_lanes((ring(world),), layout, request.mask, request.heads, request.kv_heads)
+    (halves,) = make_lanes((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
+    idle = len(halves.areas) < (2 * world) ** 2
+    directions = (1, -1) if idle or len(whole.areas) < world**2 or request.topology.kind == "matrix" else (1,)
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     return Facts(world, request.heads, request.kv_heads, request.topology.node_size or 1, directions, parts)
 
 
 @lru_cache(maxsize=64)
-def _variants(name: str, facts: Facts) -> tuple[Named, ...]:
-    return tuple(named(name, facts))
+def _variants(name: str, facts: Facts, degree: int) -> tuple[Named, ...]:
+    return tuple(named(name, facts, degree))

@@ -6,6 +6,7 @@ Each complaint names the argument, what was found, and the cure. What is left op
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 from operator import index
 from typing import Any, NamedTuple
@@ -17,14 +18,17 @@ from ringattn.mask import Mask, causal, full
 from ringattn.schedule import Schedule, check
 from ringattn.schedule.grid import factors
 from ringattn.schedule.named import NAMES, Lanes
+from ringattn.schedule.ulysses import ulysses
 from ringattn.topology import PRESETS, Topology
 
 KERNELS = ("sdpa", "reference")  # "auto" is the first
+EMULATED = "emulated:"  # and the flop/s, see `kernels.emulated`
 DEFAULT_TOPOLOGY = "infiniband"
 
 
 class Request(NamedTuple):
-    """What a plan is made from, and cached by. `layouts` are those to choose from; `schedule` is "auto", a name, or lanes."""
+    """What a plan is made from, and cached by. `layouts` and `degrees` (of Ulysses) are those to choose from; `schedule` is
+    "auto", a name, or lanes."""
 
     seq_len: int
     world: int
@@ -34,6 +38,7 @@ class Request(NamedTuple):
     dtype: str
     mask: Mask
     schedule: str | Lanes
+    degrees: tuple[int, ...]
     layouts: tuple[Layout, ...]
     kernel: str
     topology: Topology
@@ -59,7 +64,10 @@ def request(
     kv_heads = heads if kv_heads is None else _count("kv_heads", kv_heads)
     if heads % kv_heads:
         raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; give the model's own numbers of heads")
-    _check_ulysses(ulysses, world)
+    degrees = _degrees(ulysses, world, heads, schedule)
+    kernel, topology = _kernel(kernel), _topology(topology, world)
+    if kernel.startswith(EMULATED):
+        topology = replace(topology, flops=float(kernel.removeprefix(EMULATED)))
     mask = _mask(mask, seq_len)
     return Request(
         seq_len,
@@ -69,10 +77,11 @@ def request(
         _count("head_dim", head_dim),
         _one_of("dtype", str(dtype).removeprefix("torch."), ITEMSIZE),
         mask,
-        _schedule(schedule, world, kv_heads),
+        _schedule(schedule, world, kv_heads, degrees[0]),
+        degrees,
         _layouts(layout, seq_len, world, mask),
-        _kernel(kernel),
-        _topology(topology, world),
+        kernel,
+        topology,
     )
 
 
@@ -96,7 +105,7 @@ def _kernel(kernel: Any) -> str:
     """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
     if kernel == "auto":
         return KERNELS[0]
-    if not str(kernel).startswith("emulated:"):
+    if not str(kernel).startswith(EMULATED):
         return _one_of("kernel", kernel, ("auto", *KERNELS, "emulated:FLOPS"))
     try:
         flops = float(str(kernel).partition(":")[2])
@@ -104,7 +113,7 @@ def _kernel(kernel: Any) -> str:
         flops = 0.0
     if not 0 < flops < float("inf"):
         raise PlanError(f"kernel={kernel!r}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
-    return f"emulated:{flops:g}"
+    return f"{EMULATED}{flops:g}"
 
 
 def _world(world: Any) -> int:
@@ -124,16 +133,16 @@ def _mask(mask: Any, seq_len: int) -> Mask:
     return mask
 
 
-def _check_ulysses(degree: Any, world: int) -> None:
-    if degree is None:
-        return
-    degree = _count("ulysses", degree)
-    if world % degree:
-        raise PlanError(f"ulysses={degree} does not divide world={world}; choose one of {factors(world, upto=world)}, or None")
-    if degree > 1:
-        raise PlanError(
-            f"ulysses={degree}: this version does not reshard heads; leave it out and use schedule='auto' or 'mesh'"
-        )
+def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
+    """The degree asked for; otherwise all that leave every rank a head, or none where a schedule was asked for."""
+    choices = tuple(degree for degree in factors(world, upto=world) if degree <= heads)
+    if asked is None:
+        return choices if isinstance(schedule, str) and schedule == "auto" else (1,)
+    degree = _count("ulysses", asked)
+    if degree not in choices:
+        why = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
+        raise PlanError(f"ulysses={degree} {why}; choose one of {list(choices)}, or None")
+    return (degree,)
 
 
 def _topology(topology: Any, world: int) -> Topology:
@@ -164,20 +173,24 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask) -> tuple[Layout,
 _check_once = lru_cache(maxsize=64)(check)
 
 
-def _schedule(schedule: Any, world: int, kv_heads: int) -> str | Lanes:
+def _schedule(schedule: Any, world: int, kv_heads: int, degree: int) -> str | Lanes:
     if isinstance(schedule, str):
         return _one_of("schedule", schedule, ("auto", *NAMES))
     lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
     if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
         raise PlanError(f"schedule={schedule!r}; give a name ({', '.join(('auto', *NAMES))}), a Schedule, or a tuple of them")
     for lane in lanes:
-        if lane.world != world:
-            raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and world={world}; build it for as many ranks")
+        if lane.world * degree != world:
+            within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
+            raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and {within}; build it for {world // degree}")
         _check_once(lane)
     queries_travel = any(move.kind.of_queries for lane in lanes for move in lane.moves)
-    if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel):
+    resting = any(lane.resting for lane in lanes)
+    if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel) and not resting:
         raise PlanError(
             f"schedule has {len(lanes)} lanes and kv_heads={kv_heads} are too few to share out among them; "
             "give one Schedule, or two in which only keys and values travel"
         )
+    if degree > 1 and not resting:
+        lanes = tuple(one for members in zip(*(ulysses(lane, degree) for lane in lanes), strict=True) for one in members)
     return lanes

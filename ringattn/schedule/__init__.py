@@ -6,6 +6,7 @@ from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
 from ringattn.schedule.passes import prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.ulysses import ulysses
 
 __all__ = [
     "Kind",
@@ -24,4 +25,5 @@ __all__ = [
     "side_by_side",
     "split",
     "token_ring",
+    "ulysses",
 ]

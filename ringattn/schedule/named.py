@@ -7,6 +7,9 @@
     mesh                 Q along rows, KV along columns; a few sensible grids
     all_gather           KV from its owner to all ranks at once: one exchange, and buffers as large as the whole sequence
 
+Each of them also inside Ulysses, in which groups of ranks trade sequence for heads (see `schedule.ulysses`); the name is then
+that of what runs among the groups.
+
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, or quarters, so that
 the first tile starts and the first result leaves early. Within a name and among names, what needs less room stands first.
 """
@@ -22,6 +25,7 @@ from ringattn.schedule.ir import Schedule
 from ringattn.schedule.passes import split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.ulysses import ulysses
 
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
@@ -51,11 +55,35 @@ class Facts:
     directions: tuple[int, ...] = (1, -1)
     parts: tuple[int, ...] = (1,)
 
+    def inside(self, degree: int) -> Facts:
+        """What is left to a schedule that runs inside Ulysses of `degree`."""
+        node = self.node_size // degree if self.node_size % degree == 0 else 1
+        of_one = max(1, self.heads // degree), max(1, self.kv_heads // degree)
+        return replace(self, world=self.world // degree, heads=of_one[0], kv_heads=of_one[1], node_size=node)
 
-def named(name: str, facts: Facts) -> Iterator[Named]:
-    """The variants of `name`, one of `NAMES`."""
-    for variant, lanes in NAMES[name](facts):
-        yield Named(name, variant, lanes)
+
+def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
+    """The variants of `name`, one of `NAMES`, inside Ulysses of `degree`."""
+    if degree == 1:
+        for variant, lanes in NAMES[name](facts):
+            yield Named(name, variant, lanes)
+        return
+    inside = facts.inside(degree)
+    alone = inside.world == 1
+    for variant, lanes in [("", (ring(1),))] if alone else NAMES[name](inside):
+        for stages, groups in _exchanges(degree, inside.kv_heads if facts.kv_heads >= degree * len(lanes) else 1, alone):
+            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant) + [f"in {stages} stages"] * bool(stages)
+            words += [f"{groups} groups of heads"] * (groups > 1)
+            wrapped = zip(*(ulysses(lane, degree, stages=stages, groups=groups) for lane in lanes), strict=True)
+            found = tuple(lane for member in wrapped for lane in member)
+            yield Named(f"ulysses {degree}" if alone else name, ", ".join(words), found)
+
+
+def _exchanges(degree: int, kv_heads: int, alone: bool) -> Iterator[tuple[int, int]]:
+    """Portions to take in and groups of heads: the plain exchange, and those that hide it behind compute."""
+    for groups in (1, 2, 4):
+        if kv_heads % groups == 0:
+            yield from [(0, groups), (degree - 1, groups)] if alone else [(degree - 1, groups)]
 
 
 Variants = Iterator[tuple[str, Lanes]]

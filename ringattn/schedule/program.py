@@ -8,7 +8,7 @@ link come in the same order at both ends, which is all that NCCL (it ignores tag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,22 +16,26 @@ from ringattn.schedule.ir import Kind, Schedule
 
 
 class Item(NamedTuple):
-    """`kind[index]` of one lane."""
+    """`kind[index]` of one lane; in messages of backward perhaps only what is `new` since forward, the rest being kept."""
 
     lane: int
     kind: Kind
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    new: bool = False
 
     def __str__(self) -> str:
         return f"{self.kind.value}{self.index}{f' of lane {self.lane}' if self.lane else ''}"
 
 
 class Work(NamedTuple):
-    """Tile (i, j) of one lane."""
+    """Tiles of one lane that are computed together: every one there is among query blocks `i` and key blocks `j`."""
 
     lane: int
-    i: int
-    j: int
+    i: tuple[int, ...]
+    j: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"tile({'+'.join(map(str, self.i))},{'+'.join(map(str, self.j))})"
 
 
 @dataclass(frozen=True)
@@ -60,28 +64,33 @@ class Step:
     release: tuple[Item, ...]  # foreign inputs not read again
 
 
-def messages(lanes: Sequence[Schedule], *, backward: bool) -> tuple[Message, ...]:
-    """All messages of all ranks in their one global order. Forward has no gradients of KV to move."""
+def messages(lanes: Sequence[Schedule], *, backward: bool, keep: bool = False) -> tuple[Message, ...]:
+    """All messages of all ranks in their one global order. Forward has no gradients of KV to move.
+
+    With `keep`, inputs that rest away from home are still there in backward: keys and values need not come again, and of
+    queries only what is new.
+    """
     groups: dict[tuple[int, int, int, int], list[Item]] = defaultdict(list)
     moves = ((move, lane) for lane, schedule in enumerate(lanes) for move in schedule.moves)
     for move, lane in sorted(moves, key=lambda pair: pair[0].depart):
-        if backward or move.kind is not Kind.KV_ACC:
-            groups[move.depart, move.due, move.src, move.dst].append(Item(lane, move.kind, move.index))
+        kept = keep and backward and lanes[lane].to_rest(move)
+        if (backward or move.kind is not Kind.KV_ACC) and not (kept and move.kind is Kind.KV):
+            groups[move.depart, move.due, move.src, move.dst].append(Item(lane, move.kind, move.index, kept))
     return tuple(Message(src, dst, depart, due, tuple(items)) for (depart, due, src, dst), items in groups.items())
 
 
-def program(lanes: Sequence[Schedule], sent: Iterable[Message], rank: int) -> tuple[Step, ...]:
-    """The steps of `rank`, given all messages (see `messages`). Steps in which it does nothing are left out."""
+def program(lanes: Sequence[Schedule], sent: Iterable[Message], rank: int, *, keep: bool = False) -> tuple[Step, ...]:
+    """The steps of `rank`, given all messages (see `messages`). Steps in which it does nothing are left out.
+
+    With `keep`, inputs that rest here are not let go.
+    """
     mine = [m for m in sent if rank in (m.src, m.dst)]
-    due, post, tiles = defaultdict(list), defaultdict(list), defaultdict(list)
+    due, post = defaultdict(list), defaultdict(list)
     for message in mine:
         due[message.due].append(message)
         post[message.depart].append(message)
-    for lane, schedule in enumerate(lanes):
-        for tile in schedule.tiles:
-            if tile.rank == rank:
-                tiles[tile.step].append(Work(lane, tile.i, tile.j))
-    release = _last_reads(lanes, mine, tiles, rank)
+    tiles = _works(lanes, rank)
+    release = _last_reads(lanes, mine, tiles, rank, keep)
     return tuple(
         Step(n, tuple(due[n]), tuple(post[n]), tuple(tiles[n]), tuple(release[n]))
         for n in range(max((s.steps for s in lanes), default=0))
@@ -89,20 +98,57 @@ def program(lanes: Sequence[Schedule], sent: Iterable[Message], rank: int) -> tu
     )
 
 
+def _works(lanes: Sequence[Schedule], rank: int) -> dict[int, list[Work]]:
+    """The tiles of every step, those that can be computed as one put together."""
+    works: dict[int, list[Work]] = defaultdict(list)
+    for lane, schedule in enumerate(lanes):
+        steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for tile in schedule.tiles:
+            if tile.rank == rank:
+                steps[tile.step].append((tile.i, tile.j))
+        for step, tiles in steps.items():
+            found = [((i,), (j,)) for i, j in tiles] if len(tiles) == 1 else _rectangles(tiles, schedule)
+            works[step] += [Work(lane, i, j) for i, j in found]
+    return works
+
+
+def _rectangles(tiles: Sequence[tuple[int, int]], schedule: Schedule) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cover `tiles` with products of rows and columns that contain no other tile with work: fewer, larger kernel calls."""
+    elsewhere = {(tile.i, tile.j) for tile in schedule.tiles} - set(tiles)
+    rows: dict[int, set[int]] = defaultdict(set)
+    for i, j in tiles:
+        rows[i].add(j)
+    found: list[tuple[list[int], set[int]]] = []
+    for i in sorted(rows):
+        for several, columns in found:
+            joined = columns | rows[i]
+            if not any((n, j) in elsewhere for n in [*several, i] for j in joined):
+                several.append(i)
+                columns |= rows[i]
+                break
+        else:
+            found.append(([i], set(rows[i])))
+    return [(tuple(several), tuple(sorted(columns))) for several, columns in found]
+
+
 def _last_reads(
-    lanes: Sequence[Schedule], mine: Iterable[Message], tiles: dict[int, list[Work]], rank: int
+    lanes: Sequence[Schedule], mine: Iterable[Message], tiles: Mapping[int, Sequence[Work]], rank: int, keep: bool
 ) -> dict[int, list[Item]]:
     last: dict[Item, int] = {}
     for message in mine:
         for item in message.items:
             step = message.depart if message.src == rank else message.due
+            item = item._replace(new=False)
             last[item] = max(step, last.get(item, 0))
     for step, works in tiles.items():
-        for lane, i, j in works:
-            for item in (Item(lane, Kind.Q, i), Item(lane, Kind.KV, j)):
+        for lane, some_i, some_j in works:
+            read = [Item(lane, Kind.Q, i) for i in some_i] + [Item(lane, Kind.KV, j) for j in some_j]
+            for item in read:
                 last[item] = max(step, last.get(item, 0))
     release: dict[int, list[Item]] = defaultdict(list)
     for item, step in last.items():
-        if not item.kind.moved and lanes[item.lane].home(item.kind, item.index) != rank:
+        schedule = lanes[item.lane]
+        stays = keep and schedule.rest(item.kind, item.index) == rank
+        if not item.kind.moved and not stays and schedule.home(item.kind, item.index) != rank:
             release[step].append(item)
     return release

@@ -1,0 +1,264 @@
+"""ringattn's schedules and other libraries' attention in the same run, on the same local kernel, links and rows.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/compare.py --mask full
+    python benchmarks/netlab/run.py --kind mesh --hosts 4 --mbit 50 benchmarks/compare.py --emulate 50e9 --schedules auto ring+u2
+
+Round after round every contender runs once, in an order that rotates, so that a slow minute hits all of them. A run is a
+barrier, a forward pass and a backward pass; its time is that of the slowest rank; medians over the rounds are told. With real
+compute each contender is first checked against dense attention, and one that is wrong is not timed. With --emulate the
+attention kernel only takes its time (see `ringattn.kernels.emulated`), so that more ranks than cores can be run; merging,
+packing and every byte on the links stay real. Peers come with: pip install 'ringattn[bench]'.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+import tyro
+from peers import Attention, Setting, peers
+from peers.guard import WRONG, Whole, error, error_of_dense
+from rich.console import Console
+from rich.table import Table
+
+import ringattn
+from ringattn import Plan, RingAttnError, Topology, attention, make_plan
+from ringattn.cost import price
+from ringattn.planner.request import DEFAULT_TOPOLOGY
+from ringattn.schedule.named import NAMES
+from ringattn.topology import PRESETS
+
+MASKS = {"full": ringattn.full, "causal": ringattn.causal}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run."""
+
+    rows: int = 1024
+    """Tokens of the sequence on each rank."""
+    heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 64
+    dtype: str = "bfloat16"
+    mask: str = "causal"
+    """full or causal"""
+    schedules: tuple[str, ...] = ("auto", *NAMES)
+    """Ours: names as make_plan takes them; `ring+u2` is a ring with ulysses=2."""
+    peers: tuple[str, ...] = ("",)
+    """Theirs: those in whose name one of these words occurs. By default all that can run."""
+    without: tuple[str, ...] = ()
+    """Leave out those in whose name one of these words occurs."""
+    rounds: int = 5
+    forward_only: bool = False
+    emulate: float = 0.0
+    """Flop/s of an emulated accelerator, for everyone; 0 computes for real."""
+    topology: str | None = None
+    """A preset's name or a file written by `ringattn probe`; what our plans and their predictions go by."""
+    json: Path | None = None
+    """Also write everything here."""
+
+
+@dataclass
+class Contender:
+    """`seconds`: (forward, forward and backward) of each round, of this rank and in the end of the slowest."""
+
+    name: str
+    attention: Attention
+    positions: torch.Tensor
+    plan: Plan | None = None
+    error: float | None = None
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+
+
+def main(config: Config) -> None:
+    mesh = ringattn.init("gloo")
+    rank, world = mesh.get_local_rank(), mesh.size()
+    topology = _topology(config)
+    unable: dict[str, str] = {}
+    contenders = [*_ours(config, world, rank, topology, unable), *_theirs(config, world, rank, unable)]
+    whole = _whole(config, world)
+    dense = None
+    if not config.emulate:
+        dense = _slowest(error_of_dense(whole, contenders[0].positions, config.mask == "causal"))
+        contenders = [c for c in contenders if _is_right(c, whole, config, unable)]
+    for round_number in range(config.rounds + 1):
+        first = round_number % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            seconds = _once(contender, whole, config)
+            if round_number:  # the first round pays for first touches
+                contender.seconds.append(seconds)
+    for contender in contenders:
+        contender.seconds = _slowest_of_each(contender.seconds)
+    if rank == 0:
+        rows = [_row(contender, topology, config) for contender in contenders]
+        _print(rows, unable, dense, topology, config, world)
+        if config.json:
+            facts = _facts(config, world, topology, dense) | {"contenders": rows, "unable": unable}
+            config.json.write_text(json.dumps(facts, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+def _ours(config: Config, world: int, rank: int, topology: Topology, unable: dict[str, str]) -> Iterator[Contender]:
+    for name in config.schedules:
+        schedule, _, ulysses = name.partition("+u")
+        try:
+            plan = make_plan(
+                config.rows * world,
+                world=world,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                dtype=config.dtype,
+                mask=MASKS[config.mask](),
+                schedule=schedule,
+                ulysses=int(ulysses) if ulysses else None,
+                kernel=f"emulated:{config.emulate:g}" if config.emulate else "auto",
+                topology=topology,
+            )
+        except RingAttnError as error:
+            unable[f"ringattn {name}"] = str(error)
+            continue
+        positions = torch.tensor(plan.layout.positions(rank))
+        yield Contender(f"ringattn {name}", lambda q, k, v, plan=plan: attention(q, k, v, plan), positions, plan)
+
+
+def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> Iterator[Contender]:
+    causal = config.mask == "causal"
+    setting = Setting(world, rank, config.rows, config.heads, config.kv_heads, causal, config.dtype, config.emulate)
+    for peer in peers(setting):
+        if not any(w in peer.name for w in config.peers) or any(w in peer.name for w in config.without):
+            continue
+        if why := peer.supports(setting):
+            unable[peer.name] = why
+            continue
+        positions = torch.tensor(peer.layout(setting).positions(rank))
+        yield Contender(peer.name, peer.build(setting), positions)
+
+
+def _topology(config: Config) -> Topology:
+    """With an emulated accelerator, ranks compute as fast as it does."""
+    name = config.topology or DEFAULT_TOPOLOGY
+    found = ringattn.load_topology(name) if Path(name).exists() else PRESETS.get(name)
+    if found is None:
+        raise SystemExit(f"--topology {name}: neither a file nor one of {', '.join(PRESETS)}")
+    return replace(found, flops=config.emulate) if config.emulate else found
+
+
+def _whole(config: Config, world: int) -> Whole:
+    """The same on every rank, so that each can cut it as a contender wants it."""
+    source = torch.Generator().manual_seed(0)
+    heads = (config.heads, config.kv_heads, config.kv_heads, config.heads)
+    shapes = [(1, config.rows * world, h, config.head_dim) for h in heads]
+    return Whole(*(torch.randn(shape, generator=source).to(getattr(torch, config.dtype)) for shape in shapes))
+
+
+def _is_right(contender: Contender, whole: Whole, config: Config, unable: dict[str, str]) -> bool:
+    causal, backward = config.mask == "causal", not config.forward_only
+    contender.error = _slowest(error(contender.attention, whole, contender.positions, causal, backward))
+    if not contender.error < WRONG:
+        unable[contender.name] = f"wrong: differs from dense attention by {contender.error:.1%}"
+    return contender.error < WRONG
+
+
+def _once(contender: Contender, whole: Whole, config: Config) -> tuple[float, float]:
+    """This rank's seconds from a common start to the end of forward, and to the end of backward."""
+    *leaves, dout = whole.rows(contender.positions)
+    q, k, v = (x.requires_grad_(not config.forward_only) for x in leaves)
+    dist.barrier()
+    begin = perf_counter()
+    out = contender.attention(q, k, v)
+    forward = perf_counter() - begin
+    if not config.forward_only:
+        out.backward(dout)
+    return forward, perf_counter() - begin
+
+
+def _slowest(value: float) -> float:
+    return _slowest_of_each([(value,)])[0][0]
+
+
+def _slowest_of_each(values: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """The largest that any rank has, in each place; NaN counts as the largest."""
+    table = torch.tensor(values, dtype=torch.float64).nan_to_num_(nan=torch.inf)
+    dist.all_reduce(table, op=dist.ReduceOp.MAX)
+    return [tuple(row) for row in table.tolist()]
+
+
+def _row(contender: Contender, topology: Topology, config: Config) -> dict[str, object]:
+    forward, both = map(median, zip(*contender.seconds, strict=True))
+    row = dict(name=contender.name, ours=contender.plan is not None, forward=forward, both=both, error=contender.error)
+    if contender.plan is not None:
+        predicted = [price(contender.plan, topology, backward=backward).seconds for backward in (False, True)]
+        row |= dict(predicted_forward=predicted[0], predicted_both=sum(predicted), plan=str(contender.plan))
+    return row | dict(seconds=contender.seconds)
+
+
+def _print(
+    rows: list[dict[str, object]], unable: dict[str, str], dense: float | None, topology: Topology, config: Config, world: int
+) -> None:
+    passes = ["forward"] if config.forward_only else ["forward", "both"]
+    fastest = {p: min((row[p] for row in rows if not row["ours"]), default=None) for p in passes}
+    compute = f"an emulated accelerator of {config.emulate:g} flop/s a rank" if config.emulate else "real compute"
+    table = Table(
+        title=f"{config.rows} rows on each of {world} ranks, {config.heads} heads over {config.kv_heads} of {config.head_dim}, "
+        f"{config.dtype}, {config.mask}, {compute}",
+        caption=f"median of {config.rounds}, slowest rank; predicted for {topology.name}"
+        + (f"; error of dense {config.dtype} attention {dense:.2%}" if dense is not None else ""),
+    )
+    table.add_column("")
+    for head in ("forward", "forward+backward")[: len(passes)]:
+        for column in (head, "predicted", "fastest peer / this"):
+            table.add_column(column, justify="right")
+    table.add_column("error", justify="right")
+    for row in rows:
+        cells = []
+        for p in passes:
+            predicted, peer = row.get(f"predicted_{p}"), fastest[p]
+            cells += [_ms(row[p]), _ms(predicted), f"{peer / row[p]:.2f} x" if peer is not None else ""]
+        table.add_row(row["name"], *cells, "" if row["error"] is None else f"{row['error']:.2%}")
+    console = Console(width=150)
+    console.print(table)
+    for name, why in unable.items():
+        console.print(f"not run: {name}: {why}", highlight=False)
+
+
+def _ms(seconds: object) -> str:
+    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+def _facts(config: Config, world: int, topology: Topology, dense: float | None) -> dict[str, object]:
+    packages = ("ringattn", "torch", "ring-flash-attn", "yunchang", "deepspeed", "ring-attention-pytorch")
+    return dict(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=" ".join(sys.argv),
+        config=asdict(config) | {"json": str(config.json)},
+        world=world,
+        topology=asdict(topology),
+        emulated=bool(config.emulate),
+        error_of_dense=dense,
+        versions={package: _version(package) for package in packages},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except RingAttnError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,105 @@
+"""One rank on a clock, standing for all: it waits for what is due, posts, computes, like every rank in `cost`.
+
+Resources are classes here (see `shifts`): the busiest of each class, first come first served. What is posted in one step arrives
+when the last of it is through, which is when the slowest rank has it.
+
+Long rounds of equal steps settle into a rhythm. So a few steps are walked until it has settled, one period is measured, and the
+rest is one multiplication: time for 100,000 steps is that for twenty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from ringattn.forecast.rounds import Post, Round
+from ringattn.forecast.shifts import Axis, Links
+
+
+class Clock:
+    """Walks rounds. `now` is the time, `busy` the seconds each class of resource was occupied, `peak` the most bytes held."""
+
+    def __init__(self, links: Links, tile_seconds: float) -> None:
+        self._links, self._tile = links, tile_seconds
+        self.now, self.peak = 0.0, 0
+        self.busy: dict[str, float] = defaultdict(float)
+        self._free: dict[str, float] = {}  # when each class of resource has let all before through
+        self._links_free: dict[tuple[Axis, int], float] = {}  # the same for links that only one pair of ranks uses
+        self._step, self._flying = 0, 0
+        self._due: dict[int, tuple[float, int]] = {}  # by step: the last arrival, and bytes of the buffers of all
+
+    def run(self, rounds: Iterable[Round]) -> None:
+        """Walk all rounds, then take in whatever is still on its way."""
+        for one in rounds:
+            self._round(one)
+        for step in sorted(self._due):
+            self._take_in(step)
+
+    def _round(self, one: Round) -> None:
+        period = max((post.lag for post in one.posts), default=1)
+        settle = 2 * period + 2
+        times = max(
+            0, (one.count - settle - period) // period - 1
+        )  # the last period is walked: the next round sees it as it is
+        if times > 1:
+            self._walk(one, range(settle))
+            before = self._state()
+            self._walk(one, range(settle, settle + period))
+            self._leap(before, times, period)
+            self._walk(one, range(settle + period + times * period, one.count))
+        else:
+            self._walk(one, range(one.count))
+        for post in one.posts:
+            for resource, seconds in self._links.load(post.axis, post.offset).shared:
+                self.busy[resource] += one.count * post.nbytes * seconds
+
+    def _walk(self, one: Round, steps: range) -> None:
+        for n in steps:
+            self._take_in(self._step)
+            self._post(one.posts, n)
+            self.peak = max(self.peak, self._flying + one.held)
+            self.now += one.tiles * self._tile
+            self._step += 1
+
+    def _take_in(self, step: int) -> None:
+        arrival, nbytes = self._due.pop(step, (0.0, 0))
+        self.now = max(self.now, arrival)
+        self._flying -= nbytes
+
+    def _post(self, posts: tuple[Post, ...], n: int) -> None:
+        """What is posted in step `n` of a round."""
+        loads = [self._links.load(post.axis, post.offset) for post in posts]
+        queued: Counter[str] = Counter()
+        for post, load in zip(posts, loads, strict=True):
+            for resource, seconds in load.shared:
+                queued[resource] += post.nbytes * seconds  # type: ignore[assignment]
+        for resource, seconds in queued.items():
+            self._free[resource] = max(self._free.get(resource, 0.0), self.now) + seconds
+        for post, load in zip(posts, loads, strict=True):
+            through = max((self._free[resource] for resource, _ in load.shared), default=0.0)
+            if load.alone:
+                link = post.axis, (post.offset + n * post.slope) % post.axis.size
+                through = self._links_free[link] = max(self._links_free.get(link, 0.0), self.now) + post.nbytes * load.alone
+            arrival, nbytes = self._due.get(self._step + post.lag, (0.0, 0))
+            # Every rank sends one and receives one.
+            self._due[self._step + post.lag] = max(arrival, through + load.latency), nbytes + 2 * post.nbytes
+            self._flying += 2 * post.nbytes
+
+    def _state(self) -> tuple[int, float, dict[str, float], dict[int, float]]:
+        return self._step, self.now, dict(self._free), {step: arrival for step, (arrival, _) in self._due.items()}
+
+    def _leap(self, before: tuple[int, float, dict[str, float], dict[int, float]], times: int, period: int) -> None:
+        """Everything that grew over the last period grows `times` more times."""
+        step, now, free, due = before
+        self._step += times * period
+        self.now += times * (self.now - now)
+        for resource, then in free.items():
+            self._free[resource] += times * (self._free[resource] - then)
+        moved = {}
+        for number, (arrival, nbytes) in self._due.items():
+            if number - period in due and number - period >= step:  # of this round; what was due later before it stays
+                shift = times * (arrival - due[number - period])
+                moved[number + times * period] = arrival + shift, nbytes
+            else:
+                moved[number] = arrival, nbytes
+        self._due = moved

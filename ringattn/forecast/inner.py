@@ -1,0 +1,72 @@
+"""What happens between the Ulysses exchanges: one line or one grid of ranks, made of the member's five values.
+
+Bytes are closed forms. Lookaheads are those of `schedule.named`, so that a forecast is of the schedule that would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ringattn.forecast.family import Family
+from ringattn.forecast.payloads import Model
+from ringattn.forecast.rounds import Lane, Round, Way, grid, line, line_link_bytes
+from ringattn.forecast.shifts import Axis, Links
+from ringattn.schedule.ir import Kind
+from ringattn.schedule.named import IN_FLIGHT
+
+
+class Inner:
+    """One pass among the a * b ranks that hold the rows of the same heads, `rows` each."""
+
+    def __init__(self, family: Family, model: Model, rows: int, *, backward: bool) -> None:
+        self.rows, self.columns = Axis(family.a, family.ulysses), Axis(family.b, family.ulysses * family.a)
+        self._family, self._model, self._count, self._backward = family, model, rows, backward
+        self._lines = list(self._lines_of())
+
+    @property
+    def wide(self) -> bool:
+        """Whether gradients of KV gather on their way: over two ranks the first hop is home."""
+        return self._family.name in ("ring", "bidirectional_ring") and self.columns.size > 2
+
+    @property
+    def link_bytes(self) -> int:
+        """On the busiest directed link; no two lines share one."""
+        return max(line_link_bytes(axis.size, lanes, way) for axis, lanes, way in self._lines)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each rank sends."""
+        return sum((axis.size - 1) * (v.out + v.home) for axis, lanes, _ in self._lines for v, _ in lanes)
+
+    def rounds(self, links: Links) -> Iterator[Round]:
+        """What one rank does."""
+        if len(self._lines) == 1:
+            ((axis, lanes, way),) = self._lines
+            return line(axis, lanes, way, links)
+        ((rows, ((q, _),), _), (columns, ((kv, _),), _)) = self._lines
+        return grid(rows, columns, q, kv, links)
+
+    def _lines_of(self) -> Iterator[tuple[Axis, tuple[Lane, ...], Way]]:
+        (a, b), direct = (self.rows.size, self.columns.size), self._family.routing == "direct"
+        match self._family.name:
+            case "ring":
+                yield self.columns, (self._kv(self._model),), Way(rides=True)
+            case "bidirectional_ring":
+                (one, cut), (other, _) = self._model.lanes()
+                yield self.columns, (self._kv(one, 1, cut), self._kv(other, -1, cut)), Way(rides=True)
+            case "ring_direct" | "all_gather":
+                ahead = b - 1 if self._family.name == "all_gather" else min(IN_FLIGHT, b - 1)
+                yield self.columns, (self._kv(self._model),), Way(direct, max(1, ahead))
+            case "token_ring":
+                yield self.rows, (self._q(),), Way(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
+            case _:
+                if a > 1 or b == 1:
+                    yield self.rows, (self._q(),), Way()
+                if b > 1:
+                    yield self.columns, (self._kv(self._model),), Way(ahead=2)
+
+    def _q(self) -> Lane:
+        return self._model.visitor(Kind.Q, self._count, backward=self._backward), 1
+
+    def _kv(self, model: Model, turn: int = 1, cut: int = 1) -> Lane:
+        return model.visitor(Kind.KV, -(-self._count // cut), backward=self._backward, rides=self.wide), turn

@@ -1,0 +1,182 @@
+"""What is to be decided: which rank computes each tile, so that all work alike and as few bytes travel as possible.
+
+A tile (i, j) may go to the owner of query block i, to the owner of key block j, or to anyone else. A rank that computes a tile
+of a block that is not its own is *visited* by that block: the inputs travel there once, and the result travels home once,
+however many tiles the visit serves. Rows and columns of the table cost alike, so both are called lines: line i is query block
+i, line `len(q_home) + j` is key block j.
+
+Numbers only: no mask, no layout, no topology, no time. Who searches is `search` or `exact`; when things happen is `timetable`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import floor
+from typing import NamedTuple, TypeAlias
+
+from ringattn.errors import PlanError
+from ringattn.schedule.ir import Kind
+
+OBJECTIVES = ("total", "port", "link")
+
+Resource: TypeAlias = tuple[str, int, int]
+Assignment: TypeAlias = Mapping[tuple[int, int], int]  # the rank of every tile
+
+
+class Costs(NamedTuple):
+    """Bytes of one row of a visit, on the way in and on the way home."""
+
+    q_in: int
+    q_home: int
+    kv_in: int
+    kv_home: int = 0
+
+
+class Line(NamedTuple):
+    """A row or a column of the table of tiles: one block, where it lives, and the bytes of one visit."""
+
+    kind: Kind
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    home: int
+    bytes_in: int
+    bytes_home: int
+    tiles: tuple[int, ...]  # numbers of its tiles
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A table of tiles that have work, and what it costs to compute them elsewhere.
+
+    Attributes:
+        areas: kept (query, key) pairs of every tile that has any.
+        q_home, kv_home: the rank that owns each block. rows_q, rows_kv: rows of each block.
+        objective: what is to be small: "total" bytes, bytes through the busiest "port" (out of or into one rank: a switch), or
+            over the busiest directed "link" (a full mesh).
+        tolerance: the busiest rank may work this much longer than the mean, or than blocks of this size allow.
+    """
+
+    world: int
+    areas: Mapping[tuple[int, int], int]
+    q_home: Sequence[int]
+    kv_home: Sequence[int]
+    rows_q: Sequence[int]
+    rows_kv: Sequence[int]
+    costs: Costs
+    objective: str = "total"
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise PlanError(f"objective={self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        if self.tolerance < 0:
+            raise PlanError(f"tolerance={self.tolerance}: the busiest rank cannot work less than the mean; 0 or more")
+        for homes, rows, what in ((self.q_home, self.rows_q, "q"), (self.kv_home, self.rows_kv, "kv")):
+            if len(homes) != len(rows):
+                raise PlanError(f"{what}_home names {len(homes)} blocks and rows_{what} {len(rows)}; both name every block")
+            if any(home not in range(self.world) for home in homes):
+                raise PlanError(f"{what}_home={tuple(homes)}: owners must be ranks of {self.world}")
+        for (i, j), area in self.areas.items():
+            if not (0 <= i < len(self.q_home) and 0 <= j < len(self.kv_home) and area > 0):
+                raise PlanError(f"tile ({i}, {j}) of area {area}: not in the table, or without work; leave it out")
+
+    @cached_property
+    def tiles(self) -> tuple[tuple[int, int], ...]:
+        """Tiles in the order of their numbers: the same, however `areas` is ordered."""
+        return tuple(sorted(self.areas))
+
+    @cached_property
+    def area(self) -> tuple[int, ...]:
+        return tuple(self.areas[tile] for tile in self.tiles)
+
+    @cached_property
+    def lines(self) -> tuple[Line, ...]:
+        c = self.costs
+        of_q = ((Kind.Q, i, home, rows * c.q_in, rows * c.q_home) for i, (home, rows) in enumerate(zip(self.q_home, self.rows_q)))
+        of_kv = (
+            (Kind.KV, j, home, rows * c.kv_in, rows * c.kv_home) for j, (home, rows) in enumerate(zip(self.kv_home, self.rows_kv))
+        )
+        tiles: list[list[int]] = [[] for _ in range(len(self.q_home) + len(self.kv_home))]
+        for number, sides in enumerate(self.sides):
+            for line in sides:
+                tiles[line].append(number)
+        return tuple(Line(*line, tuple(mine)) for line, mine in zip([*of_q, *of_kv], tiles, strict=True))
+
+    @cached_property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """The two lines every tile is in."""
+        return tuple((i, len(self.q_home) + j) for i, j in self.tiles)
+
+    @cached_property
+    def fallback(self) -> tuple[int, ...]:
+        """Work alone, largest tile first to the rank with least: a balanced answer that always exists, whatever it moves."""
+        load, ranks = [0] * self.world, [0] * len(self.tiles)
+        for number in sorted(range(len(self.tiles)), key=lambda n: -self.area[n]):
+            ranks[number] = load.index(min(load))
+            load[ranks[number]] += self.area[number]
+        return tuple(ranks)
+
+    @cached_property
+    def cap(self) -> int:
+        """The most work a rank may get: the mean and a little, or what blocks as large as these can reach."""
+        fine = floor((1 + self.tolerance) * max(sum(self.area) / self.world, max(self.area, default=0)))
+        return max(fine, *loads(self, self.fallback))
+
+    def charges(self, line: Line, rank: int) -> tuple[tuple[Resource, int], ...]:
+        """What one visit of `line` to `rank` adds to everything that the objective looks at."""
+        if rank == line.home:
+            return ()
+        out, home = line.bytes_in, line.bytes_home
+        if self.objective == "total":
+            return ((("all", 0, 0), out + home),)
+        there = [(resource, out) for resource in self.route(line.home, rank)]
+        back = [(resource, home) for resource in self.route(rank, line.home)]
+        return tuple((resource, nbytes) for resource, nbytes in (*there, *back) if nbytes)
+
+    def route(self, src: int, dst: int) -> tuple[Resource, ...]:
+        """What a message occupies while it travels. Only a full mesh has links that do not meet in a port."""
+        return (("link", src, dst),) if self.objective == "link" else (("out", src, 0), ("in", dst, 0))
+
+    def ranks(self, assignment: Assignment) -> list[int]:
+        return [assignment[tile] for tile in self.tiles]
+
+
+def loads(problem: Problem, ranks: Sequence[int]) -> list[int]:
+    """The work of every rank."""
+    load = [0] * problem.world
+    for rank, area in zip(ranks, problem.area, strict=True):
+        load[rank] += area
+    return load
+
+
+def visits(problem: Problem, ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Every (line, foreign rank) that must meet."""
+    met = ((n, {ranks[tile] for tile in line.tiles} - {line.home}) for n, line in enumerate(problem.lines))
+    return [(n, rank) for n, found in met for rank in sorted(found)]
+
+
+class Measure(NamedTuple):
+    """What an assignment comes to: bytes in all, through the busiest port, over the busiest link; work of the busiest rank."""
+
+    total: int
+    port: int
+    link: int
+    load: int
+
+
+def measure(problem: Problem, assignment: Assignment) -> Measure:
+    """All objectives of `assignment`, whichever it was made for."""
+    ranks = problem.ranks(assignment)
+    links: Counter[tuple[int, int]] = Counter()
+    for n, rank in visits(problem, ranks):
+        line = problem.lines[n]
+        links[line.home, rank] += line.bytes_in
+        links[rank, line.home] += line.bytes_home
+    everyone = range(problem.world)
+    ports = [sum(links[src, dst] for dst in everyone) for src in everyone]
+    ports += [sum(links[src, dst] for src in everyone) for dst in everyone]
+    link = max((links[pair] for pair in product(everyone, everyone)), default=0)
+    return Measure(sum(links.values()), max(ports), link, max(loads(problem, ranks)))
