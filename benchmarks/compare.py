@@ -1,7 +1,7 @@
 """ringattn's schedules and other libraries' attention in the same run, on the same local kernel, links and rows.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/compare.py --mask full
-    python benchmarks/netlab/run.py --kind mesh --hosts 4 --mbit 50 benchmarks/compare.py --emulate 50e9 --schedules auto ring+u2
+    python benchmarks/netlab/run.py --kind mesh --hosts 8 --mbit 50 benchmarks/compare.py --emulate 50e9 --schedules ring+u2
 
 Round after round every contender runs once, in an order that rotates, so that a slow minute hits all of them. A run is a
 barrier, a forward pass and a backward pass; its time is that of the slowest rank; medians over the rounds are told. With real
@@ -86,6 +86,8 @@ def main(config: Config) -> None:
     topology = _topology(config)
     unable: dict[str, str] = {}
     contenders = [*_ours(config, world, rank, topology, unable), *_theirs(config, world, rank, unable)]
+    if not contenders:
+        raise SystemExit("nothing to run: " + "; ".join(f"{name}: {why}" for name, why in unable.items()))
     whole = _whole(config, world)
     dense = None
     if not config.emulate:
@@ -226,14 +228,14 @@ def _print(
             predicted, peer = row.get(f"predicted_{p}"), fastest[p]
             cells += [_ms(row[p]), _ms(predicted), f"{peer / row[p]:.2f} x" if peer is not None else ""]
         table.add_row(row["name"], *cells, "" if row["error"] is None else f"{row['error']:.2%}")
-    console = Console(width=150)
+    console = Console(width=160)
     console.print(table)
     for name, why in unable.items():
         console.print(f"not run: {name}: {why}", highlight=False)
 
 
 def _ms(seconds: object) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+    return "" if seconds is None else f"{seconds * 1e3:.{1 if seconds > 0.01 else 3}f} ms"
 
 
 def _facts(config: Config, world: int, topology: Topology, dense: float | None) -> dict[str, object]:

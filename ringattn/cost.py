@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from itertools import product
 
 from ringattn.payload import fields
-from ringattn.plan import Lane, Plan
+from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Message, Step, Work
 from ringattn.topology import Resource, Topology
@@ -58,18 +58,16 @@ class Sizes:
         self._travelling = {
             (*key, new): self._per_row(*key, size, wide, bias_heads, new) for key, size in wire.items() for new in (False, True)
         }
+        self._rows = [([b.rows for b in lane.kv_blocks], [b.rows for b in lane.q_blocks]) for lane in self.lanes]
         self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
 
     def travelling(self, item: Item) -> int:
         """Bytes of `item` in a message."""
-        return self._rows(item) * self._travelling[item.lane, item.kind, item.new]
+        return self._rows[item.lane][item.kind.of_queries][item.index] * self._travelling[item.lane, item.kind, item.new]
 
     def held(self, item: Item) -> int:
         """Bytes of `item` between messages: sums are wide."""
-        return self._rows(item) * self._held[item.lane, item.kind]
-
-    def _rows(self, item: Item) -> int:
-        return self.lanes[item.lane].block(item.kind, item.index).rows
+        return self._rows[item.lane][item.kind.of_queries][item.index] * self._held[item.lane, item.kind]
 
     def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
         """Of one row of all the lane's heads."""
@@ -107,11 +105,12 @@ def price(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = Fa
 def compute_seconds(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = False) -> float:
     """Seconds that the busiest rank computes: no pass can take less."""
     sizes = Sizes(plan, batch=batch, backward=backward)
-    work: dict[int, float] = defaultdict(float)
+    work: Counter[int] = Counter()
     for lane in sizes.lanes:
-        for tile in lane.schedule.tiles:
-            work[tile.rank] += _flops(plan, lane, lane.areas[tile.i, tile.j], sizes)
-    return max(work.values(), default=0.0) / topology.flops
+        areas, heads = lane.areas, lane.heads.of_queries
+        for _, rank, i, j in lane.whole.tiles:
+            work[rank] += areas.get((i, j), 0) * heads
+    return _flops(plan, max(work.values(), default=0), sizes) / topology.flops
 
 
 def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -> float:
@@ -123,9 +122,9 @@ def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -
     return max(busy.values(), default=0.0)
 
 
-def _flops(plan: Plan, lane: Lane, area: int, sizes: Sizes) -> float:
-    """Floating-point operations for `area` (query, key) pairs: two matrix products of all heads in forward."""
-    return 4 * area * plan.head_dim * lane.heads.of_queries * sizes.batch * (BACKWARD_FLOPS if sizes.backward else 1.0)
+def _flops(plan: Plan, area: int, sizes: Sizes) -> float:
+    """Floating-point operations for `area` (query, key) pairs of all heads together: two matrix products in forward."""
+    return 4 * area * plan.head_dim * sizes.batch * (BACKWARD_FLOPS if sizes.backward else 1.0)
 
 
 class _Simulation:
@@ -136,7 +135,7 @@ class _Simulation:
         self.programs = [plan.program(rank, backward=sizes.backward) for rank in range(plan.world)]
         self.nbytes = {m: sum(map(sizes.travelling, m.items)) for m in plan.messages(backward=sizes.backward)}
         self.seconds = [
-            {tile: _flops(plan, lane, area, sizes) / topology.flops for tile, area in lane.areas.items()}
+            {tile: _flops(plan, area * lane.heads.of_queries, sizes) / topology.flops for tile, area in lane.areas.items()}
             for lane in sizes.lanes
         ]
 

@@ -53,13 +53,18 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One schedule on some of the heads, joined with layout and mask."""
+    """One schedule on some of the heads, joined with layout and mask. `whole` is it before pruning."""
 
     heads: Heads
-    schedule: Schedule
+    whole: Schedule
     q_blocks: tuple[Block, ...]
     kv_blocks: tuple[Block, ...]
     tiles: Tiles
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Only the tiles that have work, and the moves that serve one."""
+        return _prune(self.whole, self.tiles)
 
     def block(self, kind: Kind, index: int) -> Block:
         return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
@@ -186,14 +191,14 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
             yield Heads(a, b, a // group, -(-b // group))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
     q_blocks, kv_blocks = blocks(layout, schedule.q_home), blocks(layout, schedule.kv_home)
     tiles = _tiles(q_blocks, kv_blocks, layout, mask)
-    return Lane(heads, _prune(schedule, tiles), q_blocks, kv_blocks, tiles)
+    return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _prune(schedule: Schedule, tiles: Tiles) -> Schedule:
     return prune(schedule, tiles.areas.keys())
 

@@ -15,6 +15,7 @@ gradients overwrite the sum; and ranks that compute nothing in a step would send
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -72,6 +73,7 @@ def _llama3(heads: int, setting: Setting) -> Attention:
 def _part(file: str, setting: Setting) -> ModuleType:
     """A module of the package, without the package's own __init__: that imports transformers, which nothing here uses."""
     flash_on_cpu.install(setting.flops)
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+_tensor` is deprecated", FutureWarning)  # names it uses
     if PACKAGE not in sys.modules:
         spec = find_spec(PACKAGE)
         assert spec is not None and spec.submodule_search_locations is not None

@@ -68,7 +68,7 @@ def rank_families(
     model = Model(heads, kv_heads, head_dim, dtype, batch)
     found = [
         Forecast(family, *(_pass(family, model, work, links, backward=backward) for backward in (False, True)))
-        for family in families(world, heads, kv_heads)
+        for family in families(world, heads)
     ]
     return sorted(found, key=lambda one: (one.seconds, one.buffer_bytes))
 
@@ -93,8 +93,8 @@ def forecast(
     Raises:
         PlanError: the member is not for `world` ranks, or its Ulysses degree does not go with the heads.
     """
-    if family.world != world or heads % family.ulysses:
-        raise PlanError(f"{family} is for {family.world} ranks and a multiple of {family.ulysses} heads; {world=}, {heads=}")
+    if family.world != world or family.ulysses > heads:
+        raise PlanError(f"{family} is for {family.world} ranks and {family.ulysses} heads or more; {world=}, {heads=}")
     model, work = Model(heads, kv_heads, head_dim, dtype, batch), _Work(seq_len, mask, layout)
     return _pass(family, model, work, Links(topology, world), backward=backward)
 
@@ -120,11 +120,11 @@ def _area(mask: Mask, start: int, stop: int) -> int:
 
 def _pass(family: Family, model: Model, work: _Work, links: Links, *, backward: bool) -> Cost:
     u, rows = family.ulysses, -(-work.seq_len // family.world)
-    share = model.share(u)
+    (share,) = model.shares(u)
     flops = 4 * work.pairs(family.inner) * model.head_dim * share.heads * model.batch * (BACKWARD_FLOPS if backward else 1)
     compute = flops / links.topology.flops
-    inner = Inner(family, share, u * rows, backward=backward)
-    exchange = Exchange.of(share, u, rows, backward=backward, wide=inner.wide)
+    inner = Inner(family, model, u * rows, backward=backward)
+    exchange = Exchange.of(inner.shares, u, rows, backward=backward, wide=inner.wide)
     clock = Clock(links, compute / family.inner)
     clock.run(_all_to_all(u, exchange.there))
     clock.run(one._replace(held=one.held + exchange.kept) for one in inner.rounds(links))

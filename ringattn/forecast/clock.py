@@ -9,7 +9,7 @@ rest is one multiplication: time for 100,000 steps is that for twenty.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 
 from ringattn.forecast.rounds import Post, Round
@@ -50,7 +50,7 @@ class Clock:
         else:
             self._walk(one, range(one.count))
         for post in one.posts:
-            for resource, seconds in self._links.load(post.axis, post.offset).shared:
+            for resource, seconds, _ in self._links.load(post.axis, post.offset).shared:
                 self.busy[resource] += one.count * post.nbytes * seconds
 
     def _walk(self, one: Round, steps: range) -> None:
@@ -69,14 +69,16 @@ class Clock:
     def _post(self, posts: tuple[Post, ...], n: int) -> None:
         """What is posted in step `n` of a round."""
         loads = [self._links.load(post.axis, post.offset) for post in posts]
-        queued: Counter[str] = Counter()
+        queued: dict[str, float] = defaultdict(float)
+        since: dict[str, float] = {}
         for post, load in zip(posts, loads, strict=True):
-            for resource, seconds in load.shared:
-                queued[resource] += post.nbytes * seconds  # type: ignore[assignment]
+            for resource, seconds, own in load.shared:
+                queued[resource] += post.nbytes * seconds
+                since[resource] = self.now - load.latency / 2 * (seconds > own)
         for resource, seconds in queued.items():
-            self._free[resource] = max(self._free.get(resource, 0.0), self.now) + seconds
+            self._free[resource] = max(self._free.get(resource, 0.0), since[resource]) + seconds
         for post, load in zip(posts, loads, strict=True):
-            through = max((self._free[resource] for resource, _ in load.shared), default=0.0)
+            through = max((max(self._free[r], self.now + own * post.nbytes) for r, _, own in load.shared), default=0.0)
             if load.alone:
                 link = post.axis, (post.offset + n * post.slope) % post.axis.size
                 through = self._links_free[link] = max(self._links_free.get(link, 0.0), self.now) + post.nbytes * load.alone

@@ -60,14 +60,13 @@ class Family:
 _ROUTING = {"ring": "hop", "bidirectional_ring": "hop", "ring_direct": "direct", "all_gather": "direct"}
 
 
-def families(world: int, heads: int, kv_heads: int) -> Iterator[Family]:
+def families(world: int, heads: int) -> Iterator[Family]:
     """Every member for `world` ranks, but for all_gather, whose buffers grow with the whole sequence.
 
-    Ulysses gives each rank of a group as many query heads, so its degree divides `heads`; where it exceeds `kv_heads`, heads
-    of KV are replicated, and its degree must be a multiple, so that no rank needs a part of one more.
+    Ulysses needs a query head for each rank of a group. Nothing has to divide: where heads do not, the busiest rank counts.
     """
     for u in _factors(world):
-        if heads % u == 0 and (kv_heads % u == 0 or u % kv_heads == 0):
+        if u <= heads:
             yield from _around(u, world // u)
 
 

@@ -16,11 +16,19 @@ from ringattn.schedule.named import IN_FLIGHT
 
 
 class Inner:
-    """One pass among the a * b ranks that hold the rows of the same heads, `rows` each."""
+    """One pass among the a * b ranks that hold the rows of the same heads, `rows` each.
+
+    `shares` are the heads of the busiest of them, for each of its lanes.
+    """
 
     def __init__(self, family: Family, model: Model, rows: int, *, backward: bool) -> None:
         self.rows, self.columns = Axis(family.a, family.ulysses), Axis(family.b, family.ulysses * family.a)
-        self._family, self._model, self._count, self._backward = family, model, rows, backward
+        self._family, self._count, self._backward, self._cut = family, rows, backward, 1
+        lanes = 2 if family.name == "bidirectional_ring" else 1
+        if family.ulysses * model.kv_heads < lanes:  # too few heads for two directions: they share the keys
+            self.shares, self._cut = (model,) * lanes, lanes
+        else:
+            self.shares = model.shares(family.ulysses, lanes)
         self._lines = list(self._lines_of())
 
     @property
@@ -49,24 +57,22 @@ class Inner:
     def _lines_of(self) -> Iterator[tuple[Axis, tuple[Lane, ...], Way]]:
         (a, b), direct = (self.rows.size, self.columns.size), self._family.routing == "direct"
         match self._family.name:
-            case "ring":
-                yield self.columns, (self._kv(self._model),), Way(rides=True)
-            case "bidirectional_ring":
-                (one, cut), (other, _) = self._model.lanes()
-                yield self.columns, (self._kv(one, 1, cut), self._kv(other, -1, cut)), Way(rides=True)
+            case "ring" | "bidirectional_ring":
+                yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), Way(rides=True)
             case "ring_direct" | "all_gather":
                 ahead = b - 1 if self._family.name == "all_gather" else min(IN_FLIGHT, b - 1)
-                yield self.columns, (self._kv(self._model),), Way(direct, max(1, ahead))
+                yield self.columns, (self._kv(*self.shares),), Way(direct, max(1, ahead))
             case "token_ring":
                 yield self.rows, (self._q(),), Way(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
             case _:
                 if a > 1 or b == 1:
                     yield self.rows, (self._q(),), Way()
                 if b > 1:
-                    yield self.columns, (self._kv(self._model),), Way(ahead=2)
+                    yield self.columns, (self._kv(*self.shares),), Way(ahead=2)
 
     def _q(self) -> Lane:
-        return self._model.visitor(Kind.Q, self._count, backward=self._backward), 1
+        (share,) = self.shares
+        return share.visitor(Kind.Q, self._count, backward=self._backward), 1
 
-    def _kv(self, model: Model, turn: int = 1, cut: int = 1) -> Lane:
-        return model.visitor(Kind.KV, -(-self._count // cut), backward=self._backward, rides=self.wide), turn
+    def _kv(self, share: Model, turn: int = 1) -> Lane:
+        return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, rides=self.wide), turn

@@ -1,17 +1,18 @@
 """Bytes of what travels, from the one table in `payload`, for the heads that a rank works on.
 
-Ulysses deals the heads out: `Model.share` is what one rank of a group gets, at least one head of KV. An `Exchange` is what its
-all-to-all carries there and back. No schedule and no topology is known here.
+Ulysses deals the heads out: `Model.shares` is what the busiest rank of a group gets, at least one head of KV. An `Exchange` is
+what its all-to-all carries there and back. No schedule and no topology is known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ringattn.cost import ITEMSIZE
 from ringattn.forecast.rounds import Visitor
 from ringattn.payload import Field, fields
+from ringattn.plan import share_heads
 from ringattn.schedule.ir import Kind
 
 RESULT = {Kind.Q: Kind.Q_ACC, Kind.KV: Kind.KV_ACC}
@@ -27,16 +28,14 @@ class Model:
     dtype: str
     batch: int
 
-    def share(self, ulysses: int) -> Model:
-        """Of each rank in a group of `ulysses`."""
-        return replace(self, heads=self.heads // ulysses, kv_heads=max(1, self.kv_heads // ulysses))
-
-    def lanes(self) -> tuple[tuple[Model, int], ...]:
-        """Halves of the KV heads with their query heads; or twice all of them, each with every second row of keys."""
-        if self.kv_heads == 1:
-            return (self, 2), (self, 2)
-        small, group = self.kv_heads // 2, self.heads // self.kv_heads
-        return tuple((replace(self, heads=n * group, kv_heads=n), 1) for n in (self.kv_heads - small, small))
+    def shares(self, ulysses: int, lanes: int = 1) -> tuple[Model, ...]:
+        """Of the busiest rank in a group of `ulysses`, for each of its `lanes`."""
+        dealt = [
+            (sum(part.of_queries for part in parts), sum(part.of_keys for part in parts))
+            for parts in share_heads(self.heads, self.kv_heads, ulysses * lanes)
+        ]
+        busiest = (max(dealt[lane::lanes]) for lane in range(lanes))
+        return tuple(replace(self, heads=heads, kv_heads=kv_heads) for heads, kv_heads in busiest)
 
     def row(self, found: Iterable[Field], *, wide: bool = False) -> int:
         """Bytes of one row of `found`. `wide`: sums as they are kept, not as they travel once rounded."""
@@ -63,13 +62,18 @@ class Exchange:
     kept: int
 
     @staticmethod
-    def of(share: Model, ulysses: int, rows: int, *, backward: bool, wide: bool) -> Exchange:
+    def of(shares: Sequence[Model], ulysses: int, rows: int, *, backward: bool, wide: bool) -> Exchange:
         """q, k, v there and out, lse back; in backward q, k, v are kept from forward: dout, lse, delta there, dq, dk, dv back.
 
         `wide`: dk and dv have gathered on their way, and stay as they are on the last leg home.
         """
+        if ulysses == 1:
+            return Exchange(0, 0, 0)
         q, kv = fields(Kind.Q, backward=backward, bias=False), fields(Kind.KV, backward=backward, bias=False)
         result, kv_result = (fields(RESULT[kind], backward=backward, bias=False) for kind in (Kind.Q, Kind.KV))
-        there = [field for field in (*q, *kv) if not backward or field.name not in ("q", "k", "v")]
-        kept = ulysses * rows * share.row((*q, *kv)) if ulysses > 1 else 0
-        return Exchange(rows * share.row(there), rows * (share.row(result) + share.row(kv_result, wide=wide)), kept)
+        there = fields(Kind.Q, backward=True, bias=False, new=True) if backward else (*q, *kv)
+        return Exchange(
+            there=rows * sum(share.row(there) for share in shares),
+            back=rows * sum(share.row(result) + share.row(kv_result, wide=wide) for share in shares),
+            kept=ulysses * rows * sum(share.row((*q, *kv)) for share in shares),
+        )

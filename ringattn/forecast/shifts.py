@@ -22,8 +22,7 @@ from typing import NamedTuple
 from ringattn.errors import PlanError
 from ringattn.topology import Topology
 
-SAMPLE = 8  # nodes that are counted
-RAILS = 2  # of them, the first and the last, whose ranks are told apart
+SAMPLE = 6  # nodes that are counted, and the last
 
 
 class Axis(NamedTuple):
@@ -34,11 +33,11 @@ class Axis(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Of one shift, on the busiest resource of each class, in seconds per byte."""
+    """Of one shift: seconds per byte on the busiest resource of each class, and of these those of a single message."""
 
     latency: float
     alone: float = 0.0  # on the message's own link, where it queues for nobody
-    shared: tuple[tuple[str, float], ...] = ()
+    shared: tuple[tuple[str, float, float], ...] = ()
 
 
 class Links:
@@ -54,7 +53,7 @@ class Links:
         if t.kind == "mesh":
             return Load(t.link_latency, alone=1 / t.bandwidth)
         if t.kind == "switch" or self._one_node:
-            return Load(t.link_latency, shared=(("port", 1 / t.bandwidth),))
+            return Load(t.link_latency, shared=(("port", 1 / t.bandwidth, 1 / t.bandwidth),))
         return self._around(axis, offset) if t.kind == "ring" else self._between_nodes(axis, offset)
 
     def _changes(self, axis: Axis) -> tuple[int, ...]:
@@ -76,9 +75,9 @@ class Links:
         up, down = offset * stride, (size - offset) * stride
         if size * stride == self.world:  # all go the same way, the shorter one
             way, hops = ("up", up) if up <= down else ("down", down)
-            return Load(t.link_latency * hops, shared=((way, hops / t.bandwidth),))
-        passing = min(up, down) / t.bandwidth  # some go up, and those at the end come back down
-        return Load(t.link_latency * max(up, down), shared=(("up", passing), ("down", passing)))
+            return Load(t.link_latency * hops, shared=((way, hops / t.bandwidth, 1 / t.bandwidth),))
+        passing = min(up, down) / t.bandwidth, 1 / t.bandwidth  # some go up, and those at the end come back down
+        return Load(t.link_latency * max(up, down), shared=(("up", *passing), ("down", *passing)))
 
     def _between_nodes(self, axis: Axis, offset: int) -> Load:
         t, size = self.topology, self.topology.node_size or 1
@@ -86,13 +85,14 @@ class Links:
         ends = [(start, min(start + size, self.world)) for start in dict.fromkeys([*starts[:SAMPLE], starts[-1]])]
         staying = [_staying(axis, offset, start, stop) for start, stop in ends]
         leaving = max(stop - start - stay for (start, stop), stay in zip(ends, staying, strict=True))
-        shared = [("port", 1 / t.bandwidth)] * (max(staying) > 0)
+        port, uplink = 1 / t.bandwidth, 1 / t.uplink_bandwidth
+        shared = [("port", port, port)] * (max(staying) > 0)
         if t.uplink_shared and leaving:
-            shared.append(("uplink", leaving / t.uplink_bandwidth))
+            shared.append(("uplink", leaving * uplink, uplink))
         elif leaving:
-            for start, stop in ends[: RAILS - 1] + ends[-1:]:
+            for start, stop in ends:
                 away = (rank for rank in range(start, stop) if not start <= _peer(axis, offset, rank) < stop)
-                shared += [(f"uplink {rank}", 1 / t.uplink_bandwidth) for rank in away]
+                shared += [(f"uplink {rank}", uplink, uplink) for rank in away]
         return Load(max(t.link_latency * (max(staying) > 0), t.uplink_latency * (leaving > 0)), shared=tuple(shared))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ringattn.layout import Layout
 from ringattn.mask import Mask, causal
 from ringattn.plan import Plan
-from ringattn.planner.choose import Candidate, choose, options
+from ringattn.planner.choose import Candidate, allowed, choose
 from ringattn.planner.request import KERNELS, request
 from ringattn.schedule import Schedule
 from ringattn.topology import Topology
@@ -81,6 +81,5 @@ def make_plan(
 
 def candidates(seq_len: int, *, world: Any, heads: int, head_dim: int, **others: Any) -> list[Candidate]:
     """Everything that `make_plan` with the same arguments would choose from, priced; the fastest pair of passes first."""
-    asked = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
-    found = [option for layout in asked.layouts for option in options(asked, layout)]
+    found = allowed(request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others))
     return sorted(found, key=lambda option: option.cost(backward=False).seconds + option.cost(backward=True).seconds)

@@ -3,8 +3,9 @@
 Every schedule and layout that the request allows is a candidate, forward and backward each by itself; both share the layout.
 They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
 less than the model can tell apart: where compute hides the transfers, the fewest bytes win. Equal bytes: the order of
-`schedule.named`. Layouts are looked at in the order contiguous, zigzag, striped, and a later one must gain 5 %: it breaks tiles
-into other shapes, and what kernels make of those is not modelled.
+`schedule.named`. Layouts stand in the order contiguous, zigzag, striped, and a later one must gain 5 %: it breaks tiles into
+other shapes, and what kernels make of those is not modelled. One that shares a ring's work out no better than one before it has
+nothing to gain by.
 
 What cannot take over, because its compute or its busiest link alone takes too long, is not simulated. Plans are priced for a
 batch of 1: with more, compute and bytes grow alike, and only latency counts for less. All of it is arithmetic on integers and
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from ringattn.cost import Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
 from ringattn.layout import Layout
 from ringattn.plan import Plan, make_lanes
 from ringattn.planner.request import Request
@@ -64,14 +65,14 @@ class Candidate:
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
     best = None
-    for layout in request.layouts:
-        found = options(request, layout)
-        least = sum(min(option.at_least(backward=backward) for option in found) for backward in (False, True))
-        if best is None or LAYOUT_TIE * least < _seconds(*best):
+    for n, layout in reversed(list(enumerate(_worthwhile(request)))):
+        limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
+        found = options(request, layout, limit)
+        if found and min(_least(option) for option in found) < limit:
             pair = _best_pair(found)
-            best = pair if best is None or LAYOUT_TIE * _seconds(*pair) < _seconds(*best) else best
+            best = (n, pair) if best is None or _seconds(*pair) < limit else best
     assert best is not None
-    forward, backward = best
+    forward, backward = best[1]
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
     notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
     if forward is backward:
@@ -84,8 +85,7 @@ def _best_pair(found: Sequence[Candidate]) -> tuple[Candidate, Candidate]:
     free, resting = ([option for option in found if option.plan.keep is keep] for keep in (False, True))
     best = (_cheapest(free, backward=False), _cheapest(free, backward=True)) if free else None
     for option in sorted(resting, key=lambda option: sum(option.total_bytes(backward=b) for b in (False, True))):
-        least = sum(option.at_least(backward=backward) for backward in (False, True))
-        if best is None or (TIE * least < _seconds(*best) and TIE * _seconds(option, option) < _seconds(*best)):
+        if best is None or (TIE * _least(option) < _seconds(*best) and TIE * _seconds(option, option) < _seconds(*best)):
             best = (option, option)
     assert best is not None
     return best
@@ -104,19 +104,43 @@ def _seconds(forward: Candidate, backward: Candidate) -> float:
     return forward.cost(backward=False).seconds + backward.cost(backward=True).seconds
 
 
+def _least(option: Candidate) -> float:
+    """Seconds of both passes that no simulation can find less than."""
+    return option.at_least(backward=False) + option.at_least(backward=True)
+
+
 def _told(which: str, cost: Cost) -> str:
     return f"{which} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
 
 
-def options(request: Request, layout: Layout) -> list[Candidate]:
-    """Every schedule that `request` allows, on one layout."""
+def allowed(request: Request) -> list[Candidate]:
+    """All that `choose` may choose from."""
+    return [option for layout in _worthwhile(request) for option in options(request, layout)]
+
+
+def options(request: Request, layout: Layout, limit: float = float("inf")) -> list[Candidate]:
+    """Every schedule that `request` allows, on one layout; not those whose compute alone takes more than `limit` seconds."""
     found = []
     for one in _schedules(request, layout):
         lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
-        found.append(Candidate(one, plan, request.topology))
+        if (1 + BACKWARD_FLOPS) * compute_seconds(plan, request.topology) < limit:
+            found.append(Candidate(one, plan, request.topology))
     return found
+
+
+def _worthwhile(request: Request) -> list[Layout]:
+    """The layouts, without those on which a ring's work is no more even than on one before."""
+    found: list[tuple[int, Layout]] = []
+    for layout in request.layouts:
+        (lane,) = make_lanes((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
+        work = [0] * request.world
+        for (i, _), area in lane.areas.items():
+            work[i] += area
+        if not any(busiest < LAYOUT_TIE * max(work) for busiest, _ in found):
+            found.append((max(work), layout))
+    return [layout for _, layout in found]
 
 
 def _schedules(request: Request, layout: Layout) -> Iterator[Named]:

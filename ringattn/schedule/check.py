@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection
-from itertools import product
+from itertools import accumulate, product
 
 from ringattn.errors import ScheduleError
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile
@@ -127,31 +127,31 @@ def _check_links(schedule: Schedule) -> None:
 
 def peak(schedule: Schedule) -> Room:
     """The most foreign blocks of each kind that any rank holds in any step, buffers of moves in flight included."""
-    alive: Counter[tuple[Kind, int, int]] = Counter()  # (kind, rank, step)
+    change: dict[tuple[Kind, int], Counter[int]] = defaultdict(Counter)  # by step, for each kind and rank
     last_read: dict[tuple[int, Kind, int], int] = {}
     born: dict[tuple[int, Kind, int], list[int]] = defaultdict(list)
-    for tile in schedule.tiles:
-        for kind, index in ((Kind.Q, tile.i), (Kind.KV, tile.j)):
-            last_read[tile.rank, kind, index] = max(tile.step, last_read.get((tile.rank, kind, index), 0))
-        for kind, index in ((Kind.Q_ACC, tile.i), (Kind.KV_ACC, tile.j)):
-            if schedule.home(kind, index) != tile.rank:
-                born[tile.rank, kind, index].append(tile.step)
-    for move in schedule.moves:
-        last_read[move.src, move.kind, move.index] = max(move.depart, last_read.get((move.src, move.kind, move.index), 0))
-    for move in schedule.moves:
+
+    def occupy(kind: Kind, rank: int, start: int, stop: int) -> None:
+        if start < stop:
+            change[kind, rank][start] += 1
+            change[kind, rank][stop] -= 1
+
+    for step, rank, i, j in schedule.tiles:
+        for item in ((rank, Kind.Q, i), (rank, Kind.KV, j)):
+            last_read[item] = max(step, last_read.get(item, 0))
+        if schedule.q_home[i] != rank:
+            born[rank, Kind.Q_ACC, i].append(step)
+        if schedule.kv_home[j] != rank:
+            born[rank, Kind.KV_ACC, j].append(step)
+    for kind, index, src, _, depart, _ in schedule.moves:
+        last_read[src, kind, index] = max(depart, last_read.get((src, kind, index), 0))
+    for kind, index, src, dst, depart, due in schedule.moves:
         # The receiver's buffer: until merged for an accumulator, until last read for an input.
-        here = (move.dst, move.kind, move.index)
-        stop = move.due if move.kind.moved else max(move.due, last_read.get(here, 0) + 1)
-        _occupy(alive, move.kind, move.dst, range(move.depart, stop))
-        if move.kind.moved:
+        occupy(kind, dst, depart, due if kind.moved else max(due, last_read.get((dst, kind, index), 0) + 1))
+        if kind.moved:
             # The sender's: from the first share computed or merged there until the transfer is complete.
-            source = (move.src, move.kind, move.index)
-            start = min([s for s in born[source] if s < move.depart], default=move.depart)
-            _occupy(alive, move.kind, move.src, range(start, move.due))
-    highest = {kind: max((n for (k, _, _), n in alive.items() if k is kind), default=0) for kind in Kind}
+            occupy(kind, src, min((s for s in born[src, kind, index] if s < depart), default=depart), due)
+    highest = dict.fromkeys(Kind, 0)
+    for (kind, _), steps in change.items():
+        highest[kind] = max(highest[kind], *accumulate(steps[step] for step in sorted(steps)))
     return Room(highest[Kind.Q], highest[Kind.KV], highest[Kind.Q_ACC], highest[Kind.KV_ACC])
-
-
-def _occupy(alive: Counter[tuple[Kind, int, int]], kind: Kind, rank: int, steps: range) -> None:
-    for step in steps:
-        alive[kind, rank, step] += 1

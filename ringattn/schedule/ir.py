@@ -36,14 +36,11 @@ class Kind(Enum):
     Q_ACC = "Q_ACC"
     KV_ACC = "KV_ACC"
 
-    @property
-    def moved(self) -> bool:
-        """Accumulators are moved and merged; inputs are copied."""
-        return self in (Kind.Q_ACC, Kind.KV_ACC)
+    __hash__ = object.__hash__  # that of Enum is slow, and every item and move is hashed often
 
-    @property
-    def of_queries(self) -> bool:
-        return self in (Kind.Q, Kind.Q_ACC)
+    def __init__(self, name: str) -> None:
+        self.moved = name.endswith("ACC")  # accumulators are moved and merged; inputs are copied
+        self.of_queries = name.startswith("Q")
 
 
 class Tile(NamedTuple):

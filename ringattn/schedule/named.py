@@ -59,7 +59,8 @@ class Facts:
         """What is left to a schedule that runs inside Ulysses of `degree`."""
         node = self.node_size // degree if self.node_size % degree == 0 else 1
         of_one = max(1, self.heads // degree), max(1, self.kv_heads // degree)
-        return replace(self, world=self.world // degree, heads=of_one[0], kv_heads=of_one[1], node_size=node)
+        narrowed = replace(self, directions=self.directions[-1:], parts=self.parts[-1:])  # those that move least in most cases
+        return replace(narrowed, world=self.world // degree, heads=of_one[0], kv_heads=of_one[1], node_size=node)
 
 
 def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:

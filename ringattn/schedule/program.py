@@ -38,9 +38,9 @@ class Work(NamedTuple):
         return f"tile({'+'.join(map(str, self.i))},{'+'.join(map(str, self.j))})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Message:
-    """What goes from `src` to `dst` in one piece."""
+    """What goes from `src` to `dst` in one piece. Each is made once for all ranks, and is only equal to itself."""
 
     src: int
     dst: int

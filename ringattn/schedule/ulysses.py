@@ -21,7 +21,6 @@ from dataclasses import replace
 from ringattn.errors import PlanError
 from ringattn.schedule.check import peak
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
-from ringattn.schedule.ring import ring
 
 
 def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -> tuple[Schedule, ...]:
@@ -33,9 +32,14 @@ def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -
     """
     if degree == 1 and groups == 1:
         return (inner,)
-    lanes = [resharded(inner, degree, member, stages=stages) for member in range(degree)]
-    steps = max(tile.step for lane in lanes for tile in lane.tiles) + 1
-    return tuple(later(lane, n * steps, n * steps - max(0, n - 1) * steps) for n in range(groups) for lane in lanes)
+    first = resharded(inner, degree, 0, stages=stages)
+    members = [first, *(_resharded(inner, degree, m, stages, first.room) for m in range(1, degree))]
+    steps = max(tile.step for tile in first.tiles) + 1
+    lanes = list(members)
+    for n in range(1, groups):
+        room = later(first, n * steps).room
+        lanes += [_later(lane, n * steps, room) for lane in members]
+    return tuple(lanes)
 
 
 def resharded(inner: Schedule, degree: int, member: int, *, stages: int = 0) -> Schedule:
@@ -44,31 +48,33 @@ def resharded(inner: Schedule, degree: int, member: int, *, stages: int = 0) -> 
         raise PlanError(f"resharded(degree={degree}, member={member}, stages={stages}): one of the group, and 0 stages or more")
     if inner.resting:
         raise PlanError(f"{inner.name} is resharded already; reshard once, with the product of both degrees")
+    whole = _resharded(inner, degree, member, stages, Room())
+    return replace(whole, room=peak(whole))
+
+
+def _resharded(inner: Schedule, degree: int, member: int, stages: int, room: Room) -> Schedule:
     lane = _Lane(inner, degree, member, stages)
     parts = lane.homes(inner.q_home), lane.homes(inner.kv_home)
     rests = lane.rests(inner.q_home), lane.rests(inner.kv_home)
     moves = [*lane.inputs(), *lane.within(), *lane.results()]
     name = f"ulysses {member} of {degree}" + (f", {inner.name}" if inner.world > 1 else "")
-    whole = make(name, inner.world * degree, lane.tiles(), moves, Room(), parts, rests)
-    return replace(whole, room=peak(whole))
+    return make(name, inner.world * degree, lane.tiles(), moves, room, parts, rests)
 
 
-def later(schedule: Schedule, steps: int, early: int) -> Schedule:
-    """`schedule` begun `steps` later, except that inputs leave for where they rest up to `early` steps sooner than that."""
-    if not steps:
-        return schedule
+def later(schedule: Schedule, steps: int) -> Schedule:
+    """`schedule` begun `steps` later, except that inputs leave for where they rest when the share before has begun."""
+    behind = _later(schedule, steps, Room())
+    return replace(behind, room=peak(behind))
+
+
+def _later(schedule: Schedule, steps: int, room: Room) -> Schedule:
+    early = max(tile.step for tile in schedule.tiles) + 1
     tiles = tuple(tile._replace(step=tile.step + steps) for tile in schedule.tiles)
     moves = [
         move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), due=move.due + steps)
         for move in schedule.moves
     ]
-    behind = replace(schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: move.depart)))
-    return replace(behind, room=peak(behind))
-
-
-def alone() -> Schedule:
-    """The schedule of a single rank: what pure Ulysses has inside."""
-    return ring(1)
+    return replace(schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: move.depart)), room=room)
 
 
 class _Lane:

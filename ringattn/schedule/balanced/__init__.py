@@ -1,0 +1,41 @@
+"""Balanced: a schedule that an optimiser makes, for any mask and any layout.
+
+Every published schedule fixes which tiles a rank computes by a rule that knows no mask. Here the mask's own table of tiles is
+shared out: all ranks work alike, and of what then is possible the least is moved. Under a causal mask with 8 heads over 8 that
+is less than half of the usual zigzag ring; with few KV heads it turns into that ring by itself, without its idle halves.
+
+    problem    the tables and prices, and what an assignment of tiles to ranks comes to
+    search     a good assignment, fast and the same on every rank:   starts, ledger, walk
+    exact      the best one, by a solver: the yardstick for `search`
+    steps      an assignment as a `Schedule`:                        timeline
+
+The idea of sending queries where keys are many and keys where queries are, tile by tile: MagiAttention's dispatch of queries
+and outputs, https://github.com/SandAI-org/MagiAttention.
+"""
+
+from __future__ import annotations
+
+from ringattn.schedule.balanced.exact import Exact, exact
+from ringattn.schedule.balanced.problem import OBJECTIVES, Assignment, Costs, Measure, Problem, measure
+from ringattn.schedule.balanced.search import search
+from ringattn.schedule.balanced.steps import LOOKAHEAD, schedule_of
+from ringattn.schedule.ir import Schedule
+
+__all__ = [
+    "Assignment",
+    "Costs",
+    "Exact",
+    "Measure",
+    "OBJECTIVES",
+    "Problem",
+    "balanced",
+    "exact",
+    "measure",
+    "schedule_of",
+    "search",
+]
+
+
+def balanced(problem: Problem, *, lookahead: int = LOOKAHEAD) -> Schedule:
+    """A schedule for `problem`, the same on every rank. To run one that the solver made, hand `exact`'s to `schedule_of`."""
+    return schedule_of(problem, search(problem), lookahead=lookahead)

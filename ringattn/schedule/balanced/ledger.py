@@ -8,17 +8,11 @@ Integers, and floats that are only added and multiplied: the same on every machi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TypeAlias
 
 from ringattn.schedule.balanced.problem import Problem, Resource, visits
 
-
-class Toggle(NamedTuple):
-    """A visit that begins (sign 1) or is no longer needed (-1)."""
-
-    line: int
-    rank: int
-    sign: int
+Toggle: TypeAlias = tuple[int, int, int]  # line, rank, and 1 for a visit that begins or -1 for one that is no longer needed
 
 
 class Ledger:
@@ -33,33 +27,33 @@ class Ledger:
             ]
             for line in problem.lines
         ]
+        self._visit = [line.bytes_in + line.bytes_home for line in problem.lines]
         self._used = [0] * max(1, len(number))
-        for line, rank in visits(problem, ranks):
-            for resource, nbytes in self._charges[line][rank]:
-                self._used[resource] += nbytes
-        top = max(self._used)
-        self._unit = 1 / top if len(number) > 1 and top else 0.0  # 0: a single resource, whose bytes are the measure
+        self.enter((line, rank, 1) for line, rank in visits(problem, ranks))
+        self._scale = 1 / max(1, *self._used) if len(number) > 1 else 0.0  # 0: a single resource, whose bytes are what counts
 
     def value(self) -> tuple[int, int]:
         """Bytes on the busiest resource, then on all: what decides."""
         return max(self._used), sum(self._used)
 
-    def change(self, toggles: Iterable[tuple[int, int, int]]) -> float:
-        """Enter `toggles`, and say how much worse that is: in bytes, near the top of the busiest."""
-        change = 0.0
-        unit, used = self._unit, self._used
+    def enter(self, toggles: Iterable[Toggle]) -> None:
+        used = self._used
         for line, rank, sign in toggles:
             for resource, nbytes in self._charges[line][rank]:
-                before = used[resource]
-                used[resource] = after = before + sign * nbytes
-                if unit:
-                    x, y = before * unit, after * unit
-                    change += (y * y * y * y - x * x * x * x) / (4 * unit)
-                else:
-                    change += after - before
-        return change
+                used[resource] += sign * nbytes
 
-    def undo(self, toggles: Iterable[tuple[int, int, int]]) -> None:
+    def change(self, toggles: Sequence[Toggle]) -> float:
+        """How much worse `toggles` would be: in bytes, near the top of the busiest resource."""
+        if not self._scale:
+            return sum(sign * self._visit[line] for line, _, sign in toggles)
+        more: dict[int, int] = {}
         for line, rank, sign in toggles:
             for resource, nbytes in self._charges[line][rank]:
-                self._used[resource] -= sign * nbytes
+                more[resource] = more.get(resource, 0) + sign * nbytes
+        change = 0.0
+        for resource, nbytes in more.items():
+            before = self._used[resource] * self._scale
+            after = before + nbytes * self._scale
+            x, y = before * before, after * after
+            change += y * y - x * x
+        return change / (4 * self._scale)

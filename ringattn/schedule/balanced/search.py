@@ -12,7 +12,7 @@ from ringattn.schedule.balanced.problem import Assignment, Problem
 from ringattn.schedule.balanced.starts import starts
 from ringattn.schedule.balanced.walk import Walk
 
-STEPS_PER_TILE, FIRST_STEPS, MOST_STEPS = 1000, 10_000, 1_500_000
+STEPS_PER_TILE, FIRST_STEPS, MOST_STEPS = 750, 5_000, 1_000_000
 
 
 def search(problem: Problem, *, seed: int = 0) -> Assignment:

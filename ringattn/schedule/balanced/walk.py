@@ -1,9 +1,9 @@
 """A random walk over assignments that mostly goes downhill.
 
-A step moves tiles of one line between two ranks: one tile, one against another, all of a line, or all against all. Work beyond
-the cap is not forbidden but has a price, which rises while there is any and falls while there is none: so the walk keeps
-crossing the border near which the good assignments lie, and does not get stuck on either side of it. Besides that a step may
-be a little worse than nothing.
+A step moves tiles of one line: one of them, one against another, all that a rank has to one other rank or against all of that
+one's, or all that a rank has to wherever each fits best, which ends a visit. Work beyond the cap is not forbidden but has a
+price, which rises while there is any and falls while there is none: so the walk keeps crossing the border near which the good
+assignments lie, and does not get stuck on either side of it. Besides that a step may be a little worse than nothing.
 
 Floats are only added, multiplied and compared, and thresholds come from a table of integers, because logarithms may differ in
 their last bit between machines.
@@ -11,21 +11,23 @@ their last bit between machines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import log
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from ringattn.schedule.balanced.ledger import Ledger
+from ringattn.schedule.balanced.ledger import Ledger, Toggle
 from ringattn.schedule.balanced.problem import Problem, loads
 
-WARMTH = 0.06  # how much worse than nothing a step may be on average, in visits
+WARMTH = 0.1  # how much worse than nothing a step may be on average, in visits
 REVIEW = 20  # steps after which the price of overwork changes
 DEARER, CHEAPER = 1.05, 0.95
-SPAN = 50.0  # the price stays within this factor of a visit for a tile
+SPAN = 20.0  # the price stays within this factor of a visit for a tile
 
 # -log of evenly spread chances in units of 1/1024, rounded: what an exponential threshold is drawn from.
 THRESHOLDS = tuple(round(-1024 * log((n + 0.5) / 1024)) for n in range(1024))
+
+Shift: TypeAlias = tuple[int, int, int]  # tile, from rank, to rank
 
 
 class Found(NamedTuple):
@@ -37,7 +39,10 @@ class Walk:
     """Where the walk is: the rank of every tile, the work of every rank, who visits whom, and the best seen so far."""
 
     def __init__(self, problem: Problem, ranks: Sequence[int]) -> None:
-        self.problem, self.ranks, self.cap = problem, list(ranks), problem.cap
+        self.ranks, self.world, self.cap = list(ranks), problem.world, problem.cap
+        self.area, self.sides, self.lines = problem.area, problem.sides, problem.lines
+        self.members = [line.tiles for line in problem.lines]
+        self.visit = [line.bytes_in + line.bytes_home for line in problem.lines]
         self.ledger = Ledger(problem, ranks)
         self.load = loads(problem, ranks)
         self.over = sum(max(0, load - self.cap) for load in self.load)
@@ -50,90 +55,104 @@ class Walk:
 
     def go(self, steps: int, random: Random) -> None:
         """Take `steps` steps."""
-        chance, lines = random.random, self.problem.lines
-        visit = max(1.0, sum(line.bytes_in + line.bytes_home for line in lines) / len(lines))
-        fair = price = visit * len(self.ranks) / sum(self.problem.area)
+        self.chance = chance = random.random
+        visit = max(1.0, sum(self.visit) / len(self.visit))
+        fair = self.price = visit * len(self.ranks) / sum(self.area)
         warmth = WARMTH * visit / 1024
         for step in range(steps):
             if step % REVIEW == 0:
-                price = min(price * DEARER, fair * SPAN) if self.over else max(price * CHEAPER, fair / SPAN)
-            line, here, there, going, coming = self._propose(chance)
-            if here == there:
-                continue
-            toggles, area = self._toggles(line, here, there, going, coming)
-            change = self.ledger.change(toggles)
-            over = self._overwork(here, there, area)
-            if change + price * over <= THRESHOLDS[int(chance() * 1024)] * warmth:
-                self._enter(line, here, there, going, coming, area, over)
-            else:
-                self.ledger.undo(toggles)
+                self.price = min(self.price * DEARER, fair * SPAN) if self.over else max(self.price * CHEAPER, fair / SPAN)
+            line, shifts = self._propose()
+            if shifts:
+                toggles, over = self._weigh(line, shifts)
+                change = self.ledger.change(toggles) if toggles else 0.0
+                if change + self.price * over <= THRESHOLDS[int(chance() * 1024)] * warmth:
+                    self._take(shifts, toggles, over)
 
-    def _propose(self, chance: Callable[[], float]) -> tuple[int, int, int, Sequence[int], Sequence[int]]:
-        """A line, two ranks, and the tiles of the line that go from the first to the second and the other way."""
-        ranks, lines = self.ranks, self.problem.lines
+    def _propose(self) -> tuple[int, Sequence[Shift]]:
+        """A line, and tiles of it that change ranks; none if the draw came to nothing."""
+        chance, ranks = self.chance, self.ranks
         tile = int(chance() * len(ranks))
         here = ranks[tile]
-        line, crossing = self.problem.sides[tile] if chance() < 0.5 else self.problem.sides[tile][::-1]
-        mine = lines[line].tiles
-        where = chance()
+        line, crossing = self.sides[tile]
+        if chance() < 0.5:
+            line, crossing = crossing, line
+        mine, how, where = self.members[line], chance(), chance()
+        if how < 0.15:
+            return line, self._scatter(line, here) if here != self.lines[line].home else ()
         if where < 0.4:
             there = ranks[mine[int(chance() * len(mine))]]
         elif where < 0.8:
-            others = lines[crossing].tiles
+            others = self.members[crossing]
             there = ranks[others[int(chance() * len(others))]]
         else:
-            there = lines[line].home if where < 0.9 else int(chance() * self.problem.world)
-        how = chance()
-        if how < 0.4 or here == there:
-            return line, here, there, (tile,), ()
-        coming = [other for other in mine if ranks[other] == there] if how < 0.6 or how > 0.8 else []
-        if how < 0.6:
-            return line, here, there, (tile,), coming and (coming[int(chance() * len(coming))],)
-        return line, here, there, [other for other in mine if ranks[other] == here], coming
+            there = self.lines[line].home if where < 0.9 else int(chance() * self.world)
+        if here == there:
+            return line, ()
+        if how < 0.5:
+            return line, ((tile, here, there),)
+        back = [(other, there, here) for other in mine if ranks[other] == there] if how < 0.85 else []
+        if how < 0.7:
+            return line, [(tile, here, there), *(back and [back[int(chance() * len(back))]])]
+        return line, [*((other, here, there) for other in mine if ranks[other] == here), *back]
 
-    def _toggles(
-        self, line: int, here: int, there: int, going: Sequence[int], coming: Sequence[int]
-    ) -> tuple[list[tuple[int, int, int]], int]:
-        """The visits that the step ends and begins, and the work that it moves from `here` to `there`."""
-        sides, area, counts = self.problem.sides, self.problem.area, self.count
-        toggles, moved = [], 0
-        count, net = counts[line], len(going) - len(coming)
-        if net:
-            for rank, gain in ((here, -net), (there, net)):
-                if not count[rank]:
-                    toggles.append((line, rank, 1))
-                elif not count[rank] + gain:
-                    toggles.append((line, rank, -1))
-        for tiles, source, target, sign in ((going, here, there, 1), (coming, there, here, -1)):
-            for tile in tiles:
-                a, b = sides[tile]
-                crossing = b if a == line else a
-                count = counts[crossing]
-                if count[source] == 1:
-                    toggles.append((crossing, source, -1))
-                if not count[target]:
-                    toggles.append((crossing, target, 1))
-                moved += sign * area[tile]
-        return toggles, moved
+    def _scatter(self, line: int, here: int) -> list[Shift]:
+        """Every tile of `line` at `here` goes where it costs least, and among equals to the rank with least work."""
+        shifts, count, load = [], self.count[line], self.load
+        for tile in self.members[line]:
+            if self.ranks[tile] == here:
+                a, b = self.sides[tile]
+                crossing, area = b if a == line else a, self.area[tile]
+                met, visit, extra, slack = self.count[crossing], self.visit[line], self.visit[crossing], self.cap - area
+                best = None
+                for there in range(self.world):
+                    if there != here:
+                        over = load[there] - slack
+                        cost = (0 if count[there] else visit) + (0 if met[there] else extra)
+                        found = (cost + self.price * min(over, area) if over > 0 else cost, load[there], there)
+                        if best is None or found < best:
+                            best = found
+                if best is not None:
+                    shifts.append((tile, here, best[2]))
+        return shifts
 
-    def _overwork(self, here: int, there: int, area: int) -> int:
-        """How much more work than before is beyond the cap."""
-        cap, less, more = self.cap, self.load[here], self.load[there]
-        return max(0, less - area - cap) - max(0, less - cap) + max(0, more + area - cap) - max(0, more - cap)
+    def _weigh(self, line: int, shifts: Sequence[Shift]) -> tuple[list[Toggle], int]:
+        """The visits that a step begins and ends, and how much more work is then beyond the cap."""
+        toggles: list[Toggle] = []
+        gain: dict[int, int] = {}
+        work: dict[int, int] = {}
+        for tile, source, target in shifts:
+            a, b = self.sides[tile]
+            crossing, area = b if a == line else a, self.area[tile]
+            count = self.count[crossing]
+            if count[source] == 1:
+                toggles.append((crossing, source, -1))
+            if not count[target]:
+                toggles.append((crossing, target, 1))
+            gain[source], gain[target] = gain.get(source, 0) - 1, gain.get(target, 0) + 1
+            work[source], work[target] = work.get(source, 0) - area, work.get(target, 0) + area
+        count, over = self.count[line], 0
+        for rank, more in gain.items():
+            if more and not count[rank]:
+                toggles.append((line, rank, 1))
+            elif more and not count[rank] + more:
+                toggles.append((line, rank, -1))
+            before = self.load[rank] - self.cap
+            after = before + work[rank]
+            over += (after if after > 0 else 0) - (before if before > 0 else 0)
+        return toggles, over
 
-    def _enter(
-        self, line: int, here: int, there: int, going: Sequence[int], coming: Sequence[int], area: int, over: int
-    ) -> None:
-        """Take the step; its visits are in the ledger already."""
-        for tiles, source, target in ((going, here, there), (coming, there, here)):
-            for tile in tiles:
-                self.ranks[tile] = target
-                for side in self.problem.sides[tile]:
-                    self.count[side][source] -= 1
-                    self.count[side][target] += 1
-        self.load[here] -= area
-        self.load[there] += area
+    def _take(self, shifts: Sequence[Shift], toggles: Sequence[Toggle], over: int) -> None:
+        self.ledger.enter(toggles)
         self.over += over
-        badness = (self.over, *self.ledger.value())
-        if badness < self.best.badness:
-            self.best = Found(badness, tuple(self.ranks))
+        for tile, source, target in shifts:
+            self.ranks[tile] = target
+            self.load[source] -= self.area[tile]
+            self.load[target] += self.area[tile]
+            for line in self.sides[tile]:
+                self.count[line][source] -= 1
+                self.count[line][target] += 1
+        if self.over <= self.best.badness[0]:
+            badness = (self.over, *self.ledger.value())
+            if badness < self.best.badness:
+                self.best = Found(badness, tuple(self.ranks))
