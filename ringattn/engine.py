@@ -82,7 +82,8 @@ def run(
             if item.kind.moved:
                 add(item, work.unship(item, payload))
             else:
-                held[whole] = (*held[whole], *payload) if item.new else payload
+                before = len(work.specs(whole)) - len(payload)  # fields that have stayed here and do not come again
+                held[whole] = (*held[whole][:before], *payload) if item.new else payload
 
     for step in program:
         with record_function(f"ringattn/step{step.number}/wait"):

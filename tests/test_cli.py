@@ -77,7 +77,7 @@ def test_plan_takes_what_make_plan_takes() -> None:
         (["--topology", "no/such.json"], "topology file no/such.json cannot be read"),
         (["--schedule", "spiral"], "schedule='spiral'"),
         (["--mask", "window:x"], "--mask window:x"),
-        (["--ulysses", "4"], "ulysses=4"),
+        (["--ulysses", "3"], "ulysses=3"),
     ],
 )
 def test_errors_are_one_paragraph_and_status_2(arguments: list[str], said: str) -> None:

@@ -1,7 +1,9 @@
 """One rank on a clock, standing for all: it waits for what is due, posts, computes, like every rank in `cost`.
 
-Resources are classes here (see `shifts`): the busiest of each class, first come first served. What is posted in one step arrives
-when the last of it is through, which is when the slowest rank has it.
+Resources are classes here (see `shifts`): the busiest of each class, first come first served. What is posted in one step is
+there when the last of it is through, which is when the slowest rank has it. Ranks that share a resource drift apart while they
+wait for latencies, and one's message passes while another waits; how far is between not at all and all the way, so half of the
+latency is counted as idle time that others use.
 
 Long rounds of equal steps settle into a rhythm. So a few steps are walked until it has settled, one period is measured, and the
 rest is one multiplication: time for 100,000 steps is that for twenty.
@@ -74,7 +76,7 @@ class Clock:
         for post, load in zip(posts, loads, strict=True):
             for resource, seconds, own in load.shared:
                 queued[resource] += post.nbytes * seconds
-                since[resource] = self.now - load.latency / 2 * (seconds > own)
+                since[resource] = self.now - load.latency / 2 * (seconds > own)  # others' messages fill the gap
         for resource, seconds in queued.items():
             self._free[resource] = max(self._free.get(resource, 0.0), since[resource]) + seconds
         for post, load in zip(posts, loads, strict=True):

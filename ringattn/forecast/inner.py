@@ -32,6 +32,11 @@ class Inner:
         self._lines = list(self._lines_of())
 
     @property
+    def heads(self) -> int:
+        """Query heads of the busiest rank."""
+        return self.shares[0].heads if self._cut > 1 else sum(share.heads for share in self.shares)
+
+    @property
     def wide(self) -> bool:
         """Whether gradients of KV gather on their way: over two ranks the first hop is home."""
         return self._family.name in ("ring", "bidirectional_ring") and self.columns.size > 2
@@ -61,18 +66,17 @@ class Inner:
                 yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), Way(rides=True)
             case "ring_direct" | "all_gather":
                 ahead = b - 1 if self._family.name == "all_gather" else min(IN_FLIGHT, b - 1)
-                yield self.columns, (self._kv(*self.shares),), Way(direct, max(1, ahead))
+                yield self.columns, (self._kv(self.shares[0]),), Way(direct, max(1, ahead))
             case "token_ring":
                 yield self.rows, (self._q(),), Way(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
             case _:
                 if a > 1 or b == 1:
                     yield self.rows, (self._q(),), Way()
                 if b > 1:
-                    yield self.columns, (self._kv(*self.shares),), Way(ahead=2)
+                    yield self.columns, (self._kv(self.shares[0]),), Way(ahead=2)
 
     def _q(self) -> Lane:
-        (share,) = self.shares
-        return share.visitor(Kind.Q, self._count, backward=self._backward), 1
+        return self.shares[0].visitor(Kind.Q, self._count, backward=self._backward), 1
 
     def _kv(self, share: Model, turn: int = 1) -> Lane:
         return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, rides=self.wide), turn

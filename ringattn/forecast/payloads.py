@@ -31,11 +31,11 @@ class Model:
     def shares(self, ulysses: int, lanes: int = 1) -> tuple[Model, ...]:
         """Of the busiest rank in a group of `ulysses`, for each of its `lanes`."""
         dealt = [
-            (sum(part.of_queries for part in parts), sum(part.of_keys for part in parts))
+            replace(self, heads=sum(part.of_queries for part in parts), kv_heads=sum(part.of_keys for part in parts))
             for parts in share_heads(self.heads, self.kv_heads, ulysses * lanes)
         ]
-        busiest = (max(dealt[lane::lanes]) for lane in range(lanes))
-        return tuple(replace(self, heads=heads, kv_heads=kv_heads) for heads, kv_heads in busiest)
+        members = [tuple(dealt[first : first + lanes]) for first in range(0, len(dealt), lanes)]
+        return max(members, key=lambda member: sum(share.heads + share.kv_heads for share in member))
 
     def row(self, found: Iterable[Field], *, wide: bool = False) -> int:
         """Bytes of one row of `found`. `wide`: sums as they are kept, not as they travel once rounded."""
@@ -55,11 +55,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bytes that each rank of a Ulysses group sends to each other one, before and after, and that it keeps in between."""
+    """Bytes that each rank of a Ulysses group sends to each other one, before and after, and what it holds of it in between."""
 
     there: int
     back: int
-    kept: int
+    inputs: int
+    results: int
 
     @staticmethod
     def of(shares: Sequence[Model], ulysses: int, rows: int, *, backward: bool, wide: bool) -> Exchange:
@@ -68,12 +69,13 @@ class Exchange:
         `wide`: dk and dv have gathered on their way, and stay as they are on the last leg home.
         """
         if ulysses == 1:
-            return Exchange(0, 0, 0)
+            return Exchange(0, 0, 0, 0)
         q, kv = fields(Kind.Q, backward=backward, bias=False), fields(Kind.KV, backward=backward, bias=False)
         result, kv_result = (fields(RESULT[kind], backward=backward, bias=False) for kind in (Kind.Q, Kind.KV))
         there = fields(Kind.Q, backward=True, bias=False, new=True) if backward else (*q, *kv)
         return Exchange(
             there=rows * sum(share.row(there) for share in shares),
             back=rows * sum(share.row(result) + share.row(kv_result, wide=wide) for share in shares),
-            kept=ulysses * rows * sum(share.row((*q, *kv)) for share in shares),
+            inputs=rows * sum(share.row((*q, *kv)) for share in shares),
+            results=rows * sum(share.row((*result, *kv_result), wide=True) for share in shares),
         )

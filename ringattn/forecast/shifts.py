@@ -10,7 +10,8 @@ stands for all of them, and its load is counted in closed form:
     ring      min(offset, size - offset) * stride messages pass every link              classes "up", "down"
 
 Where nodes and grid do not divide each other, nodes differ; the first few and the last are counted, and the busiest stands for
-all: exact for few ranks, a sample for many. A port counts as taken by every shift of which some part stays inside. No schedule is known here.
+all: exact for few ranks, a sample for many. A port counts as taken by every shift of which some part stays inside. No schedule
+is known here.
 """
 
 from __future__ import annotations

@@ -61,6 +61,9 @@ class Candidate:
         return {}
 
 
+Pair = tuple[Candidate, Candidate]  # forward, backward
+
+
 @lru_cache(maxsize=256)
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
@@ -68,7 +71,7 @@ def choose(request: Request) -> Plan:
     for n, layout in reversed(list(enumerate(_worthwhile(request)))):
         limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
         found = options(request, layout, limit)
-        if found and min(_least(option) for option in found) < limit:
+        if found and min(_least(option, option) for option in found) < limit:
             pair = _best_pair(found)
             best = (n, pair) if best is None or _seconds(*pair) < limit else best
     assert best is not None
@@ -80,14 +83,16 @@ def choose(request: Request) -> Plan:
     return replace(forward.plan, backward=backward.plan.backward, notes=notes)
 
 
-def _best_pair(found: Sequence[Candidate]) -> tuple[Candidate, Candidate]:
+def _best_pair(found: Sequence[Candidate]) -> Pair:
     """The cheapest of each pass. One whose inputs rest away from home counts on both passes being its own."""
-    free, resting = ([option for option in found if option.plan.keep is keep] for keep in (False, True))
-    best = (_cheapest(free, backward=False), _cheapest(free, backward=True)) if free else None
-    for option in sorted(resting, key=lambda option: sum(option.total_bytes(backward=b) for b in (False, True))):
-        if best is None or (TIE * _least(option) < _seconds(*best) and TIE * _seconds(option, option) < _seconds(*best)):
-            best = (option, option)
-    assert best is not None
+    free = [option for option in found if not option.plan.keep]
+    pairs = [(option, option) for option in found if option.plan.keep]
+    if free:
+        pairs.append((_cheapest(free, backward=False), _cheapest(free, backward=True)))
+    best, *others = sorted(pairs, key=lambda pair: pair[0].total_bytes(backward=False) + pair[1].total_bytes(backward=True))
+    for pair in others:
+        if TIE * _least(*pair) < _seconds(*best) and TIE * _seconds(*pair) < _seconds(*best):
+            best = pair
     return best
 
 
@@ -104,9 +109,9 @@ def _seconds(forward: Candidate, backward: Candidate) -> float:
     return forward.cost(backward=False).seconds + backward.cost(backward=True).seconds
 
 
-def _least(option: Candidate) -> float:
-    """Seconds of both passes that no simulation can find less than."""
-    return option.at_least(backward=False) + option.at_least(backward=True)
+def _least(forward: Candidate, backward: Candidate) -> float:
+    """What no simulation can find less than."""
+    return forward.at_least(backward=False) + backward.at_least(backward=True)
 
 
 def _told(which: str, cost: Cost) -> str:
@@ -147,12 +152,17 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if not isinstance(request.schedule, str):
         yield Named("given", "", request.schedule)
         return
-    # all_gather's buffers grow with the whole sequence: only where asked for.
-    asked = [request.schedule] if request.schedule != "auto" else [name for name in NAMES if name != "all_gather"]
     for degree in request.degrees:
-        # A single rank, or a single group, has nothing left to schedule.
-        for name in asked[:1] if degree == request.world else asked:
+        groups = request.world // degree
+        for name in _different(groups) if request.schedule == "auto" else [request.schedule]:
             yield from _variants(name, _facts(request, layout), degree)
+
+
+def _different(ranks: int) -> list[str]:
+    """Names that differ on so few ranks. all_gather is left out: its buffers grow with the whole sequence."""
+    if ranks == 1:
+        return ["ring"]
+    return [name for name in NAMES if name != "all_gather" and (ranks > 2 or name not in ("ring_direct", "mesh"))]
 
 
 def _facts(request: Request, layout: Layout) -> Facts:

@@ -73,8 +73,8 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
     alone = inside.world == 1
     for variant, lanes in [("", (ring(1),))] if alone else NAMES[name](inside):
         for stages, groups in _exchanges(degree, inside.kv_heads if facts.kv_heads >= degree * len(lanes) else 1, alone):
-            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant) + [f"in {stages} stages"] * bool(stages)
-            words += [f"{groups} groups of heads"] * (groups > 1)
+            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant) + [f"{stages} stages"] * bool(stages and alone)
+            words += [f"{groups} groups"] * (groups > 1)
             wrapped = zip(*(ulysses(lane, degree, stages=stages, groups=groups) for lane in lanes), strict=True)
             found = tuple(lane for member in wrapped for lane in member)
             yield Named(f"ulysses {degree}" if alone else name, ", ".join(words), found)
@@ -131,7 +131,7 @@ def _all_gather(facts: Facts) -> Variants:
 
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
     for parts in facts.parts:
-        words = [routing, *["reversed"][direction == 1 :], *[f"in {parts} parts"][parts == 1 :]]
+        words = [routing, *["reversed"][direction == 1 :], *[f"{parts} parts"][parts == 1 :]]
         yield ", ".join(words), (schedule if parts == 1 else split(schedule, **{what: parts}),)
 
 

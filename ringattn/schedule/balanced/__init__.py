@@ -18,7 +18,7 @@ from __future__ import annotations
 from ringattn.schedule.balanced.exact import Exact, exact
 from ringattn.schedule.balanced.problem import OBJECTIVES, Assignment, Costs, Measure, Problem, measure
 from ringattn.schedule.balanced.search import search
-from ringattn.schedule.balanced.steps import LOOKAHEAD, schedule_of
+from ringattn.schedule.balanced.steps import schedule_of
 from ringattn.schedule.ir import Schedule
 
 __all__ = [
@@ -36,6 +36,6 @@ __all__ = [
 ]
 
 
-def balanced(problem: Problem, *, lookahead: int = LOOKAHEAD) -> Schedule:
+def balanced(problem: Problem, *, lookahead: int | None = None) -> Schedule:
     """A schedule for `problem`, the same on every rank. To run one that the solver made, hand `exact`'s to `schedule_of`."""
     return schedule_of(problem, search(problem), lookahead=lookahead)

@@ -1,9 +1,9 @@
 """The best assignment there is, by a solver: the yardstick for `search`, for up to about 8 ranks.
 
-A mixed-integer program. Every tile is at one rank; a rank that computes a tile of a foreign block is visited by it; no rank works
-beyond the cap; the objective is the bytes of all visits, or a bound on every port or link. Among equals in the busiest, the
-fewest bytes win. It may stop at a time limit with less than the best, and then differ from run to run, so it never decides what
-ranks do by themselves: hand its assignment to `schedule_of` and the schedule to all of them.
+A mixed-integer program. Every tile is at one rank; a rank that computes a tile of a foreign block is visited by it; no rank
+works beyond the cap; the objective is the bytes of all visits, or a bound on every port or link. Among equals in the busiest,
+the fewest bytes win. It may stop at a time limit with less than the best, and then differ from run to run, so it never decides
+what ranks do by themselves: hand its assignment to `schedule_of`, and the schedule to all of them.
 """
 
 from __future__ import annotations

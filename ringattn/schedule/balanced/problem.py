@@ -95,15 +95,13 @@ class Problem:
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         c = self.costs
-        of_q = ((Kind.Q, i, home, rows * c.q_in, rows * c.q_home) for i, (home, rows) in enumerate(zip(self.q_home, self.rows_q)))
-        of_kv = (
-            (Kind.KV, j, home, rows * c.kv_in, rows * c.kv_home) for j, (home, rows) in enumerate(zip(self.kv_home, self.rows_kv))
-        )
-        tiles: list[list[int]] = [[] for _ in range(len(self.q_home) + len(self.kv_home))]
+        blocks = [(Kind.Q, i, self.q_home[i], rows * c.q_in, rows * c.q_home) for i, rows in enumerate(self.rows_q)]
+        blocks += [(Kind.KV, j, self.kv_home[j], rows * c.kv_in, rows * c.kv_home) for j, rows in enumerate(self.rows_kv)]
+        tiles: list[list[int]] = [[] for _ in blocks]
         for number, sides in enumerate(self.sides):
             for line in sides:
                 tiles[line].append(number)
-        return tuple(Line(*line, tuple(mine)) for line, mine in zip([*of_q, *of_kv], tiles, strict=True))
+        return tuple(Line(*line, tuple(mine)) for line, mine in zip(blocks, tiles, strict=True))
 
     @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:

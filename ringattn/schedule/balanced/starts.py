@@ -2,7 +2,7 @@
 
     ring         at the owner of the queries
     token ring   at the owner of the keys
-    grid         at the rank in the column of one owner and the row of the other, for every grid either way round
+    grid         at the rank in the row of one owner and the column of the other, for every grid and either way round
     halves       at the owner with the larger rank, or the smaller: of a causal zigzag pair, only halves then travel
 
 What a mask leaves out never travels, so each is as good as its schedule after `split` and `prune`. Some are not balanced; the
@@ -12,6 +12,7 @@ search mends that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ringattn.schedule.balanced.problem import Problem
 from ringattn.schedule.grid import factors
@@ -27,8 +28,16 @@ def starts(problem: Problem) -> list[tuple[int, ...]]:
 
 
 def _rules(world: int) -> Iterator[Rule]:
-    for a in factors(world, upto=world):  # a = 1 is the ring and a = world TokenRing, and so are they the other way round
-        yield lambda q, kv, a=a: q // a * a + kv % a
-        yield lambda q, kv, a=a: kv // a * a + q % a
+    for columns in factors(world, upto=world):  # one column is the ring, `world` columns are TokenRing
+        yield partial(_row_of_queries, columns)
+        yield partial(_row_of_keys, columns)
     yield max
     yield min
+
+
+def _row_of_queries(columns: int, q: int, kv: int) -> int:
+    return q // columns * columns + kv % columns
+
+
+def _row_of_keys(columns: int, q: int, kv: int) -> int:
+    return kv // columns * columns + q % columns

@@ -3,14 +3,14 @@
 Nothing is known here of real machines, so the clock is the tightest one that lets everything be hidden: in the time in which
 the rank with most work computes, the busiest port (or link) just carries its bytes. Whatever is free takes what is most urgent:
 
-    a port      the block for the rank that will first run out of work on foreign blocks, and for that rank the one that opens
-                most work for its bytes; results fill the gaps. No rank is sent more than a window of work ahead.
-    a rank      the foreign block that it can finish soonest, since its result then leaves; then any work on foreign blocks;
-                work on its own blocks alone last. So that is left for the beginning, when nothing has arrived yet, and for the
-                end, when the last results travel.
+    a port    the block for the rank that will first run out of work on foreign blocks, and for that rank the one that opens
+              most work for its bytes; results fill the gaps. No rank is sent more than a window of work ahead
+    a rank    the foreign block that it can finish soonest, since its result then leaves; then any work on foreign blocks;
+              work on its own blocks alone last: that fills the beginning, when nothing has arrived yet, and the end, when the
+              last results travel
 
-Tiles that can go together as rows times columns do, up to a grain of work: fewer, larger kernel calls. What comes out is only an
-order and a rhythm; `steps` makes a schedule of it.
+Tiles that can go together as rows times columns do, up to a grain of work: fewer, larger kernel calls. What comes out is only
+an order and a rhythm; `steps` makes a schedule of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from ringattn.schedule.balanced.problem import Problem, Resource, loads, measure, visits
+from ringattn.schedule.balanced.problem import Problem, Resource, measure, visits
 
 GRAINS = 12  # of them make up the work of the busiest rank, unless its tiles are larger
 
@@ -47,10 +47,11 @@ class Timeline:
     def __init__(self, problem: Problem, ranks: Sequence[int], window: int) -> None:
         self.problem, self.lines = problem, problem.lines
         met = measure(problem, dict(zip(problem.tiles, ranks, strict=True)))
-        grain = max(met.load // GRAINS, max(problem.area, default=0))
         # A pair takes `per_pair`, a byte `per_byte`: then the busiest rank and the busiest resource take equally long.
         self.per_byte, self.per_pair = max(1, met.load), max(1, met.link if problem.objective == "link" else met.port)
-        self.grain, self.slot, self.window = grain, max(1, grain * self.per_pair), window * grain
+        self.grain = max(met.load // GRAINS, *problem.area, 1)  # the most work of a batch
+        self.step = max(1, self.grain * self.per_pair // 2)
+        self.window = window * self.grain // 2
         world = range(problem.world)
         self.left: list[set[int]] = [set() for _ in world]  # tiles not begun
         for tile, rank in enumerate(ranks):
@@ -127,7 +128,7 @@ class Timeline:
         open_to = [rank for rank, wanted in enumerate(self.wanted) if any(free(n, rank, False) for n in wanted)]
         for stock, rank in sorted((self._stock(rank), rank) for rank in open_to):
             if stock < self.window:
-                line = min((n for n in self.wanted[rank] if free(n, rank, False)), key=lambda n: self._rank_of(n, rank))
+                line = min((n for n in self.wanted[rank] if free(n, rank, False)), key=lambda n: self._reluctance(n, rank))
                 self.wanted[rank].remove(line)
                 self.coming[rank].add(line)
                 return Transfer(now, line, rank, False)
@@ -139,9 +140,10 @@ class Timeline:
 
     def _stock(self, rank: int) -> int:
         """Work on foreign blocks that `rank` has or is about to have."""
-        return sum(self.problem.area[tile] for tile in self.left[rank] if self._ready(tile, self.coming[rank]) and self._foreign(tile, rank))
+        coming, left = self.coming[rank], self.left[rank]
+        return sum(self.problem.area[tile] for tile in left if self._ready(tile, coming) and self._foreign(tile, rank))
 
-    def _rank_of(self, line: int, rank: int) -> tuple[float, float, int, int]:
+    def _reluctance(self, line: int, rank: int) -> tuple[float, float, int, int]:
         """Least for the block that opens most work for its bytes; among equals, ranks begin with different owners."""
         nbytes = max(1, self.lines[line].bytes_in)
         tiles = self.lines[line].tiles
@@ -186,7 +188,8 @@ class Timeline:
 
     def _fill(self, tiles: Sequence[int]) -> list[int]:
         """As many of `tiles` as a grain holds, but one at least."""
-        chosen, area = [], 0
+        chosen: list[int] = []
+        area = 0
         for tile in tiles:
             area += self.problem.area[tile]
             if chosen and area > self.grain:

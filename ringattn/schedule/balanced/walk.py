@@ -97,23 +97,21 @@ class Walk:
         return line, [*((other, here, there) for other in mine if ranks[other] == here), *back]
 
     def _scatter(self, line: int, here: int) -> list[Shift]:
-        """Every tile of `line` at `here` goes where it costs least, and among equals to the rank with least work."""
-        shifts, count, load = [], self.count[line], self.load
+        """Every tile of `line` at `here` goes where it costs least, among equals to the rank with least work."""
+        shifts, load, ranks, count = [], self.load, self.ranks, self.count[line]
+        elsewhere = {ranks[tile] for tile in self.members[line]} | {self.lines[line].home}
         for tile in self.members[line]:
-            if self.ranks[tile] == here:
+            if ranks[tile] == here:
                 a, b = self.sides[tile]
                 crossing, area = b if a == line else a, self.area[tile]
-                met, visit, extra, slack = self.count[crossing], self.visit[line], self.visit[crossing], self.cap - area
-                best = None
-                for there in range(self.world):
+                met, visit, extra, room = self.count[crossing], self.visit[line], self.visit[crossing], self.cap - area
+                found = []
+                for there in elsewhere.union([ranks[other] for other in self.members[crossing]], (self.lines[crossing].home,)):
                     if there != here:
-                        over = load[there] - slack
+                        over = load[there] - room
                         cost = (0 if count[there] else visit) + (0 if met[there] else extra)
-                        found = (cost + self.price * min(over, area) if over > 0 else cost, load[there], there)
-                        if best is None or found < best:
-                            best = found
-                if best is not None:
-                    shifts.append((tile, here, best[2]))
+                        found.append((cost + self.price * min(over, area) if over > 0 else cost, load[there], there))
+                shifts.append((tile, here, min(found)[2]))
         return shifts
 
     def _weigh(self, line: int, shifts: Sequence[Shift]) -> tuple[list[Toggle], int]:
