@@ -231,7 +231,7 @@ def _print(
     console = Console(width=160)
     console.print(table)
     for name, why in unable.items():
-        console.print(f"not run: {name}: {why}", highlight=False)
+        console.print(f"not run: {name}: {why}", markup=False, highlight=False)
 
 
 def _ms(seconds: object) -> str:

@@ -99,12 +99,12 @@ def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:
             simulated = price(plan, topology, backward=backward).seconds
             found = foretold(family, heads, mask, topology, backward=backward).seconds
             errors[_alike(family, topology)].append(found / simulated - 1)
-    assert max(map(abs, errors["all ranks"])) < 0.04
-    assert min(errors["hop"]) > -0.2 and max(errors["hop"]) < 0.2
-    assert min(errors["direct"]) > -0.2 and max(errors["direct"]) < 0.35
-    assert min(errors["uneven nodes"]) > -0.2 and max(errors["uneven nodes"]) < 0.8
-    for kind, share in {"all ranks": 1.0, "hop": 0.97, "direct": 0.9, "uneven nodes": 0.75}.items():
-        assert sum(abs(error) < 0.15 for error in errors[kind]) >= share * len(errors[kind]), kind
+    limits = {"all ranks": (-0.15, 0.15), "hop": (-0.25, 0.25), "direct": (-0.15, 0.3), "uneven nodes": (-0.15, 0.8)}
+    for kind, (low, high) in limits.items():
+        assert low < min(errors[kind]) and max(errors[kind]) < high, kind
+    every = [error for kind in errors.values() for error in kind]
+    assert sum(abs(error) < 0.15 for error in every) > 0.97 * len(every) > 3000
+    assert sum(abs(error) < 0.001 for error in every) > 0.6 * len(every)
 
 
 def _alike(family: Family, topology: Topology) -> str:
@@ -139,8 +139,8 @@ def test_thousands_of_ranks_are_priced_in_few_steps(world: int, shared: bool, mo
 
 def test_leaps_land_where_every_step_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long rounds are extrapolated; walking them in full gives the same time, occupation and buffers."""
-    chosen = [family for family in families(240, heads=2) if family.a in (1, 2, 15, 240)]
-    for topology in (FAST, *links(240)):
+    chosen = [family for family in families(120, heads=2) if family.a in (1, 2, 15, 120)]
+    for topology in (FAST, *links(120)):
         if topology.kind != "ring":  # every step of it is another, and walked anyway
             leapt = [foretold(family, "gqa", full(), topology, backward=True) for family in chosen]
             with monkeypatch.context() as context:

@@ -16,8 +16,12 @@ import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from ringattn import Topology
+
 KINDS = ("mesh", "switch", "nodes", "rails")
 BURST = "64kb"  # one packet as the kernel hands it over; less would throttle, more would let bursts pass unshaped
+LATENCY = 1e-3  # seconds that a message takes beyond its bytes, two processes and a shaper included
+GOODPUT = 0.99  # of the rate, what is left for the payload of 1 MB: headers take 4 %, the burst gives some of it back
 UPLINK = 1000  # the htb class of all traffic that leaves the node
 QUEUE = "500ms"  # what a port may hold back before it drops
 
@@ -53,6 +57,21 @@ class Lab(AbstractContextManager["Lab"]):
 
     def address(self, host: int) -> str:
         return f"10.77.0.{host + 1}"
+
+    def topology(self, flops: float) -> Topology:
+        """The links as the planner sees them; `flops` is what one rank computes at."""
+        nodes = self.kind in ("nodes", "rails")
+        return Topology(
+            f"netlab {self.kind}",
+            "nodes" if nodes else self.kind,
+            flops,
+            link_latency=LATENCY,
+            bandwidth=self.mbit * 1e6 / 8 * GOODPUT,
+            node_size=self.hosts // 2 if nodes else None,
+            uplink_latency=LATENCY,
+            uplink_bandwidth=(self.uplink_mbit or 0) * 1e6 / 8 * GOODPUT,
+            uplink_shared=self.kind == "nodes",
+        )
 
     def inside(self, host: int) -> list[str]:
         """Put this before a command to run it on `host`."""

@@ -2,7 +2,8 @@
 
     python benchmarks/netlab/run.py --kind mesh --hosts 4 --mbit 50 benchmarks/attention.py --mask full --dtype bfloat16
 
-Any script that torchrun could start runs unchanged; what follows its name goes to it. Needs root and iproute2.
+Any script that torchrun could start runs unchanged; what follows its name goes to it, with {topology} replaced by a file that
+describes the laboratory's links to the planner. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lab import KINDS, Lab
 
@@ -25,13 +28,17 @@ def main() -> int:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--mbit", type=float, default=50.0, help="of a link (mesh, nodes, rails) or a port (switch), each direction")
     parser.add_argument("--uplink-mbit", type=float, help="between the nodes: of all (nodes) or of each host (rails), each direction")
+    parser.add_argument("--gflops", type=float, default=20.0, help="what {topology} says that a rank computes at")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which every rank is stopped")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="a Python script and its arguments")
     asked = parser.parse_args()
     if not asked.script:
         parser.error("name a script to run on every host")
-    with Lab(asked.kind, asked.hosts, asked.mbit, asked.uplink_mbit) as lab:
-        return _run_on_all(lab, asked.script, time.monotonic() + asked.timeout)
+    with Lab(asked.kind, asked.hosts, asked.mbit, asked.uplink_mbit) as lab, TemporaryDirectory() as folder:
+        topology = Path(folder) / "topology.json"
+        lab.topology(asked.gflops * 1e9).save(topology)
+        script = [word.replace("{topology}", str(topology)) for word in asked.script]
+        return _run_on_all(lab, script, time.monotonic() + asked.timeout)
 
 
 def _run_on_all(lab: Lab, script: list[str], deadline: float) -> int:

@@ -36,6 +36,10 @@ class Inner:
         """Query heads of the busiest rank."""
         return self.shares[0].heads if self._cut > 1 else sum(share.heads for share in self.shares)
 
+    def stays(self, kind: Kind) -> bool:
+        """Whether blocks of `kind` stay where they are, so that their results are complete with the last tile."""
+        return (self.rows if kind is Kind.Q else self.columns).size == 1
+
     @property
     def wide(self) -> bool:
         """Whether gradients of KV gather on their way: over two ranks the first hop is home."""

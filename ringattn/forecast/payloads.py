@@ -58,7 +58,7 @@ class Exchange:
     """Bytes that each rank of a Ulysses group sends to each other one, before and after, and what it holds of it in between."""
 
     there: int
-    back: int
+    back: dict[Kind, int]  # results of queries, and of keys and values
     inputs: int
     results: int
 
@@ -69,13 +69,16 @@ class Exchange:
         `wide`: dk and dv have gathered on their way, and stay as they are on the last leg home.
         """
         if ulysses == 1:
-            return Exchange(0, 0, 0, 0)
+            return Exchange(0, {Kind.Q: 0, Kind.KV: 0}, 0, 0)
         q, kv = fields(Kind.Q, backward=backward, bias=False), fields(Kind.KV, backward=backward, bias=False)
         result, kv_result = (fields(RESULT[kind], backward=backward, bias=False) for kind in (Kind.Q, Kind.KV))
         there = fields(Kind.Q, backward=True, bias=False, new=True) if backward else (*q, *kv)
         return Exchange(
             there=rows * sum(share.row(there) for share in shares),
-            back=rows * sum(share.row(result) + share.row(kv_result, wide=wide) for share in shares),
+            back={
+                Kind.Q: rows * sum(share.row(result) for share in shares),
+                Kind.KV: rows * sum(share.row(kv_result, wide=wide) for share in shares),
+            },
             inputs=rows * sum(share.row((*q, *kv)) for share in shares),
             results=rows * sum(share.row((*result, *kv_result), wide=True) for share in shares),
         )

@@ -73,7 +73,8 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
     alone = inside.world == 1
     for variant, lanes in [("", (ring(1),))] if alone else NAMES[name](inside):
         for stages, groups in _exchanges(degree, inside.kv_heads if facts.kv_heads >= degree * len(lanes) else 1, alone):
-            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant) + [f"{stages} stages"] * bool(stages and alone)
+            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant)
+            words += [f"{stages} stages"] * bool(stages and alone)
             words += [f"{groups} groups"] * (groups > 1)
             wrapped = zip(*(ulysses(lane, degree, stages=stages, groups=groups) for lane in lanes), strict=True)
             found = tuple(lane for member in wrapped for lane in member)
