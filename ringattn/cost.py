@@ -4,8 +4,9 @@ Bytes are counted, not estimated, from the table in `payload` that `work` makes 
 Time is the end of a small simulation of all ranks: each goes through its own program, waits for what is due, posts, computes; a
 transfer begins when both ends have posted it and queues for every resource of its route, first come first served.
 
-What it leaves out: merging of partials, packing, memory bandwidth, kernels that are slower on small or narrow tiles, compute
-that transfers slow down. So it is for choosing among plans; a duration to rely on must be measured. No torch here.
+Every kernel call and message has its launch, and merging and packing go at the topology's rate of memory.
+
+What it leaves out: kernels that are slower on small or narrow tiles, compute that transfers slow down. So it is for choosing among plans; a duration to rely on must be measured. No torch here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ringattn.schedule.program import Item, Message, Step, Work
 from ringattn.topology import Resource, Topology
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+MERGE = 2.5  # times that the bytes of a sum are touched when a share is added: both read, one written
 BACKWARD_FLOPS = 2.5  # of forward: five matrix products instead of two
 
 
@@ -131,7 +133,7 @@ class _Simulation:
     """All ranks of one pass on a clock. Events are taken in the order of time, then of rank, so every run is the same."""
 
     def __init__(self, plan: Plan, topology: Topology, sizes: Sizes) -> None:
-        self.topology = topology
+        self.topology, self.sizes = topology, sizes
         self.programs = [plan.program(rank, backward=sizes.backward) for rank in range(plan.world)]
         self.nbytes = {m: sum(map(sizes.travelling, m.items)) for m in plan.messages(backward=sizes.backward)}
         self.seconds = [
@@ -168,10 +170,20 @@ class _Simulation:
         for message in step.post:
             self._post(now, message)
         self.position[rank] += 1
-        heappush(self.events, (now + sum(map(self._compute, step.tiles)), rank))
+        busy = sum(map(self._compute, step.tiles)) + sum(self._pack(message, rank) for message in step.post)
+        heappush(self.events, (now + busy, rank))
 
     def _compute(self, tiles: Work) -> float:
-        return sum(self.seconds[tiles.lane].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
+        """The kernel's time, and that of adding what comes out of it to what is there."""
+        lane = tiles.lane
+        merged = [Item(lane, Kind.Q_ACC, i) for i in tiles.i] + [Item(lane, Kind.KV_ACC, j) for j in tiles.j]
+        touched = MERGE * sum(map(self.sizes.held, merged))
+        kernel = sum(self.seconds[lane].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
+        return kernel + self.topology.launch + touched / self.topology.memory
+
+    def _pack(self, message: Message, rank: int) -> float:
+        """What a message costs its sender; a receiver merges from where it is."""
+        return self.topology.launch + self.nbytes[message] / self.topology.memory if message.src == rank else 0.0
 
     def _post(self, now: float, message: Message) -> None:
         if message not in self.posted:

@@ -43,6 +43,8 @@ class Topology:
         link_latency: seconds a message takes beyond its bytes.
         bandwidth: bytes/s of a link (mesh, ring) or of a rank's port in each direction (switch, nodes). Full duplex.
         flops: attention flop/s that one rank sustains in the forward pass.
+        launch: seconds that a kernel call, or a message to post, costs beyond its work.
+        memory: bytes/s at which a rank merges partial results and packs messages.
         node_size: ranks in a node (nodes).
         uplink_latency, uplink_bandwidth: between nodes, in each direction.
         uplink_shared: whether all ranks of a node share one uplink; if not, each has one of that bandwidth (rails).
@@ -64,6 +66,8 @@ class Topology:
     latencies: Matrix = ()
     bandwidths: Matrix = ()
     port: float | None = None
+    launch: float = 0.0
+    memory: float = 1e15
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -137,7 +141,9 @@ class Topology:
                 raise PlanError(
                     f"topology {self.name!r}: {name}={value!r}; a {self.kind} topology needs it positive and finite"
                 )
-        for name in ("link_latency", "uplink_latency"):
+        if not self.memory > 0:
+            raise PlanError(f"topology {self.name!r}: memory={self.memory!r}; bytes/s, more than 0")
+        for name in ("link_latency", "uplink_latency", "launch"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise PlanError(f"topology {self.name!r}: {name}={getattr(self, name)!r}; seconds, 0 or more")
 
@@ -193,16 +199,16 @@ def _preset(name: str, kind: str, *, latency: float, bandwidth: float, flops: fl
 
 
 # What a program gets, not what a data sheet promises: about 80 % of the line rate, attention at about half of the peak flop/s.
-# Latency is that of one point-to-point message as NCCL, HCCL or gloo delivers it, launch included.
+# Latency is that of one point-to-point message as NCCL, HCCL or gloo delivers it. `memory` is about two thirds of the data sheet's.
 PRESETS: dict[str, Topology] = {
     topology.name: topology
     for topology in (
         # PCIe 4.0 x16 carries 32 GB/s each way through the one slot a card has, whoever the peer; bf16 cards of 125 Tflop/s.
-        _preset("pcie", "switch", latency=15e-6, bandwidth=22e9, flops=60e12),
+        _preset("pcie", "switch", latency=15e-6, bandwidth=22e9, flops=60e12, launch=15e-6, memory=600e9),
         # Four A100 with four NVLink3 lanes of 25 GB/s between each two; FlashAttention-2 reaches 190 of 312 Tflop/s there.
-        _preset("nvlink", "mesh", latency=8e-6, bandwidth=80e9, flops=190e12),
+        _preset("nvlink", "mesh", latency=8e-6, bandwidth=80e9, flops=190e12, launch=12e-6, memory=1.2e12),
         # H100: 18 NVLink4 lanes of 25 GB/s into NVSwitch; FlashAttention-2 and cuDNN sustain 350 to 450 of 989 Tflop/s.
-        _preset("nvswitch", "switch", latency=8e-6, bandwidth=360e9, flops=400e12),
+        _preset("nvswitch", "switch", latency=8e-6, bandwidth=360e9, flops=400e12, launch=10e-6, memory=2.2e12),
         # The same eight, and one NDR port of 400 Gbit/s for all of them.
         _preset(
             "infiniband",
@@ -210,6 +216,8 @@ PRESETS: dict[str, Topology] = {
             latency=8e-6,
             bandwidth=360e9,
             flops=400e12,
+            launch=10e-6,
+            memory=2.2e12,
             node_size=8,
             uplink_latency=15e-6,
             uplink_bandwidth=45e9,
@@ -221,16 +229,18 @@ PRESETS: dict[str, Topology] = {
             latency=8e-6,
             bandwidth=360e9,
             flops=400e12,
+            launch=10e-6,
+            memory=2.2e12,
             node_size=8,
             uplink_latency=15e-6,
             uplink_bandwidth=45e9,
             uplink_shared=False,
         ),
         # A host for every rank, 100 Gbit/s, TCP: kernel sockets cost tens of microseconds and some of the rate.
-        _preset("ethernet", "switch", latency=50e-6, bandwidth=10e9, flops=60e12),
+        _preset("ethernet", "switch", latency=50e-6, bandwidth=10e9, flops=60e12, launch=15e-6, memory=600e9),
         # Ascend 910B, eight to a node: vendor's 56 GB/s both ways on each of seven HCCS links, 320 Tflop/s in fp16.
-        _preset("hccs", "mesh", latency=15e-6, bandwidth=23e9, flops=150e12),
+        _preset("hccs", "mesh", latency=15e-6, bandwidth=23e9, flops=150e12, launch=20e-6, memory=1e12),
         # Processes on one host over loopback: a copy through the kernel, and one core for each rank's attention in fp32.
-        _preset("cpu", "switch", latency=80e-6, bandwidth=1.5e9, flops=60e9),
+        _preset("cpu", "switch", latency=80e-6, bandwidth=1.5e9, flops=60e9, launch=2e-4, memory=8e9),
     )
 }

@@ -14,7 +14,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
 from ringattn.kernels import Options
-from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, token_ring, ulysses
+from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, take_turns, token_ring, ulysses
 
 SCHEDULES = {
     "ring": ring,
@@ -24,6 +24,8 @@ SCHEDULES = {
     "token_ring_direct": lambda world: token_ring(world, routing="direct"),
     "mesh": mesh,
     "token_ring_halves": lambda world: split(token_ring(world, direction=-1), q=2),
+    "ring_quarters_in_turn": lambda world: take_turns(ring(world, routing="direct", lookahead=2), kv=4),
+    "token_ring_halves_in_turn": lambda world: take_turns(token_ring(world, routing="direct", direction=-1), q=2),
     "ulysses": lambda world: ulysses(ring(1), world),
     "ulysses_in_stages": lambda world: ulysses(ring(1), world, stages=max(0, world - 1), groups=2),
     "ulysses_outside": lambda world: ulysses(split(token_ring(world // _small(world)), q=2), _small(world), stages=1),

@@ -87,6 +87,7 @@ def links(world: int) -> Iterator[Topology]:
                 uplink = {"kind": "nodes", "node_size": size, "bandwidth": 8 * rate, "uplink_latency": 2 * latency}
                 yield replace(plain, **uplink, uplink_bandwidth=size * rate)
                 yield replace(plain, **uplink, uplink_bandwidth=rate, uplink_shared=False)
+            yield replace(plain, launch=latency / 3, memory=3 * rate)
 
 
 def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:

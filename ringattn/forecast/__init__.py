@@ -8,8 +8,8 @@ What it takes for granted: work is balanced (zigzag or striped; "contiguous" is 
 blocks are whole, not cut into parts; a Ulysses exchange hides behind no compute. What `cost` leaves out is left out here too.
 
 Against the simulation of every rank in `cost.price`, on 2 to 40 ranks: never more than 15 % off where all ranks are alike
-(mesh, switch, one node), and for the most part equal. In nodes and around a physical ring one rank stands for different ones; 97 %
-of cases are within 15 %, and the others have transfers that take as long as compute or longer:
+(mesh, switch, one node), and for the most part equal. In nodes and around a physical ring one rank stands for different ones.
+97 % of all cases are within 15 %, and the others have transfers that take as long as compute or longer:
     direct, all_gather; nodes of unequal size      up to 80 % too slow: ranks of the small node wait for fewer messages
     direct, all_gather; a physical ring            up to 30 % too slow: few ranks wait for the last message
     hop, mesh; a shared uplink or physical ring,   up to 25 % either way: how far ranks drift apart, and so hide each other's
@@ -129,7 +129,7 @@ def _pass(family: Family, model: Model, work: _Work, links: Links, *, backward: 
     flops = 4 * work.pairs(family.inner) * model.head_dim * inner.heads * model.batch * (BACKWARD_FLOPS if backward else 1)
     compute = flops / links.topology.flops
     inputs, results = (u - 1) * exchange.inputs, (u - 1) * exchange.results
-    clock = Clock(links, compute / family.inner)
+    clock = Clock(links, compute / family.inner, inner.merged)
     clock.run([_all_to_all(u, exchange.there)])
     *rounds, last = (one._replace(held=one.held + inputs + results) for one in inner.rounds(links))
     at_once = sum(nbytes for kind, nbytes in exchange.back.items() if inner.stays(kind))

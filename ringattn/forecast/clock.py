@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from ringattn.cost import MERGE
 from ringattn.forecast.rounds import Post, Round
 from ringattn.forecast.shifts import Axis, Links
 
@@ -21,8 +22,10 @@ from ringattn.forecast.shifts import Axis, Links
 class Clock:
     """Walks rounds. `now` is the time, `busy` the seconds each class of resource was occupied, `peak` the most bytes held."""
 
-    def __init__(self, links: Links, tile_seconds: float) -> None:
-        self._links, self._tile = links, tile_seconds
+    def __init__(self, links: Links, kernel_seconds: float, merged: int) -> None:
+        """A tile takes `kernel_seconds`, and `merged` bytes of sums get its share."""
+        self._links, self._topology = links, links.topology
+        self._tile = kernel_seconds + self._topology.launch + MERGE * merged / self._topology.memory
         self.now, self.peak = 0.0, 0
         self.busy: dict[str, float] = defaultdict(float)
         self._free: dict[str, float] = {}  # when each class of resource has let all before through
@@ -60,7 +63,8 @@ class Clock:
             self._take_in(self._step)
             self._post(one.posts, n)
             self.peak = max(self.peak, self._flying + one.held)
-            self.now += one.tiles * self._tile
+            packing = sum(self._topology.launch + post.nbytes / self._topology.memory for post in one.posts)
+            self.now += one.tiles * self._tile + packing
             self._step += 1
 
     def _take_in(self, step: int) -> None:

@@ -36,6 +36,13 @@ class Inner:
         """Query heads of the busiest rank."""
         return self.shares[0].heads if self._cut > 1 else sum(share.heads for share in self.shares)
 
+    @property
+    def merged(self) -> int:
+        """Bytes of the sums that a tile adds to: those of its queries, and in backward those of its keys."""
+        every = self.shares[: 1 if self._cut > 1 else None]
+        kinds = [(share, kind) for share in every for kind in (Kind.Q, Kind.KV)]
+        return sum(share.visitor(kind, self._count, backward=self._backward).partial for share, kind in kinds)
+
     def stays(self, kind: Kind) -> bool:
         """Whether blocks of `kind` stay where they are, so that their results are complete with the last tile."""
         return (self.rows if kind is Kind.Q else self.columns).size == 1

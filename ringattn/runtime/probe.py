@@ -3,7 +3,8 @@
 One pair at a time first, everybody else silent: half a round trip of one byte is the latency, and what a large message takes
 beyond it the bandwidth. Then all ranks to all at once: where a rank's total stays clearly below the sum of its links, they
 share a port, as behind a switch, and the port's rate is recorded. Last, all ranks run the attention kernel at the same time,
-and the slowest counts. The best of a few repeats is kept, since disturbances only ever add time.
+and the slowest counts; so they do a block of a single row, whose time is the launch's, and a merge, which goes at the rate of
+memory. The best of a few repeats is kept, since disturbances only ever add time.
 
 A direction's latency is half a round trip, so the two directions of a pair come out alike. Collective: every rank calls it.
 """
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.comm.duplex import finish, prepare, receiving, sending
+from ringattn.cost import MERGE
 from ringattn.kernels import Operands, Options, get
+from ringattn.partial import Partial, merge_
 from ringattn.pieces import FULL, Piece
 from ringattn.topology import Topology
 
@@ -46,7 +49,8 @@ class Probe:
                     links[:, dst] = torch.tensor(found, dtype=torch.float64)
         everyone = self._gather(links)  # (world, 2, world)
         total = self._gather(torch.tensor([self._all_at_once()], dtype=torch.float64))[:, 0]
-        flops = self._gather(torch.tensor([self._flops()], dtype=torch.float64))[:, 0]
+        own = torch.tensor([self._flops(), self._launch(), self._memory()], dtype=torch.float64)
+        flops, launch, memory = self._gather(own).unbind(1)
         latencies, bandwidths = everyone.unbind(1)
         shared = self.world > 1 and bool((total < SHARED * bandwidths.sum(1)).any())
         return Topology(
@@ -57,6 +61,8 @@ class Probe:
             latencies=tuple(map(tuple, latencies.tolist())),
             bandwidths=tuple(map(tuple, bandwidths.tolist())),
             port=total.min().item() if shared else None,
+            launch=launch.max().item(),
+            memory=memory.min().item(),
         )
 
     def _pair(self, src: int, dst: int) -> tuple[float, float]:
@@ -98,6 +104,18 @@ class Probe:
         kernel, whole = get("sdpa"), (Piece(0, rows, 0, rows, FULL),)
         seconds = self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(dim**-0.5)), together=True)
         return 4 * rows * rows * heads * dim / seconds
+
+    def _launch(self) -> float:
+        """Seconds of the smallest kernel call."""
+        q, k, v = torch.randn(3, 1, 1, 1, 64, device=self.device).unbind()
+        kernel, whole = get("sdpa"), (Piece(0, 1, 0, 1, FULL),)
+        return self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(1.0)), together=True)
+
+    def _memory(self) -> float:
+        """Bytes/s touched in merging one partial result into another."""
+        out = torch.randn(1, 16, 1024, 64, device=self.device)
+        total, part = (Partial(out.clone(), torch.zeros(1, 16, 1024, device=self.device)) for _ in range(2))
+        return MERGE * total.out.nbytes / self._best(lambda: merge_(total, part), together=True)
 
     def _best(self, action: Callable[[], object], *, repeats: int | None = None, together: bool = False) -> float:
         """Seconds of the fastest run after a first one that does not count. `together`: all ranks start at once."""

@@ -6,6 +6,7 @@ from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
 from ringattn.schedule.passes import prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.turns import take_turns
 from ringattn.schedule.ulysses import ulysses
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ring",
     "side_by_side",
     "split",
+    "take_turns",
     "token_ring",
     "ulysses",
 ]

@@ -25,6 +25,7 @@ from ringattn.schedule.ir import Schedule
 from ringattn.schedule.passes import split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.turns import take_turns
 from ringattn.schedule.ulysses import ulysses
 
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
@@ -133,7 +134,8 @@ def _all_gather(facts: Facts) -> Variants:
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
     for parts in facts.parts:
         words = [routing, *["reversed"][direction == 1 :], *[f"{parts} parts"][parts == 1 :]]
-        yield ", ".join(words), (schedule if parts == 1 else split(schedule, **{what: parts}),)
+        cut = take_turns if routing == "direct" else split
+        yield ", ".join(words), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
 
 
 NAMES: dict[str, Callable[[Facts], Variants]] = {

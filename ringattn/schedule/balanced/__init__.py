@@ -7,7 +7,7 @@ is less than half of the usual zigzag ring; with few KV heads it turns into that
     problem    the tables and prices, and what an assignment of tiles to ranks comes to
     search     a good assignment, fast and the same on every rank:   starts, ledger, walk
     exact      the best one, by a solver: the yardstick for `search`
-    steps      an assignment as a `Schedule`:                        timeline
+    steps      an assignment as a `Schedule`:                        timeline, batches
 
 The idea of sending queries where keys are many and keys where queries are, tile by tile: MagiAttention's dispatch of queries
 and outputs, https://github.com/SandAI-org/MagiAttention.

@@ -5,12 +5,9 @@ the rank with most work computes, the busiest port (or link) just carries its by
 
     a port    the block for the rank that will first run out of work on foreign blocks, and for that rank the one that opens
               most work for its bytes; results fill the gaps. No rank is sent more than a window of work ahead
-    a rank    the foreign block that it can finish soonest, since its result then leaves; then any work on foreign blocks;
-              work on its own blocks alone last: that fills the beginning, when nothing has arrived yet, and the end, when the
-              last results travel
+    a rank    what `batches` says
 
-Tiles that can go together as rows times columns do, up to a grain of work: fewer, larger kernel calls. What comes out is only
-an order and a rhythm; `steps` makes a schedule of it.
+What comes out is only an order and a rhythm; `steps` makes a schedule of it.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from ringattn.schedule.balanced.batches import next_batch, ready
 from ringattn.schedule.balanced.problem import Problem, Resource, measure, visits
 
 GRAINS = 12  # of them make up the work of the busiest rank, unless its tiles are larger
@@ -51,7 +49,7 @@ class Timeline:
         self.per_byte, self.per_pair = max(1, met.load), max(1, met.link if problem.objective == "link" else met.port)
         self.grain = max(met.load // GRAINS, *problem.area, 1)  # the most work of a batch
         self.step = max(1, self.grain * self.per_pair // 2)
-        self.window = window * self.grain // 2
+        self.window = max(1, window * self.grain // 2)
         world = range(problem.world)
         self.left: list[set[int]] = [set() for _ in world]  # tiles not begun
         for tile, rank in enumerate(ranks):
@@ -86,7 +84,7 @@ class Timeline:
     def _begin(self, now: int) -> Iterator[tuple[Batch | Transfer, int]]:
         """Everything that can begin at this moment."""
         for rank, left in enumerate(self.left):
-            tiles = self._next_batch(rank) if left and rank not in self.busy else ()
+            tiles = () if rank in self.busy else next_batch(self.problem, rank, left, self.here[rank], self.grain)
             if tiles:
                 batch = Batch(now, rank, tiles)
                 left.difference_update(tiles)
@@ -141,62 +139,16 @@ class Timeline:
     def _stock(self, rank: int) -> int:
         """Work on foreign blocks that `rank` has or is about to have."""
         coming, left = self.coming[rank], self.left[rank]
-        return sum(self.problem.area[tile] for tile in left if self._ready(tile, coming) and self._foreign(tile, rank))
+        return sum(self.problem.area[tile] for tile in left if ready(self.problem, tile, coming) and self._foreign(tile, rank))
 
     def _reluctance(self, line: int, rank: int) -> tuple[float, float, int, int]:
         """Least for the block that opens most work for its bytes; among equals, ranks begin with different owners."""
         nbytes = max(1, self.lines[line].bytes_in)
         tiles = self.lines[line].tiles
         area, left, coming = self.problem.area, self.left[rank], self.coming[rank] | {line}
-        opened = sum(area[tile] for tile in tiles if tile in left and self._ready(tile, coming))
+        opened = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, coming))
         total = sum(area[tile] for tile in tiles if tile in left)
         return -opened / nbytes, -total / nbytes, (rank - self.lines[line].home) % self.problem.world, line
 
-    def _ready(self, tile: int, lines: set[int]) -> bool:
-        a, b = self.problem.sides[tile]
-        return a in lines and b in lines
-
     def _foreign(self, tile: int, rank: int) -> bool:
         return any(self.lines[line].home != rank for line in self.problem.sides[tile])
-
-    def _next_batch(self, rank: int) -> tuple[int, ...]:
-        """Up to a grain of tiles whose inputs are there, rows times columns."""
-        ready = {tile for tile in self.left[rank] if self._ready(tile, self.here[rank])}
-        lines = {line for tile in ready for line in self.problem.sides[tile]}
-        if not lines:
-            return ()
-        first = min(lines, key=lambda line: self._delay(line, rank, ready))
-        chosen = self._fill([tile for tile in self.lines[first].tiles if tile in ready])
-        across = {self._other(tile, first) for tile in chosen}
-        alike = self.lines[first].home == rank
-        for line in sorted(lines - {first}):
-            if self.lines[line].kind is self.lines[first].kind and (self.lines[line].home == rank) is alike:
-                more = [tile for tile in self.lines[line].tiles if tile in ready and self._other(tile, line) in across]
-                if len(more) == len(across) and sum(self.problem.area[tile] for tile in [*chosen, *more]) <= self.grain:
-                    chosen += more
-        return tuple(sorted(chosen))
-
-    def _delay(self, line: int, rank: int, ready: set[int]) -> tuple[int, int, int]:
-        """Least for the block to work on first."""
-        mine = [tile for tile in self.lines[line].tiles if tile in self.left[rank]]
-        area = sum(self.problem.area[tile] for tile in mine)
-        if self.lines[line].home == rank:
-            return 3, area, line
-        if not self.lines[line].bytes_home:
-            return 2, area, line
-        return int(not ready.issuperset(mine)), area, line
-
-    def _fill(self, tiles: Sequence[int]) -> list[int]:
-        """As many of `tiles` as a grain holds, but one at least."""
-        chosen: list[int] = []
-        area = 0
-        for tile in tiles:
-            area += self.problem.area[tile]
-            if chosen and area > self.grain:
-                break
-            chosen.append(tile)
-        return chosen
-
-    def _other(self, tile: int, line: int) -> int:
-        a, b = self.problem.sides[tile]
-        return b if a == line else a

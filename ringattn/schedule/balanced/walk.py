@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 from ringattn.schedule.balanced.ledger import Ledger, Toggle
 from ringattn.schedule.balanced.problem import Problem, loads
+from ringattn.schedule.ir import Kind
 
 WARMTH = 0.1  # how much worse than nothing a step may be on average, in visits
 REVIEW = 20  # steps after which the price of overwork changes
@@ -27,7 +28,7 @@ SPAN = 20.0  # the price stays within this factor of a visit for a tile
 # -log of evenly spread chances in units of 1/1024, rounded: what an exponential threshold is drawn from.
 THRESHOLDS = tuple(round(-1024 * log((n + 0.5) / 1024)) for n in range(1024))
 
-Shift: TypeAlias = tuple[int, int, int]  # tile, from rank, to rank
+Shift: TypeAlias = tuple[Sequence[int], int, int]  # tiles, from rank, to rank
 
 
 class Found(NamedTuple):
@@ -38,10 +39,12 @@ class Found(NamedTuple):
 class Walk:
     """Where the walk is: the rank of every tile, the work of every rank, who visits whom, and the best seen so far."""
 
-    def __init__(self, problem: Problem, ranks: Sequence[int]) -> None:
+    def __init__(self, problem: Problem, ranks: Sequence[int], seed: str = "") -> None:
         self.ranks, self.world, self.cap = list(ranks), problem.world, problem.cap
         self.area, self.sides, self.lines = problem.area, problem.sides, problem.lines
         self.members = [line.tiles for line in problem.lines]
+        rows, columns = ([sides[n] for sides in problem.sides] for n in (0, 1))
+        self.across = [columns if line.kind is Kind.Q else rows for line in problem.lines]  # of every tile of each line
         self.visit = [line.bytes_in + line.bytes_home for line in problem.lines]
         self.ledger = Ledger(problem, ranks)
         self.load = loads(problem, ranks)
@@ -52,22 +55,24 @@ class Walk:
             for line in sides:
                 self.count[line][rank] += 1
         self.best = Found((self.over, *self.ledger.value()), tuple(ranks))
+        self.chance = Random(seed).random
+        self.usual = max(1.0, sum(self.visit) / max(1, len(self.visit)))
+        self.fair = self.price = self.usual * len(self.ranks) / max(1, sum(self.area))
 
-    def go(self, steps: int, random: Random) -> None:
-        """Take `steps` steps."""
-        self.chance = chance = random.random
-        visit = max(1.0, sum(self.visit) / len(self.visit))
-        fair = self.price = visit * len(self.ranks) / sum(self.area)
-        warmth = WARMTH * visit / 1024
+    def go(self, steps: int) -> Found:
+        """Take `steps` steps; the best place seen so far."""
+        warmth = WARMTH * self.usual / 1024
         for step in range(steps):
             if step % REVIEW == 0:
-                self.price = min(self.price * DEARER, fair * SPAN) if self.over else max(self.price * CHEAPER, fair / SPAN)
+                wanted = self.price * (DEARER if self.over else CHEAPER)
+                self.price = min(max(wanted, self.fair / SPAN), self.fair * SPAN)
             line, shifts = self._propose()
             if shifts:
                 toggles, over = self._weigh(line, shifts)
                 change = self.ledger.change(toggles) if toggles else 0.0
-                if change + self.price * over <= THRESHOLDS[int(chance() * 1024)] * warmth:
+                if change + self.price * over <= THRESHOLDS[int(self.chance() * 1024)] * warmth:
                     self._take(shifts, toggles, over)
+        return self.best
 
     def _propose(self) -> tuple[int, Sequence[Shift]]:
         """A line, and tiles of it that change ranks; none if the draw came to nothing."""
@@ -90,28 +95,28 @@ class Walk:
         if here == there:
             return line, ()
         if how < 0.5:
-            return line, ((tile, here, there),)
-        back = [(other, there, here) for other in mine if ranks[other] == there] if how < 0.85 else []
+            return line, (((tile,), here, there),)
+        back = [other for other in mine if ranks[other] == there] if how < 0.85 else []
         if how < 0.7:
-            return line, [(tile, here, there), *(back and [back[int(chance() * len(back))]])]
-        return line, [*((other, here, there) for other in mine if ranks[other] == here), *back]
+            return line, (((tile,), here, there), (back and (back[int(chance() * len(back))],), there, here))
+        return line, (([other for other in mine if ranks[other] == here], here, there), (back, there, here))
 
     def _scatter(self, line: int, here: int) -> list[Shift]:
         """Every tile of `line` at `here` goes where it costs least, among equals to the rank with least work."""
-        shifts, load, ranks, count = [], self.load, self.ranks, self.count[line]
+        shifts: list[Shift] = []
+        load, ranks, count, across = self.load, self.ranks, self.count[line], self.across[line]
         elsewhere = {ranks[tile] for tile in self.members[line]} | {self.lines[line].home}
         for tile in self.members[line]:
             if ranks[tile] == here:
-                a, b = self.sides[tile]
-                crossing, area = b if a == line else a, self.area[tile]
+                crossing, area = across[tile], self.area[tile]
                 met, visit, extra, room = self.count[crossing], self.visit[line], self.visit[crossing], self.cap - area
-                found = []
+                found: list[tuple[float, int, int]] = []
                 for there in elsewhere.union([ranks[other] for other in self.members[crossing]], (self.lines[crossing].home,)):
                     if there != here:
                         over = load[there] - room
                         cost = (0 if count[there] else visit) + (0 if met[there] else extra)
                         found.append((cost + self.price * min(over, area) if over > 0 else cost, load[there], there))
-                shifts.append((tile, here, min(found)[2]))
+                shifts.append(((tile,), here, min(found)[2]))
         return shifts
 
     def _weigh(self, line: int, shifts: Sequence[Shift]) -> tuple[list[Toggle], int]:
@@ -119,37 +124,45 @@ class Walk:
         toggles: list[Toggle] = []
         gain: dict[int, int] = {}
         work: dict[int, int] = {}
-        for tile, source, target in shifts:
-            a, b = self.sides[tile]
-            crossing, area = b if a == line else a, self.area[tile]
-            count = self.count[crossing]
-            if count[source] == 1:
-                toggles.append((crossing, source, -1))
-            if not count[target]:
-                toggles.append((crossing, target, 1))
-            gain[source], gain[target] = gain.get(source, 0) - 1, gain.get(target, 0) + 1
+        counts, areas, across = self.count, self.area, self.across[line]
+        for tiles, source, target in shifts:
+            area = 0
+            for tile in tiles:
+                crossing = across[tile]
+                count = counts[crossing]
+                if count[source] == 1:
+                    toggles.append((crossing, source, -1))
+                if not count[target]:
+                    toggles.append((crossing, target, 1))
+                area += areas[tile]
+            gain[source], gain[target] = gain.get(source, 0) - len(tiles), gain.get(target, 0) + len(tiles)
             work[source], work[target] = work.get(source, 0) - area, work.get(target, 0) + area
-        count, over = self.count[line], 0
+        count, over = counts[line], 0
         for rank, more in gain.items():
-            if more and not count[rank]:
-                toggles.append((line, rank, 1))
-            elif more and not count[rank] + more:
-                toggles.append((line, rank, -1))
+            if more:
+                if not count[rank]:
+                    toggles.append((line, rank, 1))
+                elif not count[rank] + more:
+                    toggles.append((line, rank, -1))
             before = self.load[rank] - self.cap
             after = before + work[rank]
-            over += (after if after > 0 else 0) - (before if before > 0 else 0)
+            if before > 0:
+                over -= before
+            if after > 0:
+                over += after
         return toggles, over
 
     def _take(self, shifts: Sequence[Shift], toggles: Sequence[Toggle], over: int) -> None:
         self.ledger.enter(toggles)
         self.over += over
-        for tile, source, target in shifts:
-            self.ranks[tile] = target
-            self.load[source] -= self.area[tile]
-            self.load[target] += self.area[tile]
-            for line in self.sides[tile]:
-                self.count[line][source] -= 1
-                self.count[line][target] += 1
+        for tiles, source, target in shifts:
+            for tile in tiles:
+                self.ranks[tile] = target
+                self.load[source] -= self.area[tile]
+                self.load[target] += self.area[tile]
+                for line in self.sides[tile]:
+                    self.count[line][source] -= 1
+                    self.count[line][target] += 1
         if self.over <= self.best.badness[0]:
             badness = (self.over, *self.ledger.value())
             if badness < self.best.badness:
