@@ -10,7 +10,6 @@ useful flop/s for each rank, as a share of those on the fewest ranks: the same f
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +19,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 import tyro
-from rich.console import Console
-from rich.table import Table
-from scaling_plot import draw
+from scaling_report import Point, chosen, curves, draw, print_table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
@@ -69,29 +66,6 @@ class Config:
     """Also write the figures here."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One number of ranks. Seconds are of forward and of forward + backward; measured ones are None beyond the ranks at hand.
-
-    `pairs`: (query, key) pairs that the mask keeps, which is what there is to do.
-    """
-
-    scaling: str
-    length: int
-    schedule: str
-    ranks: int
-    tokens: int
-    pairs: float
-    chosen: str
-    measured: tuple[float, float] | None
-    predicted: tuple[float, float]
-
-    def efficiency(self, first: Point, *, measured: bool) -> float:
-        """Of forward + backward, relative to `first`."""
-        mine, its = ((one.measured if measured else one.predicted) or (0, 0) for one in (self, first))
-        return (self.pairs / (self.ranks * mine[1])) / (first.pairs / (first.ranks * its[1]))
-
-
 def main(config: Config) -> None:
     mesh = ringattn.init(timeout=PATIENCE)
     rank, world = mesh.get_local_rank(), mesh.size()
@@ -106,14 +80,14 @@ def main(config: Config) -> None:
                 points.append(_measure(config, scaling, length, schedule, ranks, topology, group, mesh.device_type))
         dist.barrier()
     if rank == 0:
-        _print(points, config, world, topology)
-        points += [point for line in _lines(points) for point in _beyond(line[-1], config, topology)]
+        print_table(points, f"{_model(config)}; predictions for {topology.name}")
+        points += [point for line in curves(points) for point in _beyond(line[-1], config, topology)]
         if config.json:
             facts = {"config": asdict(config), "world": world, "device": mesh.device_type, "torch": torch.__version__}
             facts |= {"topology": asdict(topology), "points": [asdict(point) for point in points]}
             config.json.write_text(json.dumps(facts, indent=1, default=str) + "\n")
         if config.plot:
-            draw(_lines(points), config.plot, f"{_model(config)}; model: {topology.name}")
+            draw(curves(points), config.plot, f"{_model(config)}; model: {topology.name}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -151,19 +125,13 @@ def _measure(
     config: Config, scaling: str, length: int, schedule: str, ranks: int, whole: Topology, group: dist.ProcessGroup, device: str
 ) -> Point:
     tokens, topology = length * (ranks if scaling == "weak" else 1), _of(whole, ranks)
-    plan = make_plan(
-        tokens,
-        world=ranks,
-        **_shape(config),
-        schedule=schedule,
-        kernel=f"emulated:{config.emulate:g}" if config.emulate else "auto",
-        topology=topology,
-    )
+    kernel = f"emulated:{config.emulate:g}" if config.emulate else "auto"
+    plan = make_plan(tokens, world=ranks, **_shape(config), schedule=schedule, kernel=kernel, topology=topology)
     rounds = [_once(plan, config, group, device) for _ in range(config.rounds + 1)][1:]  # the first pays for first touches
     forward, both = map(median, zip(*rounds, strict=True))
     costs = [price(plan, topology, batch=config.batch, backward=backward).seconds for backward in (False, True)]
     pairs = _pairs(config, tokens)
-    return Point(scaling, length, schedule, ranks, tokens, pairs, _chosen(plan), (forward, both), (costs[0], sum(costs)))
+    return Point(scaling, length, schedule, ranks, tokens, pairs, chosen(plan), (forward, both), (costs[0], sum(costs)))
 
 
 def _shape(config: Config) -> dict[str, object]:
@@ -200,15 +168,6 @@ def _now(group: dist.ProcessGroup, device: str) -> float:
     return perf_counter()
 
 
-def _chosen(plan: Plan) -> str:
-    """The schedules of both passes; lanes of a Ulysses group differ in whose they are, which is left out."""
-    passes = [
-        [re.sub(r"ulysses \d+ of", "ulysses", lane.schedule.name) for lane in one] for one in (plan.forward, plan.backward)
-    ]
-    forward, backward = ("|".join(dict.fromkeys(names)) for names in passes)
-    return forward if forward == backward else f"{forward}, backward {backward}"
-
-
 def _beyond(last: Point, config: Config, topology: Topology) -> Iterator[Point]:
     """The model's curve from the last measured number of ranks on: the best member of the family, or of that name."""
     ranks = last.ranks
@@ -217,51 +176,14 @@ def _beyond(last: Point, config: Config, topology: Topology) -> Iterator[Point]:
         every = rank_families(tokens, world=ranks, **_shape(config), topology=_of(topology, ranks), batch=config.batch)
         named = [one for one in every if one.family.name == last.schedule and one.family.ulysses == 1] or every
         seconds = named[0].forward.seconds, named[0].seconds
-        yield replace(
-            last,
-            ranks=ranks,
-            tokens=tokens,
-            pairs=_pairs(config, tokens),
-            chosen=str(named[0].family),
-            measured=None,
-            predicted=seconds,
-        )
+        unrun = replace(last, measured=None, chosen=str(named[0].family), predicted=seconds)
+        yield replace(unrun, ranks=ranks, tokens=tokens, pairs=_pairs(config, tokens))
         ranks *= 2
-
-
-def _lines(points: list[Point]) -> list[list[Point]]:
-    """The points of each curve, by ranks."""
-    keys = dict.fromkeys((point.scaling, point.length, point.schedule) for point in points)
-    curves = ([point for point in points if (point.scaling, point.length, point.schedule) == key] for key in keys)
-    return [sorted(curve, key=lambda point: (point.measured is None, point.ranks)) for curve in curves]
 
 
 def _model(config: Config) -> str:
     kernel = f", kernel emulated at {config.emulate:.3g} flop/s" if config.emulate else ""
     return f"{config.heads} heads over {config.kv_heads} of {config.head_dim}, {config.dtype}, {config.mask}{kernel}"
-
-
-def _print(points: list[Point], config: Config, world: int, topology: Topology) -> None:
-    table = Table(title=f"{_model(config)}; predictions for {topology.name}", title_justify="left")
-    for name in ("scaling", "schedule", "chosen"):
-        table.add_column(name)
-    for name in ("ranks", "tokens", "forward ms", "predicted", "fwd+bwd ms", "predicted", "efficiency", "predicted"):
-        table.add_column(name, justify="right")
-    for line in _lines(points):
-        for point in line:
-            measured = point.measured or (0.0, 0.0)
-            pairs = zip(measured, point.predicted, strict=True)
-            table.add_row(
-                f"{point.scaling} {point.length}",
-                point.schedule,
-                point.chosen,
-                str(point.ranks),
-                str(point.tokens),
-                *(f"{seconds * 1e3:.4g}" for pair in pairs for seconds in pair),
-                *(f"{point.efficiency(line[0], measured=which):.0%}" for which in (True, False)),
-            )
-        table.add_section()
-    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

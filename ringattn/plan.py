@@ -98,6 +98,7 @@ class Plan:
     kernel: str
     forward: tuple[Lane, ...]
     backward: tuple[Lane, ...]
+    labels: tuple[str, str] = ("", "")  # what forward and backward are called, for people
     notes: str = field(default="", repr=False)
 
     def rows(self, rank: int) -> int:
@@ -145,7 +146,8 @@ class Plan:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        forward, backward = (" | ".join(lane.schedule.name for lane in lanes) for lanes in (self.forward, self.backward))
+        passes = zip(self.labels, (self.forward, self.backward), strict=True)
+        forward, backward = (label or " | ".join(lane.schedule.name for lane in lanes) for label, lanes in passes)
         rows = sorted({self.rows(rank) for rank in range(self.world)})
         lines = [
             f"{self.seq_len} tokens, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, "

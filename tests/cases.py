@@ -27,7 +27,7 @@ SCHEDULES = {
     "ring_quarters_in_turn": lambda world: take_turns(ring(world, routing="direct", lookahead=2), kv=4),
     "token_ring_halves_in_turn": lambda world: take_turns(token_ring(world, routing="direct", direction=-1), q=2),
     "ulysses": lambda world: ulysses(ring(1), world),
-    "ulysses_in_stages": lambda world: ulysses(ring(1), world, stages=max(0, world - 1), groups=2),
+    "ulysses_in_stages": lambda world: ulysses(split(ring(1), q=2), world, stages=max(0, world - 1), groups=2),
     "ulysses_outside": lambda world: ulysses(split(token_ring(world // _small(world)), q=2), _small(world), stages=1),
 }
 

@@ -12,6 +12,9 @@ from ringattn import Mask, Plan, PlanError, Topology, causal, documents, full, m
 from ringattn.cost import Cost, compute_seconds, price
 from ringattn.forecast import Family, families, forecast, rank_families
 from ringattn.forecast.clock import Clock
+from ringattn.forecast.inner import Inner
+from ringattn.forecast.payloads import Model
+from ringattn.forecast.shifts import Links
 from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, token_ring
 from ringattn.schedule.ulysses import ulysses
 from ringattn.topology import PRESETS
@@ -150,6 +153,20 @@ def test_leaps_land_where_every_step_would(monkeypatch: pytest.MonkeyPatch) -> N
             for family, one, other in zip(chosen, leapt, walked, strict=True):
                 assert one.seconds == pytest.approx(other.seconds, rel=0.02), f"{family} on {topology}"
                 assert one.buffer_bytes == other.buffer_bytes, f"{family} on {topology}"
+
+
+@pytest.mark.parametrize("world", [48, 120])
+def test_within_a_round_every_step_loads_the_links_alike(world: int) -> None:
+    seen = 0
+    for topology in links(world):
+        table = Links(topology, world)
+        for family in members(world, 1, 2, 8):
+            for one in Inner(family, Model(8, 2, DIM, "bfloat16", 1), ROWS, backward=True).rounds(table):
+                for post in one.posts:
+                    loads = {table.load(post.axis, post.offset + n * post.slope) for n in range(one.count)}
+                    assert len(loads) <= 1, f"{family} on {topology}: {post} for {one.count} steps"
+                    seen += one.count > 8 and post.slope != 0
+    assert seen > 100, "long rounds with moving shifts must be among them"
 
 
 def _walk_all(clock: Clock, one: Any) -> None:

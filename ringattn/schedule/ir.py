@@ -164,9 +164,9 @@ def make(
     homes: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     rests: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> Schedule:
-    """A schedule in canonical order: by step, otherwise as given. Without `homes`, block n belongs to rank n."""
+    """A schedule in canonical order: by step and due step, otherwise as given. Without `homes`, block n belongs to rank n."""
     q_home, kv_home = homes or (tuple(range(world)), tuple(range(world)))
-    in_time = tuple(sorted(moves, key=lambda m: m.depart))
+    in_time = tuple(sorted(moves, key=lambda m: (m.depart, m.due)))  # what is needed sooner goes first on a link
     in_order = tuple(sorted(tiles, key=lambda t: t.step))
     return Schedule(name, world, q_home, kv_home, in_order, in_time, room, *rests)
 

@@ -71,22 +71,24 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
             yield Named(name, variant, lanes)
         return
     inside = facts.inside(degree)
-    alone = inside.world == 1
-    for variant, lanes in [("", (ring(1),))] if alone else NAMES[name](inside):
-        for stages, groups in _exchanges(degree, inside.kv_heads if facts.kv_heads >= degree * len(lanes) else 1, alone):
-            words = [f"ulysses {degree}"] * (not alone) + [variant] * bool(variant)
-            words += [f"{stages} stages"] * bool(stages and alone)
-            words += [f"{groups} groups"] * (groups > 1)
-            wrapped = zip(*(ulysses(lane, degree, stages=stages, groups=groups) for lane in lanes), strict=True)
+    groups = [n for n in (1, 2, 4) if facts.kv_heads % (degree * n) == 0] or [1]
+    if inside.world == 1:
+        for n in groups:
+            for parts in (1, 2, 4):
+                exchange = split(ring(1), q=parts) if parts > 1 else ring(1)
+                yield Named(f"ulysses {degree}", _words("", parts, n), ulysses(exchange, degree, groups=n))
+            yield Named(f"ulysses {degree}", _words("in stages", 1, n), ulysses(ring(1), degree, stages=degree - 1, groups=n))
+        return
+    for variant, lanes in NAMES[name](inside):
+        for n in groups if facts.kv_heads >= degree * len(lanes) else [1]:
+            wrapped = zip(*(ulysses(lane, degree, stages=degree - 1, groups=n) for lane in lanes), strict=True)
             found = tuple(lane for member in wrapped for lane in member)
-            yield Named(f"ulysses {degree}" if alone else name, ", ".join(words), found)
+            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found)
 
 
-def _exchanges(degree: int, kv_heads: int, alone: bool) -> Iterator[tuple[int, int]]:
-    """Portions to take in and groups of heads: the plain exchange, and those that hide it behind compute."""
-    for groups in (1, 2, 4):
-        if kv_heads % groups == 0:
-            yield from [(0, groups), (degree - 1, groups)] if alone else [(degree - 1, groups)]
+def _words(variant: str, parts: int, groups: int) -> str:
+    words = [variant, f"{parts} parts" if parts > 1 else "", f"{groups} groups" if groups > 1 else ""]
+    return ", ".join(filter(None, words))
 
 
 Variants = Iterator[tuple[str, Lanes]]
@@ -133,9 +135,11 @@ def _all_gather(facts: Facts) -> Variants:
 
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
     for parts in facts.parts:
-        words = [routing, *["reversed"][direction == 1 :], *[f"{parts} parts"][parts == 1 :]]
         cut = take_turns if routing == "direct" else split
-        yield ", ".join(words), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
+        yield (
+            _words(routing + ", reversed" * (direction == -1), parts, 1),
+            (schedule if parts == 1 else cut(schedule, **{what: parts}),),
+        )
 
 
 NAMES: dict[str, Callable[[Facts], Variants]] = {

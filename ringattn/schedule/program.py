@@ -72,7 +72,7 @@ def messages(lanes: Sequence[Schedule], *, backward: bool, keep: bool = False) -
     """
     groups: dict[tuple[int, int, int, int], list[Item]] = defaultdict(list)
     moves = ((move, lane) for lane, schedule in enumerate(lanes) for move in schedule.moves)
-    for move, lane in sorted(moves, key=lambda pair: pair[0].depart):
+    for move, lane in sorted(moves, key=lambda pair: (pair[0].depart, pair[0].due)):
         kept = keep and backward and lanes[lane].to_rest(move)
         if (backward or move.kind is not Kind.KV_ACC) and not (kept and move.kind is Kind.KV):
             groups[move.depart, move.due, move.src, move.dst].append(Item(lane, move.kind, move.index, kept))

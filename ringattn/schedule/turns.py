@@ -3,7 +3,7 @@
     token_ring, direct, 4 ranks, rank 0, by step         parts one after another     parts of 3, 2 and 1 in turn
                                                          3a 3b 2a 2b 1a 1b           3a 2a 1a 3b 2b 1b
 
-Where every pair of ranks has a link of its own, the first parts of all blocks arrive at the same time. `split` works through one
+Where every pair of ranks has a link of its own, the first parts of all blocks arrive at once. `split` works through one
 block while the others lie ready and the link that matters is the one it waits for; here the first part of each is worked on
 first, while the second parts travel. The first results also leave sooner. As many bytes are in flight as before.
 """

@@ -74,7 +74,7 @@ def _later(schedule: Schedule, steps: int, room: Room) -> Schedule:
         move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), due=move.due + steps)
         for move in schedule.moves
     ]
-    return replace(schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: move.depart)), room=room)
+    return replace(schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: (move.depart, move.due))), room=room)
 
 
 class _Lane:
@@ -116,11 +116,25 @@ class _Lane:
 
     def inputs(self) -> Iterator[Move]:
         """From the owners of the rows to the member that has these heads."""
+        needed = self._first_use()
         for kind, homes in ((Kind.Q, self.inner.q_home), (Kind.KV, self.inner.kv_home)):
             for index, home in enumerate(homes):
                 for m, block in self.parts(index):
                     if m != self.member:
-                        yield Move(kind, block, home * self.degree + m, self.rank(home), 0, self.stage(m))
+                        due = self.stage(m) + needed.get((kind, index), 0)
+                        yield Move(kind, block, home * self.degree + m, self.rank(home), 0, due)
+
+    def _first_use(self) -> dict[tuple[Kind, int], int]:
+        """The step of the inner schedule in which an input is first read or sent at its home."""
+        steps: dict[tuple[Kind, int], int] = {}
+        reads = [(Kind.Q, t.i, t.rank, t.step) for t in self.inner.tiles] + [
+            (Kind.KV, t.j, t.rank, t.step) for t in self.inner.tiles
+        ]
+        reads += [(m.kind, m.index, m.src, m.depart) for m in self.inner.moves if not m.kind.moved]
+        for kind, index, rank, step in reads:
+            if rank == self.inner.home(kind, index):
+                steps[kind, index] = min(step, steps.get((kind, index), step))
+        return steps
 
     def within(self) -> Iterator[Move]:
         """The moves of the inner schedule; what leaves its home there at once leaves as soon as it has come."""

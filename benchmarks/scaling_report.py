@@ -1,4 +1,4 @@
-"""The picture of `scaling.py`: time above, efficiency below, strong scaling left, weak right.
+"""What `scaling.py` has found, as a table and as a picture: time above, efficiency below, strong scaling left, weak right.
 
 Solid with dots: measured. Open circles: what was predicted for those ranks. Dashed and marked "model": nobody has run it.
 matplotlib is imported only when a picture is asked for, and only its file renderers: no display, no global state.
@@ -6,15 +6,83 @@ matplotlib is imported only when a picture is asked for, and only its file rende
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.table import Table
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from scaling import Point
+
+    from ringattn import Plan
 
 WORDS = {"strong": "tokens", "weak": "tokens a rank"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number of ranks. Seconds are of forward and of forward + backward; measured ones are None beyond the ranks at hand.
+
+    `pairs`: (query, key) pairs that the mask keeps, which is what there is to do.
+    """
+
+    scaling: str
+    length: int
+    schedule: str
+    ranks: int
+    tokens: int
+    pairs: float
+    chosen: str
+    measured: tuple[float, float] | None
+    predicted: tuple[float, float]
+
+    def efficiency(self, first: Point, *, measured: bool) -> float:
+        """Of forward + backward, relative to `first`."""
+        mine, its = ((one.measured if measured else one.predicted) or (0, 0) for one in (self, first))
+        return (self.pairs / (self.ranks * mine[1])) / (first.pairs / (first.ranks * its[1]))
+
+
+def curves(points: Sequence[Point]) -> list[list[Point]]:
+    """The points of each curve, by ranks: first those measured, then those beyond."""
+    keys = dict.fromkeys((point.scaling, point.length, point.schedule) for point in points)
+    found = ([point for point in points if (point.scaling, point.length, point.schedule) == key] for key in keys)
+    return [sorted(curve, key=lambda point: (point.measured is None, point.ranks)) for curve in found]
+
+
+def chosen(plan: Plan) -> str:
+    """The schedules of both passes; lanes of a Ulysses group differ in whose they are, which is left out."""
+    passes = [
+        [re.sub(r"ulysses \d+ of", "ulysses", lane.schedule.name) for lane in one] for one in (plan.forward, plan.backward)
+    ]
+    forward, backward = ("|".join(dict.fromkeys(names)) for names in passes)
+    return forward if forward == backward else f"{forward}, backward {backward}"
+
+
+def print_table(points: Sequence[Point], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("scaling", "schedule", "chosen"):
+        table.add_column(name)
+    for name in ("ranks", "tokens", "forward ms", "predicted", "fwd+bwd ms", "predicted", "efficiency", "predicted"):
+        table.add_column(name, justify="right")
+    for line in curves(points):
+        for point in line:
+            measured = point.measured or (0.0, 0.0)
+            pairs = zip(measured, point.predicted, strict=True)
+            table.add_row(
+                f"{point.scaling} {point.length}",
+                point.schedule,
+                point.chosen,
+                str(point.ranks),
+                str(point.tokens),
+                *(f"{seconds * 1e3:.4g}" for pair in pairs for seconds in pair),
+                *(f"{point.efficiency(line[0], measured=which):.0%}" for which in (True, False)),
+            )
+        table.add_section()
+    Console(width=150).print(table)
 
 
 def draw(lines: Sequence[Sequence[Point]], path: Path, title: str) -> None:
@@ -28,8 +96,7 @@ def draw(lines: Sequence[Sequence[Point]], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=9)
     panels = figure.subplots(2, len(kinds), squeeze=False, sharex=True)
     for kind, (time, share) in zip(kinds, zip(*panels, strict=True), strict=True):
-        chosen = [line for line in lines if line[0].scaling == kind]
-        for n, line in enumerate(chosen):
+        for n, line in enumerate(line for line in lines if line[0].scaling == kind):
             _curve(time, share, line, f"C{n}")
         _label(time, f"{kind} scaling", "forward + backward, s")
         _label(share, "", "efficiency")
