@@ -6,7 +6,8 @@ transfer begins when both ends have posted it and queues for every resource of i
 
 Every kernel call and message has its launch, and merging and packing go at the topology's rate of memory.
 
-What it leaves out: kernels that are slower on small or narrow tiles, compute that transfers slow down. So it is for choosing among plans; a duration to rely on must be measured. No torch here.
+What it leaves out: kernels that are slower on small or narrow tiles, compute that transfers slow down. So it is for choosing
+among plans; a duration to rely on must be measured. No torch here.
 """
 
 from __future__ import annotations

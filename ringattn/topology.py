@@ -199,7 +199,7 @@ def _preset(name: str, kind: str, *, latency: float, bandwidth: float, flops: fl
 
 
 # What a program gets, not what a data sheet promises: about 80 % of the line rate, attention at about half of the peak flop/s.
-# Latency is that of one point-to-point message as NCCL, HCCL or gloo delivers it. `memory` is about two thirds of the data sheet's.
+# Latency is that of one point-to-point message as NCCL, HCCL or gloo delivers it; `memory` is two thirds of the data sheet's.
 PRESETS: dict[str, Topology] = {
     topology.name: topology
     for topology in (

@@ -16,9 +16,11 @@ from ringattn.layout import LAYOUTS
 from ringattn.plan import Plan, make_lanes
 from ringattn.schedule import Kind, Schedule, check, peak, ring, split
 from ringattn.schedule.balanced import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
+from ringattn.schedule.balanced.batches import next_batch
 from ringattn.schedule.balanced.ledger import Ledger
 from ringattn.schedule.balanced.problem import loads, visits
 from ringattn.schedule.balanced.starts import starts
+from ringattn.schedule.balanced.timeline import Timeline
 from ringattn.schedule.balanced.walk import Walk
 from ringattn.schedule.program import program
 from ringattn.topology import Topology
@@ -261,6 +263,52 @@ def test_more_lookahead_keeps_more_on_the_way() -> None:
     short, long = (schedule_of(problem, found, lookahead=n) for n in (1, 32))
     assert sum(short.room) < sum(long.room)
     assert {(m.kind, m.index, m.dst) for m in short.moves} == {(m.kind, m.index, m.dst) for m in long.moves}
+
+
+def test_no_rank_is_sent_more_than_a_window_of_work_ahead() -> None:
+    """Whenever an input begins to travel, its receiver has less than the window of foreign work to begin with."""
+    problem = halves(8, 4, "zigzag", objective="link")
+    ranks = starts(problem)[0]
+    for window in (1, 4, 16):
+        line = Timeline(problem, ranks, window)
+        inputs = [t for t in line.transfers if not t.home]
+        for n, sent in enumerate(inputs):
+            coming = {n for n, line in enumerate(problem.lines) if line.home == sent.rank}
+            coming |= {t.line for t in inputs[:n] if t.rank == sent.rank}
+            begun = {tile for batch in line.batches if batch.start <= sent.start for tile in batch.tiles}
+            foreign = [
+                tile
+                for tile, rank in enumerate(ranks)
+                if rank == sent.rank and tile not in begun and coming.issuperset(problem.sides[tile])
+                if any(problem.lines[side].home != rank for side in problem.sides[tile])
+            ]
+            assert sum(problem.area[tile] for tile in foreign) < line.window
+
+
+def test_what_must_go_home_is_computed_first_and_own_work_last() -> None:
+    """Rank 0 has all it needs: its own tile, one of foreign keys, two foreign queries, the second with less work."""
+    areas = {(0, 0): 5, (0, 1): 5, (1, 0): 4, (1, 1): 4, (2, 0): 6}
+    problem = Problem(2, areas, [0, 1, 1], [0, 1], [1] * 3, [1] * 2, Costs(1, 1, 1))
+    left, order = set(range(5)), []
+    while left:
+        order.append(tuple(problem.tiles[tile] for tile in next_batch(problem, 0, left, range(5), grain=8)))
+        left -= {problem.tiles.index(tile) for tile in order[-1]}
+    assert order == [((2, 0),), ((1, 0), (1, 1)), ((0, 1),), ((0, 0),)]
+    waiting = next_batch(problem, 0, range(5), {0, 1, 3}, grain=8)  # of those that are here, (1, 0) cannot leave soon
+    assert [problem.tiles[tile] for tile in waiting] == [(1, 0)]
+
+
+def test_rows_times_columns_go_in_one_batch() -> None:
+    problem = Problem(1, dict.fromkeys(product(range(3), range(2)), 5), [0] * 3, [0] * 2, [1] * 3, [1] * 2, Costs(1, 1, 1))
+    for grain, tiles in ((4, 1), (10, 2), (24, 4), (30, 6)):
+        assert next_batch(problem, 0, range(6), range(5), grain) == tuple(range(tiles))
+
+
+def test_what_opens_most_work_for_its_bytes_comes_first() -> None:
+    """Three foreign key blocks for rank 0: much work, little, and much at twice the bytes."""
+    problem = Problem(2, {(0, 0): 30, (0, 1): 10, (0, 2): 40}, [0], [1] * 3, [1], [1, 1, 2], Costs(1, 1, 1))
+    line = Timeline(problem, [0, 0, 0], window=8)
+    assert [problem.lines[t.line].index for t in line.transfers if not t.home] == [0, 2, 1]
 
 
 def test_kernel_calls_are_few() -> None:

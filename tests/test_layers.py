@@ -22,6 +22,7 @@ LAYERS = [
     ["plan"],
     ["cost"],
     ["planner"],
+    ["forecast"],
     ["partial", "comm", "kernels"],
     ["sharding", "engine"],
     ["work"],
@@ -30,7 +31,7 @@ LAYERS = [
     ["nn", "runtime"],
     ["cli"],
 ]
-PURE = ["errors", "mask", "layout", "pieces", "schedule", "topology", "payload", "plan", "cost", "planner"]
+PURE = ["errors", "mask", "layout", "pieces", "schedule", "topology", "payload", "plan", "cost", "planner", "forecast"]
 
 
 def unit(path: Path) -> str:

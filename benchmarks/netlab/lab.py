@@ -23,7 +23,7 @@ BURST = "64kb"  # one packet as the kernel hands it over; less would throttle, m
 LATENCY = 1e-3  # seconds that a message takes beyond its bytes, two processes and a shaper included
 GOODPUT = 0.99  # of the rate, what is left for the payload of 1 MB: headers take 4 %, the burst gives some of it back
 UPLINK = 1000  # the htb class of all traffic that leaves the node
-QUEUE = "500ms"  # what a port may hold back before it drops
+QUEUE = "5000ms"  # what a port may hold back before it drops: more than all windows together, as links of a machine do
 
 
 @dataclass

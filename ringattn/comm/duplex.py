@@ -11,53 +11,72 @@ Every point-to-point transfer of the library is made here. What it does not do: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_process_group_store
 
 Group = dist.ProcessGroup | None
 
-_twins: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()  # a twin ends with its group
+_twins: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupGloo] = WeakKeyDictionary()  # a twin ends with its group
+
+
+class Transfer(NamedTuple):
+    """`tensor` goes from rank `src` of `group` to rank `dst`; `rank` is the one that is here, either of the two."""
+
+    tensor: Tensor
+    group: Group
+    rank: int
+    src: int
+    dst: int
+
+
+def sending(tensor: Tensor, group: Group, rank: int, peer: int) -> Transfer:
+    """`rank` of `group` sends `tensor` to `peer`."""
+    return Transfer(tensor, group, rank, rank, peer)
+
+
+def receiving(tensor: Tensor, group: Group, rank: int, peer: int) -> Transfer:
+    """`rank` of `group` receives into `tensor` from `peer`."""
+    return Transfer(tensor, group, rank, peer, rank)
 
 
 def prepare(group: Group) -> None:
     """Make the second connections of a gloo group, once. Collective: every rank of `group` calls it at the same point."""
     if group is None or group in _twins or dist.get_backend(group) != "gloo":
         return
+    # Not by new_group: it names groups by how many a process has been in, which differs between ranks of subgroups.
+    store = PrefixStore("ringattn/duplex", _get_process_group_store(group))
     timeout = group._get_backend(torch.device("cpu")).options._timeout
-    ranks = dist.get_process_group_ranks(group)
-    _twins[group] = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
+    _twins[group] = ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
 
 
-def sending(tensor: Tensor, group: Group, rank: int, peer: int) -> dist.P2POp:
-    """`rank` of `group` sends `tensor` to `peer`."""
-    return dist.P2POp(dist.isend, tensor, group=_one_way(group, rank, peer), group_peer=peer)
+def start(transfers: Sequence[Transfer]) -> list[list[dist.Work]]:
+    """Post `transfers` of one group together; for each, what to wait for: its own handle, or the one for all."""
+    group = transfers[0].group
+    if group is not None and group in _twins:
+        return [[_one_way(transfer, group if transfer.src < transfer.dst else _twins[group])] for transfer in transfers]
+    works = dist.batch_isend_irecv([_operation(transfer) for transfer in transfers])
+    return [[work] for work in works] if len(works) == len(transfers) else [works] * len(transfers)
 
 
-def receiving(tensor: Tensor, group: Group, rank: int, peer: int) -> dist.P2POp:
-    """`rank` of `group` receives `tensor` from `peer`."""
-    return dist.P2POp(dist.irecv, tensor, group=_one_way(group, peer, rank), group_peer=peer)
-
-
-def start(ops: Sequence[dist.P2POp]) -> list[list[dist.Work]]:
-    """Post `ops`, those of one group together; for each, what to wait for: its handle, or the one for its whole group."""
-    started: list[list[dist.Work]] = [[] for _ in ops]
-    for group in dict.fromkeys(op.group for op in ops):
-        numbers = [n for n, op in enumerate(ops) if op.group is group]
-        works = dist.batch_isend_irecv([ops[n] for n in numbers])
-        for k, n in enumerate(numbers):
-            started[n] = [works[k]] if len(works) == len(numbers) else works
-    return started
-
-
-def finish(ops: Sequence[dist.P2POp]) -> None:
-    """Post `ops` and wait for all of them."""
-    for works in start(ops):
+def finish(transfers: Sequence[Transfer]) -> None:
+    """Post `transfers` and wait for all of them."""
+    for works in start(transfers):
         for work in works:
             work.wait()
 
 
-def _one_way(group: Group, src: int, dst: int) -> Group:
-    return group if src < dst or group is None else _twins.get(group, group)
+def _one_way(transfer: Transfer, way: Any) -> dist.Work:
+    if transfer.rank == transfer.src:
+        return cast(dist.Work, way.send([transfer.tensor], transfer.dst, 0))
+    return cast(dist.Work, way.recv([transfer.tensor], transfer.src, 0))
+
+
+def _operation(transfer: Transfer) -> dist.P2POp:
+    sends = transfer.rank == transfer.src
+    peer = transfer.dst if sends else transfer.src
+    return dist.P2POp(dist.isend if sends else dist.irecv, transfer.tensor, group=transfer.group, group_peer=peer)

@@ -78,10 +78,9 @@ def choose(request: Request) -> Plan:
     forward, backward = best[1]
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
     notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
-    said = {"labels": (str(forward.named), str(backward.named)), "notes": notes}
-    if forward is backward:
-        return replace(forward.plan, **said)
-    return replace(forward.plan, backward=backward.plan.backward, **said)
+    labels = str(forward.named), str(backward.named)
+    lanes = forward.plan.forward if forward is backward else backward.plan.backward
+    return replace(forward.plan, backward=lanes, labels=labels, notes=notes)
 
 
 def _best_pair(found: Sequence[Candidate]) -> Pair:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm.duplex import finish, prepare, receiving, sending
+from ringattn.comm.duplex import Transfer, finish, prepare, receiving, sending
 from ringattn.cost import MERGE
 from ringattn.kernels import Operands, Options, get
 from ringattn.partial import Partial, merge_
@@ -136,7 +136,7 @@ class Probe:
     def _receive(self, message: Tensor, peer: int) -> None:
         self._wait([receiving(message, self.group, self.rank, peer)])
 
-    def _wait(self, ops: Sequence[dist.P2POp]) -> None:
+    def _wait(self, ops: Sequence[Transfer]) -> None:
         finish(ops)
         if self.device == "cuda":
             torch.cuda.synchronize()

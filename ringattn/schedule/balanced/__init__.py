@@ -1,16 +1,16 @@
 """Balanced: a schedule that an optimiser makes, for any mask and any layout.
 
 Every published schedule fixes which tiles a rank computes by a rule that knows no mask. Here the mask's own table of tiles is
-shared out: all ranks work alike, and of what then is possible the least is moved. Under a causal mask with 8 heads over 8 that
-is less than half of the usual zigzag ring; with few KV heads it turns into that ring by itself, without its idle halves.
+shared out: all ranks work alike, and of what then is possible the least is moved. Under a causal mask with as many KV heads as
+heads that is near half of the usual zigzag ring; with few KV heads it turns into that ring by itself, without its idle halves.
 
     problem    the tables and prices, and what an assignment of tiles to ranks comes to
     search     a good assignment, fast and the same on every rank:   starts, ledger, walk
     exact      the best one, by a solver: the yardstick for `search`
     steps      an assignment as a `Schedule`:                        timeline, batches
 
-The idea of sending queries where keys are many and keys where queries are, tile by tile: MagiAttention's dispatch of queries
-and outputs, https://github.com/SandAI-org/MagiAttention.
+Sending queries where keys are many and keys where queries are, tile by tile, is MagiAttention's idea too:
+https://github.com/SandAI-org/MagiAttention. The search, the solver's program and the timeline are new here.
 """
 
 from __future__ import annotations

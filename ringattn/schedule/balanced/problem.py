@@ -5,7 +5,7 @@ of a block that is not its own is *visited* by that block: the inputs travel the
 however many tiles the visit serves. Rows and columns of the table cost alike, so both are called lines: line i is query block
 i, line `len(q_home) + j` is key block j.
 
-Numbers only: no mask, no layout, no topology, no time. Who searches is `search` or `exact`; when things happen is `timetable`.
+Numbers only: no mask, no layout, no topology, no time. Who searches is `search` or `exact`; when things happen is `timeline`.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def _steps(problem: Problem, timeline: Timeline) -> list[int]:
 
 def _input(problem: Problem, transfer: Transfer, read: list[int], lookahead: int, planned: int) -> Move:
     line, due = problem.lines[transfer.line], min(read)
-    depart = max(0, min(planned - AHEAD, due - 1))
+    depart = max(0, due - lookahead, min(planned - AHEAD, due - 1))
     return Move(line.kind, line.index, line.home, transfer.rank, depart, due)
 
 
