@@ -32,7 +32,7 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.cost import price
+from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.request import DEFAULT_TOPOLOGY
 from ringattn.schedule.named import NAMES
 from ringattn.topology import PRESETS
@@ -201,8 +201,16 @@ def _row(contender: Contender, topology: Topology, config: Config) -> dict[str, 
     row = dict(name=contender.name, ours=contender.plan is not None, forward=forward, both=both, error=contender.error)
     if contender.plan is not None:
         predicted = [price(contender.plan, topology, backward=backward).seconds for backward in (False, True)]
+        bounds = [_bound(contender.plan, topology, backward) for backward in (False, True)]
         row |= dict(predicted_forward=predicted[0], predicted_both=sum(predicted), plan=str(contender.plan))
+        row |= dict(bound_forward=bounds[0], bound_both=sum(bounds))
     return row | dict(seconds=contender.seconds)
+
+
+def _bound(plan: Plan, topology: Topology, backward: bool) -> float:
+    """Seconds that compute, or the busiest link for its bytes, needs alone."""
+    transfer = transfer_seconds(traffic(plan, backward=backward), topology)
+    return max(compute_seconds(plan, topology, backward=backward), transfer)
 
 
 def _print(

@@ -14,19 +14,23 @@ IEEE doubles and depends on the request alone, so every rank finds the same plan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
 from ringattn.layout import Layout
+from ringattn.mask import full
 from ringattn.plan import Plan, make_lanes
 from ringattn.planner.request import Request
-from ringattn.schedule import ring, split
+from ringattn.planner.share_out import shared_out
+from ringattn.schedule import check, ring, split
 from ringattn.schedule.named import NAMES, Facts, Named, named
 from ringattn.topology import Topology
 
 TIE = 1.01
+WORTH_A_SEARCH = 0.05  # of the time, that ranks would wait for transfers
+SMALL = 8  # up to as many ranks "auto" searches for a balanced schedule: a second or two; by name it does for any number
 LARGE = 16  # more ranks than this are planned in whole blocks: parts gain little there and take long to price
 LAYOUT_TIE = 1.05
 
@@ -47,10 +51,17 @@ class Candidate:
     def total_bytes(self, *, backward: bool) -> int:
         return sum(self._traffic[backward].values())
 
+    def compute(self, *, backward: bool) -> float:
+        """Seconds of the rank that computes most."""
+        return self._compute * (BACKWARD_FLOPS if backward else 1)
+
+    @cached_property
+    def _compute(self) -> float:
+        return compute_seconds(self.plan, self.topology)
+
     def at_least(self, *, backward: bool) -> float:
         """Seconds it cannot take less than, without a simulation."""
-        compute = compute_seconds(self.plan, self.topology, backward=backward)
-        return max(compute, transfer_seconds(self._traffic[backward], self.topology))
+        return max(self.compute(backward=backward), transfer_seconds(self._traffic[backward], self.topology))
 
     @cached_property
     def _traffic(self) -> tuple[dict[tuple[int, int], int], ...]:
@@ -67,7 +78,7 @@ Pair = tuple[Candidate, Candidate]  # forward, backward
 @lru_cache(maxsize=256)
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
-    best = None
+    best: tuple[int, Pair] | None = None
     for n, layout in reversed(list(enumerate(_worthwhile(request)))):
         limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
         found = options(request, layout, limit)
@@ -75,12 +86,28 @@ def choose(request: Request) -> Plan:
             pair = _best_pair(found)
             best = (n, pair) if best is None or _seconds(*pair) < limit else best
     assert best is not None
+    best = _shared_out(request, best)
     forward, backward = best[1]
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
     notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
     labels = str(forward.named), str(backward.named)
     lanes = forward.plan.forward if forward is backward else backward.plan.backward
     return replace(forward.plan, backward=lanes, labels=labels, notes=notes)
+
+
+def _shared_out(request: Request, best: tuple[int, Pair]) -> tuple[int, Pair]:
+    """The same, or better with schedules made for this very mask: worth a search where compute does not hide all transfers."""
+    if request.schedule != "auto" or request.world > SMALL or request.mask == full():
+        return best
+    for n, layout in enumerate(_worthwhile(request)):
+        idle = _seconds(*best[1]) - sum(option.compute(backward=b) for option, b in zip(best[1], (False, True), strict=True))
+        if idle < WORTH_A_SEARCH * _seconds(*best[1]):
+            break
+        degrees = [degree for degree in request.degrees if request.world // degree > 2]
+        found = _candidates(request, layout, (one for degree in degrees for one in shared_out(request, layout, degree)))
+        pair = _best_pair([*found, *(best[1] if n == best[0] else ())]) if found else best[1]
+        best = (n, pair) if TIE * _seconds(*pair) < _seconds(*best[1]) else best
+    return best
 
 
 def _best_pair(found: Sequence[Candidate]) -> Pair:
@@ -125,13 +152,17 @@ def allowed(request: Request) -> list[Candidate]:
 
 def options(request: Request, layout: Layout, limit: float = float("inf")) -> list[Candidate]:
     """Every schedule that `request` allows, on one layout; not those whose compute alone takes more than `limit` seconds."""
+    found = _candidates(request, layout, _schedules(request, layout))
+    return [one for one in found if sum(one.compute(backward=backward) for backward in (False, True)) < limit]
+
+
+def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> list[Candidate]:
     found = []
-    for one in _schedules(request, layout):
+    for one in named:
         lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
-        if (1 + BACKWARD_FLOPS) * compute_seconds(plan, request.topology) < limit:
-            found.append(Candidate(one, plan, request.topology))
+        found.append(Candidate(one, plan, request.topology))
     return found
 
 
@@ -150,7 +181,12 @@ def _worthwhile(request: Request) -> list[Layout]:
 
 def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if not isinstance(request.schedule, str):
+        for lane in make_lanes(request.schedule, layout, request.mask, request.heads, request.kv_heads):
+            check(lane.schedule, lane.areas)
         yield Named("given", "", request.schedule)
+        return
+    if request.schedule == "balanced":
+        yield from shared_out(request, layout, request.degrees[0])
         return
     for degree in request.degrees:
         groups = request.world // degree

@@ -22,6 +22,7 @@ from ringattn.schedule.ulysses import ulysses
 from ringattn.topology import PRESETS, Topology
 
 KERNELS = ("sdpa", "reference")  # "auto" is the first
+SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = "emulated:"  # and the flop/s, see `kernels.emulated`
 DEFAULT_TOPOLOGY = "infiniband"
 
@@ -175,15 +176,16 @@ _check_once = lru_cache(maxsize=64)(check)
 
 def _schedule(schedule: Any, world: int, kv_heads: int, degree: int) -> str | Lanes:
     if isinstance(schedule, str):
-        return _one_of("schedule", schedule, ("auto", *NAMES))
+        return _one_of("schedule", schedule, SCHEDULES)
     lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
     if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
-        raise PlanError(f"schedule={schedule!r}; give a name ({', '.join(('auto', *NAMES))}), a Schedule, or a tuple of them")
+        raise PlanError(f"schedule={schedule!r}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them")
     for lane in lanes:
         if lane.world * degree != world:
             within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
             raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and {within}; build it for {world // degree}")
-        _check_once(lane)
+        if len(lane.tiles) >= len(lane.q_home) * len(lane.kv_home):  # others are for one mask, and checked with it
+            _check_once(lane)
     queries_travel = any(move.kind.of_queries for lane in lanes for move in lane.moves)
     resting = any(lane.resting for lane in lanes)
     if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel) and not resting:

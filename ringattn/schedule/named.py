@@ -10,6 +10,8 @@
 Each of them also inside Ulysses, in which groups of ranks trade sequence for heads (see `schedule.ulysses`); the name is then
 that of what runs among the groups.
 
+`balanced` is made for a mask and a layout, so it is not here: see `schedule.balanced` and the planner.
+
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, or quarters, so that
 the first tile starts and the first result leaves early. Within a name and among names, what needs less room stands first.
 """
