@@ -115,6 +115,8 @@ class Lab(AbstractContextManager["Lab"]):
         _run(f"{on_host} ip link set lo up")
         # BBR, a default on some machines, mistakes the shaper for a slow path: 2 MB on every link at once took 0.58 s for 0.34.
         _run(f"{on_host} sysctl -q -w net.ipv4.tcp_congestion_control=reno")
+        # Or whoever has been idle for long starts slowly: contenders take turns, and a training job is never idle that long.
+        _run(f"{on_host} sysctl -q -w net.ipv4.tcp_slow_start_after_idle=0")
         if self.kind == "switch":
             shape = f"root tbf rate {self.mbit}mbit burst {BURST} latency {QUEUE}"
             _run(f"{on_host} tc qdisc add dev eth0 {shape}")
