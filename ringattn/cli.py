@@ -19,11 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ringattn.errors import LaunchError, PlanError, RingAttnError
+from ringattn.forecast import rank_families
 from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 from ringattn.plan import Plan
 from ringattn.planner import Candidate, candidates, make_plan
+from ringattn.planner.request import request
 from ringattn.topology import PRESETS, Topology, load_topology
 
+MANY = 64  # ranks above which every rank for itself takes too long to price
 WIDE = 160  # columns where there is no terminal to ask
 
 
@@ -41,11 +44,14 @@ def plan(
     ulysses: int | None = None,
     kernel: str = "auto",
     topology: str | None = None,
+    buffer_limit: int | None = None,
     draw: Path | None = None,
     draw_pass: Literal["forward", "backward"] = "forward",
     top: int = 12,
 ) -> None:
     """Price every plan for one attention layer with a batch of 1, and show the one that make_plan chooses.
+
+    Above 64 ranks and with schedule auto, closed forms price whole families instead, and no plan is made.
 
     Args:
         seq_len: Tokens in the whole sequence.
@@ -55,11 +61,12 @@ def plan(
         head_dim: Of q, k and v.
         dtype: float32, float64, bfloat16 or float16.
         mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
-        schedule: auto, ring, bidirectional_ring, ring_direct, token_ring, mesh or all_gather.
+        schedule: auto, balanced, or a name from ringattn.schedule.named, as ring or token_ring.
         layout: auto, contiguous, zigzag or striped.
         ulysses: Degree of head resharding.
-        kernel: auto, sdpa or reference.
+        kernel: auto, sdpa, reference or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
+        buffer_limit: Bytes that a rank may hold beyond its own rows.
         draw: Write a picture of the chosen schedule to this SVG file.
         draw_pass: Which pass to draw.
         top: Rows of the table.
@@ -78,7 +85,11 @@ def plan(
         "ulysses": ulysses,
         "kernel": kernel,
         "topology": _topology(topology),
+        "buffer_limit": buffer_limit,
     }
+    if world > MANY and schedule == "auto":
+        _console().print(_families(seq_len, arguments, top))
+        return
     chosen = make_plan(seq_len, **arguments)
     console = _console()
     console.print(_comparison(candidates(seq_len, **arguments), chosen, top))
@@ -154,6 +165,26 @@ def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
                 f"{(forward.total_bytes + backward.total_bytes) / 1e9:.4g}",
                 f"{max(forward.buffer_bytes, backward.buffer_bytes) / 1e6:.4g}",
             )
+    return table
+
+
+def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
+    """Families by closed form, see `forecast`: the rows of the table are what make_plan takes as schedule and ulysses."""
+    if any(arguments[name] is not None for name in ("ulysses", "buffer_limit")):
+        raise PlanError(f"--ulysses and --buffer-limit need a schedule by name above {MANY} ranks: add --schedule")
+    asked = request(seq_len=seq_len, **arguments)
+    same = {name: getattr(asked, name) for name in ("world", "heads", "kv_heads", "head_dim", "dtype", "mask", "topology")}
+    layout = "zigzag" if arguments["layout"] == "auto" else arguments["layout"]
+    found = rank_families(seq_len, **same, layout=layout)
+    table = Table(title=f"{len(found)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
+    table.add_column("family", no_wrap=True)
+    for name in ("forward ms", "backward ms", "busiest link MB", "all links GB", "buffers MB"):
+        table.add_column(name, justify="right")
+    for one in found[:top]:
+        seconds = (f"{cost.seconds * 1e3:.4g}" for cost in (one.forward, one.backward))
+        total = (one.forward.total_bytes + one.backward.total_bytes) / 1e9
+        link = max(one.forward.link_bytes, one.backward.link_bytes) / 1e6
+        table.add_row(str(one.family), *seconds, f"{link:.4g}", f"{total:.4g}", f"{one.buffer_bytes / 1e6:.4g}")
     return table
 
 

@@ -1,6 +1,6 @@
 """The product of everything, as cases that read like sentences, and how one is run against the meaning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -14,7 +14,18 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
 from ringattn.kernels import Options
-from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, split, take_turns, token_ring, ulysses
+from ringattn.schedule import (
+    Schedule,
+    accumulating_ring,
+    bidirectional_ring,
+    both_ways,
+    mesh,
+    ring,
+    split,
+    take_turns,
+    token_ring,
+    ulysses,
+)
 
 SCHEDULES = {
     "ring": ring,
@@ -22,7 +33,10 @@ SCHEDULES = {
     "bidirectional_ring": bidirectional_ring,
     "token_ring": token_ring,
     "token_ring_direct": lambda world: token_ring(world, routing="direct"),
+    "accumulating_ring": accumulating_ring,
+    "token_ring_both_ways": lambda world: both_ways(split(token_ring(world), q=2)),
     "mesh": mesh,
+    "mesh_direct": lambda world: mesh(world, q_routing="direct", kv_routing="direct"),
     "token_ring_halves": lambda world: split(token_ring(world, direction=-1), q=2),
     "ring_quarters_in_turn": lambda world: take_turns(ring(world, routing="direct", lookahead=2), kv=4),
     "token_ring_halves_in_turn": lambda world: take_turns(token_ring(world, routing="direct", direction=-1), q=2),
@@ -64,8 +78,8 @@ class Case:
         return make_plan(self.length, **given)
 
 
-def product_of_everything(worlds: range, length: int) -> Iterator[Case]:
-    for parts in product(SCHEDULES, LAYOUTS, MASKS, HEADS, worlds):
+def product_of_everything(worlds: range, length: int, schedules: Iterable[str] = SCHEDULES) -> Iterator[Case]:
+    for parts in product(schedules, LAYOUTS, MASKS, HEADS, worlds):
         yield Case(*parts, length)
 
 

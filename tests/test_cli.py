@@ -86,6 +86,15 @@ def test_errors_are_one_paragraph_and_status_2(arguments: list[str], said: str) 
     assert ran.stderr.startswith("ringattn: ") and said in ran.stderr and ran.stderr.count("\n") == 1
 
 
+def test_thousands_of_ranks_are_priced_by_closed_form() -> None:
+    flags = "--world 4096 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology rails"
+    ran = run("plan", "4194304", *flags.split(), before=NO_TORCH)
+    assert ran.returncode == 0, ran.stderr
+    assert "families on rails, zigzag, by closed form" in ran.stdout and "ulysses 32 x mesh" in ran.stdout
+    ran = run("plan", "4194304", *flags.split(), "--ulysses", "2")
+    assert ran.returncode == 2 and "add --schedule" in ran.stderr
+
+
 def test_masks_have_names() -> None:
     assert _mask("full") == full() and _mask("causal") == causal() and _mask("prefix:7") == prefix_lm(7)
     assert _mask("window:9") == sliding_window(9) and _mask("window:9,2") == sliding_window(9, 2)

@@ -1,5 +1,6 @@
 """What a plan costs: bytes exactly as the transport counts them and as the closed forms say, and time that adds up by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import cases
@@ -9,7 +10,7 @@ import torch
 from ringattn import Plan, Topology, causal, full, make_plan
 from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
-from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
+from ringattn.cost import MERGE, compute_seconds, price, traffic, transfer_seconds
 from ringattn.kernels import Options
 from ringattn.schedule import Schedule, ring, token_ring
 from ringattn.topology import PRESETS
@@ -179,6 +180,14 @@ def test_one_rank_only_computes() -> None:
     cost = price(plan, FAST)
     assert cost.seconds == cost.compute_seconds > 0
     assert (cost.transfer_seconds, cost.link_bytes, cost.total_bytes, cost.buffer_bytes) == (0, 0, 0, 0)
+
+
+def test_launches_and_merges_have_their_price() -> None:
+    """A rank alone: one kernel call, and its result touched MERGE times; out and lse are fp32, as wide as sums are."""
+    plan = make_plan(100, world=1, heads=4, head_dim=16)
+    slow = replace(FAST, launch=0.5, memory=1e6)
+    touched = MERGE * 100 * 4 * (16 + 1) * 4
+    assert price(plan, slow).seconds == pytest.approx(price(plan, FAST).seconds + 0.5 + touched / 1e6)
 
 
 def test_buffers_are_bounded_except_where_all_is_gathered() -> None:

@@ -22,6 +22,7 @@ from ringattn import (
     make_plan,
     sliding_window,
 )
+from ringattn.cost import price
 from ringattn.kernels import KERNELS as REAL_KERNELS
 from ringattn.layout import Span, contiguous
 from ringattn.planner import KERNELS, Candidate, candidates
@@ -210,6 +211,44 @@ def test_a_schedule_given_as_data_is_obeyed() -> None:
     assert made.forward[0].schedule == made.backward[0].schedule == token_ring(4, direction=-1)
     assert len(plan(schedule=bidirectional_ring(4)).forward) == 2
     assert len(plan(schedule=list(bidirectional_ring(4)), kv_heads=1).forward) == 1, "two lanes share the keys of one head"
+
+
+def test_buffers_can_be_limited() -> None:
+    free = make_plan(**USUAL)
+    needs = {c.buffer_bytes for c in candidates(**USUAL)}
+    tight = make_plan(**USUAL, buffer_limit=min(needs))
+    assert max(price(tight, PRESETS["infiniband"], backward=b).buffer_bytes for b in (False, True)) == min(needs)
+    assert make_plan(**USUAL, buffer_limit=max(needs)) == free
+    with pytest.raises(PlanError, match=f"buffer_limit=1: the least that any allowed plan needs is {min(needs)} bytes"):
+        make_plan(**USUAL, buffer_limit=1)
+
+
+def test_where_links_are_slow_a_schedule_is_made_for_the_mask() -> None:
+    """Nine heads divide by nothing here; of what is published nothing moves as little."""
+    given = dict(seq_len=4096, world=4, heads=9, kv_heads=3, head_dim=64, dtype="bfloat16", topology=SLOW_LINKS)
+    chosen, published = make_plan(**given, mask=causal()), candidates(**given, mask=causal())
+    assert chosen.labels[0].startswith("balanced")
+    seconds = [price(chosen, SLOW_LINKS, backward=b).seconds for b in (False, True)]
+    others = [c for c in published if not str(c.named).startswith("balanced")]
+    assert sum(seconds) < min(sum(c.cost(backward=b).seconds for b in (False, True)) for c in others)
+    assert make_plan(**given, mask=full()).labels[0].split()[0] != "balanced", "a full mask leaves nothing to share out"
+
+
+@pytest.mark.parametrize("ulysses", [None, 2])
+def test_balanced_by_name_is_exact(ulysses: int | None) -> None:
+    for mask in (full(), causal(), sliding_window(9)):
+        whole = example((4, 2), 29, mask)
+        given = dict(world=4, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask)
+        made = make_plan(29, **given, schedule="balanced", ulysses=ulysses)
+        assert worst(simulate(made, whole.q, whole.k, whole.v, whole.dout), (whole.out, whole.lse, *whole.grads)) < EXACT
+
+
+def test_a_schedule_for_one_mask_is_checked_with_it() -> None:
+    given = dict(world=4, heads=4, head_dim=8, layout="contiguous")
+    half = make_plan(32, **given, mask=causal(), schedule="ring").forward[0].schedule
+    assert make_plan(32, **given, mask=causal(), schedule=half).forward[0].schedule == half
+    with pytest.raises(ScheduleError):
+        make_plan(32, **given, mask=full(), schedule=half)
 
 
 def test_one_rank_degenerates() -> None:

@@ -37,6 +37,7 @@ def make_plan(
     ulysses: int | None = None,
     kernel: str = "auto",
     topology: Topology | str | None = None,
+    buffer_limit: int | None = None,
 ) -> Plan:
     """Decide how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
 
@@ -56,6 +57,7 @@ def make_plan(
             ulysses ranks that one runs inside.
         kernel: "auto" ("sdpa"), "sdpa", "reference", or "emulated:" and a number of flop/s: right timing, no right numbers.
         topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
+        buffer_limit: bytes that a rank may hold beyond its own rows during a pass, for each sequence of a batch; None: any.
 
     Raises:
         PlanError: an argument is out of range, unknown, or contradicts another.
@@ -75,6 +77,7 @@ def make_plan(
             ulysses=ulysses,
             kernel=kernel,
             topology=topology,
+            buffer_limit=buffer_limit,
         )
     )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.errors import PlanError
 from ringattn.layout import Layout
 from ringattn.mask import full
 from ringattn.plan import Plan, make_lanes
@@ -47,6 +48,11 @@ class Candidate:
         if backward not in self._costs:
             self._costs[backward] = price(self.plan, self.topology, backward=backward)
         return self._costs[backward]
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The most that a rank holds beyond its own rows, in either pass."""
+        return max(self.cost(backward=backward).buffer_bytes for backward in (False, True))
 
     def total_bytes(self, *, backward: bool) -> int:
         return sum(self._traffic[backward].values())
@@ -78,16 +84,7 @@ Pair = tuple[Candidate, Candidate]  # forward, backward
 @lru_cache(maxsize=256)
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
-    best: tuple[int, Pair] | None = None
-    for n, layout in reversed(list(enumerate(_worthwhile(request)))):
-        limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
-        found = options(request, layout, limit)
-        if found and min(_least(option, option) for option in found) < limit:
-            pair = _best_pair(found)
-            best = (n, pair) if best is None or _seconds(*pair) < limit else best
-    assert best is not None
-    best = _shared_out(request, best)
-    forward, backward = best[1]
+    (forward, backward), _ = _decide(request)
     told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
     notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
     labels = str(forward.named), str(backward.named)
@@ -95,19 +92,39 @@ def choose(request: Request) -> Plan:
     return replace(forward.plan, backward=lanes, labels=labels, notes=notes)
 
 
-def _shared_out(request: Request, best: tuple[int, Pair]) -> tuple[int, Pair]:
+@lru_cache(maxsize=256)
+def _decide(request: Request) -> tuple[Pair, Sequence[Candidate]]:
+    """The two candidates of the plan, and what was searched for besides those that have names."""
+    best: tuple[int, Pair] | None = None
+    for n, layout in reversed(list(enumerate(_worthwhile(request)))):
+        limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
+        found = options(request, layout, limit)
+        if found and min(_least(option, option) for option in found) < limit:
+            pair = _best_pair(found)
+            best = (n, pair) if best is None or _seconds(*pair) < limit else best
+    if best is None:
+        free = request._replace(buffer_limit=None)
+        least = min(option.buffer_bytes for layout in _worthwhile(free) for option in options(free, layout))
+        raise PlanError(f"buffer_limit={request.buffer_limit}: the least that any allowed plan needs is {least} bytes")
+    return _shared_out(request, *best)
+
+
+def _shared_out(request: Request, at: int, best: Pair) -> tuple[Pair, Sequence[Candidate]]:
     """The same, or better with schedules made for this very mask: worth a search where compute does not hide all transfers."""
+    searched: list[Candidate] = []
     if request.schedule != "auto" or request.world > SMALL or request.mask == full():
-        return best
+        return best, searched
     for n, layout in enumerate(_worthwhile(request)):
-        idle = _seconds(*best[1]) - sum(option.compute(backward=b) for option, b in zip(best[1], (False, True), strict=True))
-        if idle < WORTH_A_SEARCH * _seconds(*best[1]):
+        idle = _seconds(*best) - best[0].compute(backward=False) - best[1].compute(backward=True)
+        if idle < WORTH_A_SEARCH * _seconds(*best):
             break
         degrees = [degree for degree in request.degrees if request.world // degree > 2]
         found = _candidates(request, layout, (one for degree in degrees for one in shared_out(request, layout, degree)))
-        pair = _best_pair([*found, *(best[1] if n == best[0] else ())]) if found else best[1]
-        best = (n, pair) if TIE * _seconds(*pair) < _seconds(*best[1]) else best
-    return best
+        searched += found
+        pair = _best_pair([*found, *(best if n == at else ())]) if found else best
+        if TIE * _seconds(*pair) < _seconds(*best):
+            at, best = n, pair
+    return best, searched
 
 
 def _best_pair(found: Sequence[Candidate]) -> Pair:
@@ -146,8 +163,9 @@ def _told(which: str, cost: Cost) -> str:
 
 
 def allowed(request: Request) -> list[Candidate]:
-    """All that `choose` may choose from."""
-    return [option for layout in _worthwhile(request) for option in options(request, layout)]
+    """All that `choose` has chosen from: what has a name, and what it searched for."""
+    named = [option for layout in _worthwhile(request) for option in options(request, layout)]
+    return [*named, *_decide(request)[1]] if named else named
 
 
 def options(request: Request, layout: Layout, limit: float = float("inf")) -> list[Candidate]:
@@ -163,7 +181,8 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
         found.append(Candidate(one, plan, request.topology))
-    return found
+    limit = request.buffer_limit
+    return found if limit is None else [option for option in found if option.buffer_bytes <= limit]
 
 
 def _worthwhile(request: Request) -> list[Layout]:

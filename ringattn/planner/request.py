@@ -43,6 +43,7 @@ class Request(NamedTuple):
     layouts: tuple[Layout, ...]
     kernel: str
     topology: Topology
+    buffer_limit: int | None
 
 
 def request(
@@ -59,6 +60,7 @@ def request(
     ulysses: Any = None,
     kernel: Any = "auto",
     topology: Any = None,
+    buffer_limit: Any = None,
 ) -> Request:
     """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
     seq_len, world, heads = _count("seq_len", seq_len), _world(world), _count("heads", heads)
@@ -83,6 +85,7 @@ def request(
         _layouts(layout, seq_len, world, mask),
         kernel,
         topology,
+        None if buffer_limit is None else _count("buffer_limit", buffer_limit),
     )
 
 
@@ -193,6 +196,6 @@ def _schedule(schedule: Any, world: int, kv_heads: int, degree: int) -> str | La
             f"schedule has {len(lanes)} lanes and kv_heads={kv_heads} are too few to share out among them; "
             "give one Schedule, or two in which only keys and values travel"
         )
-    if degree > 1 and not resting:
+    if degree > 1:
         lanes = tuple(one for members in zip(*(ulysses(lane, degree) for lane in lanes), strict=True) for one in members)
     return lanes

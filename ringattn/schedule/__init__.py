@@ -3,9 +3,9 @@
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.grid import mesh
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
-from ringattn.schedule.passes import prune, side_by_side, split
+from ringattn.schedule.passes import both_ways, prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
-from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.turns import take_turns
 from ringattn.schedule.ulysses import ulysses
 
@@ -15,7 +15,9 @@ __all__ = [
     "Room",
     "Schedule",
     "Tile",
+    "accumulating_ring",
     "bidirectional_ring",
+    "both_ways",
     "check",
     "make",
     "mesh",

@@ -3,8 +3,9 @@
     ring                 KV from neighbour to neighbour, either way round
     bidirectional_ring   half of the heads each way
     ring_direct          KV from its owner straight to each rank, a few at a time
-    token_ring           Q to neighbours or straight to each rank, partial results straight home
-    mesh                 Q along rows, KV along columns; a few sensible grids
+    token_ring           Q to neighbours or straight to each rank, partial results straight home; or half of the heads each way
+    accumulating_ring    Q to neighbours, and one result that rides along and gathers
+    mesh                 Q along rows, KV along columns, hopping or direct; a few sensible grids
     all_gather           KV from its owner to all ranks at once: one exchange, and buffers as large as the whole sequence
 
 Each of them also inside Ulysses, in which groups of ranks trade sequence for heads (see `schedule.ulysses`); the name is then
@@ -24,9 +25,9 @@ from math import isqrt
 
 from ringattn.schedule.grid import factors, mesh
 from ringattn.schedule.ir import Schedule
-from ringattn.schedule.passes import split
+from ringattn.schedule.passes import both_ways, split
 from ringattn.schedule.ring import bidirectional_ring, ring
-from ringattn.schedule.token_ring import token_ring
+from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.turns import take_turns
 from ringattn.schedule.ulysses import ulysses
 
@@ -116,6 +117,13 @@ def _token_ring(facts: Facts) -> Variants:
     for routing in ("hop", "direct"):
         for direction in facts.directions:
             yield from _cut("q", facts, routing, direction, token_ring(facts.world, routing=routing, direction=direction))
+    if facts.kv_heads > 1:  # queries of one KV head in both directions would take its keys' gradients apart
+        yield "hop, both ways", both_ways(token_ring(facts.world))
+
+
+def _accumulating_ring(facts: Facts) -> Variants:
+    for direction in facts.directions:
+        yield from _cut("q", facts, "hop", direction, accumulating_ring(facts.world, direction=direction))
 
 
 def _mesh(facts: Facts) -> Variants:
@@ -128,6 +136,8 @@ def _mesh(facts: Facts) -> Variants:
     for a in sorted(grids):
         if world % a == 0:
             yield f"{a} x {world // a}", (mesh(world, a=a),)
+            if world > 2:
+                yield f"{a} x {world // a}, direct", (mesh(world, a=a, q_routing="direct", kv_routing="direct"),)
 
 
 def _all_gather(facts: Facts) -> Variants:
@@ -149,6 +159,7 @@ NAMES: dict[str, Callable[[Facts], Variants]] = {
     "bidirectional_ring": _bidirectional_ring,
     "ring_direct": _ring_direct,
     "token_ring": _token_ring,
+    "accumulating_ring": _accumulating_ring,
     "mesh": _mesh,
     "all_gather": _all_gather,
 }

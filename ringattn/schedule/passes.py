@@ -1,8 +1,8 @@
 """Schedules in, schedules out.
 
 `prune` drops the tiles a mask leaves empty and every move nobody reads. `split` cuts every block into parts that travel by
-themselves. `side_by_side` runs two schedules at once, each on its own half of every rank's keys. None of them knows masks or
-layouts: `prune` is told which tiles have work.
+themselves. `both_ways` gives the lanes of a schedule and its mirror image. `side_by_side` runs two schedules at once, each on
+its own half of every rank's keys. None of them knows masks or layouts: `prune` is told which tiles have work.
 """
 
 from __future__ import annotations
@@ -95,6 +95,35 @@ def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
     parted = make(f"{schedule.name}/{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
     return replace(parted, room=peak(parted))
+
+
+def both_ways(schedule: Schedule) -> tuple[Schedule, Schedule]:
+    """The schedule and its mirror image, for two lanes: what one sends up the ranks the other sends down, at the same time.
+
+    Rank r takes the part of rank world - 1 - r, with its blocks; so what was a row of a mesh, or a node, still is.
+    """
+    last, last_q, last_kv = schedule.world - 1, len(schedule.q_home) - 1, len(schedule.kv_home) - 1
+    per_q, per_kv = (len(homes) // schedule.world for homes in (schedule.q_home, schedule.kv_home))
+    if schedule.q_home != tuple(n // max(1, per_q) for n in range(last_q + 1)) or schedule.resting:
+        raise PlanError(
+            f"{schedule.name} has no mirror image: its ranks own different numbers of blocks, or some rest elsewhere"
+        )
+
+    def block(index: int, per: int, final: int) -> int:
+        """The same part of the opposite rank's rows."""
+        return final - index - (per - 1) + 2 * (index % per)
+
+    tiles = [Tile(t.step, last - t.rank, block(t.i, per_q, last_q), block(t.j, per_kv, last_kv)) for t in schedule.tiles]
+    moves = [
+        m._replace(
+            index=block(m.index, per_q, last_q) if m.kind.of_queries else block(m.index, per_kv, last_kv),
+            src=last - m.src,
+            dst=last - m.dst,
+        )
+        for m in schedule.moves
+    ]
+    homes = schedule.q_home, schedule.kv_home
+    return schedule, make(f"{schedule.name}, mirrored", schedule.world, tiles, moves, schedule.room, homes)
 
 
 def side_by_side(a: Schedule, b: Schedule) -> Schedule:

@@ -12,26 +12,40 @@ biases. Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the fo
 pass, from the same list (q, dout and row statistics go out, dq comes home, dk and dv gather where they are), and
 `routing="direct"`, which sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by
 `lookahead`.
+
+`accumulating_ring` is the older form, in which one result rides along behind its queries and gathers what it finds: neighbours
+only, but one way only, and a result that is added to on its way must travel wide (see `payload`).
 """
 
 from __future__ import annotations
 
 from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.routes import at, straight_home, validate, variant, visit
+from ringattn.schedule.routes import at, ride_home, straight_home, validate, variant, visit
 
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
     """Q visits every rank, and each partial goes straight home. `lookahead` (steps in flight) is 1 for hops, else up to 4."""
     lookahead = lookahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
     validate(world, routing, direction, lookahead)
-    tiles = [
-        Tile(step, at(i, step, direction, world), i, at(i, step, direction, world))
-        for step in range(world)
-        for i in range(world)
-    ]
     moves = [
         *visit(Kind.Q, world, routing, direction, lookahead),
         *straight_home(Kind.Q_ACC, world, direction, lookahead),
     ]
     room = Room(q=2 if routing == "hop" else lookahead + 1, q_acc=2 * lookahead + 1)
-    return make(variant("token_ring", routing, direction), world, tiles, moves, room)
+    return make(variant("token_ring", routing, direction), world, _visits(world, direction), moves, room)
+
+
+def accumulating_ring(world: int, *, direction: int = 1) -> Schedule:
+    """Q visits every rank, and its result follows a step behind; on the last hop it comes home."""
+    validate(world, "hop", direction, 1)
+    moves = [*visit(Kind.Q, world, "hop", direction, 1), *ride_home(Kind.Q_ACC, world, direction)]
+    return make(variant("accumulating_ring", "hop", direction), world, _visits(world, direction), moves, Room(q=2, q_acc=3))
+
+
+def _visits(world: int, direction: int) -> list[Tile]:
+    """At each rank that a Q visits it meets the keys that live there."""
+    return [
+        Tile(step, at(i, step, direction, world), i, at(i, step, direction, world))
+        for step in range(world)
+        for i in range(world)
+    ]

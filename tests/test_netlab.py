@@ -1,0 +1,47 @@
+"""The laboratory of real links: hosts reach each other at the rate they were given. Needs root and iproute2."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parent.parent / "benchmarks" / "netlab" / "run.py"
+SCRIPT = """
+import sys, time, torch, torch.distributed as dist, ringattn
+from ringattn.comm.duplex import finish, receiving, sending
+mesh = ringattn.init()
+group, rank = mesh.get_group(), mesh.get_local_rank()
+topology = ringattn.load_topology(sys.argv[1])
+there, back = torch.zeros(1 << 18, dtype=torch.uint8), torch.zeros(1 << 18, dtype=torch.uint8)
+for _ in range(2):
+    dist.barrier()
+    begin = time.perf_counter()
+    finish([sending(there, group, rank, 1 - rank), receiving(back, group, rank, 1 - rank)])
+    seconds = time.perf_counter() - begin
+if rank == 0:
+    print("kind", topology.kind, "expected", (1 << 18) / topology.route(0, 1)[0][1], "took", seconds)
+"""
+
+
+def _allowed() -> bool:
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+        return False
+    return subprocess.run(["ip", "netns", "add", "ra-allowed"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _allowed(), reason="needs root and iproute2, and namespaces allowed")
+@pytest.mark.parametrize("kind", ["mesh", "switch", "nodes", "rails"])
+def test_a_link_carries_what_it_was_given(kind: str, tmp_path: Path) -> None:
+    script = tmp_path / "link.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(RUN), "--kind", kind, "--hosts", "2", "--mbit", "40", "--uplink-mbit", "20"]
+    ran = subprocess.run([*command, str(script), "{topology}"], capture_output=True, text=True, timeout=50)
+    assert ran.returncode == 0, ran.stderr
+    words = ran.stdout.split()
+    assert words[1] == {"rails": "nodes"}.get(kind, kind)
+    expected, took = float(words[3]), float(words[5])
+    # A bucket of 64 kB passes unshaped, a quarter of what is sent; upwards a busy machine may take its time.
+    assert 0.7 * expected < took < 4 * expected, f"both ways at once: {took:.3f} s where the link needs {expected:.3f} s"
