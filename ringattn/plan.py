@@ -161,12 +161,13 @@ class Plan:
 def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int) -> tuple[Lane, ...]:
     """Share the heads out among `schedules` and prune each to the tiles that have work.
 
-    Where two directions have fewer KV heads than lanes, they share the keys instead: each takes half of every rank's rows.
+    Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
+    rank's rows; otherwise lanes share a KV head.
     """
-    if len(schedules) > kv_heads and not any(schedule.resting for schedule in schedules):
-        if len(schedules) != 2:
-            raise PlanError(f"{len(schedules)} lanes need as many KV heads, and there are {kv_heads}")
+    if len(schedules) == 2 > kv_heads and not any(s.resting or move.kind.of_queries for s in schedules for move in s.moves):
         schedules = [side_by_side(*schedules)]
+    if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
+        raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
     return tuple(_lane(part, one, layout, mask) for share, one in zip(shares, schedules, strict=True) for part in share)
 

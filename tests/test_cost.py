@@ -178,7 +178,7 @@ def test_work_is_what_the_mask_keeps() -> None:
 def test_one_rank_only_computes() -> None:
     plan = make_plan(100, world=1, heads=4, head_dim=16)
     cost = price(plan, FAST)
-    assert cost.seconds == cost.compute_seconds > 0
+    assert cost.seconds == pytest.approx(cost.compute_seconds) and cost.seconds > 0
     assert (cost.transfer_seconds, cost.link_bytes, cost.total_bytes, cost.buffer_bytes) == (0, 0, 0, 0)
 
 

@@ -72,8 +72,8 @@ BAD = [
     ({"schedule": 7}, "schedule=7; give a name"),
     ({"schedule": ()}, r"schedule=\(\)"),
     ({"schedule": ring(3)}, "schedule 'ring' is for 3 ranks and world=4"),
-    ({"schedule": (token_ring(4), token_ring(4, direction=-1)), "kv_heads": 1}, "2 lanes and kv_heads=1"),
-    ({"schedule": (ring(4), ring(4), ring(4))}, "3 lanes and kv_heads=2"),
+    ({"schedule": (ring(4), ring(4), ring(4)), "heads": 2, "kv_heads": 2}, "3 lanes and heads=2 are too few"),
+    ({"schedule": (token_ring(4), token_ring(4)), "heads": 1, "kv_heads": 1}, "2 lanes need as many heads, and there are 1"),
     ({"layout": "diagonal"}, "layout='diagonal'; choose one of auto, contiguous, zigzag, striped"),
     ({"layout": contiguous(64, 5)}, "has 5 shards and world=4"),
     ({"layout": contiguous(60, 4)}, "position 60 .* held by no rank"),
@@ -129,13 +129,13 @@ def test_every_rank_finds_the_same_plan() -> None:
     """Other processes, other hash seeds: the same digests."""
     code = (
         "from ringattn import make_plan\n"
-        "for t in ('nvlink', 'ethernet', 'cpu'):\n"
+        "for t in ('nvlink', 'cpu'):\n"
         "    print(make_plan(999, world=6, heads=6, kv_heads=2, head_dim=16, topology=t).digest)"
     )
-    here = [make_plan(999, world=6, heads=6, kv_heads=2, head_dim=16, topology=t).digest for t in ("nvlink", "ethernet", "cpu")]
+    here = [make_plan(999, world=6, heads=6, kv_heads=2, head_dim=16, topology=t).digest for t in ("nvlink", "cpu")]
     for seed in ("1", "2"):
         environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
-        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=30)
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=50)
         assert ran.stdout.split() == here, ran.stderr
 
 
@@ -149,7 +149,16 @@ def picked(chosen: Plan, found: list[Candidate], backward: bool) -> Candidate:
     )
 
 
-@pytest.mark.parametrize("topology", [*PRESETS.values(), SLOW_LINKS], ids=lambda t: t.name)
+def cheapest(found: list[Candidate]) -> float:
+    """Seconds of the cheapest pair of passes; a candidate that keeps what it was sent is a pair with itself only."""
+    free = [c for c in found if not c.plan.keep]
+    apart = sum(min(c.cost(backward=b).seconds for c in free) for b in (False, True))
+    return min([apart, *(sum(c.cost(backward=b).seconds for b in (False, True)) for c in found if c.plan.keep)])
+
+
+@pytest.mark.parametrize(
+    "topology", [PRESETS[n] for n in ("pcie", "nvlink", "rails", "cpu")] + [SLOW_LINKS], ids=lambda t: t.name
+)
 def test_nothing_that_was_allowed_is_clearly_cheaper(topology: Topology) -> None:
     for mask, kv_heads, length in (
         (full(), 8, 20_000),
@@ -160,10 +169,7 @@ def test_nothing_that_was_allowed_is_clearly_cheaper(topology: Topology) -> None
         arguments = {"world": 6, "heads": 8, "kv_heads": kv_heads, "head_dim": 64, "mask": mask, "topology": topology}
         chosen, found = make_plan(length, **arguments), candidates(length, **arguments)
         paid = sum(picked(chosen, found, b).cost(backward=b).seconds for b in (False, True))
-        possible = min(
-            sum(min(c.cost(backward=b).seconds for c in found if c.plan.layout == layout) for b in (False, True))
-            for layout in {c.plan.layout for c in found}
-        )
+        possible = min(cheapest([c for c in found if c.plan.layout == layout]) for layout in {c.plan.layout for c in found})
         assert possible <= paid <= TIE * LAYOUT_TIE * possible, (str(mask), kv_heads, length)
 
 
@@ -179,14 +185,16 @@ def test_bytes_decide_where_compute_hides_everything() -> None:
 
 def test_layouts_are_changed_for_a_reason() -> None:
     """causal is worth balancing; a window is not, since neighbours need each other only; full is balanced as it is."""
-    found = {str(mask): str(plan(seq_len=4096, mask=mask).layout) for mask in (full(), causal(), sliding_window(256))}
+    found = {
+        str(mask): str(plan(seq_len=4096, mask=mask, ulysses=1).layout) for mask in (full(), causal(), sliding_window(256))
+    }
     assert found == {"full": "contiguous", "causal": "zigzag", "window(256,0)": "contiguous"}
 
 
 def test_the_links_decide_how_queries_travel() -> None:
     """Each pair has a link of its own: send to several peers at once. Leaving a node is dear: hop, and leave it once."""
     given = USUAL | {"seq_len": 4096, "world": 8, "schedule": "token_ring", "mask": full()}
-    assert names(make_plan(**given, topology=SLOW_LINKS).forward) == ["token_ring_direct"]
+    assert names(make_plan(**given, topology=SLOW_LINKS).forward) == ["token_ring_direct/4x1 in turn"]
     nodes = Topology("nodes", "nodes", 1e15, 1e-6, 1e12, node_size=4, uplink_latency=1e-6, uplink_bandwidth=1e9)
     assert names(make_plan(**given, topology=nodes).forward) == ["token_ring"]
 
@@ -202,7 +210,7 @@ def test_a_name_is_kept_and_auto_gathers_nothing() -> None:
         found = candidates(**USUAL, schedule=name)
         assert {c.named.name for c in found} == {name}
         assert all(picked(plan(schedule=name), found, backward) for backward in (False, True))
-    assert {c.named.name for c in candidates(**USUAL)} == {*NAMES, "ulysses 4"} - {"all_gather"}
+    assert {c.named.name for c in candidates(**USUAL)} - {"balanced"} == {*NAMES, "ulysses 4"} - {"all_gather"}
     assert names(plan(schedule="all_gather").forward) == ["all_gather"]
 
 

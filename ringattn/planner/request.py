@@ -80,7 +80,7 @@ def request(
         _count("head_dim", head_dim),
         _one_of("dtype", str(dtype).removeprefix("torch."), ITEMSIZE),
         mask,
-        _schedule(schedule, world, kv_heads, degrees[0]),
+        _schedule(schedule, world, heads, degrees[0]),
         degrees,
         _layouts(layout, seq_len, world, mask),
         kernel,
@@ -177,7 +177,7 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask) -> tuple[Layout,
 _check_once = lru_cache(maxsize=64)(check)
 
 
-def _schedule(schedule: Any, world: int, kv_heads: int, degree: int) -> str | Lanes:
+def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | Lanes:
     if isinstance(schedule, str):
         return _one_of("schedule", schedule, SCHEDULES)
     lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
@@ -189,12 +189,9 @@ def _schedule(schedule: Any, world: int, kv_heads: int, degree: int) -> str | La
             raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and {within}; build it for {world // degree}")
         if len(lane.tiles) >= len(lane.q_home) * len(lane.kv_home):  # others are for one mask, and checked with it
             _check_once(lane)
-    queries_travel = any(move.kind.of_queries for lane in lanes for move in lane.moves)
-    resting = any(lane.resting for lane in lanes)
-    if len(lanes) > kv_heads and (len(lanes) > 2 or queries_travel) and not resting:
+    if len(lanes) * degree > heads and not any(lane.resting for lane in lanes) and len(lanes) != 2:
         raise PlanError(
-            f"schedule has {len(lanes)} lanes and kv_heads={kv_heads} are too few to share out among them; "
-            "give one Schedule, or two in which only keys and values travel"
+            f"schedule has {len(lanes)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
         )
     if degree > 1:
         lanes = tuple(one for members in zip(*(ulysses(lane, degree) for lane in lanes), strict=True) for one in members)

@@ -117,7 +117,7 @@ def _token_ring(facts: Facts) -> Variants:
     for routing in ("hop", "direct"):
         for direction in facts.directions:
             yield from _cut("q", facts, routing, direction, token_ring(facts.world, routing=routing, direction=direction))
-    if facts.kv_heads > 1:  # queries of one KV head in both directions would take its keys' gradients apart
+    if facts.heads > 1:
         yield "hop, both ways", both_ways(token_ring(facts.world))
 
 
