@@ -72,7 +72,7 @@ class Lab(AbstractContextManager["Lab"]):
             uplink_latency=LATENCY,
             uplink_bandwidth=(self.uplink_mbit or 0) * 1e6 / 8 * GOODPUT,
             uplink_shared=self.kind == "nodes",
-            launch=1e-4 * share,
+            launch=2e-4 * share,
             memory=6e9 / share,
         )
 
