@@ -64,7 +64,7 @@ class _Attend(torch.autograd.Function):
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
         ctx.mark_non_differentiable(*results[1::2])
         if plan.keep and any(ctx.needs_input_grad):
-            kept = [_resting(work, blocks) for work, blocks in zip(works, held, strict=True)]
+            kept = [resting(work, blocks) for work, blocks in zip(works, held, strict=True)]
             ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
             ctx.ghosts = [{name: _ghost(getattr(i, name)) for name in "qkv"} for i in inputs]
             own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)]
@@ -88,7 +88,7 @@ class _Attend(torch.autograd.Function):
             deltas.append(delta)
             works.append(Backward(plan, rank, ctx.options, **_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
         sizes = ctx.kept if plan.keep else [{} for _ in works]
-        held = [_back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
+        held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
         runs = [
             run(plan.program(work.rank, backward=True), work, port, blocks)
             for work, port, blocks in zip(works, transport.ports("backward"), held, strict=True)
@@ -101,13 +101,13 @@ class _Attend(torch.autograd.Function):
         return (None, None, None, *flat)
 
 
-def _resting(work: Forward, held: Held) -> Held:
+def resting(work: Forward, held: Held) -> Held:
     """What stays on this rank until backward. Own rows are copied, or all heads of them would stay."""
-    resting = {item: payload for item, payload in held.items() if work.rests_here(item)}
-    return {i: tuple(t.clone() for t in payload) if work.owns(i) else payload for i, payload in resting.items()}
+    stays = {item: payload for item, payload in held.items() if work.rests_here(item)}
+    return {i: tuple(t.clone() for t in payload) if work.owns(i) else payload for i, payload in stays.items()}
 
 
-def _back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Held:
+def back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Held:
     """What has stayed, as backward has it: to own queries comes at once what those of others will be sent."""
     held = {item: tuple(next(kept) for _ in range(size)) for item, size in sizes.items()}
     return {i: (*payload, *work.own(i._replace(new=True))) if work.owns(i) else payload for i, payload in held.items()}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.autograd import Held, back, resting
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
@@ -79,11 +80,15 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     work = _work(plan, rank, batch, backward, device)
     kernel = work.kernel
 
+    kept = _kept(plan, rank, batch, device, transport) if backward and plan.keep else {}
+
     def once(kernel: Kernel, port: Port) -> float:
         work.kernel = kernel
+        sizes = {item: len(payload) for item, payload in kept.items()}
+        held = back(work, sizes, (t for payload in kept.values() for t in payload)) if isinstance(work, Backward) else {}
         _settle(process_group, device)
         begin = perf_counter()
-        transport.drive([run(plan.program(rank, backward=backward), work, port)])
+        transport.drive([run(plan.program(rank, backward=backward), work, port, held)])
         _settle(None, device)
         return perf_counter() - begin
 
@@ -111,6 +116,16 @@ def _work(plan: Plan, rank: int, batch: int, backward: bool, device: torch.devic
     # Large lse keeps the made-up probabilities small; their values do not matter, only the time they take.
     lse = torch.full(q.shape[:-1], 20.0, dtype=accum_dtype(dtype), device=device)
     return Backward(plan, rank, options, q=q, k=k, v=v, dout=dout, lse=lse, delta=torch.zeros_like(lse))
+
+
+def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: P2P) -> Held:
+    """What stays on this rank from a forward pass."""
+    work = _work(plan, rank, batch, False, device)
+    assert isinstance(work, Forward)
+    held: Held = {}
+    (port,) = transport.ports("forward")
+    transport.drive([run(plan.program(rank, backward=False), work, port, held)])
+    return resting(work, held)
 
 
 def _on_gpu(group: dist.ProcessGroup | None) -> bool:
