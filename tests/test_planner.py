@@ -125,6 +125,7 @@ def test_world_may_be_a_mesh_or_a_group() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.timeout(150)  # three processes, one after another
 def test_every_rank_finds_the_same_plan() -> None:
     """Other processes, other hash seeds: the same digests."""
     code = (
