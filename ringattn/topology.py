@@ -16,7 +16,7 @@ Units: seconds, bytes per second, floating-point operations per second. No torch
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from math import isfinite
@@ -222,20 +222,6 @@ PRESETS: dict[str, Topology] = {
             uplink_latency=15e-6,
             uplink_bandwidth=45e9,
         ),
-        # Eight ports, one for each GPU: what most H100 clusters have.
-        _preset(
-            "rails",
-            "nodes",
-            latency=8e-6,
-            bandwidth=360e9,
-            flops=400e12,
-            launch=10e-6,
-            memory=2.2e12,
-            node_size=8,
-            uplink_latency=15e-6,
-            uplink_bandwidth=45e9,
-            uplink_shared=False,
-        ),
         # A host for every rank, 100 Gbit/s, TCP: kernel sockets cost tens of microseconds and some of the rate.
         _preset("ethernet", "switch", latency=50e-6, bandwidth=10e9, flops=60e12, launch=15e-6, memory=600e9),
         # Ascend 910B, eight to a node: vendor's 56 GB/s both ways on each of seven HCCS links, 320 Tflop/s in fp16.
@@ -244,3 +230,5 @@ PRESETS: dict[str, Topology] = {
         _preset("cpu", "switch", latency=80e-6, bandwidth=1.5e9, flops=60e9, launch=2e-4, memory=8e9),
     )
 }
+# The eight of "infiniband" with a port for each GPU: what most H100 clusters have.
+PRESETS["rails"] = replace(PRESETS["infiniband"], name="rails", uplink_shared=False)

@@ -63,7 +63,7 @@ def test_a_matrix_is_what_was_measured() -> None:
 
 
 def test_presets_are_sober_and_hashable() -> None:
-    assert list(PRESETS) == ["pcie", "nvlink", "nvswitch", "infiniband", "rails", "ethernet", "hccs", "cpu"]
+    assert list(PRESETS) == ["pcie", "nvlink", "nvswitch", "infiniband", "ethernet", "hccs", "cpu", "rails"]
     for name, preset in PRESETS.items():
         assert preset.name == name and hash(preset) == hash(replace(preset))
         assert 1e-6 <= preset.link_latency <= 1e-3 and 1e8 <= preset.bandwidth <= 1e12 and 1e10 <= preset.flops <= 1e15

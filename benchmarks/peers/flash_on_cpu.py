@@ -170,9 +170,9 @@ def flash_attn_func(
 
 def _only_plain(dropout: float, left: int, right: int, softcap: float, alibi: Tensor | None) -> None:
     if dropout or softcap or alibi is not None or (left, right) != (-1, -1):
-        raise NotImplementedError("flash-attn on a CPU: neither dropout nor window, softcap or alibi slopes")
+        raise ValueError("this adapter is for plain attention: call it without dropout, window, softcap and alibi slopes")
 
 
 def _only_one(*cu_seqlens: Tensor) -> None:
     if any(len(ends) != 2 for ends in cu_seqlens):
-        raise NotImplementedError("flash-attn on a CPU: one sequence, not several packed into one")
+        raise ValueError("this adapter takes one sequence: cu_seqlens must be (0, length)")

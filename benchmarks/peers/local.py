@@ -94,7 +94,7 @@ def _keys_before(q: Tensor, k: Tensor, causal: bool) -> int:
     """Keys that even the first query sees, its own not counted."""
     before = k.shape[2] - q.shape[2] if causal else 0
     if before < 0:
-        raise NotImplementedError(f"causal with {q.shape[2]} queries and {k.shape[2]} keys: some queries would see none")
+        raise ValueError(f"causal with {q.shape[2]} queries and {k.shape[2]} keys: some queries would see none")
     return before
 
 
