@@ -75,6 +75,7 @@ class Contender:
     name: str
     attention: Attention
     positions: torch.Tensor
+    training: bool  # whether it runs backward
     plan: Plan | None = None
     error: float | None = None
     seconds: list[tuple[float, float]] = field(default_factory=list)
@@ -96,7 +97,7 @@ def main(config: Config) -> None:
     for round_number in range(config.rounds + 1):
         first = round_number % len(contenders)
         for contender in contenders[first:] + contenders[:first]:
-            seconds = _once(contender, whole, config)
+            seconds = _once(contender, whole)
             if round_number:  # the first round pays for first touches
                 contender.seconds.append(seconds)
     for contender in contenders:
@@ -111,8 +112,13 @@ def main(config: Config) -> None:
 
 
 def _ours(config: Config, world: int, rank: int, topology: Topology, unable: dict[str, str]) -> Iterator[Contender]:
-    for name in config.schedules:
-        schedule, _, ulysses = name.partition("+u")
+    """`auto` twice where there is a backward pass: the plan for training, and the one for inference, of which it runs none."""
+    wanted = [(name, not config.forward_only) for name in config.schedules]
+    if "auto" in config.schedules and not config.forward_only:
+        wanted.append(("auto", False))
+    for asked, training in wanted:
+        schedule, _, ulysses = asked.partition("+u")
+        name = f"ringattn {asked}" + ", inference" * (not training and not config.forward_only)
         try:
             plan = make_plan(
                 config.rows * world,
@@ -126,12 +132,13 @@ def _ours(config: Config, world: int, rank: int, topology: Topology, unable: dic
                 ulysses=int(ulysses) if ulysses else None,
                 kernel=f"emulated:{config.emulate:g}" if config.emulate else "auto",
                 topology=topology,
+                training=training,
             )
         except RingAttnError as error:
-            unable[f"ringattn {name}"] = str(error)
+            unable[name] = str(error)
             continue
         positions = torch.tensor(plan.layout.positions(rank))
-        yield Contender(f"ringattn {name}", lambda q, k, v, plan=plan: attention(q, k, v, plan), positions, plan)
+        yield Contender(name, lambda q, k, v, plan=plan: attention(q, k, v, plan), positions, training, plan)
 
 
 def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> Iterator[Contender]:
@@ -144,7 +151,7 @@ def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> It
             unable[peer.name] = why
             continue
         positions = torch.tensor(peer.layout(setting).positions(rank))
-        yield Contender(peer.name, peer.build(setting), positions)
+        yield Contender(peer.name, peer.build(setting), positions, not config.forward_only)
 
 
 def _topology(config: Config) -> Topology:
@@ -165,22 +172,22 @@ def _whole(config: Config, world: int) -> Whole:
 
 
 def _is_right(contender: Contender, whole: Whole, config: Config, unable: dict[str, str]) -> bool:
-    causal, backward = config.mask == "causal", not config.forward_only
-    contender.error = _slowest(error(contender.attention, whole, contender.positions, causal, backward))
+    causal = config.mask == "causal"
+    contender.error = _slowest(error(contender.attention, whole, contender.positions, causal, contender.training))
     if not contender.error < WRONG:
         unable[contender.name] = f"wrong: differs from dense attention by {contender.error:.1%}"
     return contender.error < WRONG
 
 
-def _once(contender: Contender, whole: Whole, config: Config) -> tuple[float, float]:
+def _once(contender: Contender, whole: Whole) -> tuple[float, float]:
     """This rank's seconds from a common start to the end of forward, and to the end of backward."""
     *leaves, dout = whole.rows(contender.positions)
-    q, k, v = (x.requires_grad_(not config.forward_only) for x in leaves)
+    q, k, v = (x.requires_grad_(contender.training) for x in leaves)
     dist.barrier()
     begin = perf_counter()
     out = contender.attention(q, k, v)
     forward = perf_counter() - begin
-    if not config.forward_only:
+    if contender.training:
         out.backward(dout)
     return forward, perf_counter() - begin
 
@@ -197,13 +204,16 @@ def _slowest_of_each(values: list[tuple[float, ...]]) -> list[tuple[float, ...]]
 
 
 def _row(contender: Contender, topology: Topology, config: Config) -> dict[str, object]:
-    forward, both = map(median, zip(*contender.seconds, strict=True))
-    row = dict(name=contender.name, ours=contender.plan is not None, forward=forward, both=both, error=contender.error)
-    if contender.plan is not None:
-        predicted = [price(contender.plan, topology, backward=backward).seconds for backward in (False, True)]
-        bounds = [_bound(contender.plan, topology, backward) for backward in (False, True)]
-        row |= dict(predicted_forward=predicted[0], predicted_both=sum(predicted), plan=str(contender.plan))
-        row |= dict(bound_forward=bounds[0], bound_both=sum(bounds))
+    plan, medians = contender.plan, list(map(median, zip(*contender.seconds, strict=True)))
+    row: dict[str, object] = dict(name=contender.name, ours=plan is not None, error=contender.error)
+    for count, passes in ((1, "forward"), (2, "both"))[: 1 + contender.training]:
+        row[passes] = medians[count - 1]
+        if plan is not None:
+            backwards = (False, True)[:count]
+            row[f"predicted_{passes}"] = sum(price(plan, topology, backward=backward).seconds for backward in backwards)
+            row[f"bound_{passes}"] = sum(_bound(plan, topology, backward) for backward in backwards)
+    if plan is not None:
+        row["plan"] = str(plan)
     return row | dict(seconds=contender.seconds)
 
 
@@ -217,7 +227,7 @@ def _print(
     rows: list[dict[str, object]], unable: dict[str, str], dense: float | None, topology: Topology, config: Config, world: int
 ) -> None:
     passes = ["forward"] if config.forward_only else ["forward", "both"]
-    fastest = {p: min((row[p] for row in rows if not row["ours"]), default=None) for p in passes}
+    fastest = {p: min((row[p] for row in rows if not row["ours"] and p in row), default=None) for p in passes}
     compute = f"an emulated accelerator of {config.emulate:g} flop/s a rank" if config.emulate else "real compute"
     table = Table(
         title=f"{config.rows} rows on each of {world} ranks, {config.heads} heads over {config.kv_heads} of {config.head_dim}, "
@@ -233,8 +243,8 @@ def _print(
     for row in rows:
         cells = []
         for p in passes:
-            predicted, peer = row.get(f"predicted_{p}"), fastest[p]
-            cells += [_ms(row[p]), _ms(predicted), f"{peer / row[p]:.2f} x" if peer is not None else ""]
+            predicted, peer, seconds = row.get(f"predicted_{p}"), fastest[p], row.get(p)
+            cells += [_ms(seconds), _ms(predicted), f"{peer / seconds:.2f} x" if peer and seconds else ""]
         table.add_row(row["name"], *cells, "" if row["error"] is None else f"{row['error']:.2%}")
     console = Console(width=160)
     console.print(table)

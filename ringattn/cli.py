@@ -45,6 +45,7 @@ def plan(
     kernel: str = "auto",
     topology: str | None = None,
     buffer_limit: int | None = None,
+    training: bool = True,
     draw: Path | None = None,
     draw_pass: Literal["forward", "backward"] = "forward",
     top: int = 12,
@@ -67,6 +68,7 @@ def plan(
         kernel: auto, sdpa, reference or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
+        training: Whether backward counts in the choice.
         draw: Write a picture of the chosen schedule to this SVG file.
         draw_pass: Which pass to draw.
         top: Rows of the table.
@@ -86,6 +88,7 @@ def plan(
         "kernel": kernel,
         "topology": _topology(topology),
         "buffer_limit": buffer_limit,
+        "training": training,
     }
     if world > MANY and schedule == "auto":
         _console().print(_families(seq_len, arguments, top))
@@ -176,6 +179,8 @@ def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
     same = {name: getattr(asked, name) for name in ("world", "heads", "kv_heads", "head_dim", "dtype", "mask", "topology")}
     layout = "zigzag" if arguments["layout"] == "auto" else arguments["layout"]
     found = rank_families(seq_len, **same, layout=layout)
+    if not arguments["training"]:
+        found.sort(key=lambda one: one.forward.seconds)
     table = Table(title=f"{len(found)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
     table.add_column("family", no_wrap=True)
     for name in ("forward ms", "backward ms", "busiest link MB", "all links GB", "buffers MB"):

@@ -94,28 +94,20 @@ def links(world: int) -> Iterator[Topology]:
 
 
 def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:
-    """Equal where ranks are alike; else within 15 % but for the kinds that the package's docstring names, and their limits."""
-    errors: dict[str, list[float]] = defaultdict(list)
+    """Within 15 % where ranks are alike, and mostly equal; else within 25 %, and that seldom."""
+    errors: dict[bool, list[float]] = defaultdict(list)
     for n, (world, family) in enumerate((w, f) for w in (2, 3, 4, 6, 8, 9, 12) for f in members(w, 1, *[2, 4][: w in (4, 8)])):
         heads, mask, backward = list(HEADS)[n % 3], (full(), causal())[n % 2], n % 4 > 1
         plan = planned(family, heads, mask)
         for topology in links(world):
             simulated = price(plan, topology, backward=backward).seconds
             found = foretold(family, heads, mask, topology, backward=backward).seconds
-            errors[_alike(family, topology)].append(found / simulated - 1)
-    limits = {"all ranks": (-0.15, 0.15), "hop": (-0.25, 0.25), "direct": (-0.15, 0.3), "uneven nodes": (-0.15, 0.8)}
-    for kind, (low, high) in limits.items():
-        assert low < min(errors[kind]) and max(errors[kind]) < high, kind
-    every = [error for kind in errors.values() for error in kind]
-    assert sum(abs(error) < 0.15 for error in every) > 0.97 * len(every) > 3000
-    assert sum(abs(error) < 0.001 for error in every) > 0.6 * len(every)
-
-
-def _alike(family: Family, topology: Topology) -> str:
-    if topology.kind in ("mesh", "switch") or (topology.node_size or 0) >= family.world:
-        return "all ranks"
-    direct = family.routing == "direct"
-    return "uneven nodes" if direct and family.world % (topology.node_size or 1) else "direct" if direct else "hop"
+            alike = topology.kind in ("mesh", "switch") or (topology.node_size or 0) >= world
+            errors[alike].append(abs(found / simulated - 1))
+    assert max(errors[True]) < 0.15 and max(errors[False]) < 0.25
+    every = errors[True] + errors[False]
+    assert sum(error < 0.15 for error in every) > 0.99 * len(every) > 3000
+    assert sum(error < 0.001 for error in every) > 0.6 * len(every)
 
 
 @pytest.mark.parametrize("world", [4096, 100_000])

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import ringattn
 from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
 from ringattn.autograd import Inputs, attend
+from ringattn.comm import agree
+from ringattn.comm.duplex import Transfer
 from ringattn.comm.p2p import P2P
 from ringattn.kernels import Options
 from ringattn.nn import cross_entropy
@@ -315,26 +317,28 @@ def test_a_rank_that_leaves_is_named_by_its_peers() -> None:
 
 
 def bytes_of_agreement(rank: int) -> list[int]:
-    """What this rank gives to exchanges, in bytes, over four calls of two kinds."""
+    """What this rank sends in exchanges, in bytes, over four calls of two kinds."""
     given = []
-    original = dist.all_gather
+    original = agree.finish
 
-    def counting(every: list[torch.Tensor], mine: torch.Tensor, **options) -> None:
-        given.append(mine.nbytes)
-        original(every, mine, **options)
+    def counting(transfers: list[Transfer]) -> None:
+        given.extend(transfer.tensor.nbytes for transfer in transfers if transfer.src == rank)
+        original(transfers)
 
-    dist.all_gather = counting
+    agree.finish = counting
     try:
-        plan = plan_for(2)
+        plan = plan_for(dist.get_world_size())
         for scale in (None, None, 0.3, None):
             attention(*tensors(plan, rank), plan, scale=scale)
     finally:
-        dist.all_gather = original
+        agree.finish = original
     return given
 
 
-def test_agreement_costs_eight_bytes_a_call() -> None:
-    assert run_ranks(2, bytes_of_agreement) == [[8] * 4] * 2
+@pytest.mark.parametrize(("world", "numbers"), [(2, [1]), (3, [1, 1]), (4, [1, 2])])
+def test_agreement_costs_a_few_numbers_a_call(world: int, numbers: list[int]) -> None:
+    """Each of them eight bytes: every rank hears of all others in log2(world) messages."""
+    assert run_ranks(world, bytes_of_agreement) == [[8 * n for n in numbers] * 4] * world
 
 
 def bias_and_sinks(rank: int) -> None:

@@ -47,5 +47,5 @@ def test_a_link_carries_no_more_than_it_was_given(kind: str, tmp_path: Path) -> 
     words = ran.stdout.split()
     assert words[1] == {"rails": "nodes"}.get(kind, kind)
     expected, took = float(words[3]), float(words[5])
-    # A bucket of 64 kB passes unshaped, a quarter of what is sent. No upper limit: a busy machine may take its time.
-    assert took > 0.7 * expected, f"both ways at once: {took:.3f} s where the link needs {expected:.3f} s"
+    # A bucket of 8 kB passes unshaped, a few percent of what is sent. No upper limit: a busy machine may take its time.
+    assert took > 0.9 * expected, f"both ways at once: {took:.3f} s where the link needs {expected:.3f} s"

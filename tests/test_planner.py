@@ -223,12 +223,27 @@ def test_a_schedule_given_as_data_is_obeyed() -> None:
 
 def test_buffers_can_be_limited() -> None:
     free = make_plan(**USUAL)
-    needs = {c.buffer_bytes for c in candidates(**USUAL)}
+    needs = {c.buffer_bytes((False, True)) for c in candidates(**USUAL)}
     tight = make_plan(**USUAL, buffer_limit=min(needs))
     assert max(price(tight, PRESETS["infiniband"], backward=b).buffer_bytes for b in (False, True)) == min(needs)
     assert make_plan(**USUAL, buffer_limit=max(needs)) == free
     with pytest.raises(PlanError, match=f"buffer_limit=1: the least that any allowed plan needs is {min(needs)} bytes"):
         make_plan(**USUAL, buffer_limit=1)
+
+
+@pytest.mark.parametrize("topology", [PRESETS["nvlink"], PRESETS["cpu"], SLOW_LINKS], ids=lambda t: t.name)
+def test_for_inference_forward_alone_decides(topology: Topology) -> None:
+    for mask, kv_heads in ((full(), 2), (causal(), 8), (causal(), 1)):
+        given = {"world": 4, "heads": 8, "kv_heads": kv_heads, "head_dim": 64, "mask": mask, "topology": topology}
+        trained, chosen = make_plan(4096, **given), make_plan(4096, **given, training=False)
+        found = candidates(4096, **given, training=False)
+        seconds = [price(p, topology).seconds for p in (chosen, trained)]
+        assert seconds[0] <= TIE * seconds[1]
+        layout = [c.cost(backward=False).seconds for c in found if c.plan.layout == chosen.layout]
+        assert min(layout) <= seconds[0] <= TIE * min(layout)
+        assert chosen.forward is chosen.backward, "its backward is that of the same schedule"
+    with pytest.raises(PlanError, match="training=1; must be True or False"):
+        make_plan(4096, **given, training=1)
 
 
 def test_where_links_are_slow_a_schedule_is_made_for_the_mask() -> None:

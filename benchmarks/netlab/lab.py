@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from ringattn import Topology
 
 KINDS = ("mesh", "switch", "nodes", "rails")
-BURST = "64kb"  # one packet as the kernel hands it over; less would throttle, more would let bursts pass unshaped
-LATENCY = 1e-3  # seconds that a message takes beyond its bytes, two processes and a shaper included
-GOODPUT = 0.99  # of the rate, what is left for the payload of 1 MB: headers take 4 %, the burst gives some of it back
+PACKET = 8192  # bytes: the most that the kernel hands over at once; 64 kB, its own choice, is 10 ms of a link
+BURST = "8kb"  # one such packet; less would throttle, more would let bursts pass unshaped: a message may be that short
+UNSENT = 16384  # bytes of a connection that may wait for the shaper: what asks for data waits behind no more data than that
+LATENCY = 2e-3  # seconds that a message takes beyond its bytes, two processes and a shaper included
+GOODPUT = 0.94  # of the rate, what headers, and acknowledgements of what comes the other way, leave for the payload
 UPLINK = 1000  # the htb class of all traffic that leaves the node
 QUEUE = "5000ms"  # what a port may hold back before it drops: more than all windows together, as links of a machine do
 
@@ -108,15 +110,16 @@ class Lab(AbstractContextManager["Lab"]):
         name, cable = self._host(host), f"p{host}"
         _run("ip netns add", name)
         _run(f"ip link add {cable} netns {self._core} type veth peer name eth0 netns {name}")
-        self._in_core(f"ip link set {cable} master {self._bridge(host)} up")
+        self._in_core(f"ip link set {cable} gso_max_size {PACKET} master {self._bridge(host)} up")
         on_host = f"ip netns exec {name}"
         _run(f"{on_host} ip address add {self.address(host)}/24 dev eth0")
-        _run(f"{on_host} ip link set eth0 up")
+        _run(f"{on_host} ip link set eth0 gso_max_size {PACKET} up")
         _run(f"{on_host} ip link set lo up")
         # BBR, a default on some machines, mistakes the shaper for a slow path: 2 MB on every link at once took 0.58 s for 0.34.
         _run(f"{on_host} sysctl -q -w net.ipv4.tcp_congestion_control=reno")
         # Or whoever has been idle for long starts slowly: contenders take turns, and a training job is never idle that long.
         _run(f"{on_host} sysctl -q -w net.ipv4.tcp_slow_start_after_idle=0")
+        _run(f"{on_host} sysctl -q -w net.ipv4.tcp_limit_output_bytes={UNSENT}")
         if self.kind == "switch":
             shape = f"root tbf rate {self.mbit}mbit burst {BURST} latency {QUEUE}"
             _run(f"{on_host} tc qdisc add dev eth0 {shape}")

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import device_of
 from ringattn.errors import CommError, InputError, MismatchError
 
 REPORT_BYTES = 2048
+TAG = 1  # what is said here is never taken for what a call moves
 
 Fields = tuple[tuple[str, str], ...]
 
@@ -68,17 +70,26 @@ def agree(group: dist.ProcessGroup | None, fields: Mapping[str, object], problem
 
 
 def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
-    """`mine` of every rank, on the CPU."""
-    mine = mine.to(device_of(group))
-    all_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    """`mine` of every rank, on the CPU: what a rank knows goes on to one twice as far in each of log2(world) rounds."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    table = mine.new_empty(world, len(mine), device=device_of(group))  # row n is that of rank - n
+    table[0] = mine
+    distance = 1
     try:
-        dist.all_gather(all_ranks, mine, group=group)
+        prepare(group)
+        while distance < world:
+            count = min(distance, world - distance)
+            there, here = table[:count].clone(), table[distance : distance + count]
+            to, come = (rank + distance) % world, (rank - distance) % world
+            finish([sending(there, group, rank, to, TAG), receiving(here, group, rank, come, TAG)])
+            distance *= 2
     except RuntimeError as error:
         raise CommError(
-            f"rank {dist.get_rank(group)}: the ranks could not agree on this call before sending; some rank has died, or came "
-            f"to another call. The backend says: {error}"
+            f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call. "
+            f"The backend says: {error}"
         ) from error
-    return [t.cpu() for t in all_ranks]
+    rows = table.cpu()
+    return [rows[(rank - n) % world] for n in range(world)]
 
 
 def _words_of_all(group: dist.ProcessGroup, words: str) -> list[str]:

@@ -32,16 +32,17 @@ class Transfer(NamedTuple):
     rank: int
     src: int
     dst: int
+    tag: int = 0  # gloo never joins a send and a receive whose tags differ; NCCL has none
 
 
-def sending(tensor: Tensor, group: Group, rank: int, peer: int) -> Transfer:
+def sending(tensor: Tensor, group: Group, rank: int, peer: int, tag: int = 0) -> Transfer:
     """`rank` of `group` sends `tensor` to `peer`."""
-    return Transfer(tensor, group, rank, rank, peer)
+    return Transfer(tensor, group, rank, rank, peer, tag)
 
 
-def receiving(tensor: Tensor, group: Group, rank: int, peer: int) -> Transfer:
+def receiving(tensor: Tensor, group: Group, rank: int, peer: int, tag: int = 0) -> Transfer:
     """`rank` of `group` receives into `tensor` from `peer`."""
-    return Transfer(tensor, group, rank, peer, rank)
+    return Transfer(tensor, group, rank, peer, rank, tag)
 
 
 def prepare(group: Group) -> None:
@@ -72,11 +73,12 @@ def finish(transfers: Sequence[Transfer]) -> None:
 
 def _one_way(transfer: Transfer, way: Any) -> dist.Work:
     if transfer.rank == transfer.src:
-        return cast(dist.Work, way.send([transfer.tensor], transfer.dst, 0))
-    return cast(dist.Work, way.recv([transfer.tensor], transfer.src, 0))
+        return cast(dist.Work, way.send([transfer.tensor], transfer.dst, transfer.tag))
+    return cast(dist.Work, way.recv([transfer.tensor], transfer.src, transfer.tag))
 
 
 def _operation(transfer: Transfer) -> dist.P2POp:
     sends = transfer.rank == transfer.src
     peer = transfer.dst if sends else transfer.src
-    return dist.P2POp(dist.isend if sends else dist.irecv, transfer.tensor, group=transfer.group, group_peer=peer)
+    operation = dist.isend if sends else dist.irecv
+    return dist.P2POp(operation, transfer.tensor, group=transfer.group, tag=transfer.tag, group_peer=peer)

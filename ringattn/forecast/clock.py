@@ -13,10 +13,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ringattn.cost import MERGE
 from ringattn.forecast.rounds import Post, Round
 from ringattn.forecast.shifts import Axis, Links
+
+
+class Due(NamedTuple):
+    """What is taken in at one step: the last arrival, bytes of all buffers, bytes of sums that it is added to."""
+
+    arrival: float = 0.0
+    nbytes: int = 0
+    added: int = 0
 
 
 class Clock:
@@ -31,7 +40,7 @@ class Clock:
         self._free: dict[str, float] = {}  # when each class of resource has let all before through
         self._links_free: dict[tuple[Axis, int], float] = {}  # the same for links that only one pair of ranks uses
         self._step, self._flying = 0, 0
-        self._due: dict[int, tuple[float, int]] = {}  # by step: the last arrival, and bytes of the buffers of all
+        self._due: dict[int, Due] = {}
 
     def run(self, rounds: Iterable[Round]) -> None:
         """Walk all rounds, then take in whatever is still on its way."""
@@ -61,15 +70,16 @@ class Clock:
     def _walk(self, one: Round, steps: range) -> None:
         for n in steps:
             self._take_in(self._step)
+            # Every post is one message sent, which is packed, and one received.
+            self.now += sum(2 * self._topology.launch + post.nbytes / self._topology.memory for post in one.posts)
             self._post(one.posts, n)
             self.peak = max(self.peak, self._flying + one.held)
-            packing = sum(self._topology.launch + post.nbytes / self._topology.memory for post in one.posts)
-            self.now += one.tiles * self._tile + packing
+            self.now += one.tiles * self._tile
             self._step += 1
 
     def _take_in(self, step: int) -> None:
-        arrival, nbytes = self._due.pop(step, (0.0, 0))
-        self.now = max(self.now, arrival)
+        arrival, nbytes, added = self._due.pop(step, Due())
+        self.now = max(self.now, arrival) + MERGE * added / self._topology.memory
         self._flying -= nbytes
 
     def _post(self, posts: tuple[Post, ...], n: int) -> None:
@@ -88,13 +98,13 @@ class Clock:
             if load.alone:
                 link = post.axis, (post.offset + n * post.slope) % post.axis.size
                 through = self._links_free[link] = max(self._links_free.get(link, 0.0), self.now) + post.nbytes * load.alone
-            arrival, nbytes = self._due.get(self._step + post.lag, (0.0, 0))
-            # Every rank sends one and receives one.
-            self._due[self._step + post.lag] = max(arrival, through + load.latency), nbytes + 2 * post.nbytes
+            arrival, nbytes, added = self._due.get(self._step + post.lag, Due())
+            arrival = max(arrival, through + load.latency)
+            self._due[self._step + post.lag] = Due(arrival, nbytes + 2 * post.nbytes, added + post.added)
             self._flying += 2 * post.nbytes
 
     def _state(self) -> tuple[int, float, dict[str, float], dict[int, float]]:
-        return self._step, self.now, dict(self._free), {step: arrival for step, (arrival, _) in self._due.items()}
+        return self._step, self.now, dict(self._free), {step: due.arrival for step, due in self._due.items()}
 
     def _leap(self, before: tuple[int, float, dict[str, float], dict[int, float]], times: int, period: int) -> None:
         """Everything that grew over the last period grows `times` more times."""
@@ -104,10 +114,10 @@ class Clock:
         for resource, then in free.items():
             self._free[resource] += times * (self._free[resource] - then)
         moved = {}
-        for number, (arrival, nbytes) in self._due.items():
+        for number, one in self._due.items():
             if number - period in due and number - period >= step:  # of this round; what was due later before it stays
-                shift = times * (arrival - due[number - period])
-                moved[number + times * period] = arrival + shift, nbytes
+                shift = times * (one.arrival - due[number - period])
+                moved[number + times * period] = one._replace(arrival=one.arrival + shift)
             else:
-                moved[number] = arrival, nbytes
+                moved[number] = one
         self._due = moved

@@ -19,7 +19,8 @@ from ringattn.forecast.shifts import Axis, Links
 class Post(NamedTuple):
     """Every rank sends `nbytes` to the rank `offset` further along `axis`, and takes in as much `lag` steps later.
 
-    From step to step of a round the offset grows by `slope`; what the shift loads the links with does not change.
+    From step to step of a round the offset grows by `slope`; what the shift loads the links with does not change. `added` are
+    bytes of sums that what arrives is added to.
     """
 
     axis: Axis
@@ -27,6 +28,7 @@ class Post(NamedTuple):
     nbytes: int
     lag: int
     slope: int = 0
+    added: int = 0
 
 
 class Round(NamedTuple):
@@ -93,16 +95,19 @@ def _posts(axis: Axis, visitor: Visitor, turn: int, way: Way, step: int) -> Iter
     elif way.direct and step + way.ahead <= last:
         yield Post(axis, turn * (step + way.ahead), visitor.out, way.ahead, turn)
     if visitor.home and 2 <= step <= axis.size:
-        straight = Post(axis, -turn * (step - 1), visitor.home, way.ahead, -turn)
-        yield Post(axis, turn, visitor.home, 1) if way.rides else straight
+        straight = Post(axis, -turn * (step - 1), visitor.home, way.ahead, -turn, visitor.partial)
+        yield Post(axis, turn, visitor.home, 1, 0, visitor.partial) if way.rides else straight
 
 
 def _merged(posts: Sequence[Post]) -> tuple[Post, ...]:
     """What has the same way and the same due step shares a message."""
     sizes: Counter[Post] = Counter()
+    sums: Counter[Post] = Counter()
     for post in posts:
-        sizes[post._replace(offset=post.offset % post.axis.size, nbytes=0)] += post.nbytes
-    return tuple(post._replace(nbytes=nbytes) for post, nbytes in sizes.items())
+        key = post._replace(offset=post.offset % post.axis.size, nbytes=0, added=0)
+        sizes[key] += post.nbytes
+        sums[key] += post.added
+    return tuple(key._replace(nbytes=sizes[key], added=sums[key]) for key in sizes)
 
 
 def grid(rows: Axis, columns: Axis, q: Visitor, kv: Visitor, links: Links) -> Iterator[Round]:
@@ -115,11 +120,11 @@ def grid(rows: Axis, columns: Axis, q: Visitor, kv: Visitor, links: Links) -> It
     kept = q.both + (b - 1) * kv.both
     edges = {1, 2, a - 1, *(a - offset + 2 for offset in links.changes(rows))}
     for visit, end in pairwise(sorted(edge for edge in edges if 1 <= edge <= a - 1)):
-        home = (Post(rows, 1 - visit, q.home, 1, -1),) if visit > 1 else ()
+        home = (Post(rows, 1 - visit, q.home, 1, -1, q.partial),) if visit > 1 else ()
         yield Round(end - visit, b, (hop_q._replace(lag=1), *home), kept)
-    yield Round(1, 1, (Post(rows, 2 - a, q.home, b),) if a > 2 else (), kept)  # last visit: gradients of KV leave
+    yield Round(1, 1, (Post(rows, 2 - a, q.home, b, 0, q.partial),) if a > 2 else (), kept)  # last visit: gradients of KV leave
     edges = {1, 2, b, *(b - offset + 1 for offset in links.changes(columns))}
     for step, end in pairwise(sorted(edge for edge in edges if 1 <= edge <= b)):
-        home = (Post(columns, -step, kv.home, 2, -1),) if kv.home else ()
+        home = (Post(columns, -step, kv.home, 2, -1, kv.partial),) if kv.home else ()
         yield Round(end - step, 1, home, q.both + (b - 1 - step) * kv.both)
-    yield Round(1, 0, (Post(rows, 1 - a, q.home, 1),))
+    yield Round(1, 0, (Post(rows, 1 - a, q.home, 1, 0, q.partial),))

@@ -38,6 +38,7 @@ def make_plan(
     kernel: str = "auto",
     topology: Topology | str | None = None,
     buffer_limit: int | None = None,
+    training: bool = True,
 ) -> Plan:
     """Decide how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
 
@@ -58,6 +59,8 @@ def make_plan(
         kernel: "auto" ("sdpa"), "sdpa", "reference", or "emulated:" and a number of flop/s: right timing, no right numbers.
         topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
         buffer_limit: bytes that a rank may hold beyond its own rows during a pass, for each sequence of a batch; None: any.
+        training: whether backward counts in the choice. For inference say False: the plan is the best for forward alone, and
+            its backward, which works all the same, is whatever that schedule makes of it.
 
     Raises:
         PlanError: an argument is out of range, unknown, or contradicts another.
@@ -78,11 +81,12 @@ def make_plan(
             kernel=kernel,
             topology=topology,
             buffer_limit=buffer_limit,
+            training=training,
         )
     )
 
 
 def candidates(seq_len: int, *, world: Any, heads: int, head_dim: int, **others: Any) -> list[Candidate]:
-    """Everything that `make_plan` with the same arguments would choose from, priced; the fastest pair of passes first."""
-    found = allowed(request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others))
-    return sorted(found, key=lambda option: option.cost(backward=False).seconds + option.cost(backward=True).seconds)
+    """Everything that `make_plan` with the same arguments would choose from, priced; the fastest in all passes first."""
+    asked = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
+    return sorted(allowed(asked), key=lambda option: sum(option.cost(backward=backward).seconds for backward in asked.passes))

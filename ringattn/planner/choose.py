@@ -1,6 +1,7 @@
 """Choose by price. Nobody's slogan decides.
 
 Every schedule and layout that the request allows is a candidate, forward and backward each by itself; both share the layout.
+For inference only forward counts.
 They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
 less than the model can tell apart: where compute hides the transfers, the fewest bytes win. Equal bytes: the order of
 `schedule.named`. Layouts stand in the order contiguous, zigzag, striped, and a later one must gain 5 %: it breaks tiles into
@@ -14,7 +15,7 @@ IEEE doubles and depends on the request alone, so every rank finds the same plan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -49,10 +50,9 @@ class Candidate:
             self._costs[backward] = price(self.plan, self.topology, backward=backward)
         return self._costs[backward]
 
-    @property
-    def buffer_bytes(self) -> int:
-        """The most that a rank holds beyond its own rows, in either pass."""
-        return max(self.cost(backward=backward).buffer_bytes for backward in (False, True))
+    def buffer_bytes(self, passes: Iterable[bool]) -> int:
+        """The most that a rank holds beyond its own rows, in any of `passes`."""
+        return max(self.cost(backward=backward).buffer_bytes for backward in passes)
 
     def total_bytes(self, *, backward: bool) -> int:
         return sum(self._traffic[backward].values())
@@ -78,65 +78,66 @@ class Candidate:
         return {}
 
 
-Pair = tuple[Candidate, Candidate]  # forward, backward
+Chosen = tuple[Candidate, ...]  # for forward, and in training for backward
 
 
 @lru_cache(maxsize=256)
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
-    (forward, backward), _ = _decide(request)
-    told = _told("forward", forward.cost(backward=False)), _told("backward", backward.cost(backward=True))
-    notes = f"predicted on {request.topology.name}: {'; '.join(told)}"
+    chosen, _ = _decide(request)
+    forward, backward = chosen[0], chosen[-1]
+    notes = f"predicted on {request.topology.name}: {'; '.join(map(_told, request.passes, chosen))}"
     labels = str(forward.named), str(backward.named)
     lanes = forward.plan.forward if forward is backward else backward.plan.backward
     return replace(forward.plan, backward=lanes, labels=labels, notes=notes)
 
 
 @lru_cache(maxsize=256)
-def _decide(request: Request) -> tuple[Pair, Sequence[Candidate]]:
-    """The two candidates of the plan, and what was searched for besides those that have names."""
-    best: tuple[int, Pair] | None = None
+def _decide(request: Request) -> tuple[Chosen, Sequence[Candidate]]:
+    """The candidates of the plan, and what was searched for besides those that have names."""
+    best: tuple[int, Chosen] | None = None
     for n, layout in reversed(list(enumerate(_worthwhile(request)))):
-        limit = float("inf") if best is None else LAYOUT_TIE * _seconds(*best[1])
+        limit = float("inf") if best is None else LAYOUT_TIE * _seconds(best[1])
         found = options(request, layout, limit)
-        if found and min(_least(option, option) for option in found) < limit:
-            pair = _best_pair(found)
-            best = (n, pair) if best is None or _seconds(*pair) < limit else best
+        if found and min(_least((option,) * len(request.passes)) for option in found) < limit:
+            chosen = _best(found, request.passes)
+            best = (n, chosen) if best is None or _seconds(chosen) < limit else best
     if best is None:
         free = request._replace(buffer_limit=None)
-        least = min(option.buffer_bytes for layout in _worthwhile(free) for option in options(free, layout))
+        every = [option for layout in _worthwhile(free) for option in options(free, layout)]
+        least = min(option.buffer_bytes(request.passes) for option in every)
         raise PlanError(f"buffer_limit={request.buffer_limit}: the least that any allowed plan needs is {least} bytes")
     return _shared_out(request, *best)
 
 
-def _shared_out(request: Request, at: int, best: Pair) -> tuple[Pair, Sequence[Candidate]]:
+def _shared_out(request: Request, at: int, best: Chosen) -> tuple[Chosen, Sequence[Candidate]]:
     """The same, or better with schedules made for this very mask: worth a search where compute does not hide all transfers."""
     searched: list[Candidate] = []
     if request.schedule != "auto" or request.world > SMALL or request.mask == full():
         return best, searched
     for n, layout in enumerate(_worthwhile(request)):
-        idle = _seconds(*best) - best[0].compute(backward=False) - best[1].compute(backward=True)
-        if idle < WORTH_A_SEARCH * _seconds(*best):
+        idle = _seconds(best) - _sum(best, Candidate.compute)
+        if idle < WORTH_A_SEARCH * _seconds(best):
             break
         degrees = [degree for degree in request.degrees if request.world // degree > 2]
         found = _candidates(request, layout, (one for degree in degrees for one in shared_out(request, layout, degree)))
         searched += found
-        pair = _best_pair([*found, *(best if n == at else ())]) if found else best
-        if TIE * _seconds(*pair) < _seconds(*best):
-            at, best = n, pair
+        chosen = _best([*found, *(best if n == at else ())], request.passes) if found else best
+        if TIE * _seconds(chosen) < _seconds(best):
+            at, best = n, chosen
     return best, searched
 
 
-def _best_pair(found: Sequence[Candidate]) -> Pair:
-    """The cheapest of each pass. One whose inputs rest away from home counts on both passes being its own."""
+def _best(found: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
+    """The cheapest of each pass. One whose inputs rest away from home counts on all passes being its own."""
     free = [option for option in found if not option.plan.keep]
-    pairs = [(option, option) for option in found if option.plan.keep]
+    choices = [(option,) * len(passes) for option in found if option.plan.keep]
     if free:
-        pairs.append((_cheapest(free, backward=False), _cheapest(free, backward=True)))
-    best, *others = sorted(pairs, key=lambda pair: pair[0].total_bytes(backward=False) + pair[1].total_bytes(backward=True))
-    for pair in others:
-        if TIE * _least(*pair) < _seconds(*best) and TIE * _seconds(*pair) < _seconds(*best):
-            best = pair
+        choices.append(tuple(_cheapest(free, backward=backward) for backward in passes))
+    best, *others = sorted(choices, key=lambda chosen: _sum(chosen, Candidate.total_bytes))
+    for chosen in others:
+        if TIE * _least(chosen) < _seconds(best) and TIE * _seconds(chosen) < _seconds(best):
+            best = chosen
     return best
 
 
@@ -149,16 +150,23 @@ def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
     return best
 
 
-def _seconds(forward: Candidate, backward: Candidate) -> float:
-    return forward.cost(backward=False).seconds + backward.cost(backward=True).seconds
+def _sum(chosen: Chosen, of: Callable[..., float]) -> float:
+    """`of` all passes, each that of its candidate."""
+    return sum(of(option, backward=bool(n)) for n, option in enumerate(chosen))
 
 
-def _least(forward: Candidate, backward: Candidate) -> float:
+def _seconds(chosen: Chosen) -> float:
+    return _sum(chosen, lambda option, *, backward: option.cost(backward=backward).seconds)
+
+
+def _least(chosen: Chosen) -> float:
     """What no simulation can find less than."""
-    return forward.at_least(backward=False) + backward.at_least(backward=True)
+    return _sum(chosen, Candidate.at_least)
 
 
-def _told(which: str, cost: Cost) -> str:
+def _told(backward: bool, option: Candidate) -> str:
+    cost = option.cost(backward=backward)
+    which = "backward" if backward else "forward"
     return f"{which} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
 
 
@@ -171,7 +179,7 @@ def allowed(request: Request) -> list[Candidate]:
 def options(request: Request, layout: Layout, limit: float = float("inf")) -> list[Candidate]:
     """Every schedule that `request` allows, on one layout; not those whose compute alone takes more than `limit` seconds."""
     found = _candidates(request, layout, _schedules(request, layout))
-    return [one for one in found if sum(one.compute(backward=backward) for backward in (False, True)) < limit]
+    return [one for one in found if sum(one.compute(backward=backward) for backward in request.passes) < limit]
 
 
 def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> list[Candidate]:
@@ -182,7 +190,7 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
         found.append(Candidate(one, plan, request.topology))
     limit = request.buffer_limit
-    return found if limit is None else [option for option in found if option.buffer_bytes <= limit]
+    return found if limit is None else [option for option in found if option.buffer_bytes(request.passes) <= limit]
 
 
 def _worthwhile(request: Request) -> list[Layout]:

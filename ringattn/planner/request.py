@@ -44,6 +44,7 @@ class Request(NamedTuple):
     kernel: str
     topology: Topology
     buffer_limit: int | None
+    passes: tuple[bool, ...]  # that count: forward (False), and in training backward (True)
 
 
 def request(
@@ -61,6 +62,7 @@ def request(
     kernel: Any = "auto",
     topology: Any = None,
     buffer_limit: Any = None,
+    training: Any = True,
 ) -> Request:
     """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
     seq_len, world, heads = _count("seq_len", seq_len), _world(world), _count("heads", heads)
@@ -86,6 +88,7 @@ def request(
         kernel,
         topology,
         None if buffer_limit is None else _count("buffer_limit", buffer_limit),
+        (False, True)[: 1 + _one_of_both("training", training)],
     )
 
 
@@ -97,6 +100,12 @@ def _count(name: str, value: Any) -> int:
     if number < 1:
         raise PlanError(f"{name}={number}; must be 1 or more")
     return number
+
+
+def _one_of_both(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"{name}={value!r}; must be True or False")
+    return value
 
 
 def _one_of(name: str, value: Any, choices: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ SCARCE = {"mesh": "link", "matrix": "link"}  # elsewhere the port of a rank
 
 def shared_out(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
     """Balanced schedules among the world / degree groups of Ulysses; of a single one there is nothing to share out."""
-    for backward in (False, True):
+    for backward in request.passes:
         for objective in ("total", SCARCE.get(request.topology.kind, "port")):
             inner = _schedule(request, layout, degree, backward, objective)
             words = [f"ulysses {degree}"] * (degree > 1) + [f"least {objective}", "backward's" if backward else "forward's"]

@@ -76,7 +76,9 @@ def messages(lanes: Sequence[Schedule], *, backward: bool, keep: bool = False) -
         kept = keep and backward and lanes[lane].to_rest(move)
         if (backward or move.kind is not Kind.KV_ACC) and not (kept and move.kind is Kind.KV):
             groups[move.depart, move.due, move.src, move.dst].append(Item(lane, move.kind, move.index, kept))
-    return tuple(Message(src, dst, depart, due, tuple(items)) for (depart, due, src, dst), items in groups.items())
+    found = [Message(src, dst, depart, due, tuple(items)) for (depart, due, src, dst), items in groups.items()]
+    world = lanes[0].world if lanes else 1
+    return tuple(sorted(found, key=lambda m: (m.depart, m.due, (m.dst - m.src) % world)))
 
 
 def program(lanes: Sequence[Schedule], sent: Iterable[Message], rank: int, *, keep: bool = False) -> tuple[Step, ...]:
