@@ -46,6 +46,9 @@ def plan(
     topology: str | None = None,
     buffer_limit: int | None = None,
     training: bool = True,
+    kv_len: int | None = None,
+    q_offset: int | None = None,
+    partials: str = "auto",
     draw: Path | None = None,
     draw_pass: Literal["forward", "backward"] = "forward",
     top: int = 12,
@@ -63,12 +66,15 @@ def plan(
         dtype: float32, float64, bfloat16 or float16.
         mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
         schedule: auto, balanced, or a name from ringattn.schedule.named, as ring or token_ring.
-        layout: auto, contiguous, zigzag or striped.
+        layout: auto, contiguous, zigzag, striped or documents.
         ulysses: Degree of head resharding.
         kernel: auto, sdpa, reference or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
         training: Whether backward counts in the choice.
+        kv_len: Keys in the whole sequence; as many as queries by default.
+        q_offset: Position of the first query among the keys.
+        partials: auto, wide or narrow: what partial sums travel in.
         draw: Write a picture of the chosen schedule to this SVG file.
         draw_pass: Which pass to draw.
         top: Rows of the table.
@@ -89,6 +95,9 @@ def plan(
         "topology": _topology(topology),
         "buffer_limit": buffer_limit,
         "training": training,
+        "kv_len": kv_len,
+        "q_offset": q_offset,
+        "partials": partials,
     }
     if world > MANY and schedule == "auto":
         _console().print(_families(seq_len, arguments, top))
@@ -173,8 +182,10 @@ def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
 
 def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
     """Families by closed form, see `forecast`: the rows of the table are what make_plan takes as schedule and ulysses."""
-    if any(arguments[name] is not None for name in ("ulysses", "buffer_limit")):
-        raise PlanError(f"--ulysses and --buffer-limit need a schedule by name above {MANY} ranks: add --schedule")
+    special = ("ulysses", "buffer_limit", "kv_len", "q_offset")
+    if any(arguments[name] is not None for name in special) or arguments["partials"] != "auto":
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*special, "partials"))
+        raise PlanError(f"{flags} need a schedule by name above {MANY} ranks: add --schedule")
     asked = request(seq_len=seq_len, **arguments)
     same = {name: getattr(asked, name) for name in ("world", "heads", "kv_heads", "head_dim", "dtype", "mask", "topology")}
     layout = "zigzag" if arguments["layout"] == "auto" else arguments["layout"]

@@ -1,7 +1,8 @@
 """A layout says which global positions each rank holds, in which local order: spans of integers, nothing else.
 
 contiguous, zigzag, striped, uneven and empty shards are all just tuples of spans. Any sequence length works on any number of
-ranks: where it does not divide, some ranks hold one row more. No mask, schedule or kernel is known here, and no torch.
+ranks: where it does not divide, some ranks hold one row more. Keys lie where queries do, or have a layout of their own: in
+cross-attention, and where a chunk of queries meets all keys so far. No mask, schedule or kernel is known here, and no torch.
 
 zigzag (a causal mask then costs every rank the same): Zhu 2024, https://github.com/zhuzilin/ring-flash-attention/issues/2
 striped: Brandon et al. 2023, https://arxiv.org/abs/2311.09431
@@ -9,7 +10,7 @@ striped: Brandon et al. 2023, https://arxiv.org/abs/2311.09431
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,14 +34,35 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`shards[rank]` is the ordered tuple of spans that rank holds; local row n has one global position."""
+    """`shards[rank]` is the ordered tuple of spans that rank holds; local row n has one global position.
+
+    `keys`: where keys and values lie, if not where the queries do. `q_cuts` and `kv_cuts`: of each rank, the local rows at
+    which a schedule with that many blocks and one more cuts them; otherwise blocks of a rank are even.
+    """
 
     name: str
     shards: tuple[tuple[Span, ...], ...]
+    keys: Layout | None = None
+    q_cuts: tuple[tuple[int, ...], ...] = ()
+    kv_cuts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def world(self) -> int:
         return len(self.shards)
+
+    @property
+    def of_keys(self) -> Layout:
+        return self.keys or self
+
+    @property
+    def first(self) -> int:
+        """The lowest position that any rank holds."""
+        return min((span.start for shard in self.shards for span in shard if span.length), default=0)
+
+    @property
+    def length(self) -> int:
+        """Positions that all ranks hold together."""
+        return sum(span.length for shard in self.shards for span in shard)
 
     def rows(self, rank: int) -> int:
         """Rows that `rank` holds; may be 0."""
@@ -50,25 +72,47 @@ class Layout:
         """Global position of every local row of `rank`."""
         return [p for span in self.shards[rank] for p in span.positions()]
 
+    def moved(self, by: int) -> Layout:
+        """The same, `by` positions further on; keys stay where they are."""
+        moved = tuple(tuple(span._replace(start=span.start + by) for span in shard) for shard in self.shards)
+        return Layout(self.name, moved, self.keys)
+
+    def after(self, before: Layout) -> Layout:
+        """This chunk of queries, behind all that `before` has keys of: every rank appends its new keys to those it has."""
+        old, new = before.of_keys, self.moved(before.of_keys.length)
+        keys = tuple(a + b for a, b in zip(old.shards, new.shards, strict=True))
+        return Layout(self.name, new.shards, Layout(f"{old.name}, {self.name}", keys))
+
     def validate(self, seq_len: int) -> None:
-        """Raise `PlanError` unless the shards hold every position of [0, seq_len) exactly once."""
-        spans = [span for shard in self.shards for span in shard]
+        """Raise `PlanError` unless the shards hold `seq_len` positions in a row, and the keys all from 0 on, each once."""
+        spans = [span for layout in (self, self.of_keys) for shard in layout.shards for span in shard]
         strides = {span.stride for span in spans if span.length > 1}
         if len(strides) > 1:
             raise PlanError(
                 f"layout {self.name!r} mixes strides {sorted(strides)}; use one stride throughout, "
                 "so that a mask's band stays a band on every pair of shards"
             )
-        seen = bytearray(seq_len)
-        for span in spans:
+        if self.keys is not None:
+            if self.keys.world != self.world:
+                raise PlanError(
+                    f"layout {self.name!r} has {self.world} shards and its keys {self.keys.world}; give both as many"
+                )
+            self.keys._cover(0, self.keys.length)
+        self._cover(self.first if self.keys is not None else 0, seq_len)
+
+    def _cover(self, first: int, length: int) -> None:
+        seen, stop = bytearray(length), first + length
+        for span in (span for shard in self.shards for span in shard):
             at = span.positions()
-            if span.length < 0 or span.stride < 1 or (at and not 0 <= at[0] <= at[-1] < seq_len):
-                raise PlanError(f"layout {self.name!r}: {span} does not lie in [0, {seq_len})")
-            if any(seen[at.start : at.stop : at.step]):
+            if span.length < 0 or span.stride < 1 or (at and not first <= at[0] <= at[-1] < stop):
+                raise PlanError(f"layout {self.name!r}: {span} does not lie in [{first}, {stop})")
+            here = slice(at.start - first, at.stop - first, at.step)
+            if any(seen[here]):
                 raise PlanError(f"layout {self.name!r}: positions of {span} are held twice")
-            seen[at.start : at.stop : at.step] = b"\1" * span.length
+            seen[here] = b"\1" * span.length
         if not all(seen):
-            raise PlanError(f"layout {self.name!r}: position {seen.index(0)} of [0, {seq_len}) is held by no rank")
+            missing = first + seen.index(0)
+            raise PlanError(f"layout {self.name!r}: position {missing} of [{first}, {stop}) is held by no rank")
 
     def __str__(self) -> str:
         return self.name
@@ -93,6 +137,18 @@ def take(spans: tuple[Span, ...], begin: int, end: int) -> tuple[Span, ...]:
             taken.append(span.cut(lo, hi))
         offset += span.length
     return tuple(taken)
+
+
+def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same positions in fewer spans, where one goes on where the one before ends."""
+    found: list[Span] = []
+    for span in spans:
+        last = found[-1] if found else None
+        if last is not None and last.stride == span.stride and last.start + last.length * last.stride == span.start:
+            found[-1] = last._replace(length=last.length + span.length)
+        else:
+            found.append(span)
+    return tuple(found)
 
 
 def contiguous(seq_len: int, world: int) -> Layout:

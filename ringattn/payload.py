@@ -9,7 +9,8 @@ delta = sum(dout * out) travels in place of out, one number instead of head_dim 
 
 Sums are kept in fp32 (fp64 for fp64). On the wire an accumulator that goes straight home travels in the dtype of q: rounded
 once, which the kernel's own result already was. One that gathers on its way stays wide, because rounding it at every hop would
-let the error grow with the number of ranks. Row statistics and biases are always wide. No torch here.
+let the error grow with the number of ranks. A plan may say otherwise (`Plan.rounds`). Row statistics and biases are always
+wide. No torch here.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ pair of zigzag or striped shards comes out as one piece. No torch here.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from ringattn.mask import END, Band, Mask, Rect
 
 FULL = Band()
 CAUSAL = Band(right=0)
+FEW = 8  # spans that are looked at one by one
 
 
 class Piece(NamedTuple):
@@ -54,14 +56,35 @@ class Piece(NamedTuple):
 
 def pieces(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> tuple[Piece, ...]:
     """The work in the tile (q_spans, k_spans) under `mask`; empty when no query sees a key."""
+    keys = _Keys(k_spans)
     found = (
         piece
         for q_offset, q_span in _with_offsets(q_spans)
         for rect in mask.near(q_span.start, q_span.start + q_span.length * q_span.stride)
-        for k_offset, k_span in _with_offsets(k_spans)
+        for k_offset, k_span in keys.near(q_span, rect)
         for piece in _meet(q_span, k_span, rect, q_offset, k_offset)
     )
     return _join(found)
+
+
+class _Keys:
+    """Spans of keys, of which a few may be seen: with thousands of documents most lie before or behind."""
+
+    def __init__(self, spans: tuple[Span, ...]) -> None:
+        self._placed = list(_with_offsets(spans))
+        if len(spans) >= FEW:
+            self._placed.sort(key=lambda placed: placed[1].start)
+        self._starts = [span.start for _, span in self._placed]
+        self._stops = [span.start + span.length * span.stride for _, span in self._placed]
+        self._apart = all(stop <= start for stop, start in zip(self._stops, self._starts[1:], strict=False))
+
+    def near(self, q_span: Span, rect: Rect) -> list[tuple[int, Span]]:
+        """Those that queries of `q_span` may see within `rect`."""
+        if not self._apart or len(self._placed) < FEW:
+            return self._placed
+        last = q_span.start + (q_span.length - 1) * q_span.stride
+        start, stop = max(rect.k_start, q_span.start + rect.band.left), min(rect.k_stop, last + rect.band.right + 1)
+        return self._placed[bisect_right(self._stops, start) : bisect_left(self._starts, stop)]
 
 
 def strips(piece: Piece, rows: int) -> Iterator[Piece]:

@@ -8,18 +8,20 @@ nothing. How the choice is made is in `planner`; what a plan costs is in `cost`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 from ringattn.errors import PlanError
-from ringattn.layout import Layout, Span, even_parts, take
+from ringattn.layout import Layout, Span, even_parts, joined, take
 from ringattn.mask import Mask
 from ringattn.pieces import Piece, pieces
-from ringattn.schedule import Kind, Schedule, prune, side_by_side
+from ringattn.schedule import Kind, Schedule, prune, ring, side_by_side
 from ringattn.schedule.program import Message, Step, Work, messages, program
+
+WORTH_A_CUT = 0.9  # of the rows: if others need more of them than this, whole blocks travel
 
 
 class Block(NamedTuple):
@@ -98,12 +100,39 @@ class Plan:
     kernel: str
     forward: tuple[Lane, ...]
     backward: tuple[Lane, ...]
+    partials: str = "auto"  # the dtype in which sums travel, see `rounds`
     labels: tuple[str, str] = ("", "")  # what forward and backward are called, for people
     notes: str = field(default="", repr=False)
 
     def rows(self, rank: int) -> int:
-        """Rows of the sequence that `rank` holds."""
+        """Queries that `rank` holds; and keys, where they lie with the queries."""
         return self.layout.rows(rank)
+
+    def kv_rows(self, rank: int) -> int:
+        """Keys that `rank` holds."""
+        return self.layout.of_keys.rows(rank)
+
+    @property
+    def kv_len(self) -> int:
+        """Keys in the whole sequence."""
+        return self.layout.of_keys.length
+
+    @cached_property
+    def balance(self) -> float:
+        """How much more than the mean the busiest rank computes: 1.0 is perfect, `world` is one rank alone."""
+        work = [0] * self.world
+        for lane in self.forward:
+            for tile in lane.schedule.tiles:
+                work[tile.rank] += lane.areas[tile.i, tile.j] * lane.heads.of_queries
+        return max(work) * self.world / sum(work) if any(work) else 1.0
+
+    def rounds(self, lane: Lane, kind: Kind) -> bool:
+        """Whether sums of `kind` travel in the plan's dtype instead of the one they are kept in.
+
+        "auto" rounds what is rounded once, as the kernel's own result is: on the straight way home. What gathers on its way
+        would be rounded at every hop, and the error would grow with the number of ranks.
+        """
+        return lane.schedule.straight_home(kind) if self.partials == "auto" else self.partials == "narrow"
 
     @property
     def keep(self) -> bool:
@@ -136,7 +165,8 @@ class Plan:
     def digest(self) -> str:
         """16 hex digits that agree exactly when two plans do the same thing in the same way."""
         lanes = [[(lane.heads, str(lane.schedule)) for lane in lanes] for lanes in (self.forward, self.backward)]
-        numbers = (self.keep, self.seq_len, self.world, self.heads, self.kv_heads, self.head_dim, self.dtype, self.kernel)
+        model = (self.heads, self.kv_heads, self.head_dim, self.dtype, self.kernel, self.partials)
+        numbers = (self.keep, self.seq_len, self.world, *model)
         return sha256(repr((numbers, self.mask, self.layout, lanes)).encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
@@ -148,11 +178,14 @@ class Plan:
     def __str__(self) -> str:
         passes = zip(self.labels, (self.forward, self.backward), strict=True)
         forward, backward = (label or " | ".join(lane.schedule.name for lane in lanes) for label, lanes in passes)
-        rows = sorted({self.rows(rank) for rank in range(self.world)})
+        found = [self.rows(rank) for rank in range(self.world)]
+        rows = f"{min(found)} to {max(found)}" if max(found) > min(found) else f"{max(found)}"
+        keys = f" against {self.kv_len} keys" if self.layout.keys is not None else ""
         lines = [
-            f"{self.seq_len} tokens, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, "
+            f"{self.seq_len} tokens{keys}, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, "
             f"{self.mask} mask",
-            f"{self.world} ranks, {self.layout} layout, {' or '.join(map(str, rows))} rows each; kernel {self.kernel}",
+            f"{self.world} ranks, {self.layout} layout, {rows} rows each, the busiest with {self.balance:.2f} x the mean work; "
+            f"kernel {self.kernel}",
             f"forward {forward}; backward {backward}",
         ]
         return "\n".join([*lines, *([self.notes] if self.notes else []), f"digest {self.digest}"])
@@ -196,7 +229,8 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
 
 @lru_cache(maxsize=4096)
 def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
-    q_blocks, kv_blocks = blocks(layout, schedule.q_home), blocks(layout, schedule.kv_home)
+    q_blocks = blocks(layout, schedule.q_home, layout.q_cuts)
+    kv_blocks = blocks(layout.of_keys, schedule.kv_home, layout.kv_cuts)
     tiles = _tiles(q_blocks, kv_blocks, layout, mask)
     return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
 
@@ -221,20 +255,48 @@ class Tiles:
     def pieces(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Piece, ...]:
         """Between query blocks `i` and key blocks `j`, each put one behind another."""
         if (i, j) not in self._found:
-            q_spans, k_spans = (sum((spans[n] for n in some), ()) for some, spans in ((i, self._q_spans), (j, self._k_spans)))
+            q_spans, k_spans = (
+                joined(span for n in some for span in spans[n]) for some, spans in ((i, self._q_spans), (j, self._k_spans))
+            )
             self._found[i, j] = pieces(q_spans, k_spans, self.mask)
         return self._found[i, j]
 
 
 @lru_cache(maxsize=16)
 def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask) -> Tiles:
-    return Tiles(_spans(layout, q_blocks), _spans(layout, kv_blocks), mask)
+    return Tiles(_spans(layout, q_blocks), _spans(layout.of_keys, kv_blocks), mask)
 
 
-def blocks(layout: Layout, homes: Sequence[int]) -> tuple[Block, ...]:
-    """Blocks with the same home divide that rank's rows evenly, in order."""
-    parts = {rank: even_parts(layout.rows(rank), homes.count(rank)) for rank in set(homes)}
+def blocks(layout: Layout, homes: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
+    """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it is about as many, else evenly."""
+    parts = {rank: _parts(layout.rows(rank), homes.count(rank), cuts[rank] if cuts else ()) for rank in set(homes)}
     return tuple(Block(rank, *next(parts[rank])) for rank in homes)
+
+
+def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return pairwise((0, *cuts, rows)) if cuts and count == len(cuts) + 1 else even_parts(rows, count)
+
+
+def trimmed(layout: Layout, mask: Mask) -> Layout:
+    """The same, cut so that what no other rank needs need not travel: before and behind the rows that one does.
+
+    Of a sliding window that is the end of a shard's keys, of packed documents those that other ranks have a part of.
+    """
+    (lane,) = make_lanes((ring(layout.world),), replace(layout, q_cuts=(), kv_cuts=()), mask, 1, 1)
+    read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
+    for i, j in lane.areas:
+        for piece in lane.tiles.pieces((i,), (j,)) if i != j else ():
+            read[Kind.Q][i].append((piece.q_start, piece.q_stop))
+            read[Kind.KV][j].append((piece.k_start, piece.k_stop))
+    q_cuts, kv_cuts = _hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys)
+    return replace(layout, q_cuts=q_cuts, kv_cuts=kv_cuts) if q_cuts or kv_cuts else layout
+
+
+def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """From the first to the last row of each rank that another reads; nothing where that is nearly all of what is read from."""
+    hulls = [(min(start for start, _ in runs), max(stop for _, stop in runs)) if runs else (0, 0) for runs in read]
+    rows = sum(layout.rows(rank) for rank, runs in enumerate(read) if runs)
+    return tuple(hulls) if sum(stop - start for start, stop in hulls) < WORTH_A_CUT * rows else ()
 
 
 def _spans(layout: Layout, found: Sequence[Block]) -> list[tuple[Span, ...]]:

@@ -15,74 +15,84 @@ from torch import Tensor
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
+from ringattn.layout import Layout
 from ringattn.plan import Plan
 
 
-def positions(plan: Plan, rank: int | None = None) -> Tensor:
-    """Global position of each local row: int64 (rows,). `rank` defaults to this process's rank in the default group."""
-    rank = _rank(plan, rank)
-    spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in plan.layout.shards[rank]]
+def positions(plan: Plan, rank: int | None = None, *, keys: bool = False) -> Tensor:
+    """Global position of each local row: int64 (rows,), of queries, or of `keys` where they lie elsewhere.
+
+    `rank` defaults to this process's rank in the default group.
+    """
+    rank, layout = _rank(plan, rank), _layout(plan, keys)
+    spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in layout.shards[rank]]
     return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
 
 
-def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None) -> Tensor:
-    """The rows of `x` along `dim` that `rank` holds. x: (..., seq_len at dim, ...), the same on every rank.
+def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys: bool = False) -> Tensor:
+    """The rows of `x` along `dim` that `rank` holds. x: (..., seq_len at dim, ...), the same on every rank; `keys`: kv_len.
 
     Raises `InputError` when `x` has another length than the plan. Gradients flow back to the rows taken.
     """
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != plan.seq_len:
+    layout = _layout(plan, keys)
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != layout.length:
         raise InputError(
-            f"shard(x): the plan is for {plan.seq_len} positions and x of shape {tuple(x.shape)} does not have as many along "
+            f"shard(x): the plan is for {layout.length} positions and x of shape {tuple(x.shape)} does not have as many along "
             f"dim {dim}; pass the whole sequence, or make a plan for its length"
         )
-    return x.index_select(dim, positions(plan, rank).to(x.device))
+    return x.index_select(dim, positions(plan, rank, keys=keys).to(x.device) - layout.first)
 
 
-def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None) -> Tensor:
-    """The whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard.
+def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, keys: bool = False) -> Tensor:
+    """The whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard of queries or of `keys`.
 
     In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the
     whole counts `world` times: divide it by `world`, or compute the loss on shards.
     """
     process_group, rank = group_and_rank(group, plan.world)
-    problem = None
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != plan.rows(rank):
-        problem = (
-            f"unshard(x): x of shape {tuple(x.shape)} does not have the {plan.rows(rank)} rows of rank {rank} along dim {dim}"
-        )
+    problem, rows = None, _layout(plan, keys).rows(rank)
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != rows:
+        problem = f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {dim}"
     others = [n for d, n in enumerate(x.shape) if d != dim % max(1, x.ndim)]
-    agree(process_group, {"plan": plan.digest, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}, problem)
-    whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank)
+    said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
+    agree(process_group, said, problem)
+    whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank, keys)
     return whole
+
+
+def _layout(plan: Plan, keys: bool) -> Layout:
+    return plan.layout.of_keys if keys else plan.layout
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, group: dist.ProcessGroup | None, rank: int) -> Tensor:
-        ctx.plan, ctx.dim, ctx.group, ctx.rank = plan, dim, group, rank
-        shards = _gather(x.movedim(dim, 0).contiguous(), plan, group)
-        whole = torch.empty_like(torch.cat(shards))
-        whole[torch.cat([positions(plan, r) for r in range(plan.world)]).to(x.device)] = torch.cat(shards)
+    def forward(ctx: Any, x: Tensor, plan: Plan, dim: int, group: dist.ProcessGroup | None, rank: int, keys: bool) -> Tensor:
+        ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys = plan, dim, group, rank, keys
+        layout = _layout(plan, keys)
+        shards = torch.cat(_gather(x.movedim(dim, 0).contiguous(), layout, group))
+        whole = torch.empty_like(shards)
+        order = torch.cat([positions(plan, r, keys=keys) for r in range(plan.world)]) - layout.first
+        whole[order.to(x.device)] = shards
         return whole.movedim(0, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad = grad.contiguous().clone()
         if ctx.group is not None:
             dist.all_reduce(grad, group=ctx.group)
-        return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank), None, None, None, None
+        return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank, keys=ctx.keys), None, None, None, None, None
 
 
-def _gather(rows: Tensor, plan: Plan, group: dist.ProcessGroup | None) -> list[Tensor]:
+def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> list[Tensor]:
     """Every rank's rows (dim 0). Shards may differ in length: all are padded to the longest for one collective."""
     if group is None:
         return [rows]
-    longest = max(plan.rows(r) for r in range(plan.world))
+    longest = max(layout.rows(r) for r in range(layout.world))
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(plan.world)]
+    parts = [torch.empty_like(padded) for _ in range(layout.world)]
     dist.all_gather(parts, padded, group=group)
-    return [part[: plan.rows(r)] for r, part in enumerate(parts)]
+    return [part[: layout.rows(r)] for r, part in enumerate(parts)]
 
 
 def _rank(plan: Plan, rank: int | None) -> int:

@@ -60,7 +60,7 @@ class _Pass(ABC):
     def _spec(self, field: Field, item: Item) -> Spec:
         like = self._heads(self.tensors[{"q": "q", "kv": "k", "bias": "bias"}[field.heads]], field, item.lane)
         dims = () if field.dim is None else (self.tensors["q" if field.dim == "qk" else "v"].shape[-1],)
-        narrow = not item.kind.moved or self.lanes[item.lane].schedule.straight_home(item.kind)
+        narrow = not item.kind.moved or self.plan.rounds(self.lanes[item.lane], item.kind)
         dtype = self.dtype if narrow and not field.wide else self.accum
         return Spec((like.shape[0], like.shape[1], self._block(item).rows, *dims), dtype)
 

@@ -19,6 +19,7 @@ from ringattn.schedule import (
     accumulating_ring,
     bidirectional_ring,
     both_ways,
+    divide,
     mesh,
     ring,
     split,
@@ -37,6 +38,7 @@ SCHEDULES = {
     "token_ring_both_ways": lambda world: both_ways(split(token_ring(world), q=2)),
     "mesh": mesh,
     "mesh_direct": lambda world: mesh(world, q_routing="direct", kv_routing="direct"),
+    "mesh_divided": lambda world: divide(mesh(world), q=2, kv=3),
     "token_ring_halves": lambda world: split(token_ring(world, direction=-1), q=2),
     "ring_quarters_in_turn": lambda world: take_turns(ring(world, routing="direct", lookahead=2), kv=4),
     "token_ring_halves_in_turn": lambda world: take_turns(token_ring(world, routing="direct", direction=-1), q=2),
@@ -110,9 +112,13 @@ def simulate(
 ) -> tuple[Tensor, ...]:
     """(out, lse, dq, dk, dv) of whole tensors, every rank in this process; rows are in the order of the sequence again."""
     key_bias, sinks = options.pop("key_bias", None), options.pop("sinks", None)
-    rows = [positions(plan, rank) for rank in range(plan.world)]
+    rows = [positions(plan, rank) - plan.layout.first for rank in range(plan.world)]
+    keys = [positions(plan, rank, keys=True) for rank in range(plan.world)]
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    inputs = [Inputs(*(x[:, p] for x in leaves), None if key_bias is None else key_bias[..., p], sinks) for p in rows]
+    inputs = [
+        Inputs(leaves[0][:, r], leaves[1][:, p], leaves[2][:, p], None if key_bias is None else key_bias[..., p], sinks)
+        for r, p in zip(rows, keys, strict=True)
+    ]
     made = attend(
         inputs, plan, Options(options.pop("scale", plan.head_dim**-0.5), **options), transport or Simulated(plan.world)
     )

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +15,7 @@ torch.set_num_threads(1)
 settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.register_profile("explore", max_examples=3000, deadline=None)
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, help="how many cases tests/test_properties.py draws")

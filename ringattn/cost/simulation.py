@@ -90,13 +90,13 @@ class Simulation:
             heappush(self.events, (self.arrival[message], rank))
 
     def _compute(self, tiles: Work, rank: int) -> float:
-        """The kernel's time, and that of adding what comes out of it to what is there."""
-        lane = tiles.lane
+        """The kernel's time, a call for each piece, and that of adding what comes out of it to what is there."""
+        lane, calls = tiles.lane, len(self.sizes.lanes[tiles.lane].pieces(tiles))
         merged = [Item(lane, Kind.Q_ACC, i) for i in tiles.i] + [Item(lane, Kind.KV_ACC, j) for j in tiles.j]
         self.sums.update((rank, item) for item in merged)
         touched = MERGE * sum(map(self.sizes.held, merged))
         kernel = sum(self.seconds[lane].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
-        return kernel + self.topology.launch + touched / self.topology.memory
+        return kernel + calls * self.topology.launch + touched / self.topology.memory
 
     def _pack(self, message: Message, rank: int) -> float:
         """What a message costs either end when it is posted: the receiver only makes room for it."""

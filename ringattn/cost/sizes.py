@@ -27,9 +27,8 @@ class Sizes:
         self.plan, self.batch, self.backward = plan, batch, backward
         self.lanes = plan.backward if backward else plan.forward
         narrow, wide = ITEMSIZE[plan.dtype], max(4, ITEMSIZE[plan.dtype])  # sums, lse, delta and biases are wide: fp32, or fp64
-        # Sums are rounded to the plan's dtype only where it happens once: on the straight way home.
         wire = {
-            (n, kind): narrow if not kind.moved or lane.schedule.straight_home(kind) else wide
+            (n, kind): narrow if not kind.moved or plan.rounds(lane, kind) else wide
             for n, lane in enumerate(self.lanes)
             for kind in Kind
         }

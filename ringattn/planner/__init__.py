@@ -39,11 +39,14 @@ def make_plan(
     topology: Topology | str | None = None,
     buffer_limit: int | None = None,
     training: bool = True,
+    kv_len: int | None = None,
+    q_offset: int | None = None,
+    partials: str = "auto",
 ) -> Plan:
     """Decide how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
 
     Args:
-        seq_len: tokens in the whole sequence; need not divide by anything.
+        seq_len: tokens in the whole sequence, and queries; need not divide by anything.
         world: number of ranks, or the 1-D DeviceMesh or ProcessGroup that has them.
         heads: query heads of the whole model, a multiple of kv_heads.
         kv_heads: key and value heads; by default as many as heads.
@@ -52,7 +55,7 @@ def make_plan(
         mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them joined with `&`.
         schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share the heads. "auto" leaves
             out all_gather, whose buffers grow with the whole sequence.
-        layout: "auto", "contiguous", "zigzag", "striped" or a `Layout`.
+        layout: "auto", "contiguous", "zigzag", "striped", "documents" (see `ringattn.by_documents`) or a `Layout`.
         ulysses: how many neighbouring ranks trade sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
             need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. With a `Schedule` of world /
             ulysses ranks that one runs inside.
@@ -61,6 +64,11 @@ def make_plan(
         buffer_limit: bytes that a rank may hold beyond its own rows during a pass, for each sequence of a batch; None: any.
         training: whether backward counts in the choice. For inference say False: the plan is the best for forward alone, and
             its backward, which works all the same, is whatever that schedule makes of it.
+        kv_len: keys and values in the whole sequence, where they are not as many as queries: in cross-attention, or where a
+            chunk of queries meets all keys so far. With a `Layout` it is that of the layout (see `Layout.after` for chunks).
+        q_offset: position of the first query among the keys; masks go by it. Required with kv_len unless the mask is full.
+        partials: what sums (out, dq, dk, dv of a block) travel in. "auto": in `dtype` where they are rounded only once, else in
+            fp32; "wide": always in fp32; "narrow": always in `dtype`, at an error that grows with the number of hops.
 
     Raises:
         PlanError: an argument is out of range, unknown, or contradicts another.
@@ -82,6 +90,9 @@ def make_plan(
             topology=topology,
             buffer_limit=buffer_limit,
             training=training,
+            kv_len=kv_len,
+            q_offset=q_offset,
+            partials=partials,
         )
     )
 

@@ -23,7 +23,7 @@ from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic,
 from ringattn.errors import PlanError
 from ringattn.layout import Layout
 from ringattn.mask import full
-from ringattn.plan import Plan, make_lanes
+from ringattn.plan import Plan, make_lanes, trimmed
 from ringattn.planner.request import Request
 from ringattn.planner.share_out import shared_out
 from ringattn.schedule import check, ring, split
@@ -187,7 +187,8 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
     for one in named:
         lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
-        plan = Plan(request.seq_len, request.world, *model, request.mask, layout, request.kernel, lanes, lanes)
+        kernel, partials = request.kernel, request.partials
+        plan = Plan(request.seq_len, request.world, *model, request.mask, layout, kernel, lanes, lanes, partials)
         found.append(Candidate(one, plan, request.topology))
     limit = request.buffer_limit
     return found if limit is None else [option for option in found if option.buffer_bytes(request.passes) <= limit]
@@ -196,7 +197,7 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
 def _worthwhile(request: Request) -> list[Layout]:
     """The layouts, without those on which a ring's work is no more even than on one before."""
     found: list[tuple[int, Layout]] = []
-    for layout in request.layouts:
+    for layout in (trimmed(layout, request.mask) for layout in request.layouts):
         (lane,) = make_lanes((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
         work = [0] * request.world
         for (i, _), area in lane.areas.items():
@@ -236,7 +237,9 @@ def _facts(request: Request, layout: Layout) -> Facts:
     idle = len(halves.areas) < (2 * world) ** 2
     directions = (1, -1) if idle or len(whole.areas) < world**2 or request.topology.kind == "matrix" else (1,)
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
-    return Facts(world, request.heads, request.kv_heads, request.topology.node_size or 1, directions, parts)
+    node_size = request.topology.node_size or 1
+    cut = tuple(what for what, cuts in (("q", layout.q_cuts), ("kv", layout.kv_cuts)) if cuts)
+    return Facts(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
 
 
 @lru_cache(maxsize=64)

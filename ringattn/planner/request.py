@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
+from ringattn.by_documents import by_documents
 from ringattn.cost import ITEMSIZE
 from ringattn.errors import PlanError
 from ringattn.layout import LAYOUTS, Layout
@@ -21,9 +22,10 @@ from ringattn.schedule.named import NAMES, Lanes
 from ringattn.schedule.ulysses import ulysses
 from ringattn.topology import PRESETS, Topology
 
-KERNELS = ("sdpa", "reference")  # "auto" is the first
+KERNELS = ("sdpa", "reference", "cudnn", "flex", "flash2", "flash3", "flash4")  # "auto" is the first
 SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = "emulated:"  # and the flop/s, see `kernels.emulated`
+PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
 
 
@@ -45,6 +47,7 @@ class Request(NamedTuple):
     topology: Topology
     buffer_limit: int | None
     passes: tuple[bool, ...]  # that count: forward (False), and in training backward (True)
+    partials: str
 
 
 def request(
@@ -63,6 +66,9 @@ def request(
     topology: Any = None,
     buffer_limit: Any = None,
     training: Any = True,
+    kv_len: Any = None,
+    q_offset: Any = None,
+    partials: Any = "auto",
 ) -> Request:
     """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
     seq_len, world, heads = _count("seq_len", seq_len), _world(world), _count("heads", heads)
@@ -73,7 +79,7 @@ def request(
     kernel, topology = _kernel(kernel), _topology(topology, world)
     if kernel.startswith(EMULATED):
         topology = replace(topology, flops=float(kernel.removeprefix(EMULATED)))
-    mask = _mask(mask, seq_len)
+    mask = _mask(mask)
     return Request(
         seq_len,
         world,
@@ -84,11 +90,12 @@ def request(
         mask,
         _schedule(schedule, world, heads, degrees[0]),
         degrees,
-        _layouts(layout, seq_len, world, mask),
+        _layouts(layout, seq_len, world, mask, kv_len, q_offset),
         kernel,
         topology,
         None if buffer_limit is None else _count("buffer_limit", buffer_limit),
         (False, True)[: 1 + _one_of_both("training", training)],
+        _one_of("partials", partials, PARTIALS),
     )
 
 
@@ -138,11 +145,9 @@ def _world(world: Any) -> int:
     return _count("world", world.size() if callable(getattr(world, "size", None)) else world)
 
 
-def _mask(mask: Any, seq_len: int) -> Mask:
+def _mask(mask: Any) -> Mask:
     if not isinstance(mask, Mask):
         raise PlanError(f"mask={mask!r}; call one of full(), causal(), sliding_window(..), documents(..), prefix_lm(..)")
-    if mask.length not in (None, seq_len):
-        raise PlanError(f"mask={mask} is for {mask.length} tokens and seq_len={seq_len}; cu_seqlens must end with seq_len")
     return mask
 
 
@@ -171,16 +176,61 @@ def _topology(topology: Any, world: int) -> Topology:
     return found
 
 
-def _layouts(layout: Any, seq_len: int, world: int, mask: Mask) -> tuple[Layout, ...]:
-    if not isinstance(layout, Layout):
-        name = _one_of("layout", layout, ("auto", *LAYOUTS))
-        # Where every query sees every key, no layout is better balanced than the plainest.
-        names = [name] if name != "auto" else ["contiguous"] if mask == full() or world == 1 else list(LAYOUTS)
-        return tuple(LAYOUTS[name](seq_len, world) for name in names)
-    if layout.world != world:
-        raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
-    layout.validate(seq_len)
-    return (layout,)
+def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_offset: Any) -> tuple[Layout, ...]:
+    """The one given, or those of that name, queries and keys laid out alike."""
+    if isinstance(layout, Layout):
+        if layout.world != world:
+            raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
+        layout.validate(seq_len)
+        for name, value, found in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
+            if value not in (None, found):
+                raise PlanError(
+                    f"{name}={value!r} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
+                )
+        _fits(mask, layout.length, layout.of_keys.length, layout.first)
+        return (layout,)
+    name = _one_of("layout", layout, ("auto", *LAYOUTS, "documents"))
+    keys = seq_len if kv_len is None else _count("kv_len", kv_len)
+    offset = _offset(q_offset, seq_len, keys, mask)
+    _fits(mask, seq_len, keys, offset)
+    packed = mask.bounds if (keys, offset) == (seq_len, 0) else ()
+    if name == "documents" and not packed:
+        raise PlanError(f"layout='documents' and mask={mask}: it needs packed documents, and as many keys as queries")
+    # Where every query sees every key, no layout is better balanced than the plainest.
+    plain = mask == full() or world == 1
+    choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if packed else list(LAYOUTS)
+    return tuple(
+        by_documents(packed, world) if one == "documents" else _laid_out(one, seq_len, world, keys, offset)
+        for one in (choices if name == "auto" else [name])
+    )
+
+
+def _laid_out(name: str, seq_len: int, world: int, keys: int, offset: int) -> Layout:
+    made = LAYOUTS[name](seq_len, world)
+    return made if (keys, offset) == (seq_len, 0) else replace(made.moved(offset), keys=LAYOUTS[name](keys, world))
+
+
+def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
+    """Where queries begin among the keys: said, or of no account."""
+    if q_offset is None:
+        if keys == seq_len or mask == full():
+            return 0
+        raise PlanError(
+            f"kv_len={keys}, seq_len={seq_len} and mask={mask}: say where the first query stands among the keys with q_offset, "
+            f"as in q_offset={max(0, keys - seq_len)}"
+        )
+    offset = index(q_offset) if isinstance(q_offset, SupportsIndex) else -1
+    if offset < 0:
+        raise PlanError(f"q_offset={q_offset!r}; must be a whole number, 0 or more")
+    return offset
+
+
+def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
+    if mask.length not in (None, keys) or (mask.length is not None and offset + seq_len > keys):
+        beyond = (
+            f"seq_len={seq_len}" if (keys, offset) == (seq_len, 0) else f"kv_len={keys}, seq_len={seq_len} from {offset} on"
+        )
+        raise PlanError(f"mask={mask} is for {mask.length} tokens and {beyond}; cu_seqlens must end with seq_len")
 
 
 _check_once = lru_cache(maxsize=64)(check)

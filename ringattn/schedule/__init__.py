@@ -3,7 +3,7 @@
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.grid import mesh
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
-from ringattn.schedule.passes import both_ways, prune, side_by_side, split
+from ringattn.schedule.passes import both_ways, divide, prune, side_by_side, split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.turns import take_turns
@@ -19,6 +19,7 @@ __all__ = [
     "bidirectional_ring",
     "both_ways",
     "check",
+    "divide",
     "make",
     "mesh",
     "parse",

@@ -13,8 +13,9 @@ that of what runs among the groups.
 
 `balanced` is made for a mask and a layout, so it is not here: see `schedule.balanced` and the planner.
 
-What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, or quarters, so that
-the first tile starts and the first result leaves early. Within a name and among names, what needs less room stands first.
+What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
+first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `plan.trimmed`). Within a
+name and among names, what needs less room stands first.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from math import isqrt
 
 from ringattn.schedule.grid import factors, mesh
 from ringattn.schedule.ir import Schedule
-from ringattn.schedule.passes import both_ways, split
+from ringattn.schedule.passes import both_ways, divide, split
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.turns import take_turns
 from ringattn.schedule.ulysses import ulysses
 
+TRIMMED = 3  # parts: what others need, and what there is before and behind
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
 Lanes = tuple[Schedule, ...]
@@ -58,6 +60,7 @@ class Facts:
     node_size: int = 1
     directions: tuple[int, ...] = (1, -1)
     parts: tuple[int, ...] = (1,)
+    trimmed: tuple[str, ...] = ()  # "q", "kv": of which a layout knows rows that no other rank needs, and cuts them off
 
     def inside(self, degree: int) -> Facts:
         """What is left to a schedule that runs inside Ulysses of `degree`."""
@@ -146,12 +149,11 @@ def _all_gather(facts: Facts) -> Variants:
 
 
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
+    cut, words = take_turns if routing == "direct" else split, routing + ", reversed" * (direction == -1)
+    if what in facts.trimmed:
+        yield f"{words}, trimmed", (divide(schedule, **{what: TRIMMED}),)
     for parts in facts.parts:
-        cut = take_turns if routing == "direct" else split
-        yield (
-            _words(routing + ", reversed" * (direction == -1), parts, 1),
-            (schedule if parts == 1 else cut(schedule, **{what: parts}),),
-        )
+        yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
 
 
 NAMES: dict[str, Callable[[Facts], Variants]] = {

@@ -1,8 +1,9 @@
 """Schedules in, schedules out.
 
 `prune` drops the tiles a mask leaves empty and every move nobody reads. `split` cuts every block into parts that travel by
-themselves. `both_ways` gives the lanes of a schedule and its mirror image. `side_by_side` runs two schedules at once, each on
-its own half of every rank's keys. None of them knows masks or layouts: `prune` is told which tiles have work.
+themselves, `divide` into parts that stay together. `both_ways` gives the lanes of a schedule and its mirror image.
+`side_by_side` runs two schedules at once, each on its own half of every rank's keys. None of them knows masks or layouts:
+`prune` is told which tiles have work.
 """
 
 from __future__ import annotations
@@ -95,6 +96,20 @@ def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
     parted = make(f"{schedule.name}/{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
     return replace(parted, room=peak(parted))
+
+
+def divide(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
+    """Cut every block into parts that are computed and travel in the same steps: those that `prune` drops are all it saves."""
+    if q < 1 or kv < 1:
+        raise PlanError(f"divide(q={q}, kv={kv}): a block has at least one part")
+    tiles = [t._replace(i=t.i * q + m, j=t.j * kv + n) for t in schedule.tiles for m in range(q) for n in range(kv)]
+    moves = []
+    for move in schedule.moves:
+        parts = q if move.kind.of_queries else kv
+        moves += [move._replace(index=move.index * parts + n) for n in range(parts)]
+    homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
+    divided = make(f"{schedule.name}|{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
+    return replace(divided, room=peak(divided))
 
 
 def both_ways(schedule: Schedule) -> tuple[Schedule, Schedule]:
