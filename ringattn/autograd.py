@@ -5,7 +5,8 @@ program, which may be another schedule. Where inputs rest away from home (Ulysse
 its q, k and v: as many bytes, and they need not travel again. Sinks need no schedule at all: they join at the owner, after all
 partials have been merged.
 
-`attend` is told which ranks it hosts by its transport: one, as a member of a process group, or all of them when simulated.
+`attend` is told which ranks it hosts by its transport: one, as a member of a process group, or all of them when simulated. It
+is for eager mode; `op` wraps the same two functions, `run_forward` and `run_backward`, for torch.compile.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from ringattn.comm.transport import Transport
 from ringattn.engine import Payload, run
 from ringattn.kernels import Options
+from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
+from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item
 from ringattn.work import Backward, Forward
 
@@ -33,7 +36,7 @@ class Inputs(NamedTuple):
     q: Tensor  # (batch, rows, heads, head_dim)
     k: Tensor  # (batch, rows, kv_heads, head_dim)
     v: Tensor  # (batch, rows, kv_heads, head_dim)
-    key_bias: Tensor | None = None  # (batch, 1 or kv_heads, rows)
+    key_bias: Tensor | None = None  # (batch, rows), or (batch, 1 or kv_heads, rows)
     sinks: Tensor | None = None  # (heads,)
 
 
@@ -49,56 +52,90 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        works = [Forward(plan, rank, options, **_engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
-        held: list[Held] = [{} for _ in works]
-        runs = [
-            run(plan.program(work.rank, backward=False), work, port, blocks)
-            for work, port, blocks in zip(works, transport.ports("forward"), held, strict=True)
-        ]
-        results: list[Tensor] = []
-        for i, work, gathered in zip(inputs, works, transport.drive(runs), strict=True):
-            out, lse = work.result(gathered)
-            if i.sinks is not None:
-                out, lse = _with_sinks(out, lse, i.sinks)
-            results += [out.transpose(1, 2), lse]
+        keep = plan.keep and any(ctx.needs_input_grad)
+        results, kept = run_forward(inputs, plan, options, transport, keep=keep)
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
         ctx.mark_non_differentiable(*results[1::2])
-        if plan.keep and any(ctx.needs_input_grad):
-            kept = [resting(work, blocks) for work, blocks in zip(works, held, strict=True)]
-            ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
-            ctx.ghosts = [{name: _ghost(getattr(i, name)) for name in "qkv"} for i in inputs]
-            own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)]
-            ctx.save_for_backward(*own, *results, *(tensor for blocks in kept for part in blocks.values() for tensor in part))
-        else:
-            ctx.save_for_backward(*flat, *results)
+        ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
+        ctx.ghosts = [{name: _ghost(getattr(i, name)) for name in "qkv"} for i in inputs] if keep else None
+        own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)] if keep else flat
+        ctx.save_for_backward(*own, *results, *(tensor for blocks in kept for part in blocks.values() for tensor in part))
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        plan, transport = ctx.plan, ctx.transport
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
-        count = len(Inputs._fields) * len(transport.ranks)
+        count = len(Inputs._fields) * len(ctx.transport.ranks)
         inputs, results, kept = _by_rank(saved[:count]), saved[count : count + len(grads)], iter(saved[count + len(grads) :])
-        if plan.keep:
+        if ctx.ghosts is not None:
             inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
-        works, deltas = [], []
-        for rank, i, dout, out, lse in zip(transport.ranks, inputs, grads[::2], results[::2], results[1::2], strict=True):
-            delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
-            deltas.append(delta)
-            works.append(Backward(plan, rank, ctx.options, **_engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
-        sizes = ctx.kept if plan.keep else [{} for _ in works]
-        held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
-        runs = [
-            run(plan.program(work.rank, backward=True), work, port, blocks)
-            for work, port, blocks in zip(works, transport.ports("backward"), held, strict=True)
-        ]
-        flat: list[Tensor | None] = []
-        for i, work, gathered, delta, lse in zip(inputs, works, transport.drive(runs), deltas, results[1::2], strict=True):
-            dq, dk, dv, dbias = work.result(gathered)
-            dsinks = None if i.sinks is None else _sink_grad(i.sinks, lse, delta)
-            flat += [dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks]
-        return (None, None, None, *flat)
+        found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
+        return (None, None, None, *(grad for of_rank in found for grad in of_rank))
+
+
+def run_forward(
+    inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep: bool
+) -> tuple[list[Tensor], list[Held]]:
+    """out and lse of each rank that `transport` hosts, one after another; and, with `keep`, what rests there for backward."""
+    works = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
+    held: list[Held] = [{} for _ in works]
+    runs = [
+        run(plan.program(work.rank, backward=False), work, port, blocks)
+        for work, port, blocks in zip(works, transport.ports("forward"), held, strict=True)
+    ]
+    results: list[Tensor] = []
+    for i, work, gathered in zip(inputs, works, transport.drive(runs), strict=True):
+        out, lse = work.result(gathered)
+        if i.sinks is not None:
+            out, lse = _with_sinks(out, lse, i.sinks)
+        results += [out.transpose(1, 2), lse]
+    return results, [resting(work, blocks) if keep else {} for work, blocks in zip(works, held, strict=True)]
+
+
+def run_backward(
+    inputs: Sequence[Inputs],
+    results: Sequence[Tensor],
+    douts: Sequence[Tensor],
+    sizes: Sequence[Mapping[Item, int]],
+    kept: Iterator[Tensor],
+    plan: Plan,
+    options: Options,
+    transport: Transport,
+) -> list[tuple[Tensor | None, ...]]:
+    """Gradients of each rank's `inputs`. `sizes`: how many tensors of `kept` belong to each block that has stayed on it."""
+    works, deltas = [], []
+    for rank, i, dout, out, lse in zip(transport.ranks, inputs, douts, results[::2], results[1::2], strict=True):
+        delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
+        deltas.append(delta)
+        works.append(Backward(plan, rank, options, **engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
+    held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
+    runs = [
+        run(plan.program(work.rank, backward=True), work, port, blocks)
+        for work, port, blocks in zip(works, transport.ports("backward"), held, strict=True)
+    ]
+    found: list[tuple[Tensor | None, ...]] = []
+    for i, work, gathered, delta, lse in zip(inputs, works, transport.drive(runs), deltas, results[1::2], strict=True):
+        dq, dk, dv, dbias = work.result(gathered)
+        if dbias is not None and i.key_bias is not None:
+            dbias = dbias.to(i.key_bias.dtype).reshape(i.key_bias.shape)
+        dsinks = None if i.sinks is None else _sink_grad(i.sinks, lse, delta)
+        found.append((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks))
+    return found
+
+
+def rests(plan: Plan, rank: int) -> list[Item]:
+    """The inputs that `resting` finds on `rank`, told from its program alone: those it takes in, sends on or computes with."""
+    found: set[Item] = set()
+    for step in plan.program(rank, backward=False):
+        for message in (*(m for m in step.due if m.dst == rank), *(m for m in step.post if m.src == rank)):
+            found.update(message.items)
+        for tiles in step.tiles:
+            found.update(Item(tiles.lane, Kind.Q, i) for i in tiles.i)
+            found.update(Item(tiles.lane, Kind.KV, j) for j in tiles.j)
+    inputs = [item for item in found if not item.kind.moved]
+    stay = [item for item in inputs if plan.forward[item.lane].schedule.rest(item.kind, item.index) == rank]
+    return sorted(stay, key=lambda item: (item.lane, item.kind.value, item.index))
 
 
 def resting(work: Forward, held: Held) -> Held:
@@ -123,9 +160,12 @@ def _by_rank(flat: Sequence[Tensor | None]) -> list[Inputs]:
     return [Inputs(*flat[n : n + count]) for n in range(0, len(flat), count)]  # type: ignore[arg-type]
 
 
-def _engine_order(i: Inputs) -> dict[str, Tensor | None]:
+def engine_order(i: Inputs) -> dict[str, Tensor | None]:
     """(batch, heads, rows, head_dim) views, under the names of `payload`."""
-    return {"q": i.q.transpose(1, 2), "k": i.k.transpose(1, 2), "v": i.v.transpose(1, 2), "bias": i.key_bias}
+    bias = i.key_bias
+    if bias is not None:
+        bias = (bias.unsqueeze(1) if bias.ndim == 2 else bias).to(accum_dtype(i.q.dtype))
+    return {"q": i.q.transpose(1, 2), "k": i.k.transpose(1, 2), "v": i.v.transpose(1, 2), "bias": bias}
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
+from math import isfinite
 from typing import Literal, overload
 
 import torch
@@ -13,8 +13,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, device_of, group_and_rank
 from ringattn.comm.p2p import P2P
-from ringattn.kernels import Options
-from ringattn.partial import accum_dtype
+from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
 
 
@@ -67,10 +66,10 @@ def attention(
 
     Args:
         q: (batch, rows, heads, head_dim), in the plan's dtype; rows as `plan.rows(rank)`, positions as `positions(plan)`.
-        k: (batch, rows, kv_heads, head_dim).
-        v: (batch, rows, kv_heads, head_dim).
+        k: (batch, keys, kv_heads, head_dim); as many keys as rows, unless the plan says otherwise (`plan.kv_rows(rank)`).
+        v: (batch, keys, kv_heads, value head_dim).
         plan: from `make_plan`; the same on every rank.
-        key_bias: (batch, rows) or (batch, kv_heads, rows), float; added to the scaled logits of these keys; -inf hides one.
+        key_bias: (batch, keys) or (batch, kv_heads, keys), float; added to the scaled logits of these keys; -inf hides one.
         scale: of the logits; 1 / sqrt(head_dim) by default.
         sinks: (heads,); one more logit per head that takes weight and has no value, as in GPT-OSS.
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
@@ -95,8 +94,23 @@ def attention(
     Method: blockwise attention merged by log-sum-exp, https://arxiv.org/abs/2310.01889 (ring) and
     https://arxiv.org/abs/2412.20501 (TokenRing).
     """
-    process_group, rank = group_and_rank(group, plan.world)
     q, k, v = _autocast(q, k, v)
+    inputs = Inputs(q, k, v, key_bias, sinks)
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs if tensor is not None)
+    if torch.compiler.is_compiling():
+        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient)
+    else:
+        process_group = _checked(inputs, plan, group, scale, softcap, gradient)
+        ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
+    return (out, lse) if return_lse else out
+
+
+def _checked(
+    inputs: Inputs, plan: Plan, group: Group | None, scale: float | None, softcap: float | None, gradient: bool
+) -> dist.ProcessGroup | None:
+    """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
+    process_group, rank = group_and_rank(group, plan.world)
+    q, k, v, key_bias, sinks = inputs
     problem = _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     fields = {
         "plan": plan.digest,
@@ -108,15 +122,13 @@ def attention(
         "softcap": softcap,
         "key_bias": key_bias is not None and key_bias.ndim,
         "sinks": sinks is not None,
-        "needs gradient": torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, key_bias, sinks) if t is not None),
+        "needs gradient": gradient,
     }
     agree(process_group, fields, problem)
-    if key_bias is not None:
-        key_bias = key_bias.to(accum_dtype(q.dtype))
-        key_bias = key_bias.unsqueeze(1) if key_bias.ndim == 2 else key_bias
-    options = Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
-    ((out, lse),) = attend([Inputs(q, k, v, key_bias, sinks)], plan, options, P2P(process_group))
-    return (out, lse) if return_lse else out
+    return process_group
+
+
+_compiled = define(_checked)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -148,13 +160,13 @@ def _problem(
     softcap: float | None,
 ) -> str | None:
     """The first thing wrong with this rank's arguments, in words, or None."""
-    batch, rows = q.shape[0] if q.ndim else "batch", plan.rows(rank)
+    batch, rows, keys = q.shape[0] if q.ndim else "batch", plan.rows(rank), plan.kv_rows(rank)
     expected: list[tuple[str, Tensor | None, tuple[object, ...]]] = [
         ("q", q, (batch, rows, plan.heads, plan.head_dim)),
-        ("k", k, (batch, rows, plan.kv_heads, plan.head_dim)),
-        ("v", v, (batch, rows, plan.kv_heads, v.shape[-1] if v.ndim else "head_dim")),
+        ("k", k, (batch, keys, plan.kv_heads, plan.head_dim)),
+        ("v", v, (batch, keys, plan.kv_heads, v.shape[-1] if v.ndim else "head_dim")),
         ("sinks", sinks, (plan.heads,)),
-        ("key_bias", key_bias, (batch, rows) if key_bias is not None and key_bias.ndim == 2 else (batch, plan.kv_heads, rows)),
+        ("key_bias", key_bias, (batch, keys) if key_bias is not None and key_bias.ndim == 2 else (batch, plan.kv_heads, keys)),
     ]
     for name, tensor, shape in expected:
         if tensor is None:
@@ -183,8 +195,10 @@ def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Pla
     if len(found) == 4 and len(shape) == 4 and (found[0], found[2], found[1], found[3]) == shape:
         return f"{said}; heads and rows are swapped: pass {name}.transpose(1, 2)"
     if len(found) > 1 and len(shape) > 1 and found[1] != shape[1] and name in "qkv":
-        if found[1] == plan.seq_len:
-            return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan)"
-        held = f"rank {rank} holds {plan.rows(rank)} of {plan.seq_len} rows"
-        return f"{said}; {held}: cut the sequence with shard(x, plan) and the same plan"
+        layout = plan.layout if name == "q" else plan.layout.of_keys
+        keys = ", keys=True" * (layout is not plan.layout)
+        if found[1] == layout.length:
+            return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan{keys})"
+        held = f"rank {rank} holds {layout.rows(rank)} of {layout.length} rows"
+        return f"{said}; {held}: cut the sequence with shard(x, plan{keys}) and the same plan"
     return f"{said}; make the plan with the model's heads, kv_heads and head_dim"

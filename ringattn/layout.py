@@ -36,15 +36,12 @@ class Span(NamedTuple):
 class Layout:
     """`shards[rank]` is the ordered tuple of spans that rank holds; local row n has one global position.
 
-    `keys`: where keys and values lie, if not where the queries do. `q_cuts` and `kv_cuts`: of each rank, the local rows at
-    which a schedule with that many blocks and one more cuts them; otherwise blocks of a rank are even.
+    `keys`: where keys and values lie, if not where the queries do.
     """
 
     name: str
     shards: tuple[tuple[Span, ...], ...]
     keys: Layout | None = None
-    q_cuts: tuple[tuple[int, ...], ...] = ()
-    kv_cuts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def world(self) -> int:
@@ -79,13 +76,20 @@ class Layout:
 
     def after(self, before: Layout) -> Layout:
         """This chunk of queries, behind all that `before` has keys of: every rank appends its new keys to those it has."""
-        old, new = before.of_keys, self.moved(before.of_keys.length)
+        if before.world != self.world:
+            raise PlanError(f"layout {self.name!r} has {self.world} shards and the one before {before.world}; cut both alike")
+        old, new = before.of_keys, self.moved(before.of_keys.length - self.first)
         keys = tuple(a + b for a, b in zip(old.shards, new.shards, strict=True))
         return Layout(self.name, new.shards, Layout(f"{old.name}, {self.name}", keys))
 
     def validate(self, seq_len: int) -> None:
         """Raise `PlanError` unless the shards hold `seq_len` positions in a row, and the keys all from 0 on, each once."""
         spans = [span for layout in (self, self.of_keys) for shard in layout.shards for span in shard]
+        for span in spans:
+            if not isinstance(span, Span) or span.length < 0 or span.stride < 1:
+                raise PlanError(
+                    f"layout {self.name!r}: {span!r}; shards are tuples of Span(start, length, stride), stride 1 or more"
+                )
         strides = {span.stride for span in spans if span.length > 1}
         if len(strides) > 1:
             raise PlanError(
@@ -97,6 +101,8 @@ class Layout:
                 raise PlanError(
                     f"layout {self.name!r} has {self.world} shards and its keys {self.keys.world}; give both as many"
                 )
+            if not self.keys.length:
+                raise PlanError(f"layout {self.name!r} has keys that hold no position; there must be one or more")
             self.keys._cover(0, self.keys.length)
         self._cover(self.first if self.keys is not None else 0, seq_len)
 
@@ -104,7 +110,7 @@ class Layout:
         seen, stop = bytearray(length), first + length
         for span in (span for shard in self.shards for span in shard):
             at = span.positions()
-            if span.length < 0 or span.stride < 1 or (at and not first <= at[0] <= at[-1] < stop):
+            if at and not first <= at[0] <= at[-1] < stop:
                 raise PlanError(f"layout {self.name!r}: {span} does not lie in [{first}, {stop})")
             here = slice(at.start - first, at.stop - first, at.step)
             if any(seen[here]):

@@ -61,11 +61,15 @@ class Mask:
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
-        """Where documents begin, and where the last one ends; empty where there are not several that do not see each other."""
+        """Where documents that do not see each other begin, and where the last one ends; empty where there are none."""
         rects = self.rects
         alone = all((r.q_start, r.q_stop) == (r.k_start, r.k_stop) for r in rects)
-        packed = len(rects) > 1 and alone and all(a.q_stop == b.q_start for a, b in pairwise(rects))
-        return (*(r.q_start for r in rects), rects[-1].q_stop) if packed and rects[0].q_start == 0 else ()
+        packed = bool(rects) and alone and all(a.q_stop == b.q_start for a, b in pairwise(rects))
+        return (
+            (*(r.q_start for r in rects), rects[-1].q_stop)
+            if packed and rects[0].q_start == 0 and rects[-1].q_stop < END
+            else ()
+        )
 
     @cached_property
     def _one_after_another(self) -> bool:

@@ -7,8 +7,9 @@ nothing. How the choice is made is in `planner`; what a plan costs is in `cost`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import pairwise, product
@@ -120,11 +121,8 @@ class Plan:
     @cached_property
     def balance(self) -> float:
         """How much more than the mean the busiest rank computes: 1.0 is perfect, `world` is one rank alone."""
-        work = [0] * self.world
-        for lane in self.forward:
-            for tile in lane.schedule.tiles:
-                work[tile.rank] += lane.areas[tile.i, tile.j] * lane.heads.of_queries
-        return max(work) * self.world / sum(work) if any(work) else 1.0
+        work = pairs(self.forward)
+        return max(work.values()) * self.world / work.total() if work.total() else 1.0
 
     def rounds(self, lane: Lane, kind: Kind) -> bool:
         """Whether sums of `kind` travel in the plan's dtype instead of the one they are kept in.
@@ -164,7 +162,8 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """16 hex digits that agree exactly when two plans do the same thing in the same way."""
-        lanes = [[(lane.heads, str(lane.schedule)) for lane in lanes] for lanes in (self.forward, self.backward)]
+        passes = (self.forward, self.backward)
+        lanes = [[(lane.heads, str(lane.schedule), lane.q_blocks, lane.kv_blocks) for lane in lanes] for lanes in passes]
         model = (self.heads, self.kv_heads, self.head_dim, self.dtype, self.kernel, self.partials)
         numbers = (self.keep, self.seq_len, self.world, *model)
         return sha256(repr((numbers, self.mask, self.layout, lanes)).encode()).hexdigest()[:16]
@@ -191,18 +190,46 @@ class Plan:
         return "\n".join([*lines, *([self.notes] if self.notes else []), f"digest {self.digest}"])
 
 
-def make_lanes(schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int) -> tuple[Lane, ...]:
+class Cuts(NamedTuple):
+    """Of each rank, the local rows at which its blocks are cut; none where they are cut evenly."""
+
+    q: tuple[tuple[int, ...], ...] = ()
+    kv: tuple[tuple[int, ...], ...] = ()
+
+
+EVENLY = Cuts()
+
+
+def make_lanes(
+    schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int, cuts: Cuts = EVENLY
+) -> tuple[Lane, ...]:
     """Share the heads out among `schedules` and prune each to the tiles that have work.
 
     Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
     rank's rows; otherwise lanes share a KV head.
     """
-    if len(schedules) == 2 > kv_heads and not any(s.resting or move.kind.of_queries for s in schedules for move in s.moves):
+    if len(schedules) == 2 > kv_heads and _share_keys(*schedules):
         schedules = [side_by_side(*schedules)]
     if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
         raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
-    return tuple(_lane(part, one, layout, mask) for share, one in zip(shares, schedules, strict=True) for part in share)
+    return tuple(_lane(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share)
+
+
+def _share_keys(a: Schedule, b: Schedule) -> bool:
+    """Whether two schedules can run over the same queries, each on some of the keys."""
+    queries_travel = any(move.kind.of_queries for schedule in (a, b) for move in schedule.moves)
+    return a.q_home == b.q_home and not (a.resting or b.resting or queries_travel)
+
+
+def pairs(lanes: Sequence[Lane]) -> Counter[int]:
+    """Kept (query, key) pairs that each rank computes, over all heads."""
+    work: Counter[int] = Counter()
+    for lane in lanes:
+        areas, heads = lane.areas, lane.heads.of_queries
+        for _, rank, i, j in lane.whole.tiles:
+            work[rank] += areas.get((i, j), 0) * heads
+    return work
 
 
 def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
@@ -227,15 +254,15 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
             yield Heads(a, b, a // group, -(-b // group))
 
 
-@lru_cache(maxsize=4096)
-def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask) -> Lane:
-    q_blocks = blocks(layout, schedule.q_home, layout.q_cuts)
-    kv_blocks = blocks(layout.of_keys, schedule.kv_home, layout.kv_cuts)
+# Small caches: a lane holds every piece of its mask, which for thousands of documents is megabytes.
+@lru_cache(maxsize=512)
+def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> Lane:
+    q_blocks, kv_blocks = blocks(layout, schedule.q_home, cuts.q), blocks(layout.of_keys, schedule.kv_home, cuts.kv)
     tiles = _tiles(q_blocks, kv_blocks, layout, mask)
     return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _prune(schedule: Schedule, tiles: Tiles) -> Schedule:
     return prune(schedule, tiles.areas.keys())
 
@@ -268,7 +295,7 @@ def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: La
 
 
 def blocks(layout: Layout, homes: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
-    """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it is about as many, else evenly."""
+    """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it makes as many, else evenly."""
     parts = {rank: _parts(layout.rows(rank), homes.count(rank), cuts[rank] if cuts else ()) for rank in set(homes)}
     return tuple(Block(rank, *next(parts[rank])) for rank in homes)
 
@@ -277,19 +304,19 @@ def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, 
     return pairwise((0, *cuts, rows)) if cuts and count == len(cuts) + 1 else even_parts(rows, count)
 
 
-def trimmed(layout: Layout, mask: Mask) -> Layout:
-    """The same, cut so that what no other rank needs need not travel: before and behind the rows that one does.
+@lru_cache(maxsize=64)
+def trim(layout: Layout, mask: Mask) -> Cuts:
+    """Cuts before and behind the rows that any other rank needs, so that the rest need not travel; none if that saves little.
 
-    Of a sliding window that is the end of a shard's keys, of packed documents those that other ranks have a part of.
+    Of a sliding window they are the end of a shard's keys, of packed documents those that other ranks have a part of.
     """
-    (lane,) = make_lanes((ring(layout.world),), replace(layout, q_cuts=(), kv_cuts=()), mask, 1, 1)
+    (lane,) = make_lanes((ring(layout.world),), layout, mask, 1, 1)
     read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
     for i, j in lane.areas:
         for piece in lane.tiles.pieces((i,), (j,)) if i != j else ():
             read[Kind.Q][i].append((piece.q_start, piece.q_stop))
             read[Kind.KV][j].append((piece.k_start, piece.k_stop))
-    q_cuts, kv_cuts = _hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys)
-    return replace(layout, q_cuts=q_cuts, kv_cuts=kv_cuts) if q_cuts or kv_cuts else layout
+    return Cuts(_hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys))
 
 
 def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[tuple[int, ...], ...]:

@@ -66,6 +66,13 @@ def test_shards_of_queries_and_of_keys() -> None:
         attention(torch.zeros(1, 4, 4, 8).double(), *torch.zeros(2, 1, 4, 2, 8).double(), plan)
 
 
+def test_chunks_come_after_each_other_once() -> None:
+    placed = make_plan(4, world=2, kv_len=7, q_offset=3, **MODEL, layout="contiguous").layout
+    assert placed.after(contiguous(3, 2)).first == 3, "a layout that stands somewhere already is not moved further"
+    with pytest.raises(PlanError, match="has 2 shards and the one before 3"):
+        contiguous(4, 2).after(contiguous(4, 3))
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [

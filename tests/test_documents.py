@@ -10,10 +10,12 @@ from cases import EXACT, example, simulate, worst
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringattn import Layout, documents, make_plan, sliding_window
+from ringattn import Layout, documents, full, make_plan, sliding_window
 from ringattn.by_documents import EVEN, _dealt, by_documents
 from ringattn.cost import traffic
+from ringattn.layout import contiguous
 from ringattn.planner import Candidate, candidates
+from ringattn.schedule import ring, split
 
 MODEL: dict[str, Any] = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
 
@@ -118,3 +120,32 @@ def test_what_no_document_layout_is_better_than_keeps_its_name() -> None:
     found = candidates(4096, world=4, **MODEL, mask=documents((0, 1024, 2048, 3072, 4096)))
     assert {str(option.plan.layout) for option in found} == {"contiguous"}
     assert isinstance(found[0], Candidate)
+
+
+def test_one_document_is_a_batch_too() -> None:
+    plan = make_plan(64, world=4, **MODEL, mask=documents((0, 64)), layout="documents", schedule="ring")
+    assert plan.layout.length == 64 and plan.balance == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_is_cut_off_is_the_plans_business_and_not_the_layouts() -> None:
+    """The layout of a trimmed plan is the plain one; a schedule given as data is cut as it says, evenly."""
+    given = dict(world=8, **MODEL, mask=sliding_window(64), layout="contiguous")
+    trimmed = make_plan(8192, **given, schedule="ring", topology="cpu")
+    assert "trimmed" in trimmed.labels[0] and trimmed.layout == contiguous(8192, 8)
+    assert [block.rows for block in trimmed.forward[0].kv_blocks[:3]] == [960, 64, 0]
+    even = make_plan(8192, **given, schedule=split(ring(8), kv=3))
+    assert [block.rows for block in even.forward[0].kv_blocks[:3]] == [342, 341, 341]
+    whole = make_plan(8192, **given | {"mask": full()}, schedule="ring")
+    assert whole == make_plan(8192, **given | {"mask": full(), "layout": trimmed.layout}, schedule="ring")
+
+
+@pytest.mark.parametrize("name", ["ring", "ring_direct", "bidirectional_ring", "token_ring", "mesh", "all_gather"])
+def test_every_name_trims(name: str) -> None:
+    given = dict(world=8, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=sliding_window(9), layout="contiguous")
+    found = candidates(240, **given, schedule=name)
+    least = min(found, key=lambda option: sum(traffic(option.plan).values()))
+    whole = min((o for o in found if not o.named.trimmed), key=lambda option: sum(traffic(option.plan).values()))
+    assert least.named.trimmed and sum(traffic(least.plan).values()) < sum(traffic(whole.plan).values())
+    e = example((4, 2), 240, sliding_window(9), batch=1)
+    found = simulate(least.plan, e.q, e.k, e.v, e.dout)
+    assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringattn.kernels import KERNELS, Operands, Options, Rows, aten, get, sdpa
-from ringattn.kernels.sdpa import stand_in
+from ringattn.kernels import Kernel, Operands, Options, Rows, aten, get, sdpa
+from ringattn.kernels.fit import stand_in
 from ringattn.mask import END
 from ringattn.partial import Partial, merge_, nothing
 from ringattn.pieces import CAUSAL, FULL, Band, Piece
 
 BANDS = [FULL, CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0)]
+ON_CPU = ["flex", "reference", "sdpa"]  # those of the flash-attn packages are in test_flash
 F64 = torch.float64
 PLAIN = Options(0.3)
 
@@ -27,15 +28,16 @@ def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_
     return q, k, v, bias
 
 
-def both_passes(name: str, inputs, pieces, options=PLAIN):
+def both_passes(kernel: str | Kernel, inputs, pieces, options=PLAIN):
     """(out, lse, dq, dk, dv, dbias) with row statistics from the plain mathematics."""
+    kernel = get(kernel) if isinstance(kernel, str) else kernel
     q, k, v, bias = inputs
-    out, lse = get(name).forward(Operands(q, k, v, bias), pieces, options)
+    out, lse = kernel.forward(Operands(q, k, v, bias), pieces, options)
     whole = get("reference").forward(Operands(q, k, v, bias), pieces, options)
     dout = torch.cos(torch.arange(whole.out.numel(), dtype=F64)).reshape(whole.out.shape).to(q.dtype)
     delta = (dout * whole.out).sum(-1)
     rows = Rows(dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), delta)
-    grads = get(name).backward(Operands(q, k, v, bias), rows, pieces, options)
+    grads = kernel.backward(Operands(q, k, v, bias), rows, pieces, options)
     return [x for x in (out, lse, *grads) if x is not None]
 
 
@@ -53,12 +55,13 @@ def test_sdpa_is_the_reference(band: Band, bias_heads: int | None, value_dim: in
     assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
 
 
-def test_the_reference_is_autograd_of_softmax() -> None:
+@pytest.mark.parametrize("scale", [0.4, -0.4])
+def test_the_reference_is_autograd_of_softmax(scale: float) -> None:
     q, k, v, bias = (x.requires_grad_() for x in block(rows=6, bias_heads=3))
     with torch.no_grad():
         bias.nan_to_num_(neginf=-2.0)
-    options = Options(0.4, softcap=3.0)
-    logits = options.softcap * torch.tanh(0.4 * q @ k.repeat_interleave(3, 1).mT / options.softcap)
+    options = Options(scale, softcap=3.0)
+    logits = options.softcap * torch.tanh(scale * q @ k.repeat_interleave(3, 1).mT / options.softcap)
     logits = logits + bias.repeat_interleave(3, 1)[:, :, None]
     keep = torch.ones(6, 6, dtype=torch.bool).tril()
     logits = logits.masked_fill(~keep, -torch.inf)
@@ -66,11 +69,11 @@ def test_the_reference_is_autograd_of_softmax() -> None:
     dout = torch.cos(torch.arange(out.numel(), dtype=F64)).reshape(out.shape)
     expected = [out, logits.logsumexp(-1), *torch.autograd.grad(out, (q, k, v, bias), dout)]
     inputs = [x.detach() for x in (q, k, v, bias)]
-    for name in KERNELS:
+    for name in ON_CPU:
         assert_same(both_passes(name, inputs, [Piece(0, 6, 0, 6, CAUSAL)], options), [x.detach() for x in expected])
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch.dtype) -> None:
     q, k, v, _ = block(dtype=dtype)
@@ -91,7 +94,7 @@ def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch
     assert (lse.to(F64) - exact_lse).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", ON_CPU)
 def test_pieces_of_a_tile_add_up(name: str) -> None:
     """A causal square cut into a triangle, a rectangle and a triangle; rows of one piece overlap with rows of another."""
     inputs = block(rows=20, bias_heads=1)
@@ -99,7 +102,7 @@ def test_pieces_of_a_tile_add_up(name: str) -> None:
     assert_same(both_passes(name, inputs, cut), both_passes("reference", inputs, [Piece(0, 20, 0, 20, CAUSAL)]))
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", ON_CPU)
 def test_large_logits_do_not_overflow(name: str) -> None:
     q, k, v, _ = block()
     inputs = [(q * 1e3).float(), (k * 1e3).float(), v.float(), None]
@@ -108,7 +111,7 @@ def test_large_logits_do_not_overflow(name: str) -> None:
     assert found[1].abs().max() > 1e4
 
 
-@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("name", ON_CPU)
 def test_any_memory_order_gives_the_same_numbers(name: str) -> None:
     """As from `qkv.unbind(-1)`, or a gradient that an einsum has permuted: the operators assume stride 1 without looking."""
     q, k, v, bias = block(bias_heads=3)
@@ -201,7 +204,8 @@ def test_merging_nothing_changes_nothing_and_keeps_nan() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 @pytest.mark.parametrize("bias_heads", [None, 3])
-def test_cuda_operators_take_these_arguments(dtype: torch.dtype, band: Band, bias_heads: int | None) -> None:
+@pytest.mark.parametrize("kernel", ["sdpa", "cudnn"])
+def test_cuda_operators_take_these_arguments(kernel: str, dtype: torch.dtype, band: Band, bias_heads: int | None) -> None:
     """Names, order, shapes and dtypes only: fake tensors compute nothing."""
     with FakeTensorMode():
         q = torch.empty(2, 9, 37, 20, dtype=dtype, device="cuda")
@@ -209,8 +213,8 @@ def test_cuda_operators_take_these_arguments(dtype: torch.dtype, band: Band, bia
         bias = None if bias_heads is None else torch.empty(2, bias_heads, 37, device="cuda")
         rows = torch.empty(2, 9, 37, device="cuda")
         piece = [Piece(0, 37, 0, 37, band)]
-        out, lse = get("sdpa").forward(Operands(q, k, k, bias), piece, Options(0.3))
-        grads = get("sdpa").backward(Operands(q, k, k, bias), Rows(out.to(dtype), rows, rows), piece, Options(0.3))
+        out, lse = get(kernel).forward(Operands(q, k, k, bias), piece, Options(0.3))
+        grads = get(kernel).backward(Operands(q, k, k, bias), Rows(out.to(dtype), rows, rows), piece, Options(0.3))
         assert (out.shape, out.device, lse.shape, lse.dtype) == (q.shape, q.device, (2, 9, 37), torch.float32)
         assert [g.shape for g in grads[:3]] == [q.shape, k.shape, k.shape]
 
@@ -225,6 +229,10 @@ def test_the_operator_is_chosen_by_device_and_dtype() -> None:
     assert aten.choose(tensor("cuda", torch.float32), needs_mask=False) is aten.EFFICIENT
     assert aten.choose(tensor("cuda", torch.float64), needs_mask=False) is None
     assert aten.choose(tensor("meta", torch.float32), needs_mask=False) is None
+    cudnn = get("cudnn")
+    assert cudnn.operator(tensor("cuda", torch.bfloat16), needs_mask=True) is aten.CUDNN
+    assert cudnn.operator(tensor("cuda", torch.float32), needs_mask=True) is aten.EFFICIENT
+    assert cudnn.operator(tensor("cpu", torch.bfloat16), needs_mask=False) is aten.CPU
 
 
 def _flash_signature(q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
@@ -252,11 +260,12 @@ def _flash_backward_signature(
     scale,
 ):
     assert (cum_seq_q, cum_seq_k, max_q, max_k, dropout_p) == (None, None, q.shape[2], k.shape[2], 0.0)
+    assert logsumexp.is_contiguous()
     return aten.cpu_backward(aten.Call(q, k, v, None, is_causal, scale), grad_out, out, logsumexp)
 
 
 def _efficient_signature(q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, *, scale):
-    assert compute_log_sumexp is True and dropout_p == 0.0 and q.shape[1] == k.shape[1] == v.shape[1]
+    assert compute_log_sumexp is True and dropout_p == 0.0 and q.shape[1] == k.shape[1] == v.shape[1] and q.shape[-1] % 8 == 0
     out, lse = aten.cpu_forward(aten.Call(q, k, v, attn_bias, is_causal, scale))
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32)), None, None
 
@@ -269,7 +278,37 @@ def _efficient_backward_signature(
     return (*aten.cpu_backward(call, grad_out, out, logsumexp[..., : q.shape[2]]), None)
 
 
-@pytest.mark.parametrize("fused", [aten.FLASH, aten.EFFICIENT], ids=["flash", "efficient"])
+def _cudnn_signature(q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale):
+    assert return_debug_mask is False and compute_log_sumexp is True and q.shape[1] == k.shape[1] and q.shape[-1] % 8 == 0
+    out, lse = aten.cpu_forward(aten.Call(q, k, v, attn_bias, is_causal, scale))
+    return out, lse.unsqueeze(-1), None, None, q.shape[2], k.shape[2], None, None, None
+
+
+def _cudnn_backward_signature(
+    grad_out,
+    q,
+    k,
+    v,
+    out,
+    logsumexp,
+    philox_seed,
+    philox_offset,
+    attn_bias,
+    cum_seq_q,
+    cum_seq_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    *,
+    scale,
+):
+    assert (cum_seq_q, cum_seq_k, max_q, max_k, dropout_p) == (None, None, q.shape[2], k.shape[2], 0.0)
+    assert logsumexp.is_contiguous() and logsumexp.shape == (*q.shape[:3], 1)
+    return aten.cpu_backward(aten.Call(q, k, v, attn_bias, is_causal, scale), grad_out, out, logsumexp.squeeze(-1))
+
+
+@pytest.mark.parametrize("fused", [aten.FLASH, aten.EFFICIENT, aten.CUDNN], ids=["flash", "efficient", "cudnn"])
 @pytest.mark.parametrize("bias_heads", [None, 1, 3])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_arithmetic_around_the_cuda_operators(
@@ -283,10 +322,13 @@ def test_arithmetic_around_the_cuda_operators(
         _scaled_dot_product_flash_attention_backward=_flash_backward_signature,
         _scaled_dot_product_efficient_attention=_efficient_signature,
         _scaled_dot_product_efficient_attention_backward=_efficient_backward_signature,
+        _scaled_dot_product_cudnn_attention=_cudnn_signature,
+        _scaled_dot_product_cudnn_attention_backward=_cudnn_backward_signature,
         _scaled_dot_product_flash_attention_for_cpu=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
         _scaled_dot_product_flash_attention_for_cpu_backward=torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
     )
     monkeypatch.setattr(aten, "aten", operators)
     monkeypatch.setattr(sdpa, "choose", lambda q, needs_mask: fused)
-    inputs, pieces = block(bias_heads=bias_heads), [Piece(0, 37, 0, 37, band)]
-    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+    inputs = block(bias_heads=bias_heads)
+    for pieces in ([Piece(0, 37, 0, 37, band)], [Piece(a, b, a, b, band) for a, b in ((0, 11), (11, 37))]):
+        assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))

@@ -16,6 +16,7 @@ LAYERS = [
     ["errors"],
     ["mask"],
     ["layout"],
+    ["by_documents"],
     ["pieces"],
     ["schedule"],
     ["topology", "payload"],
@@ -27,11 +28,25 @@ LAYERS = [
     ["sharding", "engine"],
     ["work"],
     ["autograd"],
+    ["op"],
     ["functional", "measure"],
     ["nn", "runtime"],
-    ["cli"],
+    ["cli", "selftest"],
 ]
-PURE = ["errors", "mask", "layout", "pieces", "schedule", "topology", "payload", "plan", "cost", "planner", "forecast"]
+PURE = [
+    "errors",
+    "mask",
+    "layout",
+    "by_documents",
+    "pieces",
+    "schedule",
+    "topology",
+    "payload",
+    "plan",
+    "cost",
+    "planner",
+    "forecast",
+]
 
 
 def unit(path: Path) -> str:

@@ -88,7 +88,7 @@ def features(draw: st.DrawFn, kv_heads: int) -> dict[str, Any]:
         hidden=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
         sinks=draw(st.booleans()),
         softcap=draw(st.sampled_from([None, None, 3.0])),
-        scale=draw(st.sampled_from([0.5, 1.5, 20.0])),
+        scale=draw(st.sampled_from([0.5, -1.5, 20.0])),
         value_dim=draw(st.sampled_from([4, 1, 7])),
         batch=draw(st.integers(1, 2)),
         kernel=draw(st.sampled_from(["sdpa", "reference"])),

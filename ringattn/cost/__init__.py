@@ -10,13 +10,13 @@ among plans; a duration to rely on must be measured. No torch here.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ringattn.cost.simulation import BACKWARD_FLOPS, MERGE, Simulation, flops
 from ringattn.cost.sizes import ITEMSIZE, Sizes, peak_bytes, traffic
-from ringattn.plan import Plan
+from ringattn.plan import Plan, pairs
 from ringattn.topology import Resource, Topology
 
 __all__ = ["BACKWARD_FLOPS", "ITEMSIZE", "MERGE", "Cost", "compute_seconds", "price", "traffic", "transfer_seconds"]
@@ -51,12 +51,7 @@ def price(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = Fa
 def compute_seconds(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = False) -> float:
     """Seconds that the busiest rank computes: no pass can take less."""
     sizes = Sizes(plan, batch=batch, backward=backward)
-    work: Counter[int] = Counter()
-    for lane in sizes.lanes:
-        areas, heads = lane.areas, lane.heads.of_queries
-        for _, rank, i, j in lane.whole.tiles:
-            work[rank] += areas.get((i, j), 0) * heads
-    return flops(plan, max(work.values(), default=0), sizes) / topology.flops
+    return flops(plan, max(pairs(sizes.lanes).values(), default=0), sizes) / topology.flops
 
 
 def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -> float:

@@ -1,8 +1,8 @@
 """Messages on their way: those between the same two ranks one behind another, all others at once, in fair shares.
 
 That is what TCP connections, and queue pairs of RDMA, do with a port or an uplink that several of them use: each gets the same
-part of it, so of messages that start together none is there before the others. A message moves at the least of its shares; what
-it leaves unused of the other ones is given to nobody, which makes the model simple and errs to the slow side.
+part of it, so of equal messages that start together none is there before the others. A message moves at the least of its
+shares; what it leaves unused of the other ones is given to nobody, which makes the model simple and errs to the slow side.
 
 A start or an end changes the shares of those that use the same resources, and of no others: only these are looked at again.
 """

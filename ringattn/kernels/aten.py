@@ -4,6 +4,7 @@
     cuda, bf16 and fp16     aten::_scaled_dot_product_flash_attention            full and causal pieces
     cuda, everything else   aten::_scaled_dot_product_efficient_attention        fp32, bands, biases
     cuda, fp64              the reference kernel
+    cuda, on request        aten::_scaled_dot_product_cudnn_attention            bf16 and fp16; what the kernel "cudnn" uses
 
 `Fused` is one of these rows: a forward, a backward, and what it can take. The kernel that chooses among them is in `sdpa`.
 The CUDA rows are checked for names, shapes and dtypes only (see docs/gpu.md).
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Call(NamedTuple):
@@ -61,7 +63,7 @@ def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
         k,
         v,
         out,
-        lse,
+        lse.contiguous(),  # the operator takes its pointer and not its strides
         None,
         None,
         q.shape[2],
@@ -77,20 +79,52 @@ def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
 
 
 def efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
-    k, v, mask = _expand(call)
-    out, lse, *_ = aten._scaled_dot_product_efficient_attention(call.q, k, v, mask, True, 0.0, call.causal, scale=call.scale)
-    return out, lse.narrow(-1, 0, call.q.shape[2])  # this operator pads lse to a multiple of 32 rows
+    q, k, v, mask = _expand(call)
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, call.causal, scale=call.scale)
+    # This operator pads lse to a multiple of 32 rows.
+    return out.narrow(-1, 0, call.v.shape[-1]), lse.narrow(-1, 0, call.q.shape[2])
 
 
 def efficient_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k, v, mask = _expand(call)
-    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
-    seed = torch.zeros((), dtype=torch.int64, device=call.q.device)
+    q, k, v, mask = _expand(call)
+    dout, out = _pad_heads(8, dout, out)
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout, call.q, k, v, mask, out, padded, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
+        dout, q, k, v, mask, out, padded, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
     )
-    groups = (call.k.shape[1], -1)
-    return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
+    return _contract(call, dq, dk, dv)
+
+
+def cudnn_forward(call: Call) -> tuple[Tensor, Tensor]:
+    q, k, v, mask = _expand(call)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, call.causal, False, scale=call.scale)
+    return out.narrow(-1, 0, call.v.shape[-1]), lse.squeeze(-1)  # this operator gives (batch, heads, rows, 1)
+
+
+def cudnn_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, mask = _expand(call)
+    dout, out = _pad_heads(8, dout, out)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous().unsqueeze(-1),
+        seed,
+        seed,
+        mask,
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        call.causal,
+        scale=call.scale,
+    )
+    return _contract(call, dq, dk, dv)
 
 
 def _pad_heads(multiple: int, *tensors: Tensor) -> list[Tensor]:
@@ -99,16 +133,24 @@ def _pad_heads(multiple: int, *tensors: Tensor) -> list[Tensor]:
     return [torch.nn.functional.pad(t, (0, short)) if short else t for t in tensors]
 
 
-def _expand(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
-    """KV heads repeated to the query heads, and the mask to its full shape, in memory that is aligned as the operator asks."""
-    repeats = call.q.shape[1] // call.k.shape[1]
-    k, v = (t.repeat_interleave(repeats, dim=1) for t in (call.k, call.v))
+def _expand(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Head sizes padded, KV heads repeated to the query heads, the mask in full: all as aligned as these operators ask."""
+    q, k, v = _pad_heads(8, call.q, call.k, call.v)
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
     if call.mask is None:
-        return k, v, None
-    batch, heads, rows, _ = call.q.shape
-    keys = call.k.shape[2]
+        return q, k, v, None
+    batch, heads, rows, _ = q.shape
+    keys = k.shape[2]
     padded = torch.nn.functional.pad(call.mask.expand(batch, heads, rows, keys), (0, -keys % 16))
-    return k, v, padded.narrow(-1, 0, keys)
+    return q, k, v, padded.narrow(-1, 0, keys)
+
+
+def _contract(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients without the padding, summed over the query heads that share a KV head."""
+    dim, groups = call.q.shape[-1], (call.k.shape[1], -1)
+    dq, dk, dv = (grad.narrow(-1, 0, dim) for grad in (dq, dk, dv))
+    return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
 
 
 class Fused(NamedTuple):
@@ -121,6 +163,7 @@ class Fused(NamedTuple):
 CPU = Fused(cpu_forward, cpu_backward)
 FLASH = Fused(flash_forward, flash_backward)
 EFFICIENT = Fused(efficient_forward, efficient_backward)
+CUDNN = Fused(cudnn_forward, cudnn_backward)
 
 
 def choose(q: Tensor, *, needs_mask: bool) -> Fused | None:
@@ -129,5 +172,4 @@ def choose(q: Tensor, *, needs_mask: bool) -> Fused | None:
         return CPU
     if q.device.type != "cuda" or q.dtype == torch.float64:
         return None
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return FLASH if half and not needs_mask and q.shape[-1] <= 256 else EFFICIENT
+    return FLASH if q.dtype in HALF and not needs_mask and q.shape[-1] <= 256 else EFFICIENT

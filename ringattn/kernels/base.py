@@ -9,7 +9,7 @@ A kernel knows neither ranks nor masks nor schedules. Subclasses compute one pie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -77,18 +77,26 @@ class Kernel(ABC):
         """This rectangle's share of the gradients."""
 
     def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        """The pieces as this kernel wants them; it may cut some up."""
+        """The pieces as this kernel wants them; it may cut some up, and take them in another order."""
         return pieces
 
+    def parts_forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Iterable[Partial]:
+        """The answer for every piece, in order; a kernel may compute several in one call."""
+        return (self.piece_forward(block.cut(piece), piece.band, options) for piece in pieces)
+
+    def parts_backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Iterable[Grads]:
+        """Every piece's share, in order."""
+        return (self.piece_backward(block.cut(piece), rows.cut(piece), piece.band, options) for piece in pieces)
+
     def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
+        block, options = _upright(block, options)
         q, pieces = block.q, self.refine(pieces)
         if _is_whole(pieces, block):
             return self.piece_forward(block, pieces[0].band, options)
         # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
         once = _rows_occur_once(pieces)
         total = nothing(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
-        for piece in pieces:
-            part = self.piece_forward(block.cut(piece), piece.band, options)
+        for piece, part in zip(pieces, self.parts_forward(block, pieces, options), strict=True):
             into = Partial(*(x[:, :, piece.q_start : piece.q_stop] for x in total))
             if once:
                 into.out.copy_(part.out)
@@ -98,19 +106,29 @@ class Kernel(ABC):
         return total
 
     def backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Grads:
+        if options.scale < 0:
+            block, options = _upright(block, options)
+            grads = self.backward(block, rows, pieces, options)
+            return grads._replace(dq=-grads.dq)
         pieces = self.refine(pieces)
         if _is_whole(pieces, block):
             return self.piece_backward(block, rows, pieces[0].band, options)
         dtype = block.q.dtype if len(pieces) == 1 else accum_dtype(block.q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in block[:3])
         total = Grads(dq, dk, dv, None if block.bias is None else torch.zeros_like(block.bias))
-        for piece in pieces:
-            part = self.piece_backward(block.cut(piece), rows.cut(piece), piece.band, options)
+        for piece, part in zip(pieces, self.parts_backward(block, rows, pieces, options), strict=True):
             total.dq[:, :, piece.q_start : piece.q_stop] += part.dq
             for whole, share in zip(total[1:], part[1:], strict=True):
                 if whole is not None and share is not None:
                     whole[:, :, piece.k_start : piece.k_stop] += share
         return total
+
+
+def _upright(block: Operands, options: Options) -> tuple[Operands, Options]:
+    """The same logits from a positive scale: fused operators take the largest product in a row to have the largest logit."""
+    if options.scale > 0:
+        return block, options
+    return block._replace(q=-block.q), options._replace(scale=-options.scale)
 
 
 def _rows_occur_once(pieces: Sequence[Piece]) -> bool:

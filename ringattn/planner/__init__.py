@@ -66,7 +66,8 @@ def make_plan(
             its backward, which works all the same, is whatever that schedule makes of it.
         kv_len: keys and values in the whole sequence, where they are not as many as queries: in cross-attention, or where a
             chunk of queries meets all keys so far. With a `Layout` it is that of the layout (see `Layout.after` for chunks).
-        q_offset: position of the first query among the keys; masks go by it. Required with kv_len unless the mask is full.
+        q_offset: position of the first query among the keys; masks go by it. Required where kv_len differs from seq_len, unless
+            the mask is full.
         partials: what sums (out, dq, dk, dv of a block) travel in. "auto": in `dtype` where they are rounded only once, else in
             fp32; "wide": always in fp32; "narrow": always in `dtype`, at an error that grows with the number of hops.
 

@@ -4,9 +4,9 @@ Every schedule and layout that the request allows is a candidate, forward and ba
 For inference only forward counts.
 They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
 less than the model can tell apart: where compute hides the transfers, the fewest bytes win. Equal bytes: the order of
-`schedule.named`. Layouts stand in the order contiguous, zigzag, striped, and a later one must gain 5 %: it breaks tiles into
-other shapes, and what kernels make of those is not modelled. One that shares a ring's work out no better than one before it has
-nothing to gain by.
+`schedule.named`. Layouts stand in the order contiguous, zigzag, striped (packed documents: contiguous, documents, zigzag), and
+a later one must gain 5 %: it breaks tiles into other shapes, and what kernels make of those is not modelled. One that shares a
+ring's work out no better than one before it has nothing to gain by.
 
 What cannot take over, because its compute or its busiest link alone takes too long, is not simulated. Plans are priced for a
 batch of 1: with more, compute and bytes grow alike, and only latency counts for less. All of it is arithmetic on integers and
@@ -23,7 +23,7 @@ from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic,
 from ringattn.errors import PlanError
 from ringattn.layout import Layout
 from ringattn.mask import full
-from ringattn.plan import Plan, make_lanes, trimmed
+from ringattn.plan import EVENLY, Plan, make_lanes, pairs, trim
 from ringattn.planner.request import Request
 from ringattn.planner.share_out import shared_out
 from ringattn.schedule import check, ring, split
@@ -185,7 +185,8 @@ def options(request: Request, layout: Layout, limit: float = float("inf")) -> li
 def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> list[Candidate]:
     found = []
     for one in named:
-        lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads)
+        cuts = trim(layout, request.mask) if one.trimmed else EVENLY
+        lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads, cuts)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         kernel, partials = request.kernel, request.partials
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, kernel, lanes, lanes, partials)
@@ -194,16 +195,15 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
     return found if limit is None else [option for option in found if option.buffer_bytes(request.passes) <= limit]
 
 
+@lru_cache(maxsize=64)
 def _worthwhile(request: Request) -> list[Layout]:
     """The layouts, without those on which a ring's work is no more even than on one before."""
     found: list[tuple[int, Layout]] = []
-    for layout in (trimmed(layout, request.mask) for layout in request.layouts):
+    for layout in request.layouts:
         (lane,) = make_lanes((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
-        work = [0] * request.world
-        for (i, _), area in lane.areas.items():
-            work[i] += area
-        if not any(busiest < LAYOUT_TIE * max(work) for busiest, _ in found):
-            found.append((max(work), layout))
+        most = max(pairs([lane]).values())
+        if not any(busiest < LAYOUT_TIE * most for busiest, _ in found):
+            found.append((most, layout))
     return [layout for _, layout in found]
 
 
@@ -216,10 +216,11 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if request.schedule == "balanced":
         yield from shared_out(request, layout, request.degrees[0])
         return
+    facts = _facts(request, layout)
     for degree in request.degrees:
         groups = request.world // degree
         for name in _different(groups) if request.schedule == "auto" else [request.schedule]:
-            yield from _variants(name, _facts(request, layout), degree)
+            yield from _variants(name, facts, degree)
 
 
 def _different(ranks: int) -> list[str]:
@@ -238,7 +239,7 @@ def _facts(request: Request, layout: Layout) -> Facts:
     directions = (1, -1) if idle or len(whole.areas) < world**2 or request.topology.kind == "matrix" else (1,)
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     node_size = request.topology.node_size or 1
-    cut = tuple(what for what, cuts in (("q", layout.q_cuts), ("kv", layout.kv_cuts)) if cuts)
+    cut = tuple(what for what, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
     return Facts(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
 
 

@@ -138,7 +138,7 @@ def _kernel(kernel: Any) -> str:
 
 def _world(world: Any) -> int:
     """A number, or the size of a mesh or group, which are known by their `size` method: torch is not imported for this."""
-    if getattr(world, "ndim", 1) != 1:
+    if getattr(world, "ndim", 1) > 1:
         raise PlanError(
             f"world has {world.ndim} dimensions ({world!r}); give the one the sequence is cut over, as in mesh['sequence']"
         )
@@ -193,12 +193,12 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
     keys = seq_len if kv_len is None else _count("kv_len", kv_len)
     offset = _offset(q_offset, seq_len, keys, mask)
     _fits(mask, seq_len, keys, offset)
-    packed = mask.bounds if (keys, offset) == (seq_len, 0) else ()
+    packed = mask.bounds if (keys, offset) == (seq_len, 0) and mask.bounds[-1:] == (seq_len,) else ()
     if name == "documents" and not packed:
         raise PlanError(f"layout='documents' and mask={mask}: it needs packed documents, and as many keys as queries")
     # Where every query sees every key, no layout is better balanced than the plainest.
     plain = mask == full() or world == 1
-    choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if packed else list(LAYOUTS)
+    choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if len(packed) > 2 else list(LAYOUTS)
     return tuple(
         by_documents(packed, world) if one == "documents" else _laid_out(one, seq_len, world, keys, offset)
         for one in (choices if name == "auto" else [name])
@@ -227,10 +227,10 @@ def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
 
 def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
     if mask.length not in (None, keys) or (mask.length is not None and offset + seq_len > keys):
-        beyond = (
-            f"seq_len={seq_len}" if (keys, offset) == (seq_len, 0) else f"kv_len={keys}, seq_len={seq_len} from {offset} on"
-        )
-        raise PlanError(f"mask={mask} is for {mask.length} tokens and {beyond}; cu_seqlens must end with seq_len")
+        plain = (keys, offset) == (seq_len, 0)
+        beyond = f"seq_len={seq_len}" if plain else f"kv_len={keys}, seq_len={seq_len} from {offset} on"
+        last = "seq_len" if plain else "kv_len, and queries lie before it"
+        raise PlanError(f"mask={mask} is for {mask.length} tokens and {beyond}; cu_seqlens must end with {last}")
 
 
 _check_once = lru_cache(maxsize=64)(check)

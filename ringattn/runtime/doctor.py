@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 import ringattn
-from ringattn.kernels import Operands, Options, get
+from ringattn.kernels import KERNELS, Operands, Options, get
 from ringattn.kernels.aten import choose
+from ringattn.kernels.pick import obstacle, pick
 from ringattn.pieces import CAUSAL, Piece
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,7 +39,9 @@ def examine() -> Iterator[Finding]:
     yield Finding("torch", torch.__version__)
     yield _backends()
     yield _devices()
-    yield from _kernel()
+    yield from _sdpa()
+    yield from _other_kernels()
+    yield _auto()
     yield _gloo()
     yield _torchrun()
     for name in INTERFACES:
@@ -59,25 +62,59 @@ def _devices() -> Finding:
     return Finding("devices", f"{cpus}; {', '.join(gpus) or 'no GPU'}")
 
 
-def _kernel() -> Iterator[Finding]:
-    """What "sdpa" stands for here, and whether its numbers are right."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _sdpa() -> Iterator[Finding]:
+    """What "sdpa" stands for here, and whether its numbers are right: everything else can be done without."""
     cure = "make plans with kernel='reference', and report this torch version"
-    whole, options = (Piece(0, 33, 0, 33, CAUSAL),), Options(0.25)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
-        what = f"sdpa kernel, {str(dtype).removeprefix('torch.')}"
-        q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype).unbind()
+        what = f"sdpa kernel, {_short(dtype)}"
         try:
-            fused = choose(q, needs_mask=False)
-            found, wanted = (
-                get(name).forward(Operands(q, k, v, None), whole, options).out.float() for name in ("sdpa", "reference")
-            )
+            off = _off("sdpa", dtype)
+            fused = choose(torch.empty(1, 2, 33, 16, dtype=dtype, device=_device()), needs_mask=False)
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
             yield Finding(what, f"fails: {error}", cure)
             continue
         name = "the reference" if fused is None else fused.forward.__name__.replace("_", " ")
-        off = (found - wanted).abs().max().item()
-        yield Finding(what, f"{name} on {device}, within {off:.0e} of the reference", "" if off < tolerance else cure)
+        yield Finding(what, f"{name} on {_device().type}, within {off:.0e} of the reference", "" if off < tolerance else cure)
+
+
+def _other_kernels() -> Iterator[Finding]:
+    """Those that a plan may ask for by name: whether they run here, and if not, why. None is needed, so none has a cure."""
+    for name in KERNELS:
+        if name in ("sdpa", "reference"):
+            continue
+        why = obstacle(name, _device(), torch.bfloat16, 16)
+        if why is None:
+            try:
+                found = f"runs, within {_off(name, torch.bfloat16):.0e} of the reference"
+            except Exception as error:  # whatever a package may raise, the others are still to be tried
+                found = f"there, but fails: {error}"
+        else:
+            found = why.removeprefix(f"kernel {name!r}").lstrip(": ")
+            for instead in ("; make the plan with kernel='sdpa'", ", or make the plan with kernel='sdpa'"):
+                found = found.removesuffix(instead)
+        yield Finding(f"{name} kernel", found)
+
+
+def _auto() -> Finding:
+    name, why = pick(_device(), torch.bfloat16, 128)
+    better = "" if name == "sdpa" else f"; try kernel={name!r} ({why})"
+    return Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
+
+
+def _off(name: str, dtype: torch.dtype) -> float:
+    """How far a small block is from the reference."""
+    whole, options = (Piece(0, 33, 0, 33, CAUSAL),), Options(0.25)
+    q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(_device(), dtype).unbind()
+    found, wanted = (get(n).forward(Operands(q, k, v, None), whole, options).out.float() for n in (name, "reference"))
+    return (found - wanted).abs().max().item()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _gloo() -> Finding:

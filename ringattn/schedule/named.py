@@ -14,7 +14,7 @@ that of what runs among the groups.
 `balanced` is made for a mask and a layout, so it is not here: see `schedule.balanced` and the planner.
 
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `plan.trimmed`). Within a
+first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `plan.trim`). Within a
 name and among names, what needs less room stands first.
 """
 
@@ -45,6 +45,7 @@ class Named:
     name: str
     variant: str
     lanes: Lanes
+    trimmed: bool = False  # its blocks are to be cut where a layout knows rows that no other rank needs
 
     def __str__(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
@@ -60,7 +61,7 @@ class Facts:
     node_size: int = 1
     directions: tuple[int, ...] = (1, -1)
     parts: tuple[int, ...] = (1,)
-    trimmed: tuple[str, ...] = ()  # "q", "kv": of which a layout knows rows that no other rank needs, and cuts them off
+    trimmed: tuple[str, ...] = ()  # "q", "kv": of which a layout has rows that no other rank needs
 
     def inside(self, degree: int) -> Facts:
         """What is left to a schedule that runs inside Ulysses of `degree`."""
@@ -73,8 +74,8 @@ class Facts:
 def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
     """The variants of `name`, one of `NAMES`, inside Ulysses of `degree`."""
     if degree == 1:
-        for variant, lanes in NAMES[name](facts):
-            yield Named(name, variant, lanes)
+        for variant, lanes, trimmed in _and_trimmed(NAMES[name](facts), facts):
+            yield Named(name, variant, lanes, trimmed)
         return
     inside = facts.inside(degree)
     groups = [n for n in (1, 2, 4) if facts.kv_heads % (degree * n) == 0] or [1]
@@ -85,11 +86,21 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
                 yield Named(f"ulysses {degree}", _words("", parts, n), ulysses(exchange, degree, groups=n))
             yield Named(f"ulysses {degree}", _words("in stages", 1, n), ulysses(ring(1), degree, stages=degree - 1, groups=n))
         return
-    for variant, lanes in NAMES[name](inside):
+    for variant, lanes, trimmed in _and_trimmed(NAMES[name](inside), inside):
         for n in groups if facts.kv_heads >= degree * len(lanes) else [1]:
             wrapped = zip(*(ulysses(lane, degree, stages=degree - 1, groups=n) for lane in lanes), strict=True)
             found = tuple(lane for member in wrapped for lane in member)
-            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found)
+            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found, trimmed)
+
+
+def _and_trimmed(variants: Variants, facts: Facts) -> Iterator[tuple[str, Lanes, bool]]:
+    """Each as it is, and if its blocks are whole and some of what travels is not needed, without that."""
+    for variant, lanes in variants:
+        yield variant, lanes, False
+        moving = {"q" if move.kind.of_queries else "kv" for lane in lanes for move in lane.moves} & set(facts.trimmed)
+        if moving and all(len(lane.q_home) == len(lane.kv_home) == lane.world for lane in lanes):
+            divided = tuple(divide(lane, **dict.fromkeys(moving, TRIMMED)) for lane in lanes)
+            yield ", ".join(filter(None, (variant, "trimmed"))), divided, True
 
 
 def _words(variant: str, parts: int, groups: int) -> str:
@@ -150,8 +161,6 @@ def _all_gather(facts: Facts) -> Variants:
 
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
     cut, words = take_turns if routing == "direct" else split, routing + ", reversed" * (direction == -1)
-    if what in facts.trimmed:
-        yield f"{words}, trimmed", (divide(schedule, **{what: TRIMMED}),)
     for parts in facts.parts:
         yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
 

@@ -1,0 +1,208 @@
+"""What the flash-attn packages have in common: layout, head sizes, windows, and many pieces in one call.
+
+They take (batch, rows, heads, head_dim) in bf16 or fp16 on CUDA, share KV heads natively, take bands as windows and cap logits,
+so that neither masks nor the reference are needed. A subclass makes the call (`flash2`, `flash3`, `flash4`); `fit` has what
+they lack. Only a softcap together with a bias is left to the reference: the bias channels would be capped too.
+
+- Windows are aligned bottom-right: row i sees keys [i + keys - rows - left, i + keys - rows + right], while a band is relative
+  to the top left. `window` converts. flash-attn 2 takes a window wider than the keys for none, which is true only where there
+  are no more rows than keys; other bands are cut until that holds.
+- Pieces with the same window go into one varlen call, packed one behind another: a document each, say.
+- lse is handed to the backward by its pointer, so it must be contiguous there.
+
+Gradients are the same bits every time under `torch.use_deterministic_algorithms(True)`, as with torch's own CUDA operators.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.fit import bias_grad, seen, stand_in, up_to, widen, with_bias
+from ringattn.kernels.package import Package
+from ringattn.kernels.reference import Reference
+from ringattn.mask import Band
+from ringattn.partial import Partial
+from ringattn.pieces import CAUSAL, FULL, Piece, strips
+
+ANY = -1  # a side of a window without bound
+ALIGNED = 8  # head sizes are multiples of this
+
+
+class Lengths(NamedTuple):
+    """Of sequences packed one behind another: where each begins, and the longest."""
+
+    q: Tensor
+    k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+class Call(NamedTuple):
+    """One call: tensors are (batch, rows, heads, head_dim), or packed with `lengths`: (all rows, heads, head_dim)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    softcap: float  # 0 for none
+    window: tuple[int, int]  # bottom-right aligned
+    lengths: Lengths | None
+
+    @property
+    def causal(self) -> bool:
+        return self.window == (ANY, 0)
+
+
+class Flash(Kernel):
+    package: ClassVar[Package]
+    one_head_dim: ClassVar[bool] = True  # whether v must have as many channels as q and k
+
+    def __init__(self) -> None:
+        self.module, self.calls = self.package.load()
+
+    @abstractmethod
+    def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out as q, and lse: (batch, heads, rows), or packed (heads, all rows)."""
+
+    @abstractmethod
+    def call_backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv, shaped as q, k, v."""
+
+    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        fits = [[piece] if piece.rows <= piece.keys or piece.band == FULL else strips(piece, piece.keys) for piece in pieces]
+        return sorted((part for parts in fits for part in parts), key=_window_of)
+
+    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+        (part,) = self._run_forward([block], [band], options)
+        return part
+
+    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+        (part,) = self._run_backward([block], [rows], [band], options)
+        return part
+
+    def parts_forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Iterator[Partial]:
+        for _, run in groupby(pieces, _window_of):
+            some = list(run)
+            yield from self._run_forward([block.cut(piece) for piece in some], [piece.band for piece in some], options)
+
+    def parts_backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Iterator[Grads]:
+        for _, run in groupby(pieces, _window_of):
+            some = list(run)
+            blocks, cuts = [block.cut(piece) for piece in some], [rows.cut(piece) for piece in some]
+            yield from self._run_backward(blocks, cuts, [piece.band for piece in some], options)
+
+    def _run_forward(self, blocks: Sequence[Operands], bands: Sequence[Band], options: Options) -> Iterable[Partial]:
+        if _beyond(blocks[0], options):
+            return [Reference().piece_forward(block, band, options) for block, band in zip(blocks, bands, strict=True)]
+        out, lse = self.call_forward(self._call(blocks, bands, options))
+        dim, sizes = blocks[0].v.shape[-1], [block.q.shape[2] for block in blocks]
+        outs, lses = _unpack(out.narrow(-1, 0, dim), sizes, blocks[0]), _unpack_lse(lse, sizes, blocks[0])
+        return [seen(*parts) for parts in zip(outs, lses, blocks, bands, strict=True)]
+
+    def _run_backward(
+        self, blocks: Sequence[Operands], rows: Sequence[Rows], bands: Sequence[Band], options: Options
+    ) -> Iterable[Grads]:
+        first = blocks[0]
+        if _beyond(first, options):
+            return [Reference().piece_backward(*parts, options) for parts in zip(blocks, rows, bands, strict=True)]
+        call = self._call(blocks, bands, options)
+        width = call.v.shape[-1]
+        dout = _pack([widen(r.dout, width) for r in rows])
+        out = _pack([widen(stand_in(r.dout, r.delta), width) for r in rows])
+        grads = self.call_backward(call, dout, out, _pack_lse([r.lse for r in rows]))
+        dim, bias, value_dim = first.q.shape[-1], first.bias, first.v.shape[-1]
+        sizes = ([b.q.shape[2] for b in blocks], [b.k.shape[2] for b in blocks], [b.k.shape[2] for b in blocks])
+        dqs, dks, dvs = (_unpack(grad, size, first) for grad, size in zip(grads, sizes, strict=True))
+        return [
+            Grads(
+                dq.narrow(-1, 0, dim),
+                dk.narrow(-1, 0, dim),
+                dv.narrow(-1, 0, value_dim),
+                None if bias is None else bias_grad(dk, dim, bias, options.scale),
+            )
+            for dq, dk, dv in zip(dqs, dks, dvs, strict=True)
+        ]
+
+    def _call(self, blocks: Sequence[Operands], bands: Sequence[Band], options: Options) -> Call:
+        parts = [self._fitted(block, options.scale) for block in blocks]
+        q, k, v = (_pack(tensors) for tensors in zip(*parts, strict=True))
+        lengths = None
+        if len(blocks) > 1:
+            batch = range(blocks[0].q.shape[0])
+            q_sizes, k_sizes = zip(*(_size(block) for block in blocks for _ in batch), strict=True)
+            lengths = Lengths(_starts(q_sizes, q.device), _starts(k_sizes, q.device), max(q_sizes), max(k_sizes))
+        return Call(q, k, v, options.scale, options.softcap or 0.0, window(*_size(blocks[0]), bands[0]), lengths)
+
+    def _fitted(self, block: Operands, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v with the bias in them, in head sizes that the package takes."""
+        q, k, v, bias = block
+        if bias is not None:
+            q, k = with_bias(q, k, bias, scale)
+        width, value_width = up_to(ALIGNED, q.shape[-1]), up_to(ALIGNED, v.shape[-1])
+        if self.one_head_dim:
+            width = value_width = max(width, value_width)
+        return widen(q, width), widen(k, width), widen(v, value_width)
+
+
+def window(rows: int, keys: int, band: Band) -> tuple[int, int]:
+    """A band as a window: how far row i sees to both sides of key i + keys - rows. `ANY` where the rectangle's edge decides.
+
+    No side comes out negative, because in a piece the last row sees a key and the last key is seen.
+    """
+    if band == CAUSAL and rows == keys:
+        return ANY, 0  # said so however small the triangle is, so that all of them may share a call
+    shift = keys - rows
+    left = ANY if band.left <= 1 - rows else shift - band.left
+    right = ANY if band.right >= keys - 1 else band.right - shift
+    return left, right
+
+
+def _window_of(piece: Piece) -> tuple[int, int]:
+    return window(piece.rows, piece.keys, piece.band)
+
+
+def _size(block: Operands) -> tuple[int, int]:
+    return block.q.shape[2], block.k.shape[2]
+
+
+def _beyond(block: Operands, options: Options) -> bool:
+    return options.softcap is not None and block.bias is not None
+
+
+def _pack(parts: Sequence[Tensor]) -> Tensor:
+    """(batch, heads, rows, dim) as (batch, rows, heads, dim); several, all batches of each, one behind another."""
+    if len(parts) == 1:
+        return parts[0].transpose(1, 2)
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+
+
+def _unpack(packed: Tensor, sizes: Sequence[int], like: Operands) -> list[Tensor]:
+    if len(sizes) == 1:
+        return [packed.transpose(1, 2)]
+    batch = like.q.shape[0]
+    return [part.unflatten(0, (batch, -1)).transpose(1, 2) for part in packed.split([batch * size for size in sizes])]
+
+
+def _pack_lse(parts: Sequence[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].contiguous()
+    return torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], dim=1)
+
+
+def _unpack_lse(packed: Tensor, sizes: Sequence[int], like: Operands) -> list[Tensor]:
+    if len(sizes) == 1:
+        return [packed]
+    batch = like.q.shape[0]
+    parts = packed.split([batch * size for size in sizes], dim=1)
+    return [part.unflatten(1, (batch, -1)).transpose(0, 1) for part in parts]
+
+
+def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
