@@ -13,6 +13,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, device_of, group_and_rank
 from ringattn.comm.p2p import P2P
+from ringattn.kernels.pick import obstacle
 from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
 
@@ -186,7 +187,7 @@ def _problem(
         return f"scale={scale}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
     if softcap is not None and not (isfinite(softcap) and softcap > 0):
         return f"softcap={softcap}: must be finite and positive; leave it out for none"
-    return None
+    return obstacle(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
 
 
 def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Plan, rank: int) -> str:

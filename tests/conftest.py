@@ -19,3 +19,4 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, help="how many cases tests/test_properties.py draws")
+    parser.addoption("--flash-sources", type=Path, help="folder with the flash-attn packages' sources for tests/test_flash.py")

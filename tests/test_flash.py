@@ -2,8 +2,8 @@
 
 import ast
 import importlib.util
-import os
 import sys
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,6 @@ from ringattn.mask import END, Band, causal, documents, full, prefix_lm, sliding
 from ringattn.pieces import CAUSAL, FULL, Piece, pieces
 
 GENERATIONS = tuple(SIGNATURES)
-SOURCES = "RINGATTN_FLASH_SOURCES"
 FILES = {
     "flash2": "flash_attn/flash_attn_interface.py",
     "flash3": "hopper/flash_attn_interface.py",
@@ -53,22 +52,27 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
 # ---- signatures
 
 
-def source_of(kernel: str) -> Path:
-    """The package's source: below the folder that RINGATTN_FLASH_SOURCES names, or where it is installed."""
-    folders = [Path(os.environ[SOURCES])] if SOURCES in os.environ else [Path(path) for path in sys.path if path]
-    deep = "**/" if SOURCES in os.environ else ""
-    for folder in folders:
-        for path in folder.glob(f"{deep}{FILES[kernel]}"):
-            if kernel != "flash4" or not (path.parents[2] / "setup.py").exists():  # flash-attn 2's sdist has an older copy of 4
-                return path
-    pytest.skip(f"{FILES[kernel]} is not installed, nor below {SOURCES}={os.environ.get(SOURCES, '(not set)')}")
+@pytest.fixture
+def source_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """Where a package's source is: below the folder `--flash-sources`, or where it is installed."""
+    unpacked = request.config.getoption("flash_sources")
+
+    def find(kernel: str) -> Path:
+        for folder in [unpacked] if unpacked else [Path(path) for path in sys.path if path]:
+            for path in folder.glob(f"{'**/' if unpacked else ''}{FILES[kernel]}"):
+                if kernel != "flash4" or not (path.parents[2] / "setup.py").exists():  # flash-attn 2's sdist has an older one
+                    return path
+        pytest.skip(f"{FILES[kernel]} is not installed, nor below --flash-sources {unpacked or '(not given)'}")
+
+    return find
 
 
 @pytest.mark.parametrize("kernel", sorted(FILES))
-def test_the_signatures_are_those_of_the_real_source(kernel: str) -> None:
+def test_the_signatures_are_those_of_the_real_source(kernel: str, source_of: Callable[[str], Path]) -> None:
     """`pip download` the flash-attn sdist and the flash-attn-4 wheel, unpack both into a folder outside the repository, and
-    name it in RINGATTN_FLASH_SOURCES. (FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE lets pip read the sdist without CUDA.)"""
-    functions = {n.name: n for n in ast.parse(source_of(kernel).read_text()).body if isinstance(n, ast.FunctionDef)}
+    name it with --flash-sources. (FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE lets pip read the sdist without CUDA.)"""
+    tree = ast.parse(source_of(kernel).read_text())
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     for name, expected in SIGNATURES[kernel].items():
         found = [argument.arg for argument in functions[name].args.args]
         assert found == expected.split(), name
@@ -238,7 +242,7 @@ def fake_passes(kernel: Flash, head_dim: int, value_dim: int, band: Band, count:
 @pytest.mark.parametrize("band", [CAUSAL, Band(-3, 2)], ids=str)
 @pytest.mark.parametrize("count", [1, 3])
 def test_shapes_by_flash_attn_2s_own_fake_operators(
-    monkeypatch: pytest.MonkeyPatch, band: Band, count: int, bias: bool
+    monkeypatch: pytest.MonkeyPatch, source_of: Callable[[str], Path], band: Band, count: int, bias: bool
 ) -> None:
     """The package's Python is run as it is, with an empty module for its compiled part: its operators have fakes."""
     path = source_of("flash2")
