@@ -7,10 +7,10 @@ rows and heads divide evenly and every tile has work; else an upper bound, since
 What it takes for granted: work is balanced (zigzag or striped; "contiguous" is bound by the last rank, as under causal masks);
 blocks are whole, not cut into parts; a Ulysses exchange hides behind no compute. What `cost` leaves out is left out here too.
 
-Against the simulation of every rank in `cost.price`, on 2 to 12 ranks: never more than 15 % off where all ranks are alike
-(mesh, switch, one node), and for the most part equal. In nodes and around a physical ring one rank stands for different ones:
-99 % of the cases are within 15 %, the others, which have transfers that take as long as compute or longer, within 25 %. How far
-ranks that hop drift apart there, and so hide each other's latency, is a guess (see `clock`).
+Against the simulation of every rank in `cost.price`, on 2 to 12 ranks: never more than 25 % off, 99 % of the cases within 15 %,
+and equal for the most part where all ranks are alike (mesh, switch, one node). Elsewhere one rank stands for different ones:
+how far ranks that hop drift apart, and so hide each other's latency, is a guess (see `clock`). A tile counts as one kernel call,
+where Ulysses over zigzag shards under a causal mask needs several.
 No torch here.
 """
 
