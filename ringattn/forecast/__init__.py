@@ -9,8 +9,8 @@ blocks are whole, not cut into parts; a Ulysses exchange hides behind no compute
 
 Against the simulation of every rank in `cost.price`, on 2 to 12 ranks: never more than 25 % off, 99 % of the cases within 15 %,
 and equal for the most part where all ranks are alike (mesh, switch, one node). Elsewhere one rank stands for different ones:
-how far ranks that hop drift apart, and so hide each other's latency, is a guess (see `clock`). A tile counts as one kernel call,
-where Ulysses over zigzag shards under a causal mask needs several.
+how far ranks that hop drift apart, and so hide each other's latency, is a guess (see `clock`). A tile counts as one call of the
+kernel, where Ulysses over zigzag shards under a causal mask needs several.
 No torch here.
 """
 
