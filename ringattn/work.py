@@ -17,9 +17,10 @@ from ringattn.comm.packing import Spec
 from ringattn.engine import Payload
 from ringattn.errors import ScheduleError
 from ringattn.kernels import Grads, Operands, Options, Rows, get
+from ringattn.lanes import Block
 from ringattn.partial import Partial, accum_dtype, merge_
 from ringattn.payload import Field, fields
-from ringattn.plan import Block, Plan
+from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Work
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from ringattn import PlanError, causal, documents, full, prefix_lm, sliding_window
 from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
+from ringattn.lanes import make_lanes
 from ringattn.layout import LAYOUTS
-from ringattn.plan import Plan, make_lanes
+from ringattn.plan import Plan
 from ringattn.schedule import Kind, Schedule, check, peak, ring, split
 from ringattn.schedule.balanced import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
 from ringattn.schedule.balanced.batches import next_batch

@@ -8,7 +8,8 @@ from cases import EXACT, HEADS, MASKS, SCHEDULES, Case, example, schedules, simu
 
 from ringattn import RingAttnError, Schedule, ScheduleError, make_plan
 from ringattn.cost import traffic
-from ringattn.plan import Lane, Plan
+from ringattn.lanes import Lane
+from ringattn.plan import Plan
 from ringattn.schedule import (
     Kind,
     Move,

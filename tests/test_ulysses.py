@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ringattn import PlanError, Schedule, causal, full, make_plan
 from ringattn.cost import traffic
-from ringattn.plan import share_heads
+from ringattn.lanes import share_heads
 from ringattn.schedule import Kind, check, mesh, parse, ring, split, take_turns, token_ring, ulysses
 from ringattn.schedule.ulysses import resharded
 

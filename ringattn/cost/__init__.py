@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from ringattn.cost.simulation import BACKWARD_FLOPS, MERGE, Simulation, flops
 from ringattn.cost.sizes import ITEMSIZE, Sizes, peak_bytes, traffic
-from ringattn.plan import Plan, pairs
+from ringattn.lanes import pairs
+from ringattn.plan import Plan
 from ringattn.topology import Resource, Topology
 
 __all__ = ["BACKWARD_FLOPS", "ITEMSIZE", "MERGE", "Cost", "compute_seconds", "price", "traffic", "transfer_seconds"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from ringattn.cost import ITEMSIZE
 from ringattn.forecast.rounds import Visitor
+from ringattn.lanes import share_heads
 from ringattn.payload import Field, fields
-from ringattn.plan import share_heads
 from ringattn.schedule.ir import Kind
 
 RESULT = {Kind.Q: Kind.Q_ACC, Kind.KV: Kind.KV_ACC}

@@ -21,9 +21,10 @@ from functools import cached_property, lru_cache
 
 from ringattn.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
 from ringattn.errors import PlanError
+from ringattn.lanes import EVENLY, make_lanes, pairs, trim
 from ringattn.layout import Layout
 from ringattn.mask import full
-from ringattn.plan import EVENLY, Plan, make_lanes, pairs, trim
+from ringattn.plan import Plan
 from ringattn.planner.request import Request
 from ringattn.planner.share_out import shared_out
 from ringattn.schedule import check, ring, split

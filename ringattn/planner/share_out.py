@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from ringattn.cost import ITEMSIZE
+from ringattn.lanes import make_lanes
 from ringattn.layout import Layout
-from ringattn.plan import make_lanes
 from ringattn.planner.request import Request
 from ringattn.schedule import Schedule, ring, split, ulysses
 from ringattn.schedule.balanced import Costs, Problem, balanced

@@ -14,7 +14,7 @@ that of what runs among the groups.
 `balanced` is made for a mask and a layout, so it is not here: see `schedule.balanced` and the planner.
 
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `plan.trim`). Within a
+first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `lanes.trim`). Within a
 name and among names, what needs less room stands first.
 """
 
