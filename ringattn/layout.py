@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from typing import NamedTuple
 
 from ringattn.errors import PlanError
@@ -46,6 +48,11 @@ class Layout:
     @property
     def world(self) -> int:
         return len(self.shards)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that agree exactly when two layouts do: a hash that is the same in every process."""
+        return sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
     def of_keys(self) -> Layout:

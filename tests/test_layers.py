@@ -31,6 +31,7 @@ LAYERS = [
     ["autograd"],
     ["op"],
     ["functional", "measure"],
+    ["compress"],
     ["nn", "runtime"],
     ["cli", "selftest"],
 ]

@@ -12,6 +12,7 @@ from ringattn.nn.config import DecoderConfig
 from ringattn.nn.decoder import MLP, Decoder, SelfAttention
 from ringattn.nn.grads import reduce_gradients
 from ringattn.nn.loss import cross_entropy, shift_labels
+from ringattn.nn.merging import Merging, MergingDecoder
 from ringattn.nn.rotary import apply_rotary, rotary
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "DecoderConfig",
     "MLP",
     "SelfAttention",
+    "Merging",
+    "MergingDecoder",
     "apply_rotary",
     "cross_entropy",
     "reduce_gradients",

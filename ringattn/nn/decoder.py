@@ -10,6 +10,9 @@ SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,11 +41,14 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.kv_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None) -> Tensor:
-        """x: (batch, rows, dim), this rank's rows; positions: int64 (rows,), their global positions. Returns the shape of x."""
+    def forward(
+        self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        """x: (batch, rows, dim), this rank's rows; positions: int64 (rows,) or (batch, rows), their global positions; key_bias:
+        as for `attention`. Returns the shape of x."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = rotary(positions, self.head_dim, self.rope_theta)
-        out = attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, plan, group=group)
+        out = attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, plan, key_bias=key_bias, group=group)
         y: Tensor = self.o_proj(out.flatten(-2))
         return y
 
@@ -72,10 +78,29 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), positions, plan, group)
+    def forward(
+        self, x: Tensor, positions: Tensor, plan: Plan, group: Group | None = None, key_bias: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), positions, plan, group, key_bias)
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return y
+
+
+class Through(NamedTuple):
+    """What blocks are run with: all that a pass of the decoder has been called with."""
+
+    tokens: Tensor
+    plan: Plan
+    group: Group | None
+    checkpoint: bool
+    positions: Tensor
+    key_bias: Tensor | None = None
+
+    def __call__(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        given = (self.positions, self.plan, self.group, self.key_bias)
+        for block in blocks:
+            x = recomputed(block, x, *given, use_reentrant=False) if self.checkpoint else block(x, *given)
+        return x
 
 
 class Decoder(nn.Module):
@@ -152,9 +177,10 @@ class Decoder(nn.Module):
                 f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
             )
         agree(process_group, {"plan of the decoder": plan.digest}, problem)
-        where = positions(plan, rank).to(tokens.device)
-        x: Tensor = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = recomputed(layer, x, where, plan, group, use_reentrant=False) if checkpoint else layer(x, where, plan, group)
-        normed: Tensor = self.norm(x)
+        through = Through(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
+        normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
         return normed
+
+    def _blocks(self, x: Tensor, through: Through) -> Tensor:
+        """All blocks, on the residual stream."""
+        return through(self.layers, x)

@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each fp32 (rows, head_dim / 2). positions: int64 (rows,), global; theta: base of the frequencies."""
+    """cos and sin, each fp32 (..., rows, head_dim / 2). positions: int64 (rows,) or (batch, rows), global; theta: the base."""
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # A product, not a matmul: autocast leaves it in fp32. In bf16 neighbouring positions beyond 256 would be the same.
-    angles = positions.float().unsqueeze(1) * theta ** (-channels / head_dim)
+    angles = positions.float().unsqueeze(-1) * theta ** (-channels / head_dim)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of channels of x, (batch, rows, heads, head_dim), in x's own dtype. cos, sin: from `rotary`."""
-    cos, sin = (t.to(x.dtype).unsqueeze(1) for t in (cos, sin))  # (rows, 1, head_dim / 2): the same for all heads
+    cos, sin = (t.to(x.dtype).unsqueeze(-2) for t in (cos, sin))  # (..., rows, 1, head_dim / 2): the same for all heads
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -76,7 +76,7 @@ def request(
     if heads % kv_heads:
         raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; give the model's own numbers of heads")
     degrees = _degrees(ulysses, world, heads, schedule)
-    kernel, topology = _kernel(kernel), _topology(topology, world)
+    kernel, topology = _kernel(kernel), topology_for(topology, world)
     if kernel.startswith(EMULATED):
         topology = replace(topology, flops=float(kernel.removeprefix(EMULATED)))
     mask = _mask(mask)
@@ -163,7 +163,7 @@ def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ..
     return (degree,)
 
 
-def _topology(topology: Any, world: int) -> Topology:
+def topology_for(topology: Any, world: int) -> Topology:
     if topology is None:
         topology = DEFAULT_TOPOLOGY
     found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None

@@ -1,0 +1,79 @@
+"""What all matching policies are asked, and the check that every rank asks the same before anything is sent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, device_of, group_and_rank
+from ringattn.comm.p2p import P2P
+from ringattn.compress.chance import uniform
+from ringattn.compress.units import MOST_CHANNELS
+from ringattn.layout import Layout
+
+SCORERS = ("alternate", "energy", "random")
+
+
+class Ask(NamedTuple):
+    """How much merges, and who may; see `similar`."""
+
+    remove: float | None = None
+    threshold: float | None = None
+    scorer: str = "alternate"
+    margin: float = 0.5
+    seed: int = 0
+    layer: int = 0
+
+    def numbers(self, positions: Tensor, batch: int) -> Tensor:
+        """Random numbers at `positions`, others in each sequence of a batch: (batch, ...)."""
+        return torch.stack([uniform(positions, self.seed, self.layer, n) for n in range(batch)])
+
+    def problem(self) -> str | None:
+        if self.remove is None and self.threshold is None:
+            return "give remove (a share of the rows), threshold (a cosine), or both"
+        if self.remove is not None and not 0 < self.remove <= 0.5:
+            return f"remove={self.remove}: must be more than 0 and at most 0.5, since half of the rows have to be merged into"
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            return f"threshold={self.threshold}: is a cosine, from -1 to 1"
+        if self.scorer not in SCORERS:
+            return f"scorer={self.scorer!r}; choose one of {', '.join(SCORERS)}"
+        return None
+
+
+def asked(
+    ask: Ask, metric: Tensor, layout: Layout, protected: Tensor | None, group: Group | None, **more: object
+) -> tuple[P2P, Tensor]:
+    """The transport to use and this rank's protected rows, when all ranks ask the same.
+
+    Raises:
+        InputError: something does not fit. Raised on every rank.
+        MismatchError: ranks ask for different things. Raised on every rank.
+    """
+    process_group, rank = group_and_rank(group, layout.world)
+    problem = ask.problem() or _misfit(metric, layout, rank, protected, process_group)
+    fields = {"merge by": ask, "layout": layout.digest, "batch": metric.shape[0] if metric.ndim else 0}
+    agree(process_group, fields | {"metric channels": metric.shape[-1] if metric.ndim else 0} | more, problem)
+    if protected is None:
+        protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
+    return P2P(process_group), protected
+
+
+def _misfit(metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None) -> str | None:
+    if metric.ndim != 3 or metric.shape[1] != layout.rows(rank) or not metric.is_floating_point():
+        return (
+            f"metric: {metric.dtype} of shape {tuple(metric.shape)}; give floating-point (batch, rows, dim) with the "
+            f"{layout.rows(rank)} rows that the layout gives rank {rank}"
+        )
+    if metric.shape[-1] > MOST_CHANNELS:
+        return f"metric has {metric.shape[-1]} channels, at most {MOST_CHANNELS} are compared exactly; average keys over heads"
+    if layout.keys is not None or layout.first:
+        return "layout: queries and keys lie apart in it; give one whose rows are both"
+    if protected is not None and (protected.dtype != torch.bool or protected.shape != metric.shape[:2]):
+        return f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool {tuple(metric.shape[:2])}"
+    if group is not None and device_of(group).type != metric.device.type:
+        return f"metric is on {metric.device} and the group moves tensors on {device_of(group).type}; move it there"
+    return None

@@ -1,0 +1,170 @@
+"""Where groups lie on ranks: each in a slot, slots in order, and a layout says which rank has which.
+
+A plan needs to know how many rows every rank has, so slots may outnumber groups: sequences of a batch have different numbers of
+groups, and where counts depend on the data they are rounded up to `bucket`, so that few different plans ever occur. An empty
+slot has size 0: its key bias is -inf and nobody sees it.
+
+    stay    a group stays on the rank of its last row; counts may then differ from rank to rank
+    even    slots are dealt out anew in a layout of their own; groups move, ranks have as many
+
+The mask over rows becomes one over slots here: by the position at which each group stands. No communication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringattn.compress.merge import DELETED, Merge
+from ringattn.errors import InputError
+from ringattn.layout import LAYOUTS, Layout, Span
+from ringattn.mask import END, Band, Mask, Rect
+
+OVER = " over groups"  # behind the name of a mask
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """`slots[b, n]`: the slot of group n of sequence b. `leaders[b, s]`: the row at which the group in slot s stands, or -1."""
+
+    layout: Layout
+    slots: Tensor
+    leaders: Tensor
+
+    def of(self, groups: Tensor) -> Tensor:
+        """The slots of groups, int64 (batch, ...); -1 stays -1."""
+        found = self.slots.gather(1, groups.clamp(min=0).flatten(1)).view_as(groups)
+        return found.where(groups >= 0, DELETED)
+
+
+def stay(merge: Merge, layout: Layout, bucket: int = 1) -> Placement:
+    """Every group on the rank where its last row is. `layout`: of the rows; it must hold them in runs (stride 1)."""
+    spans = sorted((span.start, span.length, rank) for rank, shard in enumerate(layout.shards) for span in shard)
+    if any(span.stride > 1 and span.length > 1 for shard in layout.shards for span in shard):
+        raise InputError(
+            f"layout {layout.name!r} holds every {layout.world}th row, and groups that stay keep their order only where rows "
+            'lie in runs; use a contiguous or zigzag layout, or layout="even"'
+        )
+    before = torch.nn.functional.pad(merge.leads.cumsum(1), (1, 0))  # groups before each row
+    edges = torch.tensor([start for start, _, _ in spans] + [merge.seq_len], device=before.device)
+    counts = before[:, edges].diff(dim=1)
+    most = [length for _, length, _ in spans]
+    rooms = [min(-(-n // bucket) * bucket, length) for n, length in zip(counts.amax(0).tolist(), most, strict=True)]
+    rooms[0] += not any(rooms)  # with every row deleted there still has to be one slot
+    shards: list[list[Span]] = [[] for _ in range(layout.world)]
+    offsets, start = [], 0
+    for room, (_, _, rank) in zip(rooms, spans, strict=True):
+        offsets.append(start)
+        shards[rank].append(Span(start, room))
+        start += room
+    where = torch.bucketize(torch.arange(merge.seq_len, device=before.device), edges[:-1], right=True) - 1  # run of each row
+    offset = torch.tensor(offsets, device=before.device)[where]
+    slots = offset + before[:, :-1] - before[:, edges[where]]
+    held = Layout(f"{layout.name}, merged", tuple(tuple(span for span in shard if span.length) for shard in shards))
+    return _placement(merge, held, slots, start)
+
+
+def even(merge: Merge, layout: Layout, bucket: int = 1) -> Placement:
+    """As many groups on every rank, in a layout like that of the rows (contiguous, if that was none of the named ones)."""
+    room = min(-(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len)
+    name = layout.name if layout.name in LAYOUTS else "contiguous"
+    return _placement(merge, LAYOUTS[name](room, layout.world), merge.leads.cumsum(1) - 1, room)
+
+
+def _placement(merge: Merge, layout: Layout, slots: Tensor, room: int) -> Placement:
+    """`slots`: (batch, seq_len), right at the rows where groups stand."""
+    batch, most = merge.batch, max(merge.counts)
+    where = torch.arange(merge.seq_len, device=slots.device).expand(batch, -1)
+    numbers, leads = merge.numbers.where(merge.leads, most), merge.leads  # others write where nobody reads
+    of_groups = torch.zeros(batch, most + 1, dtype=torch.int64, device=slots.device).scatter(1, numbers, slots)
+    leaders = torch.full((batch, room + 1), DELETED, device=slots.device)
+    leaders = leaders.scatter(1, slots.where(leads, room), where)[:, :room]
+    return Placement(layout, of_groups[:, :most], leaders)
+
+
+def over_slots(mask: Mask, merge: Merge, placement: Placement) -> Mask:
+    """`mask`, which is over rows, as one over slots: a group sees what its last row sees.
+
+    Raises:
+        InputError: it cannot be said in slots: an edge of the mask lies at different slots in the sequences of a batch, or the
+            mask is a window and groups stand at unequal distances.
+    """
+    bounds = sorted({p for r in mask.rects for p in (r.q_start, r.q_stop, r.k_start, r.k_stop) if p < merge.seq_len})
+    edge = dict(zip(bounds, _edges(bounds, mask, merge, placement), strict=True))
+    room = placement.layout.length
+
+    def slot(position: int) -> int:
+        return edge.get(position, END if position >= END else room)
+
+    rects = (
+        Rect(slot(r.q_start), slot(r.q_stop), slot(r.k_start), slot(r.k_stop), _band(r.band, mask, placement))
+        for r in mask.rects
+    )
+    kept = tuple(r for r in rects if r.q_start < r.q_stop and r.k_start < r.k_stop)
+    return Mask(f"{mask.name.removesuffix(OVER)}{OVER}", kept, room if mask.length is not None else None)
+
+
+def _edges(bounds: list[int], mask: Mask, merge: Merge, placement: Placement) -> list[int]:
+    """For each row in `bounds` the first slot of what stands there or behind, in all sequences of the batch."""
+    room, device = placement.layout.length, merge.into.device
+    before = torch.nn.functional.pad(merge.leads.cumsum(1), (1, 0))[:, torch.tensor(bounds, device=device, dtype=torch.int64)]
+    slots = torch.nn.functional.pad(placement.slots, (1, 1))  # of the group before, and of that at `before`
+    counts = torch.tensor(merge.counts, device=device)[:, None]
+    after = (slots.gather(1, before) + 1).where(before > 0, 0).amax(0).tolist()
+    until = slots.gather(1, before + 1).where(before < counts, room).amin(0).tolist()
+    for position, low, high in zip(bounds, after, until, strict=True):
+        if low > high:
+            raise InputError(
+                f"mask {mask}: its edge at row {position} comes to lie at slot {high} in one and {low} in another sequence of "
+                "the batch, which share one plan; merge them one by one, or pack them so that they have equal counts"
+            )
+    return until
+
+
+def _band(band: Band, mask: Mask, placement: Placement) -> Band:
+    if band.left <= -END and (band.right == 0 or band.right >= END):
+        return band
+    leaders = placement.leaders
+    steps = leaders.diff(dim=1).unique().tolist() or [1]
+    if len(steps) > 1 or steps[0] < 1:
+        raise InputError(
+            f"mask {mask}: a window counts rows, and these groups stand at unequal distances; merge with fixed windows whose "
+            "factor divides the sequence and nothing protected, or use a mask without a window"
+        )
+    left = band.left if band.left <= -END else -(-band.left // steps[0])
+    return Band(left, band.right if band.right >= END else band.right // steps[0])
+
+
+def is_causal(mask: Mask) -> bool:
+    """Whether some query may not see what comes after it: then no group may be known before it is ready."""
+    return any(rect.band.right < END for rect in mask.rects)
+
+
+def crosses(merge: Merge, mask: Mask) -> int | None:
+    """A row whose group ends in another document of `mask`, if there is one."""
+    if not mask.bounds:
+        return None
+    where = torch.arange(merge.seq_len, device=merge.into.device).expand_as(merge.into)
+    ends = torch.tensor(mask.bounds[1:], device=where.device)
+    apart = torch.bucketize(where, ends, right=True) != torch.bucketize(merge.into.clamp(min=0), ends, right=True)
+    rows = (apart & (merge.into >= 0)).any(0).nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def seen(mask: Mask, rows: Tensor, keys: Tensor) -> Tensor:
+    """Whether `mask` keeps each (row, key) of positions: bool, the shape of `rows`."""
+    if mask.bounds:  # one rectangle to a document: perhaps thousands
+        ends = torch.tensor(mask.bounds[1:], device=rows.device)
+        document = torch.bucketize(rows, ends, right=True)
+        left, right = (
+            torch.tensor(side, device=rows.device)[document] for side in zip(*(r.band for r in mask.rects), strict=True)
+        )
+        together = torch.bucketize(keys, ends, right=True) == document
+        return together & (keys - rows >= left) & (keys - rows <= right)
+    kept = torch.zeros_like(rows, dtype=torch.bool)
+    for r in mask.rects:
+        inside = (rows >= r.q_start) & (rows < r.q_stop) & (keys >= r.k_start) & (keys < r.k_stop)
+        kept |= inside & (keys - rows >= r.band.left) & (keys - rows <= r.band.right)
+    return kept

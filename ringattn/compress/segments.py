@@ -1,0 +1,42 @@
+"""Groups given from outside: words, the subtokens of an identifier, patches of a picture.
+
+Rows between two ends become one, whose value is then their mean, their last row, or what a network weighs them by
+(`nn.LearnedMean`). Word pooling: Thawani et al. 2023, https://arxiv.org/abs/2310.11628; identifiers in code:
+https://arxiv.org/abs/2507.14423; grids: Matryoshka pooling, https://arxiv.org/abs/2405.17430.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringattn.compress.merge import Merge
+from ringattn.errors import InputError
+
+
+def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
+    """Rows up to and with the next end become one.
+
+    Args:
+        ends: bool (batch, seq_len) or (seq_len,), the whole sequence, the same on every rank: whether a segment ends with this
+            row. The last row ends one anyway.
+        lookahead: how many rows beyond an end had to be read to know that it is one: 0 where the end itself shows it (a space),
+            1 where it shows in the next row (the start of a word). A causal model learns of the segment so much later.
+    """
+    ends = ends[None] if ends.ndim == 1 else ends
+    if ends.dtype != torch.bool or ends.ndim != 2:
+        raise InputError(f"ends: {ends.dtype} of shape {tuple(ends.shape)}; give bool (batch, seq_len)")
+    if lookahead < 0:
+        raise InputError(f"lookahead={lookahead}: counts rows, 0 or more")
+    number = ends.long().cumsum(1) - ends.long()  # ends before this row
+    where = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
+    return Merge.of(number, decided=where + lookahead)
+
+
+def grid(height: int, width: int, by: tuple[int, int] = (2, 2), *, batch: int = 1, device: torch.device | str = "cpu") -> Merge:
+    """Patches of `by` = (rows, columns) of a picture of height x width become one; the sequence is the picture row by row."""
+    if min(height, width, *by) < 1:
+        raise InputError(f"grid({height}, {width}, by={by}): all must be 1 or more")
+    row, column = torch.meshgrid(torch.arange(height) // by[0], torch.arange(width) // by[1], indexing="ij")
+    labels = (row * -(-width // by[1]) + column).flatten()
+    return Merge.of(labels.to(device).expand(batch, -1))

@@ -1,0 +1,210 @@
+"""`shorten`: a merge met with a plan. What comes of it merges this rank's rows, plans attention over the groups, and unmerges.
+
+    short = shorten(windows(plan.seq_len, 2), plan, schedule="token_ring")
+    y = short.merge(x)                                                            this rank's groups
+    y = y + attention(q(y), k(y), v(y), short.plan, key_bias=short.key_bias)      on a sequence half as long
+    x = x + short.unmerge(y)                                                      this rank's rows again
+
+With `key_bias` = log size a group weighs as much as its rows would: attention is then exactly that over every key as often as
+rows were merged into it (proportional attention: Bolya et al. 2022, https://arxiv.org/abs/2210.09461). Under a causal mask
+`unmerge` gives a row the last group that was ready there and not the group it is in, which may hold rows behind it.
+
+What this module does not do: decide what becomes one. That is the policies' part, and the data's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.p2p import P2P
+from ringattn.compress.balance import Pay, placed
+from ringattn.compress.merge import Merge
+from ringattn.compress.placement import Placement, crosses, is_causal, seen
+from ringattn.compress.route import Route, down, held, up
+from ringattn.errors import InputError
+from ringattn.partial import accum_dtype
+from ringattn.plan import Plan
+
+How = Literal["mean", "sum", "last"]
+
+
+@dataclass(frozen=True, eq=False)
+class Short:
+    """A merged sequence on its ranks. Made by `shorten`.
+
+    Attributes:
+        plan: for attention over the groups; `plan.rows(rank)` slots on each rank, empty ones included.
+        full: the plan of the rows.
+        merge_data: what is merged.
+    """
+
+    merge_data: Merge
+    full: Plan
+    plan: Plan
+    placement: Placement
+    group: Group | None
+    rank: int
+
+    def merge(self, x: Tensor, how: How = "mean", weights: Tensor | None = None) -> Tensor:
+        """This rank's groups. Collective, differentiable in x and weights.
+
+        Args:
+            x: (batch, rows, ...), this rank's rows of the full plan.
+            how: "mean" of a group's rows, their "sum", or only the "last" of them.
+            weights: (batch, rows), not negative: of each row in the mean or sum. For rows that are themselves groups give their
+                sizes; for a mean that is learned, what a network made of the rows.
+
+        Returns:
+            (batch, slots, ...) in the dtype of x; 0 in slots that are empty.
+
+        Raises:
+            InputError: x or weights do not fit the plan. Raised on every rank.
+            MismatchError: ranks came with different merges, shapes or arguments. Raised on every rank.
+        """
+        batch, rows = self.merge_data.batch, self.full.rows(self.rank)
+        problem = self._misfit("x", x, rows)
+        if problem is None and how not in ("mean", "sum", "last"):
+            problem = f"how={how!r}; choose mean, sum or last"
+        if problem is None and weights is not None and (how == "last" or tuple(weights.shape) != (batch, rows)):
+            problem = f"weights has shape {tuple(weights.shape)}; give {(batch, rows)}, with how='mean' or 'sum'"
+        group = self._agree("merge", problem, x, how=how, weights=weights is not None)
+        flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
+        if how == "last":
+            flat = flat.where(self._own(self.merge_data.leads).unsqueeze(-1), 0)
+        elif weights is not None:
+            flat = torch.cat([flat * weights.unsqueeze(-1), weights.unsqueeze(-1)], dim=-1)
+        elif how == "mean":
+            flat = flat.to(accum_dtype(x.dtype))
+        (found,) = up([self._to_groups], [flat], P2P(group))
+        if weights is not None:
+            found, total = found[..., :-1], found[..., -1:]
+            found = found / total.where(total > 0, 1) if how == "mean" else found
+        elif how == "mean":
+            found = found / self.sizes.clamp(min=1).to(found.dtype).unsqueeze(-1)
+        return found.to(x.dtype).unflatten(2, x.shape[2:]) if x.ndim > 2 else found.to(x.dtype).squeeze(-1)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """For each of this rank's rows what is in its group; under a causal mask, in the last group that was ready there.
+
+        y: (batch, slots, ...), this rank's groups. Returns (batch, rows, ...); 0 for rows that are deleted, or before the first
+        group is ready. Collective, differentiable. Raises as `merge` does.
+        """
+        group = self._agree("unmerge", self._misfit("y", y, self.plan.rows(self.rank)), y)
+        flat = y.flatten(2) if y.ndim > 2 else y.unsqueeze(-1)
+        (found,) = down([self._from_groups], [flat], P2P(group))
+        return found.unflatten(2, y.shape[2:]) if y.ndim > 2 else found.squeeze(-1)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """int64 (batch, slots): rows in each of this rank's groups; 0 in a slot that is empty."""
+        slots = self.placement.of(self.merge_data.numbers)
+        whole = torch.zeros(slots.shape[0], self.plan.seq_len + 1, dtype=torch.int64, device=slots.device)
+        whole.scatter_add_(1, slots.where(slots >= 0, self.plan.seq_len), torch.ones_like(slots))
+        return whole[:, held(self.plan.layout, self.rank).to(slots.device)]
+
+    @cached_property
+    def key_bias(self) -> Tensor:
+        """(batch, slots): log of `sizes`, -inf in a slot that is empty; fp32, or fp64 where the plan is for that."""
+        return self.sizes.to(torch.float64 if self.full.dtype == "float64" else torch.float32).log()
+
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all groups of all ranks have one size and no slot is empty: a key bias then changes nothing."""
+        counts = torch.zeros_like(self.merge_data.into).scatter_add(
+            1, self.merge_data.into.clamp(min=0), (self.merge_data.into >= 0).long()
+        )
+        sizes = counts[self.merge_data.leads]
+        return set(self.merge_data.counts) == {self.plan.seq_len} and int(sizes.min()) == int(sizes.max())
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 (batch, slots): the row at which each of this rank's groups stands, its last; 0 in a slot that is empty."""
+        own = held(self.plan.layout, self.rank).to(self.placement.leaders.device)
+        return self.placement.leaders[:, own].clamp(min=0)
+
+    @cached_property
+    def _to_groups(self) -> Route:
+        return self._route(self.merge_data.numbers)
+
+    @cached_property
+    def _from_groups(self) -> Route:
+        if not is_causal(self.full.mask):
+            return self._to_groups
+        merge, known = self.merge_data, self.merge_data.latest
+        here = torch.arange(merge.seq_len, device=known.device).expand_as(known)
+        stands = self.placement.leaders.gather(1, self.placement.of(known).clamp(min=0))
+        return self._route(known.where(seen(self.full.mask, here, stands), -1))
+
+    def _route(self, groups: Tensor) -> Route:
+        return Route(self.placement.of(groups), self.full.layout, self.plan.layout, self.rank)
+
+    def _own(self, whole: Tensor) -> Tensor:
+        return whole[:, held(self.full.layout, self.rank).to(whole.device)]
+
+    def _misfit(self, name: str, x: Tensor, rows: int) -> str | None:
+        expected = (self.merge_data.batch, rows)
+        if tuple(x.shape[:2]) != expected:
+            return f"{name} has shape {tuple(x.shape)}; rank {self.rank} has {expected} (batch, rows) here"
+        if x.device != self.merge_data.into.device:
+            return f"{name} is on {x.device} and the merge on {self.merge_data.into.device}; make both on this rank's device"
+        return None
+
+    def _agree(self, call: str, problem: str | None, x: Tensor, **said: object) -> Any:
+        group, _ = group_and_rank(self.group, self.full.world)
+        fields = {"call": call, "merge": self.merge_data.digest, "plan": self.full.digest, "short plan": self.plan.digest}
+        agree(group, fields | {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])} | said, problem)
+        return group
+
+
+def shorten(
+    merge: Merge,
+    plan: Plan,
+    *,
+    group: Group | None = None,
+    layout: Literal["auto", "stay", "even"] = "auto",
+    bucket: int = 1,
+    pay: Pay | None = None,
+    **choices: Any,
+) -> Short:
+    """Plan attention over the groups of `merge`. No communication: every rank does the same by itself.
+
+    Args:
+        merge: of `plan.seq_len` rows, the same on every rank, on the device of what will be merged.
+        plan: for attention over the rows; its heads, head_dim, dtype, kernel and mask are taken over.
+        group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
+        layout: "stay": every group on the rank of its last row; "even": as many on every rank; "auto": what costs less in all,
+            see `balance`.
+        bucket: counts of slots are multiples of this. Where they depend on data, 64 or more lets plans be found again.
+        pay: what "auto" reckons with; by default one layer of attention and nothing else.
+        choices: more for `make_plan`: schedule, topology, ulysses, buffer_limit, training, partials.
+
+    Raises:
+        InputError: the merge does not fit the plan; it joins rows of several documents; it was decided with all of the sequence
+            in view and the mask is causal; or the mask cannot be said over groups.
+        PlanError: see `make_plan`.
+    """
+    _, rank = group_and_rank(group, plan.world)
+    if merge.seq_len != plan.seq_len:
+        raise InputError(f"merge is of {merge.seq_len} rows and the plan for {plan.seq_len}; make both for one sequence")
+    if plan.layout.keys is not None or plan.layout.first:
+        raise InputError(
+            "shorten(plan): queries and keys of this plan lie apart; merge with a plan in which they are the same rows"
+        )
+    if merge.sees_all and is_causal(plan.mask):
+        raise InputError(f"mask {plan.mask} is causal: {merge.sees_all}")
+    row = crosses(merge, plan.mask)
+    if row is not None:
+        raise InputError(
+            f"row {row} is merged with one of another document of mask {plan.mask}; give the policy its cu_seqlens"
+        )
+    if bucket < 1:
+        raise InputError(f"bucket={bucket}: must be 1 or more")
+    short, placement = placed(merge, plan, layout, bucket, pay or Pay(), choices)
+    return Short(merge, plan, short, placement, group, rank)

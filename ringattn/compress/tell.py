@@ -1,0 +1,45 @@
+"""What each rank knows of its rows, told to all: whole numbers or flags, one for each row of the whole sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.p2p import P2P
+from ringattn.comm.rows import everyone
+from ringattn.comm.transport import Transport
+from ringattn.compress.route import held
+from ringattn.layout import Layout
+
+
+def tell(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
+    """(batch, seq_len) on every rank, in the order of the sequence; collective. flags: bool or int64 (batch, rows).
+
+    For policies that go by what rows hold: `segments(tell(tokens == SPACE, plan.layout))`.
+
+    Raises:
+        InputError: flags are not for the rows of this rank. Raised on every rank.
+        MismatchError: ranks came with different dtypes or layouts. Raised on every rank.
+    """
+    process_group, rank = group_and_rank(group, layout.world)
+    problem = None
+    if flags.ndim != 2 or flags.shape[1] != layout.rows(rank) or flags.dtype not in (torch.bool, torch.int64):
+        problem = (
+            f"flags: {flags.dtype} of shape {tuple(flags.shape)}; give bool or int64 (batch, rows) with the "
+            f"{layout.rows(rank)} rows that the layout gives rank {rank}"
+        )
+    said = {"layout": layout.digest, "dtype of flags": flags.dtype, "batch": flags.shape[0] if flags.ndim else 0}
+    agree(process_group, {"call": "tell"} | said, problem)
+    return told([flags], layout, P2P(process_group))[0]
+
+
+def told(found: Sequence[Tensor], layout: Layout, transport: Transport) -> list[Tensor]:
+    """(batch, rows, ...) of every rank as (batch, seq_len, ...), on each rank that `transport` hosts."""
+    counts = [layout.rows(rank) for rank in range(layout.world)]
+    parts = everyone([own.transpose(0, 1).contiguous() for own in found], counts, transport)
+    order = torch.cat([held(layout, rank) for rank in range(layout.world)]).argsort().to(found[0].device)
+    return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

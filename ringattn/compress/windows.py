@@ -1,0 +1,70 @@
+"""Windows of a fixed number of rows become one: pooling, decided by position alone, so it needs neither data nor communication.
+
+With `merge(how="last")` this is decimation, the baseline that every cleverer choice must beat; with "mean" it is average
+pooling (Matryoshka pooling in one dimension: Cai et al. 2024, https://arxiv.org/abs/2405.17430). Windows may lie across ranks;
+where they divide shards, nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ringattn.compress.merge import Merge
+from ringattn.errors import InputError
+
+
+def windows(
+    seq_len: int,
+    factor: int,
+    *,
+    protected: Tensor | None = None,
+    cu_seqlens: Sequence[int] = (),
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+) -> Merge:
+    """Every `factor` rows become one; causal.
+
+    Args:
+        seq_len: rows of the whole sequence.
+        factor: rows in a window; the last may have fewer.
+        protected: bool (seq_len,): rows that stay alone, such as attention sinks and special tokens.
+        cu_seqlens: of packed documents: windows begin anew with each, and none holds rows of two.
+        batch: sequences, all merged alike.
+    """
+    labels = _windows(seq_len, factor, tuple(int(c) for c in cu_seqlens)).to(device)
+    if protected is not None:
+        if protected.dtype != torch.bool or tuple(protected.shape) != (seq_len,):
+            raise InputError(f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool ({seq_len},)")
+        # Numbers of windows stay below those of rows as long as each is the first row of its window.
+        labels = alone(labels, protected.to(device))
+    return Merge.of(labels.expand(batch, -1))
+
+
+def alone(labels: Tensor, protected: Tensor) -> Tensor:
+    """`labels`, numbers of rows, with every protected row in a group of its own: windows go by their last other row."""
+    seq_len = labels.shape[-1]
+    where = torch.arange(seq_len, device=labels.device).expand_as(labels)
+    last = torch.zeros_like(labels).scatter_reduce(-1, labels, where.where(~protected, 0), "amax").gather(-1, labels)
+    return where.where(protected, last)
+
+
+def starts(seq_len: int, width: int, cu_seqlens: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """(first row, rows) of each window of `width` rows, beginning anew with each document."""
+    if width < 1:
+        raise InputError(f"windows of {width} rows: must be 1 or more")
+    bounds = tuple(cu_seqlens) or (0, seq_len)
+    if bounds[0] != 0 or bounds[-1] != seq_len or any(a > b for a, b in pairwise(bounds)):
+        raise InputError(f"cu_seqlens={list(bounds[:8])}...: must start with 0, never decrease and end with {seq_len}")
+    return [(a, min(width, end - a)) for begin, end in pairwise(bounds) for a in range(begin, end, width)]
+
+
+@lru_cache(maxsize=32)
+def _windows(seq_len: int, factor: int, cu_seqlens: tuple[int, ...]) -> Tensor:
+    """int64 (seq_len,): the first row of each row's window."""
+    found = torch.tensor(starts(seq_len, factor, cu_seqlens))
+    return found[:, 0].repeat_interleave(found[:, 1])
