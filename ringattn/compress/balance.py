@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ringattn.compress.merge import Merge
-from ringattn.compress.placement import Placement, even, over_slots, stay
+from ringattn.compress.placement import Placement, edges, even, over_slots, stay
 from ringattn.compress.route import homes
 from ringattn.cost import ITEMSIZE, price, transfer_seconds
 from ringattn.errors import InputError
@@ -44,13 +44,14 @@ def placed(merge: Merge, plan: Plan, layout: str, bucket: int, pay: Pay, choices
     """The plan over groups and where they lie."""
     if layout not in ("auto", "stay", "even"):
         raise InputError(f"layout={layout!r}; choose auto, stay or even")
+    inner = edges(plan.mask, plan.seq_len)
     if layout == "even" or (layout == "auto" and _in_stripes(plan)):
-        return _plan(merge, plan, even(merge, plan.layout, bucket), choices)
-    staying, placement = _plan(merge, plan, stay(merge, plan.layout, bucket), choices)
+        return _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
+    staying, placement = _plan(merge, plan, stay(merge, plan.layout, bucket, inner), choices)
     rows = [staying.rows(rank) for rank in range(plan.world)]
     if layout == "stay" or max(rows) * plan.world <= WORTH_A_LOOK * sum(rows):
         return staying, placement
-    dealt, elsewhere = _plan(merge, plan, even(merge, plan.layout, bucket), choices)
+    dealt, elsewhere = _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
     topology, passes = topology_for(choices.get("topology"), plan.world), (False, True)[: 1 + choices.get("training", True)]
     stays, moves = (_layers(one, topology, pay, passes) for one in (staying, dealt))
     way = 2 * len(passes) * (_moving(merge, plan, elsewhere, topology, pay) - _moving(merge, plan, placement, topology, pay))

@@ -12,14 +12,18 @@ The mask over rows becomes one over slots here: by the position at which each gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ringattn.compress.merge import DELETED, Merge
 from ringattn.errors import InputError
-from ringattn.layout import LAYOUTS, Layout, Span
+from ringattn.layout import LAYOUTS, Layout, Span, joined
 from ringattn.mask import END, Band, Mask, Rect
 
 OVER = " over groups"  # behind the name of a mask
@@ -39,43 +43,59 @@ class Placement:
         return found.where(groups >= 0, DELETED)
 
 
-def stay(merge: Merge, layout: Layout, bucket: int = 1) -> Placement:
-    """Every group on the rank where its last row is. `layout`: of the rows; it must hold them in runs (stride 1)."""
-    spans = sorted((span.start, span.length, rank) for rank, shard in enumerate(layout.shards) for span in shard)
+def stay(merge: Merge, layout: Layout, bucket: int = 1, edges: Sequence[int] = ()) -> Placement:
+    """Every group on the rank where its last row is. `layout`: of the rows; it must hold them in runs (stride 1).
+
+    edges: rows at which a mask changes: what stands before and behind lies apart in all sequences of the batch.
+    """
     if any(span.stride > 1 and span.length > 1 for shard in layout.shards for span in shard):
         raise InputError(
             f"layout {layout.name!r} holds every {layout.world}th row, and groups that stay keep their order only where rows "
             'lie in runs; use a contiguous or zigzag layout, or layout="even"'
         )
-    before = torch.nn.functional.pad(merge.leads.cumsum(1), (1, 0))  # groups before each row
-    edges = torch.tensor([start for start, _, _ in spans] + [merge.seq_len], device=before.device)
-    counts = before[:, edges].diff(dim=1)
-    most = [length for _, length, _ in spans]
-    rooms = [min(-(-n // bucket) * bucket, length) for n, length in zip(counts.amax(0).tolist(), most, strict=True)]
-    rooms[0] += not any(rooms)  # with every row deleted there still has to be one slot
+    owners = {span.start: rank for rank, shard in enumerate(layout.shards) for span in shard if span.length}
+    runs = _runs(merge, {*owners, *edges}, bucket)
     shards: list[list[Span]] = [[] for _ in range(layout.world)]
-    offsets, start = [], 0
-    for room, (_, _, rank) in zip(rooms, spans, strict=True):
-        offsets.append(start)
-        shards[rank].append(Span(start, room))
-        start += room
-    where = torch.bucketize(torch.arange(merge.seq_len, device=before.device), edges[:-1], right=True) - 1  # run of each row
-    offset = torch.tensor(offsets, device=before.device)[where]
-    slots = offset + before[:, :-1] - before[:, edges[where]]
-    held = Layout(f"{layout.name}, merged", tuple(tuple(span for span in shard if span.length) for shard in shards))
-    return _placement(merge, held, slots, start)
+    rank = 0
+    for start, room, offset in zip(runs.starts, runs.rooms, runs.offsets, strict=True):
+        rank = owners.get(start, rank)
+        shards[rank].append(Span(offset, room))
+    held = Layout(f"{layout.name}, merged", tuple(joined(span for span in shard if span.length) for shard in shards))
+    return _placement(merge, held, runs)
 
 
-def even(merge: Merge, layout: Layout, bucket: int = 1) -> Placement:
+def even(merge: Merge, layout: Layout, bucket: int = 1, edges: Sequence[int] = ()) -> Placement:
     """As many groups on every rank, in a layout like that of the rows (contiguous, if that was none of the named ones)."""
-    room = min(-(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len)
+    runs = _runs(merge, {0, *edges}, bucket)
     name = layout.name if layout.name in LAYOUTS else "contiguous"
-    return _placement(merge, LAYOUTS[name](room, layout.world), merge.leads.cumsum(1) - 1, room)
+    return _placement(merge, LAYOUTS[name](sum(runs.rooms), layout.world), runs)
 
 
-def _placement(merge: Merge, layout: Layout, slots: Tensor, room: int) -> Placement:
-    """`slots`: (batch, seq_len), right at the rows where groups stand."""
-    batch, most = merge.batch, max(merge.counts)
+class _Runs(NamedTuple):
+    """Rows from one start to the next have their groups in `rooms` slots from `offsets` on, in every sequence of the batch."""
+
+    starts: list[int]
+    rooms: list[int]
+    offsets: list[int]
+    slots: Tensor  # int64 (batch, seq_len), right at the rows where groups stand
+
+
+def _runs(merge: Merge, starts: Iterable[int], bucket: int) -> _Runs:
+    bounds = [*sorted({0, *(start for start in starts if 0 <= start < merge.seq_len)}), merge.seq_len]
+    before = pad(merge.leads.cumsum(1), (1, 0))  # groups before each row
+    ends = torch.tensor(bounds, device=before.device)
+    most = before[:, ends].diff(dim=1).amax(0).tolist()
+    least = bucket > 1  # where counts are rounded up, to one bucket at least: also 0 groups today and 1 tomorrow are one plan
+    rooms = [min(-(-max(n, least) // bucket) * bucket, b - a) for n, (a, b) in zip(most, pairwise(bounds), strict=True)]
+    rooms[0] += not any(rooms)  # with every row deleted there still has to be one slot
+    offsets = [0, *accumulate(rooms)][:-1]
+    run = torch.bucketize(torch.arange(merge.seq_len, device=before.device), ends[1:], right=True)  # of each row
+    slots = torch.tensor(offsets, device=before.device)[run] + before[:, :-1] - before[:, ends[run]]
+    return _Runs(bounds[:-1], rooms, offsets, slots)
+
+
+def _placement(merge: Merge, layout: Layout, runs: _Runs) -> Placement:
+    batch, most, room, slots = merge.batch, max(1, *merge.counts), sum(runs.rooms), runs.slots
     where = torch.arange(merge.seq_len, device=slots.device).expand(batch, -1)
     numbers, leads = merge.numbers.where(merge.leads, most), merge.leads  # others write where nobody reads
     of_groups = torch.zeros(batch, most + 1, dtype=torch.int64, device=slots.device).scatter(1, numbers, slots)
@@ -84,19 +104,24 @@ def _placement(merge: Merge, layout: Layout, slots: Tensor, room: int) -> Placem
     return Placement(layout, of_groups[:, :most], leaders)
 
 
-def over_slots(mask: Mask, merge: Merge, placement: Placement) -> Mask:
-    """`mask`, which is over rows, as one over slots: a group sees what its last row sees.
+def edges(mask: Mask, seq_len: int) -> tuple[int, ...]:
+    """The rows within a sequence at which `mask` changes."""
+    return tuple(sorted({p for r in mask.rects for p in r[:4] if 0 < p < seq_len}))
 
-    Raises:
-        InputError: it cannot be said in slots: an edge of the mask lies at different slots in the sequences of a batch, or the
-            mask is a window and groups stand at unequal distances.
+
+def over_slots(mask: Mask, merge: Merge, placement: Placement) -> Mask:
+    """`mask`, which is over rows, as one over slots: a group sees what its last row sees. `placement` knows of its `edges`.
+
+    Raises `InputError` when it cannot be said in slots: the mask is a window and groups stand at unequal distances.
     """
-    bounds = sorted({p for r in mask.rects for p in (r.q_start, r.q_stop, r.k_start, r.k_stop) if p < merge.seq_len})
-    edge = dict(zip(bounds, _edges(bounds, mask, merge, placement), strict=True))
-    room = placement.layout.length
+    room, inner = placement.layout.length, edges(mask, merge.seq_len)
+    before = pad(merge.leads.cumsum(1), (1, 0))[:, torch.tensor(inner, device=merge.into.device, dtype=torch.int64)]
+    slots = pad(placement.slots, (0, 1)).gather(1, before)  # of the first group there or behind
+    counts = torch.tensor(merge.counts, device=slots.device)[:, None]
+    first: dict[int, int] = dict(zip(inner, slots.where(before < counts, room).amin(0).tolist(), strict=True))
 
     def slot(position: int) -> int:
-        return edge.get(position, END if position >= END else room)
+        return first.get(position, 0 if position <= 0 else END if position >= END else room)
 
     rects = (
         Rect(slot(r.q_start), slot(r.q_stop), slot(r.k_start), slot(r.k_stop), _band(r.band, mask, placement))
@@ -104,23 +129,6 @@ def over_slots(mask: Mask, merge: Merge, placement: Placement) -> Mask:
     )
     kept = tuple(r for r in rects if r.q_start < r.q_stop and r.k_start < r.k_stop)
     return Mask(f"{mask.name.removesuffix(OVER)}{OVER}", kept, room if mask.length is not None else None)
-
-
-def _edges(bounds: list[int], mask: Mask, merge: Merge, placement: Placement) -> list[int]:
-    """For each row in `bounds` the first slot of what stands there or behind, in all sequences of the batch."""
-    room, device = placement.layout.length, merge.into.device
-    before = torch.nn.functional.pad(merge.leads.cumsum(1), (1, 0))[:, torch.tensor(bounds, device=device, dtype=torch.int64)]
-    slots = torch.nn.functional.pad(placement.slots, (1, 1))  # of the group before, and of that at `before`
-    counts = torch.tensor(merge.counts, device=device)[:, None]
-    after = (slots.gather(1, before) + 1).where(before > 0, 0).amax(0).tolist()
-    until = slots.gather(1, before + 1).where(before < counts, room).amin(0).tolist()
-    for position, low, high in zip(bounds, after, until, strict=True):
-        if low > high:
-            raise InputError(
-                f"mask {mask}: its edge at row {position} comes to lie at slot {high} in one and {low} in another sequence of "
-                "the batch, which share one plan; merge them one by one, or pack them so that they have equal counts"
-            )
-    return until
 
 
 def _band(band: Band, mask: Mask, placement: Placement) -> Band:
@@ -146,7 +154,7 @@ def crosses(merge: Merge, mask: Mask) -> int | None:
     """A row whose group ends in another document of `mask`, if there is one."""
     if not mask.bounds:
         return None
-    where = torch.arange(merge.seq_len, device=merge.into.device).expand_as(merge.into)
+    where = torch.arange(merge.seq_len, device=merge.into.device).repeat(merge.batch, 1)
     ends = torch.tensor(mask.bounds[1:], device=where.device)
     apart = torch.bucketize(where, ends, right=True) != torch.bucketize(merge.into.clamp(min=0), ends, right=True)
     rows = (apart & (merge.into >= 0)).any(0).nonzero()
@@ -157,6 +165,7 @@ def seen(mask: Mask, rows: Tensor, keys: Tensor) -> Tensor:
     """Whether `mask` keeps each (row, key) of positions: bool, the shape of `rows`."""
     if mask.bounds:  # one rectangle to a document: perhaps thousands
         ends = torch.tensor(mask.bounds[1:], device=rows.device)
+        rows, keys = rows.contiguous(), keys.contiguous()
         document = torch.bucketize(rows, ends, right=True)
         left, right = (
             torch.tensor(side, device=rows.device)[document] for side in zip(*(r.band for r in mask.rects), strict=True)

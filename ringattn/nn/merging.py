@@ -212,4 +212,5 @@ class MergingDecoder(Decoder):
         block = self.layers[self.merging.first]
         assert isinstance(block, Block)
         keys: Tensor = block.self_attn.k_proj(block.input_layernorm(x))
-        return keys.unflatten(-1, (-1, self.config.head_dim)).float().mean(-2)
+        metric: Tensor = keys.unflatten(-1, (-1, self.config.head_dim)).float().mean(-2)
+        return metric
