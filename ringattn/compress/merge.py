@@ -120,10 +120,11 @@ class Merge:
             )
         numbers, gone = self.numbers.clamp(min=0), self.numbers < 0
         labels = after.numbers.expand(self.batch, -1).gather(1, numbers).masked_fill(gone, DELETED)
-        ends = self.ready.where(self.leads, 0)
-        times = torch.zeros(self.batch, after.seq_len, dtype=torch.int64, device=self.into.device)
-        times = times.scatter_reduce(1, numbers, ends.where(self.leads, 0), "amax")  # when each group of this one is ready
-        later = after.ready.expand(self.batch, -1).clamp(max=after.seq_len - 1)  # a group of these, by its number
+        # When each group of this one is ready; behind them one that never is, for what is decided beyond the end.
+        times = torch.full((self.batch, after.seq_len + 1), self.seq_len, device=self.into.device)
+        times[:, :-1] = 0
+        times = times.scatter_reduce(1, numbers, self.ready.where(self.leads, 0), "amax")
+        later = after.ready.expand(self.batch, -1).clamp(0, after.seq_len)  # a group of these, by its number
         decided = times.gather(1, later).gather(1, after.into.expand(self.batch, -1).clamp(min=0)).gather(1, numbers)
         return Merge.of(labels, decided=decided, sees_all=self.sees_all or after.sees_all)
 
