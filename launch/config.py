@@ -10,7 +10,7 @@ from typing import Any, Literal
 import plots
 
 from ringattn import InputError
-from ringattn.nn import DecoderConfig
+from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 
 # What may differ between a run and its continuation: everything else decides what is learned.
 MAY_CHANGE = ("data", "schedule", "layout", "ulysses", "kernel", "steps", "out", "save_every", "resume", "auto_resume", "plots")
@@ -48,6 +48,18 @@ class TrainConfig:
     """Width of a head; even."""
     hidden_dim: int = 384
     """Width inside the MLP."""
+    merge: Literal["none", "windows", "similar", "words", "gate"] = "none"
+    """Merge tokens for the blocks in the middle: pairs, similar ones inside windows, words, or delete what a gate says."""
+    merge_layers: tuple[int, int] = (1, 2)
+    """Blocks [first, last) that run on the shorter sequence."""
+    merge_factor: int = 2
+    """Tokens in a window of --merge windows."""
+    merge_window: int = 16
+    """Tokens in a window of --merge similar."""
+    merge_remove: float = 0.5
+    """Share of tokens that merge into others (similar), or that the gate shall delete."""
+    merge_how: Literal["mean", "last", "learned"] = "mean"
+    """What a group is: the mean of its tokens, the last one, or a learned mean."""
     steps: int = 40
     """Optimizer steps in all, those before a resume included."""
     lr: float = 4e-3
@@ -82,8 +94,15 @@ class TrainConfig:
         if self.plots:
             plots.available()
 
-    def model(self) -> DecoderConfig:
-        return DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
+    def model(self) -> Decoder:
+        """With new parameters, from torch's global generator."""
+        shape = DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
+        if self.merge == "none":
+            return Decoder(shape)
+        first, last = self.merge_layers
+        numbers = dict(factor=self.merge_factor, window=self.merge_window, remove=self.merge_remove)
+        how = dict(how=self.merge_how) if self.merge != "gate" else {}
+        return MergingDecoder(shape, Merging(self.merge, first, last, **numbers, **how, schedule=self.schedule))
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections import Counter
 from contextlib import AbstractContextManager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,15 +76,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_bytes: int, seconds: list[float]) -> Table:
-    """The table at the end of a run; collective, since it measures how much communication hides behind compute."""
+def summary(plans: list[Plan], mesh: DeviceMesh, *, batch: int, gradient_bytes: int, seconds: list[float]) -> Table:
+    """The table at the end of a run; collective, since it measures how much communication hides behind compute.
+
+    plans: of every block's attention.
+    """
+    plan, shortest = plans[0], min(plan.seq_len for plan in plans)
     peak = torch.tensor(_peak_bytes(mesh), dtype=torch.int64, device=mesh.device_type)
     dist.all_reduce(peak, dist.ReduceOp.MAX, group=mesh.get_group())
     forward, backward = (overlap(plan, batch=batch, group=mesh, backward=b, repeats=5) for b in (False, True))
     sent: Counter[int] = Counter()
-    for one_pass in (False, True):
-        for (src, _), size in traffic(plan, batch=batch, backward=one_pass).items():
-            sent[src] += size * layers
+    for one, one_pass in product(plans, (False, True)):
+        for (src, _), size in traffic(one, batch=batch, backward=one_pass).items():
+            sent[src] += size
     step = median(seconds)
     crowded = mesh.device_type == "cpu" and plan.world > (os.cpu_count() or 1)
     caption = "more ranks than cores: what moves bytes takes a core from what computes, so little can hide" if crowded else None
@@ -99,6 +104,8 @@ def summary(plan: Plan, mesh: DeviceMesh, *, batch: int, layers: int, gradient_b
     table.add_row(
         "attention sends", f"{_mib(max(sent.values(), default=0))}", "per step, busiest rank, forward + backward, all layers"
     )
+    if shortest < plan.seq_len:
+        table.add_row("merged", f"{shortest:,} of {plan.seq_len:,} tokens", "slots of groups in the last step")
     reduced = 2 * gradient_bytes * (plan.world - 1) // plan.world
     table.add_row("gradient reduction sends", f"{_mib(reduced)}", "per step and rank, as a ring all-reduce")
     table.add_row(

@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
 from ringattn.comm.agree import agree
-from ringattn.nn import Decoder, reduce_gradients, shift_labels
+from ringattn.nn import Decoder, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.nn.group import sum_over
 from ringattn.runtime import checkpoint
 
@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> None:
         topology="cpu" if mesh.device_type == "cpu" else None,
     )
     torch.manual_seed(config.seed)
-    model = Decoder(config.model()).to(mesh.device_type)
+    model = config.model().to(mesh.device_type)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     corpus, identity = _corpus(config, mesh)
     found = _prepare(config, speaks)
@@ -82,12 +82,21 @@ def main(config: TrainConfig) -> None:
         if stopped or not log.seconds:
             return
     gradient_bytes = sum(p.nbytes for p in model.parameters())
-    table = summary(plan, mesh, batch=config.batch, layers=config.layers, gradient_bytes=gradient_bytes, seconds=log.seconds)
+    table = summary(_plans(model, plan), mesh, batch=config.batch, gradient_bytes=gradient_bytes, seconds=log.seconds)
     if speaks:
         print_table(table)
         if config.plots:
             plots.loss_curve(read_metrics(config.out / "metrics.jsonl"), config.out / "loss.png")
             plots.schedule_timeline(plan, config.out / "timeline.png")
+
+
+def _plans(model: Decoder, plan: Plan) -> list[Plan]:
+    """Of every block, in order: those in the middle may have run on a shorter sequence, in the last step."""
+    plans = [plan] * len(model.layers)
+    if isinstance(model, MergingDecoder) and model.short is not None:
+        first, last = model.merging.first, model.merging.last
+        plans[first:last] = [model.short.plan] * (last - first)
+    return plans
 
 
 def _train_step(

@@ -1,19 +1,37 @@
 """Merged sequences on ranks: attention over groups means attention over all of their rows, and no row learns of a later one."""
 
 import dataclasses
+from collections import Counter
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from cases import EXACT, worst
+from cases import EXACT, simulate, worst
 from meaning import dense
 from spawn import run_ranks
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringattn import InputError, Mask, MismatchError, attention, causal, documents, full, make_plan, positions, prefix_lm, shard
-from ringattn.compress import Merge, RateController, bipartite, shorten, windows
+from ringattn import (
+    InputError,
+    Mask,
+    MismatchError,
+    Plan,
+    Topology,
+    attention,
+    causal,
+    documents,
+    full,
+    make_plan,
+    positions,
+    prefix_lm,
+    shard,
+)
+from ringattn.comm.simulated import Simulated
+from ringattn.compress import Merge, Pay, RateController, Short, bipartite, shorten, similar, windows
+from ringattn.compress.balance import placed
+from ringattn.cost import traffic
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder, reduce_gradients, shift_labels
 
 HEADS = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
@@ -323,6 +341,51 @@ def test_a_model_that_deletes_everything_is_the_model_without_its_middle():
     assert torch.equal(found, model(tokens_of(), plan))
 
 
+# Bytes
+
+
+def measured(plan: Plan) -> Counter:
+    """What travels in both passes, counted by the transport; it is what the plan predicts."""
+    transport = Simulated(plan.world)
+    q, k, v = (random(1, n, heads, 8) for n, heads in ((plan.seq_len, 4), (plan.kv_len, 2), (plan.kv_len, 2)))
+    simulate(plan, q, k, v, torch.ones_like(q), transport=transport)
+    predicted = Counter(traffic(plan)) + Counter(traffic(plan, backward=True))
+    assert transport.bytes_sent == predicted
+    return predicted
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("schedule", ["token_ring", "ring"])
+def test_merging_queries_and_keys_by_two_halves_all_bytes(world, schedule):
+    plan = make_plan(64, world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
+    merge = windows(64, 2)
+    short, placement = placed(merge, plan, "auto", 1, Pay(), dict(schedule=schedule))
+    assert Short(merge, plan, short, placement, None, 0).is_even  # so that no bias has to travel
+    assert measured(plan) == Counter({link: 2 * size for link, size in measured(short).items()})
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_merging_keys_alone_halves_the_bytes_of_a_ring_and_none_of_a_token_ring(world):
+    """Forward. In backward of a ring dk and dv travel too; in a TokenRing keys never do."""
+    for schedule, share in (("ring", 2), ("token_ring", 1)):
+        given = dict(world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
+        before, after = make_plan(64, **given), make_plan(64, kv_len=32, q_offset=0, **given)
+        assert {link: share * size for link, size in traffic(after).items()} == traffic(before)
+        measured(after)
+
+
+def test_counts_that_differ_are_dealt_out_when_that_pays_and_the_plan_says_so():
+    """Nearly all groups are on the first of four ranks; moving them pays, unless they have very many channels."""
+    labels = torch.arange(256).where(torch.arange(256) < 64, 64 + (torch.arange(256) - 64) // 64)
+    merge, given = Merge.of(labels), dict(heads=4, kv_heads=2, head_dim=8)
+    plan = make_plan(256, world=4, mask=full(), schedule="ring", layout="contiguous", **given)
+    choices = dict(schedule="ring", topology=Topology("links", "mesh", flops=1e9, bandwidth=1e6))
+    dealt, _ = placed(merge, plan, "auto", 1, Pay(layers=8), choices)
+    left, _ = placed(merge, plan, "auto", 1, Pay(dim=1_000_000), choices)
+    assert dealt.notes.endswith("dealt out") and max(dealt.rows(rank) for rank in range(4)) == 17
+    assert left.notes.endswith("left where they are") and left.rows(0) == 64
+
+
 # Mistakes
 
 
@@ -359,3 +422,37 @@ def different(rank: int) -> str:
 def test_ranks_with_different_merges_are_told_before_anything_is_sent():
     found = run_ranks(2, different)
     assert found[0] == found[1] and "ranks disagree on merge" in found[0]
+
+
+# What a fresh look has found
+
+
+def test_a_prefix_is_not_told_of_decisions_behind_it():
+    """Rows of a prefix see all of it at once, so a window may not reach beyond its end; the decoder begins windows anew there."""
+    plan = make_plan(LENGTH, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring", mask=prefix_lm(14))
+    merge = similar(random(2, LENGTH, 8), plan.layout, window=8, remove=0.5)
+    with pytest.raises(InputError, match="let windows begin anew where the mask changes"):
+        shorten(merge, plan, schedule="ring")
+    for policy in ("similar", "windows", "words", "gate"):
+        found = first_difference(policy, 1, prefix_lm(14))
+        assert all(first >= (changed if changed >= 14 else 0) for changed, first in found.items()), policy
+
+
+def test_packed_documents_are_found_in_any_mask_that_has_them():
+    packed = documents((0, 9, 24)) & prefix_lm(4)
+    with pytest.raises(InputError, match="row 8 is merged with one of another document"):
+        shorten(windows(24, 2), make_plan(24, world=1, schedule="ring", mask=packed, **HEADS), schedule="ring")
+    apart = documents((0, 12, 24), causal=False)
+    plan = make_plan(24, world=1, schedule="ring", mask=apart, **HEADS)
+    with pytest.raises(InputError, match="keeps rows from seeing all others"):
+        shorten(bipartite(random(1, 24, 8), plan.layout, remove=0.1), plan, schedule="ring")
+
+
+def test_a_composition_does_not_know_earlier_what_its_parts_know_later():
+    first = Merge.of(torch.tensor([[0, 1, 2, -1, -1, -1]]))
+    other = Merge.of(torch.tensor([[0, 1, 2, -1, 4, -1]]))
+    a, b = first.then(windows(3, 2)), other.then(windows(4, 2))
+    assert a.ready[0, 2] == 5 and b.ready[0, 4] == 5  # that nothing more comes is known at the end
+    assert a.latest[0, :4].tolist() == b.latest[0, :4].tolist()
+    late = Merge.of(torch.tensor([[0, 1, 2, 3]]), decided=torch.tensor([[3, 1, 2, 3]]))
+    assert late.ready.tolist() == [[3, 3, 3, 3]]  # row 1 would tell what has become of row 0

@@ -100,6 +100,16 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint_and_exit_code_0(tmp_path
     assert [p.name for p in tmp_path.glob("step_*")] == [f"step_{metrics(tmp_path)[-1]['step']:08d}"]
 
 
+@pytest.mark.parametrize("merge", ["windows", "similar", "words", "gate"])
+def test_it_trains_on_merged_tokens_and_resumes_bit_by_bit(merge, tmp_path):
+    flags = ("--merge", merge, "--layers", "3", "--no-plots", "--save-every", "2")
+    out, _ = torchrun(*flags, "--steps", "4", "--out", str(tmp_path / "a"))
+    assert ("merged" in out) == (merge != "gate")  # whose training is on all tokens
+    torchrun(*flags, "--steps", "2", "--out", str(tmp_path / "b"))
+    torchrun(*flags, "--steps", "4", "--resume", "--out", str(tmp_path / "b"))
+    assert learned(tmp_path / "a") == learned(tmp_path / "b")
+
+
 def complaint(process: subprocess.Popen) -> str:
     """What a failing run says: one paragraph and no traceback."""
     code, out, err = finish(process, timeout=40)
@@ -121,6 +131,7 @@ def test_without_torchrun_it_says_how_to_start(tmp_path):
         ("--data nowhere.txt", "--data nowhere.txt: there is no such file or directory"),
         ("--resume --out nowhere", "--resume: there is no complete checkpoint in nowhere"),
         ("--batch 0", "--batch 0: must be 1 or more"),
+        ("--merge windows --merge-layers 1 5", "first=1, last=5: blocks [first, last) must be some of the 2"),
     ],
 )
 def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, said):

@@ -44,7 +44,7 @@ def placed(merge: Merge, plan: Plan, layout: str, bucket: int, pay: Pay, choices
     """The plan over groups and where they lie."""
     if layout not in ("auto", "stay", "even"):
         raise InputError(f"layout={layout!r}; choose auto, stay or even")
-    inner = edges(plan.mask, plan.seq_len)
+    inner = edges(plan.mask, plan.seq_len) if merge.batch > 1 else ()  # one sequence is in line with itself
     if layout == "even" or (layout == "auto" and _in_stripes(plan)):
         return _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
     staying, placement = _plan(merge, plan, stay(merge, plan.layout, bucket, inner), choices)

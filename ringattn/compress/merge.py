@@ -31,8 +31,8 @@ class Merge:
 
     Attributes:
         into: int64 (batch, seq_len), for each row the position of its group's last row; -1 for one that is deleted.
-        ready: int64 (batch, seq_len), for a group's last row the first position that may know of the group; never falls from
-            one group to the next. Not read elsewhere.
+        ready: int64 (batch, seq_len), for each row the first position that may know what becomes of it and of all rows before
+            it; never falls. A group is known where its last row is.
         sees_all: why this merge cannot be used under a causal mask, in words; empty if it can.
     """
 
@@ -66,8 +66,8 @@ class Merge:
             return ends.scatter_reduce(1, slots, positions, "amax").gather(1, slots)
 
         into = latest(where).where(labels >= 0, DELETED)
-        leads = into == where
-        ready = torch.maximum(latest(where if decided is None else decided), where).where(leads, DELETED).cummax(1).values
+        # What is decided about a row before may tell of this one, so nothing is known earlier than what stands before it.
+        ready = where if decided is None else torch.maximum(decided, where).cummax(1).values
         return Merge(into, ready, sees_all)
 
     @property
@@ -120,12 +120,15 @@ class Merge:
             )
         numbers, gone = self.numbers.clamp(min=0), self.numbers < 0
         labels = after.numbers.expand(self.batch, -1).gather(1, numbers).masked_fill(gone, DELETED)
-        # When each group of this one is ready; behind them one that never is, for what is decided beyond the end.
-        times = torch.full((self.batch, after.seq_len + 1), self.seq_len, device=self.into.device)
-        times[:, :-1] = 0
-        times = times.scatter_reduce(1, numbers, self.ready.where(self.leads, 0), "amax")
-        later = after.ready.expand(self.batch, -1).clamp(0, after.seq_len)  # a group of these, by its number
-        decided = times.gather(1, later).gather(1, after.into.expand(self.batch, -1).clamp(min=0)).gather(1, numbers)
+        # When each group of this one is ready. That one is the last is known at the end and not before.
+        counts, last = torch.tensor(self.counts, device=numbers.device)[:, None], after.seq_len
+        times = torch.full((self.batch, last + 1), self.seq_len, device=numbers.device)
+        times = times.scatter(1, self.numbers.where(self.leads, last), self.ready.where(self.leads, self.seq_len))
+        behind = torch.arange(last + 1, device=numbers.device) >= counts - 1
+        times = times.where(~behind, times.clamp(min=self.seq_len - 1))
+        times[:, last] = self.seq_len  # of what is decided beyond the end: never
+        known = times.gather(1, after.ready.expand(self.batch, -1).clamp(max=last))
+        decided = known.gather(1, numbers).where(self.leads, 0)
         return Merge.of(labels, decided=decided, sees_all=self.sees_all or after.sees_all)
 
 

@@ -78,7 +78,7 @@ def chosen(scores: Tensor, pairs: Tensor | None, threshold: float | None) -> Ten
     """bool: which rows of A merge. scores: int64, from `best`, `NONE` for rows that are not in A; pairs: how many at most."""
     taken = scores > NONE
     if threshold is not None:
-        taken &= scores > threshold * SAME
+        taken &= scores > int(threshold * SAME)
     if pairs is not None:
         ranked = scores.sort(dim=-1, descending=True, stable=True).indices
         first = torch.arange(scores.shape[-1], device=scores.device) < pairs.unsqueeze(-1)

@@ -151,13 +151,34 @@ def is_causal(mask: Mask) -> bool:
 
 
 def crosses(merge: Merge, mask: Mask) -> int | None:
-    """A row whose group ends in another document of `mask`, if there is one."""
-    if not mask.bounds:
+    """A row that the last row of its group does not see, bands aside: of another document. None if there is none."""
+    into = merge.into.clamp(min=0)
+    where = torch.arange(merge.seq_len, device=into.device).repeat(merge.batch, 1)
+    if mask.bounds:
+        ends = torch.tensor(mask.bounds[1:], device=where.device)
+        together = torch.bucketize(where, ends, right=True) == torch.bucketize(into, ends, right=True)
+    else:
+        together = torch.zeros_like(where, dtype=torch.bool)
+        for r in mask.rects:
+            together |= (into >= r.q_start) & (into < r.q_stop) & (where >= r.k_start) & (where < r.k_stop)
+    return _first(~together & (merge.into != where) & (merge.into >= 0))
+
+
+def untimely(merge: Merge, mask: Mask) -> int | None:
+    """Where a group stands that some row sees before it is ready, as rows of a prefix see all of it. None if there is none."""
+    if not is_causal(mask) or mask.bounds:
         return None
-    where = torch.arange(merge.seq_len, device=merge.into.device).repeat(merge.batch, 1)
-    ends = torch.tensor(mask.bounds[1:], device=where.device)
-    apart = torch.bucketize(where, ends, right=True) != torch.bucketize(merge.into.clamp(min=0), ends, right=True)
-    rows = (apart & (merge.into >= 0)).any(0).nonzero()
+    where = torch.arange(merge.seq_len, device=merge.into.device)
+    early = torch.zeros_like(merge.leads)
+    for r in mask.rects:
+        if r.band.right > 0:
+            known_by = r.k_stop if r.band.right >= END else where + 1
+            early |= (where >= r.k_start) & (where < r.k_stop) & (merge.ready >= known_by)
+    return _first(early & merge.leads)
+
+
+def _first(found: Tensor) -> int | None:
+    rows = found.any(0).nonzero()
     return int(rows[0]) if len(rows) else None
 
 

@@ -26,7 +26,7 @@ from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.compress.balance import Pay, placed
 from ringattn.compress.merge import Merge
-from ringattn.compress.placement import Placement, crosses, is_causal, seen
+from ringattn.compress.placement import Placement, crosses, is_causal, seen, untimely
 from ringattn.compress.route import Route, down, held, up
 from ringattn.errors import InputError
 from ringattn.partial import accum_dtype
@@ -79,6 +79,7 @@ class Short:
         if how == "last":
             flat = flat.where(self._own(self.merge_data.leads).unsqueeze(-1), 0)
         elif weights is not None:
+            flat = flat.to(accum_dtype(x.dtype))
             flat = torch.cat([flat * weights.unsqueeze(-1), weights.unsqueeze(-1)], dim=-1)
         elif how == "mean":
             flat = flat.to(accum_dtype(x.dtype))
@@ -197,12 +198,18 @@ def shorten(
         raise InputError(
             "shorten(plan): queries and keys of this plan lie apart; merge with a plan in which they are the same rows"
         )
-    if merge.sees_all and is_causal(plan.mask):
-        raise InputError(f"mask {plan.mask} is causal: {merge.sees_all}")
+    if merge.sees_all and (is_causal(plan.mask) or len(plan.mask.bounds) > 2):
+        raise InputError(f"mask {plan.mask} keeps rows from seeing all others: {merge.sees_all}")
     row = crosses(merge, plan.mask)
     if row is not None:
         raise InputError(
             f"row {row} is merged with one of another document of mask {plan.mask}; give the policy its cu_seqlens"
+        )
+    row = untimely(merge, plan.mask)
+    if row is not None:
+        raise InputError(
+            f"the group at row {row} is known at row {int(merge.ready[:, row].max())}, and mask {plan.mask} shows it earlier; "
+            "let windows begin anew where the mask changes: cu_seqlens=(0, prefix, seq_len)"
         )
     if bucket < 1:
         raise InputError(f"bucket={bucket}: must be 1 or more")

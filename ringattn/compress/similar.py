@@ -104,7 +104,7 @@ def _decided(metric: Tensor, protected: Tensor, positions: Tensor, table: Tensor
     u, where = metric[:, at], positions[at]
     free = there & ~protected[:, at]
     index = torch.arange(table.shape[1], device=table.device).expand_as(free)
-    pairs = None if ask.remove is None else (there.sum(-1) * ask.remove).floor().long().expand(free.shape[:-1])
+    pairs = None if ask.remove is None else (there.sum(-1).double() * ask.remove).floor().long().expand(free.shape[:-1])
     if ask.scorer == "energy":
         each = energies(similarity(u, u), ask.margin).masked_fill(~there.unsqueeze(-2), 0).sum(-1)
         side = by_energy(each, free, there.sum(-1).expand(free.shape[:-1]) // 2 if pairs is None else pairs)

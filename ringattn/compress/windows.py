@@ -32,7 +32,8 @@ def windows(
     Args:
         seq_len: rows of the whole sequence.
         factor: rows in a window; the last may have fewer.
-        protected: bool (seq_len,): rows that stay alone, such as attention sinks and special tokens.
+        protected: bool (seq_len,): rows that stay alone by where they stand, such as attention sinks. It must not hang on the
+            data: that a row stays alone is known from the start. (What the data protects: `similar`, `segments`.)
         cu_seqlens: of packed documents: windows begin anew with each, and none holds rows of two.
         batch: sequences, all merged alike.
     """

@@ -35,6 +35,7 @@ from ringattn.compress import (
     tell,
     windows,
 )
+from ringattn.compress.placement import edges
 from ringattn.errors import InputError
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.decoder import Block, Decoder, Through
@@ -91,8 +92,13 @@ class Merging:
             raise InputError(f"how={self.how!r}; choose mean, last or learned")
         if self.protect < 0:
             raise InputError(f"protect={self.protect}: counts rows, 0 or more")
-        if not 0 < self.remove < 1:
-            raise InputError(f"remove={self.remove}: is a share, more than 0 and less than 1")
+        if not 0 < self.remove < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
+            raise InputError(
+                f"remove={self.remove}: is a share of rows, more than 0 and less than 1, up to 0.5 where rows merge into others"
+            )
+        for name in ("factor", "window", "bucket"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: counts rows, 1 or more")
         if self.policy == "gate" and (self.protect or self.how != "mean"):
             raise InputError('policy="gate" deletes rows and means nothing: leave out protect and how')
 
@@ -187,11 +193,12 @@ class MergingDecoder(Decoder):
 
     def _merge(self, x: Tensor, g: Tensor | None, through: Through) -> Merge:
         m, plan, group = self.merging, through.plan, through.group
+        cuts = (0, *edges(plan.mask, plan.seq_len), plan.seq_len)  # windows begin anew where the mask changes
         if m.policy == "windows":
             first = torch.arange(plan.seq_len) < m.protect
-            return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=plan.mask.bounds, batch=len(x), device=x.device)
+            return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=cuts, batch=len(x), device=x.device)
         if m.policy == "words":
-            last = torch.isin(through.positions + 1, torch.tensor(plan.mask.bounds, device=x.device))
+            last = torch.isin(through.positions + 1, torch.tensor(cuts, device=x.device))
             alone = through.positions < m.protect
             ends = torch.isin(through.tokens, torch.tensor(m.ends, device=x.device)) | last | alone
             return segments(tell(ends, plan.layout, group))
@@ -202,7 +209,6 @@ class MergingDecoder(Decoder):
             remove=m.remove, threshold=m.threshold, scorer=m.scorer, protected=protected, seed=m.seed, layer=m.first
         )
         if m.policy == "similar":
-            cuts = plan.mask.bounds
             return similar(self._metric(x), plan.layout, window=m.window, cu_seqlens=cuts, group=group, **asked)
         return bipartite(self._metric(x), plan.layout, group=group, **asked)
 
