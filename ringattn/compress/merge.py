@@ -120,13 +120,11 @@ class Merge:
             )
         numbers, gone = self.numbers.clamp(min=0), self.numbers < 0
         labels = after.numbers.expand(self.batch, -1).gather(1, numbers).masked_fill(gone, DELETED)
-        # When each group of this one is ready. That one is the last is known at the end and not before.
-        counts, last = torch.tensor(self.counts, device=numbers.device)[:, None], after.seq_len
+        # When each group of this one is ready; never, where there is none: what waits for it is not known within the sequence.
+        last = after.seq_len
         times = torch.full((self.batch, last + 1), self.seq_len, device=numbers.device)
         times = times.scatter(1, self.numbers.where(self.leads, last), self.ready.where(self.leads, self.seq_len))
-        behind = torch.arange(last + 1, device=numbers.device) >= counts - 1
-        times = times.where(~behind, times.clamp(min=self.seq_len - 1))
-        times[:, last] = self.seq_len  # of what is decided beyond the end: never
+        times[:, last] = self.seq_len
         known = times.gather(1, after.ready.expand(self.batch, -1).clamp(max=last))
         decided = known.gather(1, numbers).where(self.leads, 0)
         return Merge.of(labels, decided=decided, sees_all=self.sees_all or after.sees_all)

@@ -19,7 +19,7 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
 
     Args:
         ends: bool (batch, seq_len) or (seq_len,), the whole sequence, the same on every rank: whether a segment ends with this
-            row. The last row ends one anyway.
+            row. Rows behind the last end are one that is not complete: no row is told of it.
         lookahead: how many rows beyond an end had to be read to know that it is one: 0 where the end itself shows it (a space),
             1 where it shows in the next row (the start of a word). A causal model learns of the segment so much later.
     """
@@ -30,7 +30,8 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
         raise InputError(f"lookahead={lookahead}: counts rows, 0 or more")
     number = ends.long().cumsum(1) - ends.long()  # ends before this row
     where = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
-    return Merge.of(number, decided=where + lookahead)
+    open_ended = number == ends.sum(1, keepdim=True)  # no end in sight: never known within the sequence
+    return Merge.of(number, decided=(where + lookahead).masked_fill(open_ended, ends.shape[1]))
 
 
 def grid(height: int, width: int, by: tuple[int, int] = (2, 2), *, batch: int = 1, device: torch.device | str = "cpu") -> Merge:

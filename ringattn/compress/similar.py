@@ -25,7 +25,7 @@ from ringattn.compress.pairing import A, B, alternate, best, by_chance, by_energ
 from ringattn.compress.route import Route, held, homes, up
 from ringattn.compress.tell import told
 from ringattn.compress.units import NONE, similarity, units
-from ringattn.compress.windows import starts
+from ringattn.compress.windows import runs, starts
 from ringattn.layout import Layout, Span, joined
 
 
@@ -94,7 +94,7 @@ def in_windows(
         found.append(
             _decided(own[..., :-1], own[..., -1] > 0, rows, _table(whole, rank, window, cu_seqlens).to(own.device), ask)
         )
-    ends = _ends(layout.length, window, cu_seqlens).to(metrics[0].device)
+    ends = runs(layout.length, window, cu_seqlens)[1].to(metrics[0].device)
     return [Merge.of(labels, decided=ends.expand(batch, -1)) for labels in told(found, whole, transport)]
 
 
@@ -140,10 +140,3 @@ def _table(layout: Layout, rank: int, window: int, cu_seqlens: tuple[int, ...]) 
     step = torch.arange(min(window, layout.length))
     rows = home.row[(first[:, None] + step).clamp(max=layout.length - 1)]
     return rows.where(step < length[:, None], -1)
-
-
-@lru_cache(maxsize=32)
-def _ends(seq_len: int, window: int, cu_seqlens: tuple[int, ...]) -> Tensor:
-    """int64 (seq_len,): the last row of each row's window."""
-    found = torch.tensor(starts(seq_len, window, cu_seqlens))
-    return found.sum(1).sub(1).repeat_interleave(found[:, 1])

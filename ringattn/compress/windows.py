@@ -37,13 +37,15 @@ def windows(
         cu_seqlens: of packed documents: windows begin anew with each, and none holds rows of two.
         batch: sequences, all merged alike.
     """
-    labels = _windows(seq_len, factor, tuple(int(c) for c in cu_seqlens)).to(device)
+    labels, ends = (found.to(device) for found in runs(seq_len, factor, tuple(int(c) for c in cu_seqlens)))
     if protected is not None:
         if protected.dtype != torch.bool or tuple(protected.shape) != (seq_len,):
             raise InputError(f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool ({seq_len},)")
         # Numbers of windows stay below those of rows as long as each is the first row of its window.
         labels = alone(labels, protected.to(device))
-    return Merge.of(labels.expand(batch, -1))
+        # A row that stays alone is known at once.
+        ends = torch.arange(seq_len, device=ends.device).where(protected.to(device), ends)
+    return Merge.of(labels.expand(batch, -1), decided=ends.expand(batch, -1))
 
 
 def alone(labels: Tensor, protected: Tensor) -> Tensor:
@@ -65,7 +67,12 @@ def starts(seq_len: int, width: int, cu_seqlens: Sequence[int] = ()) -> list[tup
 
 
 @lru_cache(maxsize=32)
-def _windows(seq_len: int, factor: int, cu_seqlens: tuple[int, ...]) -> Tensor:
-    """int64 (seq_len,): the first row of each row's window."""
-    found = torch.tensor(starts(seq_len, factor, cu_seqlens))
-    return found[:, 0].repeat_interleave(found[:, 1])
+def runs(seq_len: int, width: int, cu_seqlens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Two int64 (seq_len,): for each row the first row of its window, and the last one.
+
+    A window that the end of the sequence cuts short ends where it would: nothing hangs on where a sequence happens to end.
+    """
+    found = torch.tensor(starts(seq_len, width, cu_seqlens))
+    last = found.sum(1) - 1
+    last[-1] = found[-1, 0] + width - 1
+    return found[:, 0].repeat_interleave(found[:, 1]), last.repeat_interleave(found[:, 1])

@@ -198,7 +198,7 @@ class MergingDecoder(Decoder):
             first = torch.arange(plan.seq_len) < m.protect
             return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=cuts, batch=len(x), device=x.device)
         if m.policy == "words":
-            last = torch.isin(through.positions + 1, torch.tensor(cuts, device=x.device))
+            last = torch.isin(through.positions + 1, torch.tensor(cuts[1:-1], device=x.device))
             alone = through.positions < m.protect
             ends = torch.isin(through.tokens, torch.tensor(m.ends, device=x.device)) | last | alone
             return segments(tell(ends, plan.layout, group))
