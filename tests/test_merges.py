@@ -262,15 +262,6 @@ def test_sequences_that_are_equal_up_to_a_row_are_known_alike_up_to_there(policy
     run()
 
 
-def test_merging_what_deletion_has_left_tells_of_what_is_left_behind_and_says_so() -> None:
-    """Whether the last window is full, and so when it is known, hangs on how many rows are kept behind it."""
-    kept = Merge.of(torch.tensor([0, -1, 2]))
-    assert known(kept.then(windows(2, 2)), 2) == [[0, 2]]
-    for merge in (kept.then(windows(2, 2)), windows(6, 2).then(kept).then(windows(2, 1))):
-        assert merge.sees_all
-    assert not windows(6, 2).then(kept).sees_all
-
-
 @pytest.mark.parametrize("policy", ["similar", "similar, energy", "segments that end before a word"])
 def test_a_merge_that_is_known_too_early_is_caught(policy: str) -> None:
     """The same, were groups known where they stand."""
