@@ -9,8 +9,8 @@ recent prose. Nothing is downloaded, nothing is generated.
 
 `read` runs it over the next rows of a text whose earlier keys and values are given, as they were or compressed.
 
-GGUF stores the rows of q_proj and k_proj so that the two channels which rotary turns together are neighbours; Llama's published
-weights, and `apply_rotary`, have them half a head apart. That order is put back here.
+GGUF stores the rows of q_proj and k_proj so that the two channels which rotary turns together are neighbours; Llama's
+published weights, and `apply_rotary`, have them half a head apart. That order is put back here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Keys(NamedTuple):
 
 
 def load() -> tuple[Decoder, Tokenizer]:
-    """The model in fp32, without gradients, and its tokenizer. Raises SystemExit, with the cure, where the package is missing."""
+    """The model in fp32, without gradients, and its tokenizer. Raises SystemExit where the package is missing."""
     reader = GGUFReader(_file())
     model = Decoder(_config(reader))
     model.load_state_dict(_weights(reader, model.config))
@@ -67,8 +67,8 @@ def load() -> tuple[Decoder, Tokenizer]:
 def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] | None = None) -> tuple[Tensor, list[Keys]]:
     """Read `tokens`, (batch, rows), which stand at positions `start` and on; each layer sees `before` and itself, causally.
 
-    Returns normed hidden states, (batch, rows, dim), and the keys of these rows for every layer. A layer may have another number
-    of keys before than the next one has; positions are the rows' own in any case, whatever became of earlier keys.
+    Returns normed hidden states, (batch, rows, dim), and the keys of these rows for every layer. A layer may have another
+    number of keys before than the next one has; positions are the rows' own in any case, whatever became of earlier keys.
     """
     config, rows = model.config, tokens.shape[1]
     cos, sin = rotary(torch.arange(start, start + rows), config.head_dim, config.rope_theta)

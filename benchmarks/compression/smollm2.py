@@ -5,9 +5,10 @@
 
 The model reads the first 512 tokens of a window as it always does, and each layer's keys and values are kept. A policy then
 makes 256 or 128 groups of them in every layer, and the next 256 tokens are scored with those groups in place of the context;
-among themselves they see everything. The context lies before all that is scored, so that any policy may look at all of it, and
-one reading of it serves all policies. Groups are of keys after rotary; similarity is that of a layer's keys, averaged over its
-heads. Rows are merged and groups are weighed by `ringattn.compress`, attention is `ringattn.attention` with `key_bias`.
+among themselves they see everything. The context lies before all that is scored, so that any policy may look at all of it,
+and one reading of it serves all policies. Groups are of keys after rotary; similarity is that of a layer's keys, averaged
+over its heads. Rows are merged and groups are weighed by `ringattn.compress`, attention is `ringattn.attention` with
+`key_bias`.
 
     keep last        the last row of every window of 2 or 4; the others are dropped
     mean             the mean of every window of 2 or 4
@@ -19,14 +20,14 @@ heads. Rows are merged and groups are weighed by `ringattn.compress`, attention 
 Each with `key_bias` = log of a group's size and without, with the first 4 tokens, the attention sink, left alone and not. Two
 scales stand beside: the whole context, and nothing of it but the sink.
 
-Errors are those of the paired difference to the whole context, over windows. What this does not show: what merging costs a model
-that was trained with it, or speed; and it shows one small model, whose weights have four bits.
+Errors are those of the paired difference to the whole context, over windows. What this does not show: what merging costs a
+model that was trained with it, or speed; and it shows one small model, whose weights have four bits.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -55,7 +56,7 @@ Choose = Callable[[Tensor, Tensor, Layout], Merge]
 """From what rows are compared by, which of them are protected, and where they lie."""
 
 WHOLE, SINK = "whole context", "sink alone"
-_WITH = {True: "log size", False: "none"}
+WITH = {True: "log size", False: "none"}
 
 QUARTERS = ((16, 0.25), (12, 0.34))
 """(window, share of its rows that merge): of 16 rows 4, and of the 12 that are left 4 more."""
@@ -220,7 +221,6 @@ def _print(rows: list[Row], config: Config) -> None:
     for source, factor in product(of_source, config.factors):
         apart.add_column(f"{source}, {factor}x", justify="right")
     for policy, sized in product(POLICIES, (True, False)):
-        found = partial(cases.get)
 
         def cells(some: Iterable[tuple[int, bool, slice]], name: str = policy.name, sized: bool = sized) -> list[str]:
             costs = (_cost(cases[name, sized, factor, protected], rows, own) for factor, protected, own in some)
@@ -253,7 +253,7 @@ def _draw(rows: list[Row], config: Config) -> None:
             )
         axes.axhline(sink, color="0.5", linestyle=":", label=SINK)
         axes.set_title(
-            f"{f'first {config.sink} tokens protected' if protected else 'nothing protected'}, {_WITH[sized]}", fontsize=10
+            f"{f'first {config.sink} tokens protected' if protected else 'nothing protected'}, {WITH[sized]}", fontsize=10
         )
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, *config.factors], [f"{factor}x" for factor in (1, *config.factors)])

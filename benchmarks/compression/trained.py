@@ -1,13 +1,14 @@
-"""Small models trained from scratch at equal compute, with and without merging: what merging buys or costs once it is learned.
+r"""Small models trained from scratch at equal compute, with and without merging: what merging buys or costs once it is learned.
 
     OMP_NUM_THREADS=1 python benchmarks/compression/trained.py
-    OMP_NUM_THREADS=1 python benchmarks/compression/trained.py --task masked --data genome.fa --json masked.json --plot masked.png
+    OMP_NUM_THREADS=1 python benchmarks/compression/trained.py --task masked --data genome.fa --seq-len 512 --seeds 2 \
+        --variants none "windows 2" similar "similar, energy" bipartite --json masked.json --plot masked.png
 
-`next` predicts the next byte of the main job's text; `masked` reconstructs masked bases of a genome (FASTA) from both sides, with
-local windows merged and unmerged, as MergeDNA does (https://arxiv.org/abs/2511.14806). Every run ends when it has used the
-floating-point operations that the model without merging needs for `--steps` steps: they are counted in closed form, forward and
-twice that backward, with the short plan where the sequence is short. Each finished run is a line of `--json`, so that an
-interrupted job goes on. Evaluated on text that is never trained on.
+`next` predicts the next byte of the main job's text; `masked` reconstructs masked bases of a genome (FASTA) from both sides,
+with local windows merged and unmerged, as MergeDNA does (https://arxiv.org/abs/2511.14806). Every run ends when it has used
+the floating-point operations that the model without merging needs for `--steps` steps: they are counted in closed form,
+forward and twice that backward, with the short plan where the sequence is short. Each finished run is a line of `--json`, so
+that an interrupted job goes on. Evaluated on text that is never trained on.
 
 Bytes are those that the busiest of 4 ranks would send in attention by TokenRing, counted from the plan. Wall time is that of
 one core beside whatever else the machine does. What this does not show: what becomes of it in large models and long training.
@@ -130,7 +131,9 @@ def step_flops(shape: DecoderConfig, plan: Plan, short: Plan | None, how: dict[s
     choosing = 0.0
     if how and how["policy"] in ("similar", "bipartite"):
         others = how["window"] if how["policy"] == "similar" else plan.seq_len // 4  # of N/2 rows against N/2
-        choosing = 2.0 * shape.head_dim * plan.seq_len * others + 2.0 * shape.dim * shape.kv_heads * shape.head_dim * plan.seq_len
+        choosing = (
+            2.0 * shape.head_dim * plan.seq_len * others + 2.0 * shape.dim * shape.kv_heads * shape.head_dim * plan.seq_len
+        )
     return 3.0 * forward + choosing
 
 
@@ -196,7 +199,7 @@ def _evaluated(model: Decoder, text: Tensor, config: Config, plan: Plan, count: 
 
 
 def report(config: Config, runs: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{config.task}: {config.steps} steps' operations of the model without merging, {config.seq_len} tokens")
+    table = Table(title=f"{config.task}, {config.seq_len} tokens, the operations of {config.steps} steps without merging")
     for name in ("variant", "bits", "steps", "CPU seconds", "MB sent", "operations in evaluation", "rows kept"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for variant in config.variants:
