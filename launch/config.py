@@ -94,15 +94,17 @@ class TrainConfig:
         if self.plots:
             plots.available()
 
-    def model(self) -> Decoder:
-        """With new parameters, from torch's global generator."""
+    def model(self, topology: str | None) -> Decoder:
+        """With new parameters, from torch's global generator. topology: what attention is planned for, where tokens merge."""
         shape = DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
         if self.merge == "none":
             return Decoder(shape)
         first, last = self.merge_layers
-        numbers = dict(factor=self.merge_factor, window=self.merge_window, remove=self.merge_remove)
+        numbers: dict[str, Any] = dict(factor=self.merge_factor, window=self.merge_window, remove=self.merge_remove)
         how = dict(how=self.merge_how) if self.merge != "gate" else {}
-        return MergingDecoder(shape, Merging(self.merge, first, last, **numbers, **how, schedule=self.schedule))
+        return MergingDecoder(
+            shape, Merging(self.merge, first, last, **numbers, **how, schedule=self.schedule, topology=topology)
+        )
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint of this run belongs to."""

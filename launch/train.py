@@ -41,6 +41,7 @@ def main(config: TrainConfig) -> None:
     mesh = ringattn.init()
     config.check()
     speaks = mesh.get_local_rank() == 0
+    topology = "cpu" if mesh.device_type == "cpu" else None
     plan = make_plan(
         config.seq_len,
         world=mesh.size(),
@@ -52,10 +53,10 @@ def main(config: TrainConfig) -> None:
         layout=config.layout,
         ulysses=config.ulysses,
         kernel=config.kernel,
-        topology="cpu" if mesh.device_type == "cpu" else None,
+        topology=topology,
     )
     torch.manual_seed(config.seed)
-    model = config.model().to(mesh.device_type)
+    model = config.model(topology).to(mesh.device_type)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     corpus, identity = _corpus(config, mesh)
     found = _prepare(config, speaks)

@@ -24,9 +24,18 @@ def positions(plan: Plan, rank: int | None = None, *, keys: bool = False) -> Ten
 
     `rank` defaults to this process's rank in the default group.
     """
-    rank, layout = _rank(plan, rank), _layout(plan, keys)
+    return held(_layout(plan, keys), _rank(plan, rank))
+
+
+def held(layout: Layout, rank: int) -> Tensor:
+    """The positions that `rank` holds, in its order: int64 (rows,)."""
     spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in layout.shards[rank]]
     return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
+
+
+def in_order(layout: Layout) -> Tensor:
+    """What sorts the shards, put one behind another, into the order of the sequence: int64 (length,)."""
+    return torch.cat([held(layout, rank) for rank in range(layout.world)]).argsort()
 
 
 def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys: bool = False) -> Tensor:
@@ -70,10 +79,7 @@ class _Unshard(torch.autograd.Function):
         ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys = plan, dim, group, rank, keys
         layout = _layout(plan, keys)
         shards = torch.cat(_gather(x.movedim(dim, 0).contiguous(), layout, group))
-        whole = torch.empty_like(shards)
-        order = torch.cat([positions(plan, r, keys=keys) for r in range(plan.world)]) - layout.first
-        whole[order.to(x.device)] = shards
-        return whole.movedim(0, dim)
+        return shards[in_order(layout).to(x.device)].movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:

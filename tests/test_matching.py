@@ -5,12 +5,13 @@ PiToMe: only the rows with most energy take part, alternately in A and in B. Of 
 """
 
 import math
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from cases import schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spawn import run_ranks
@@ -23,12 +24,12 @@ from ringattn.compress.ask import Ask
 from ringattn.compress.bipartite import over_ranks
 from ringattn.compress.chance import uniform
 from ringattn.compress.pairing import energies
-from ringattn.compress.route import held
 from ringattn.compress.similar import in_windows
 from ringattn.compress.units import ONE, SAME, units
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.nn import Decoder, DecoderConfig
 from ringattn.schedule.named import NAMES
+from ringattn.sharding import held
 
 Rows = list[list[int]]  # directions in whole numbers
 
@@ -105,7 +106,7 @@ def cut(whole: Tensor, layout: Layout) -> list[Tensor]:
     return [whole[:, held(layout, rank)] for rank in range(layout.world)]
 
 
-def whole_matching(metric: Tensor, protected: Tensor, layout: Layout, ask: Ask, schedule: str, **given: Any) -> list[Merge]:
+def whole_matching(metric: Tensor, protected: Tensor, layout: Layout, ask: Ask, schedule: Any, **given: Any) -> list[Merge]:
     transport = Simulated(layout.world, **given)
     return over_ranks(cut(metric, layout), cut(protected, layout), layout, ask, schedule, transport)
 
@@ -175,16 +176,33 @@ def test_similar_finds_the_groups_of_the_papers_in_every_window_and_document(cas
                 assert known == ends[row], "what a window decides is known at its end"
 
 
+@pytest.mark.parametrize("ask", [Ask(0.4), Ask(0.4, scorer="energy"), Ask(None, 0.5, "random", seed=1)], ids=lambda a: a.scorer)
 @pytest.mark.parametrize("schedule", sorted(NAMES))
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
-def test_the_merge_is_the_same_on_one_to_eight_ranks(layout: str, schedule: str) -> None:
+def test_the_merge_is_the_same_on_one_to_eight_ranks(schedule: str, ask: Ask) -> None:
     source = torch.Generator().manual_seed(0)
     metric = torch.randn(7, 5, generator=source)[torch.randint(7, (2, 29), generator=source)]
-    for ask in (Ask(0.4), Ask(0.4, scorer="energy"), Ask(None, 0.5, "random", seed=1)):
-        wanted = Merge.of(torch.tensor(expected(metric, unprotected(metric), ask)), sees_all="").digest
-        for world in range(1, 9):
-            found = whole_matching(metric, unprotected(metric), LAYOUTS[layout](29, world), ask, schedule)
-            assert {merge.digest for merge in found} == {wanted}
+    wanted = Merge.of(torch.tensor(expected(metric, unprotected(metric), ask))).digest
+    for world, layout in zip(range(1, 9), cycle(["contiguous", "striped", "zigzag"]), strict=False):
+        found = whole_matching(metric, unprotected(metric), LAYOUTS[layout](29, world), ask, schedule)
+        assert {merge.digest for merge in found} == {wanted}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_schedules_that_cut_blocks_find_the_same(world: int) -> None:
+    metric = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))[torch.arange(46).view(2, 23) * 7 % 5]
+    layout, ask = LAYOUTS["zigzag"](23, world), Ask(0.3, scorer="energy")
+    wanted = expected(metric, unprotected(metric), ask)
+    for name, schedule in schedules(world).items():
+        found = whole_matching(metric, unprotected(metric), layout, ask, schedule)
+        assert [merge.into.tolist() for merge in found] == [wanted] * world, name
+
+
+def test_a_share_of_the_rows_is_the_same_number_in_a_window_as_in_the_sequence() -> None:
+    metric, layout = torch.ones(1, 100, 2), LAYOUTS["contiguous"](100, 2)
+    for remove, merged in ((0.29, 28), (0.5, 50), (0.07, 7), (0.005, 0)):  # 100 * 0.29 is a little less than 29
+        found = [windowed(metric, unprotected(metric), layout, 100, (), Ask(remove))[0]]
+        found += whole_matching(metric, unprotected(metric), layout, Ask(remove), "ring")
+        assert {merge.counts for merge in found} == {(100 - merged,)}
 
 
 def test_matching_goes_by_cosines_and_not_by_their_whole_numbers_only() -> None:

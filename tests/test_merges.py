@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,12 +19,13 @@ from ringattn.comm.simulated import Simulated
 from ringattn.compress import Merge, grid, segments, windows
 from ringattn.compress.ask import Ask
 from ringattn.compress.chance import uniform
-from ringattn.compress.placement import Placement, crosses, edges, even, over_slots, seen, stay
-from ringattn.compress.route import Route, down, held, up
+from ringattn.compress.placement import Placement, crosses, edges, even, is_causal, over_slots, seen, stay, untimely
+from ringattn.compress.route import Route, down, up
 from ringattn.compress.similar import in_windows
 from ringattn.compress.tell import told
 from ringattn.compress.units import ONE, SAME, similarity, units
 from ringattn.layout import LAYOUTS, Layout, Span
+from ringattn.sharding import held
 
 Groups = list[list[int]]
 
@@ -161,14 +162,19 @@ CUTS = st.one_of(st.just(()), st.lists(st.integers(0, 23), max_size=5).map(lambd
 @given(st.integers(1, 30), CUTS, st.sets(st.integers(0, 22)))
 def test_windows_are_so_many_rows_each_anew_in_every_document_and_without_the_protected(factor, cuts, apart) -> None:
     expected: Groups = [[row] for row in apart]
+    decided = {row: row for row in apart}
     for begin, end in pairwise(cuts or (0, 23)):
         for first in range(begin, end, factor):
             rows = [row for row in range(first, min(first + factor, end)) if row not in apart]
             expected += [rows] if rows else []
+            full_end = first + factor if end == 23 else min(first + factor, end)  # where the sequence ends is no end
+            decided |= dict.fromkeys(rows, full_end - 1)
     protected = torch.tensor([row in apart for row in range(23)]) if apart else None
     merge = windows(23, factor, protected=protected, cu_seqlens=cuts, batch=2)
     assert groups(merge, 0) == groups(merge, 1) == sorted(expected, key=lambda rows: rows[-1])
     assert not merge.sees_all
+    for rows in expected:
+        assert merge.ready[0, rows[-1]] == max(decided[row] for row in range(rows[-1] + 1))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 3))
@@ -233,6 +239,10 @@ CAUSAL = {
     "similar, then windows": lambda v: then_windows(by_similarity(v, "energy", 0.3)),
     "windows, then windows": lambda v: then_windows(windows(len(v), 2), 3),
     "windows, then windows, then windows": lambda v: then_windows(then_windows(windows(len(v), 2), 2), 2),
+    "deleted, then windows": lambda v: then_windows(deleting(v)),
+    "deleted, then windows, then windows": lambda v: then_windows(then_windows(deleting(v), 3)),
+    "deleted, then segments": lambda v: deleting(v).then(segments(v[v > 2] > 3)) if max(deleting(v).counts) else deleting(v),
+    "deleted, then deleted": lambda v: then_deleting(deleting(v), v % 2 * 5) if max(deleting(v).counts) else deleting(v),
     "windows, then deleted": lambda v: then_deleting(windows(len(v), 2), v),
     "similar, then deleted": lambda v: then_deleting(by_similarity(v, "alternate"), v),
     "segments, then windows, then deleted": lambda v: then_deleting(then_windows(segments(v < 2)), v),
@@ -260,6 +270,16 @@ def test_sequences_that_are_equal_up_to_a_row_are_known_alike_up_to_there(policy
             assert known(a, at) == known(b, at)
 
     run()
+
+
+@given(changed())
+def test_sequences_of_a_batch_with_other_numbers_of_groups_are_known_alike_too(drawn: tuple[Tensor, Tensor, int]) -> None:
+    kept = torch.stack(drawn[:2]) > 2
+    first = Merge.of(torch.arange(kept.shape[1]).where(kept, -1))
+    assume(max(first.counts))
+    merge = first.then(windows(max(first.counts), 2))
+    for at in range(drawn[2] + 1):
+        assert known(merge, at, 0) == known(merge, at, 1)
 
 
 @pytest.mark.parametrize("policy", ["similar", "similar, energy", "segments that end before a word"])
@@ -358,10 +378,10 @@ def layouts(draw: st.DrawFn, length: int) -> Layout:
     return Layout("dealt", shards)
 
 
-@given(st.data(), merges(), st.integers(1, 5), st.booleans())
-def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, merge, bucket, is_even) -> None:
+@given(st.data(), merges(), st.integers(1, 5), st.booleans(), st.lists(st.integers(0, 14), max_size=3))
+def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, merge, bucket, is_even, apart) -> None:
     layout = data.draw(layouts(merge.seq_len))
-    placement = (even if is_even else stay)(merge, layout, bucket)
+    placement = (even if is_even else stay)(merge, layout, bucket, apart)
     room = placement.layout.length
     placement.layout.validate(room)
     assert 1 <= room <= merge.seq_len and placement.layout.world == layout.world
@@ -378,7 +398,9 @@ def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, 
     if is_even:
         named = {name: make(room, layout.world) for name, make in LAYOUTS.items()}
         assert placement.layout == named.get(layout.name, named["contiguous"])
-        assert room == min(-(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len)
+        assert any(0 < row < merge.seq_len for row in apart) or room == min(
+            -(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len
+        )
 
 
 def test_counts_are_rounded_up_run_by_run_and_never_above_the_rows() -> None:
@@ -461,18 +483,46 @@ def test_stripes_cannot_stay() -> None:
     stay(windows(2, 2), LAYOUTS["striped"](2, 2))  # a row each is no stripe
 
 
-@given(merges(batch=1), st.lists(st.integers(0, 14), max_size=4), st.booleans())
-def test_a_group_across_documents_is_found(merge: Merge, cuts: list[int], is_causal: bool) -> None:
-    mask = mask_for((cuts, is_causal), merge.seq_len)
-    bounds = [0, *sorted(min(cut, merge.seq_len) for cut in cuts), merge.seq_len]
-    document = [sum(cut <= row for cut in bounds[:-1]) for row in range(merge.seq_len)]
-    apart = [row for rows in groups(merge) for row in rows if document[row] != document[rows[-1]]]
-    assert crosses(merge, mask) == (min(apart) if apart else None)
+@given(merges(), MASKS, st.sampled_from([full(), causal(), prefix_lm(3), prefix_lm(9)]))
+def test_a_row_that_the_last_of_its_group_does_not_see_is_found(merge: Merge, drawn, other: Mask) -> None:
+    mask = mask_for(drawn, merge.seq_len) & other
+    apart = [
+        row
+        for one in range(merge.batch)
+        for rows in groups(merge, one)
+        for row in rows
+        if row != rows[-1] and not mask.keeps(rows[-1], row)
+    ]
+    assert crosses(merge, mask) == min(apart, default=None)
 
 
-@given(MASKS, st.integers(1, 15))
-def test_what_a_mask_keeps_is_seen(drawn: Mask | tuple[list[int], bool], length: int) -> None:
-    mask = mask_for(drawn, length)
+@settings(max_examples=300)
+@given(merges(batch=1), st.one_of(MASKS, st.builds(sliding_window, st.integers(0, 4), st.integers(0, 4))))
+def test_a_group_that_is_shown_before_it_is_ready_is_found(merge: Merge, drawn) -> None:
+    """A row before it may see the group, and not the row at which it is known what the group is."""
+    mask, last = mask_for(drawn, merge.seq_len), [rows[-1] for rows in groups(merge)]
+    ready = {row: merge.ready[0, row].item() for row in last}
+    shown = [row for row in last if any(mask.keeps(t, row) and not mask.keeps(t, ready[row]) for t in range(row))]
+    found = untimely(merge, mask)
+    if is_causal(mask) and not mask.bounds:
+        assert not shown or found is not None
+        assert found is None or ready[found] > found
+    else:
+        assert found is None
+
+
+@pytest.mark.parametrize(("mask", "late"), [(prefix_lm(4), (0, 0, 0, 1, 5)), (sliding_window(9, 2), (0, 0, 1, 0, 5))])
+def test_groups_are_untimely_from_the_first_row_on_that_is_not_shown_with_them(mask: Mask, late: tuple[int, ...]) -> None:
+    where = torch.arange(5)
+    first = next(n for n in range(5) if late[n])
+    assert untimely(Merge.of(where, decided=where + torch.tensor(late)), mask) == first
+    assert untimely(Merge.of(where, decided=torch.tensor([3, 3, 3, 3, 9])), prefix_lm(4)) is None
+    assert untimely(Merge.of(where), mask) is None
+
+
+@given(MASKS, st.sampled_from([full(), causal(), prefix_lm(3), sliding_window(2, 1), sliding_window(0)]), st.integers(1, 15))
+def test_what_a_mask_keeps_is_seen(drawn: Mask | tuple[list[int], bool], other: Mask, length: int) -> None:
+    mask = mask_for(drawn, length) & other
     row, key = torch.meshgrid(torch.arange(length), torch.arange(length), indexing="ij")
     expected = [[mask.keeps(q, k) for k in range(length)] for q in range(length)]
     assert seen(mask, row, key).tolist() == expected
@@ -503,7 +553,6 @@ def test_rows_go_up_into_their_slots_and_down_again_and_bytes_are_those_that_mov
     expected = Counter((a, b) for a, b, *_ in moved if a != b)
     expected = {link: 24 * count for link, count in expected.items()}
     assert transport.bytes_sent == expected
-    assert [route.is_local for route in routes] == [not any(rank in link for link in expected) for rank in range(world)]
     backs = down(routes, [y[:, own] for own in cells], transport)
     both_ways = {link: expected.get(link, 0) + expected.get(link[::-1], 0) for link in transport.bytes_sent}
     assert transport.bytes_sent == both_ways, "down takes as much, the other way"

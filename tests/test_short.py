@@ -27,6 +27,7 @@ from ringattn import (
     positions,
     prefix_lm,
     shard,
+    sliding_window,
 )
 from ringattn.comm.simulated import Simulated
 from ringattn.compress import Merge, Pay, RateController, Short, bipartite, shorten, similar, windows
@@ -293,7 +294,8 @@ def test_loss_and_gradients_are_the_same_on_any_number_of_ranks(world):
     expected = [learned(policy, 1, "stay", training) for policy, _, training in STEPS]
     for of_rank in run_ranks(world, all_learned, world):
         for step, found, meant in zip(STEPS, of_rank, expected, strict=True):
-            assert worst(tuple(map(torch.from_numpy, found)), meant) < 1e-11, step
+            # A parameter's gradient gathers 82 rows where attention gathers a few dozen keys, through four blocks.
+            assert worst(tuple(map(torch.from_numpy, found)), meant) < 4 * EXACT, step
 
 
 def test_the_controller_weighs_deletion_by_the_error_of_its_rate_and_what_has_gathered():
@@ -468,3 +470,12 @@ def test_nothing_hangs_on_where_a_sequence_ends():
             plan = make_plan(length, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring")
             found.append(model(tokens_of()[:, :length], plan)[:, :30])
         assert (found[0] - found[1]).abs().max() < EXACT, policy
+
+
+def test_a_window_in_both_directions_shows_nothing_before_it_is_decided():
+    mask = documents((0, 8), causal=False) & sliding_window(4, 4)
+    late = Merge.of(torch.tensor([0, 0, 2, 2, 4, 4, 6, 6]), decided=torch.tensor([1, 1, 3, 3, 7, 7, 7, 7]))
+    with pytest.raises(InputError, match="the group at row 5 is known at row 7"):
+        shorten(late, make_plan(8, world=1, schedule="ring", mask=mask, **HEADS), schedule="ring")
+    whole = make_plan(7, world=1, schedule="ring", mask=prefix_lm(7), **HEADS)  # whose prefix is all there is
+    assert shorten(windows(7, 2), whole, schedule="ring").plan.seq_len == 4

@@ -117,7 +117,7 @@ def trained(config: Config, variant: str, seed: int) -> dict[str, Any]:
             cpu += time.process_time() - cpu - now["cpu"]
     short = model.short.plan if isinstance(model, MergingDecoder) and model.short else None
     used = step_flops(shape, plan, short, how) / step_flops(shape, plan, None, None)
-    kept = sum(model.short.merge_data.counts) / config.seq_len if isinstance(model, MergingDecoder) and model.short else 1.0
+    kept = sum(model.short.groups.counts) / config.seq_len if isinstance(model, MergingDecoder) and model.short else 1.0
     print(variant, seed, curve[-1], f"evaluation needs {used:.2f} of the operations, {kept:.2f} of the rows", flush=True)
     return dict(variant=variant, seed=seed, curve=curve, evaluation_flops=used, kept=kept)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ringattn.compress.merge import Merge
-from ringattn.compress.placement import Placement, edges, even, over_slots, stay
+from ringattn.compress.placement import Placement, edges, even, in_stripes, over_slots, stay
 from ringattn.compress.route import homes
 from ringattn.cost import ITEMSIZE, price, transfer_seconds
 from ringattn.errors import InputError
@@ -45,7 +45,7 @@ def placed(merge: Merge, plan: Plan, layout: str, bucket: int, pay: Pay, choices
     if layout not in ("auto", "stay", "even"):
         raise InputError(f"layout={layout!r}; choose auto, stay or even")
     inner = edges(plan.mask, plan.seq_len) if merge.batch > 1 else ()  # one sequence is in line with itself
-    if layout == "even" or (layout == "auto" and _in_stripes(plan)):
+    if layout == "even" or (layout == "auto" and in_stripes(plan.layout)):
         return _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
     staying, placement = _plan(merge, plan, stay(merge, plan.layout, bucket, inner), choices)
     rows = [staying.rows(rank) for rank in range(plan.world)]
@@ -71,10 +71,6 @@ def _plan(merge: Merge, plan: Plan, placement: Placement, choices: Mapping[str, 
     mask = over_slots(plan.mask, merge, placement)
     made = make_plan(placement.layout.length, **taken_over, mask=mask, layout=placement.layout, **choices)
     return made, placement
-
-
-def _in_stripes(plan: Plan) -> bool:
-    return any(span.stride > 1 and span.length > 1 for shard in plan.layout.shards for span in shard)
 
 
 def _layers(plan: Plan, topology: Topology, pay: Pay, passes: Sequence[bool]) -> float:

@@ -24,10 +24,10 @@ from ringattn.compress.ask import Ask, asked
 from ringattn.compress.matching import Best, Energy, Matching, meet, plan_for
 from ringattn.compress.merge import Merge
 from ringattn.compress.pairing import A, B, alternate, by_chance, by_energy, chosen
-from ringattn.compress.route import held
 from ringattn.compress.tell import told
 from ringattn.compress.units import NONE, units
 from ringattn.layout import Layout
+from ringattn.sharding import held
 
 SEES_ALL = (
     "bipartite() decides with all of the sequence in view, so even which rows merge tells of later ones; use "
@@ -52,9 +52,8 @@ def bipartite(
     """In the whole sequence the most similar rows become one; refused under a causal mask. Collective.
 
     Args:
-        metric, layout, remove, threshold, protected, scorer, margin, seed, layer, group: as in `similar`, with the whole
-        sequence
-            for a window.
+        metric, layout, remove, threshold, protected, scorer, margin, seed, layer, group: as in `similar`, where the whole
+            sequence is one window.
         schedule: by which rows meet: ring, token_ring, mesh or all_gather.
 
     Returns:

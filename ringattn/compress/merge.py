@@ -46,8 +46,8 @@ class Merge:
 
         Args:
             labels: int64 (batch, seq_len) or (seq_len,), any numbers below seq_len; rows with a negative one are deleted.
-            decided: int64, the same shape: the position at which it is decided what becomes of this row; its own by default. A
-                group is ready where its last row stands and all of its rows are decided.
+            decided: int64, the same shape: the position at which it is decided what becomes of this row; its own by default,
+                and seq_len or more where it never is within this sequence.
             sees_all: see `Merge`.
 
         Raises:
@@ -59,13 +59,8 @@ class Merge:
         batch, seq_len = labels.shape
         where = torch.arange(seq_len, device=labels.device).expand(batch, seq_len)
         slots = labels.where(labels >= 0, seq_len)  # what is deleted goes to a group of its own, which is then forgotten
-
-        def latest(positions: Tensor) -> Tensor:
-            """For each row the largest of `positions` in its group."""
-            ends = torch.full((batch, seq_len + 1), DELETED, device=labels.device)
-            return ends.scatter_reduce(1, slots, positions, "amax").gather(1, slots)
-
-        into = latest(where).where(labels >= 0, DELETED)
+        ends = torch.full((batch, seq_len + 1), DELETED, device=labels.device).scatter_reduce(1, slots, where, "amax")
+        into = ends.gather(1, slots).where(labels >= 0, DELETED)
         # What is decided about a row before may tell of this one, so nothing is known earlier than what stands before it.
         ready = where if decided is None else torch.maximum(decided, where).cummax(1).values
         return Merge(into, ready, sees_all)
@@ -109,6 +104,9 @@ class Merge:
 
     def then(self, after: Merge) -> Merge:
         """Both in a row as one: `after` merges the groups of this one, which are numbered as in `numbers`.
+
+        Under a causal mask windows of `after` should not begin anew inside the sequence if this one deletes: a window that is
+        cut short there would tell that nothing more of its document was kept.
 
         Raises:
             InputError: `after` is for another batch, or for another number of rows than there are groups here.

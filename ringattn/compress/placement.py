@@ -48,7 +48,7 @@ def stay(merge: Merge, layout: Layout, bucket: int = 1, edges: Sequence[int] = (
 
     edges: rows at which a mask changes: what stands before and behind lies apart in all sequences of the batch.
     """
-    if any(span.stride > 1 and span.length > 1 for shard in layout.shards for span in shard):
+    if in_stripes(layout):
         raise InputError(
             f"layout {layout.name!r} holds every {layout.world}th row, and groups that stay keep their order only where rows "
             'lie in runs; use a contiguous or zigzag layout, or layout="even"'
@@ -69,6 +69,11 @@ def even(merge: Merge, layout: Layout, bucket: int = 1, edges: Sequence[int] = (
     runs = _runs(merge, {0, *edges}, bucket)
     name = layout.name if layout.name in LAYOUTS else "contiguous"
     return _placement(merge, LAYOUTS[name](sum(runs.rooms), layout.world), runs)
+
+
+def in_stripes(layout: Layout) -> bool:
+    """Whether some rank holds rows that are not next to each other, one by one."""
+    return any(span.stride > 1 and span.length > 1 for shard in layout.shards for span in shard)
 
 
 class _Runs(NamedTuple):
@@ -166,12 +171,11 @@ def crosses(merge: Merge, mask: Mask) -> int | None:
 
 def untimely(merge: Merge, mask: Mask) -> int | None:
     """Where a group stands that some row sees before it is ready, as rows of a prefix see all of it. None if there is none."""
-    if not is_causal(mask) or mask.bounds:
-        return None
     where = torch.arange(merge.seq_len, device=merge.into.device)
     early = torch.zeros_like(merge.leads)
-    for r in mask.rects:
-        if r.band.right > 0:
+    for r in mask.rects if is_causal(mask) else ():
+        ahead, all_there_is = r.band.right > 0, r.band.right >= END and r.k_stop >= merge.seq_len
+        if ahead and not all_there_is:
             known_by = r.k_stop if r.band.right >= END else where + 1
             early |= (where >= r.k_start) & (where < r.k_stop) & (merge.ready >= known_by)
     return _first(early & merge.leads)

@@ -22,6 +22,7 @@ from ringattn.comm.rows import swap
 from ringattn.comm.transport import Transport
 from ringattn.layout import Layout
 from ringattn.partial import accum_dtype
+from ringattn.sharding import held
 
 
 class Home(NamedTuple):
@@ -31,21 +32,15 @@ class Home(NamedTuple):
     row: Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # each holds two numbers a row, and where merging goes by content there is a new one in every step
 def homes(layout: Layout) -> Home:
+    """Where every position of `layout` is."""
     found = Home(*torch.empty(2, layout.length, dtype=torch.int64))
     for rank in range(layout.world):
         own = held(layout, rank)
         found.rank[own] = rank
         found.row[own] = torch.arange(len(own))
     return found
-
-
-@lru_cache(maxsize=64)
-def held(layout: Layout, rank: int) -> Tensor:
-    """The positions that `rank` holds, in its order: int64 (rows,)."""
-    spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in layout.shards[rank]]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
 
 
 class Route:
@@ -74,12 +69,6 @@ class Route:
         of_batch, slot = parcels // room % batch, parcels % room
         self.target = of_batch * self.slots + slot_home.row[slot]
         self.taken = torch.bincount(parcels // (batch * room), minlength=world).tolist()
-
-    @property
-    def is_local(self) -> bool:
-        """Whether this rank exchanges nothing with others."""
-        peers = [counts[: self.rank] + counts[self.rank + 1 :] for counts in (self.sent, self.taken)]
-        return not any(map(any, peers))
 
 
 def up(routes: Sequence[Route], rows: Sequence[Tensor], transport: Transport) -> list[Tensor]:

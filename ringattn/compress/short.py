@@ -27,10 +27,11 @@ from ringattn.comm.p2p import P2P
 from ringattn.compress.balance import Pay, placed
 from ringattn.compress.merge import Merge
 from ringattn.compress.placement import Placement, crosses, is_causal, seen, untimely
-from ringattn.compress.route import Route, down, held, up
+from ringattn.compress.route import Route, down, up
 from ringattn.errors import InputError
 from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
+from ringattn.sharding import held
 
 How = Literal["mean", "sum", "last"]
 
@@ -42,10 +43,11 @@ class Short:
     Attributes:
         plan: for attention over the groups; `plan.rows(rank)` slots on each rank, empty ones included.
         full: the plan of the rows.
-        merge_data: what is merged.
+        groups: what is merged.
+        placement: in which slot of which rank each group lies.
     """
 
-    merge_data: Merge
+    groups: Merge
     full: Plan
     plan: Plan
     placement: Placement
@@ -68,7 +70,7 @@ class Short:
             InputError: x or weights do not fit the plan. Raised on every rank.
             MismatchError: ranks came with different merges, shapes or arguments. Raised on every rank.
         """
-        batch, rows = self.merge_data.batch, self.full.rows(self.rank)
+        batch, rows = self.groups.batch, self.full.rows(self.rank)
         problem = self._misfit("x", x, rows)
         if problem is None and how not in ("mean", "sum", "last"):
             problem = f"how={how!r}; choose mean, sum or last"
@@ -77,7 +79,7 @@ class Short:
         group = self._agree("merge", problem, x, how=how, weights=weights is not None)
         flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
         if how == "last":
-            flat = flat.where(self._own(self.merge_data.leads).unsqueeze(-1), 0)
+            flat = flat.where(self._own(self.groups.leads).unsqueeze(-1), 0)
         elif weights is not None:
             flat = flat.to(accum_dtype(x.dtype))
             flat = torch.cat([flat * weights.unsqueeze(-1), weights.unsqueeze(-1)], dim=-1)
@@ -105,7 +107,7 @@ class Short:
     @cached_property
     def sizes(self) -> Tensor:
         """int64 (batch, slots): rows in each of this rank's groups; 0 in a slot that is empty."""
-        slots = self.placement.of(self.merge_data.numbers)
+        slots = self.placement.of(self.groups.numbers)
         whole = torch.zeros(slots.shape[0], self.plan.seq_len + 1, dtype=torch.int64, device=slots.device)
         whole.scatter_add_(1, slots.where(slots >= 0, self.plan.seq_len), torch.ones_like(slots))
         return whole[:, held(self.plan.layout, self.rank).to(slots.device)]
@@ -118,11 +120,11 @@ class Short:
     @cached_property
     def is_even(self) -> bool:
         """Whether all groups of all ranks have one size and no slot is empty: a key bias then changes nothing."""
-        counts = torch.zeros_like(self.merge_data.into).scatter_add(
-            1, self.merge_data.into.clamp(min=0), (self.merge_data.into >= 0).long()
+        counts = torch.zeros_like(self.groups.into).scatter_add(
+            1, self.groups.into.clamp(min=0), (self.groups.into >= 0).long()
         )
-        sizes = counts[self.merge_data.leads]
-        return set(self.merge_data.counts) == {self.plan.seq_len} and int(sizes.min()) == int(sizes.max())
+        sizes = counts[self.groups.leads]
+        return set(self.groups.counts) == {self.plan.seq_len} and int(sizes.min()) == int(sizes.max())
 
     @cached_property
     def positions(self) -> Tensor:
@@ -132,13 +134,13 @@ class Short:
 
     @cached_property
     def _to_groups(self) -> Route:
-        return self._route(self.merge_data.numbers)
+        return self._route(self.groups.numbers)
 
     @cached_property
     def _from_groups(self) -> Route:
         if not is_causal(self.full.mask):
             return self._to_groups
-        merge, known = self.merge_data, self.merge_data.latest
+        merge, known = self.groups, self.groups.latest
         here = torch.arange(merge.seq_len, device=known.device).expand_as(known)
         stands = self.placement.leaders.gather(1, self.placement.of(known).clamp(min=0))
         return self._route(known.where(seen(self.full.mask, here, stands), -1))
@@ -150,16 +152,16 @@ class Short:
         return whole[:, held(self.full.layout, self.rank).to(whole.device)]
 
     def _misfit(self, name: str, x: Tensor, rows: int) -> str | None:
-        expected = (self.merge_data.batch, rows)
+        expected = (self.groups.batch, rows)
         if tuple(x.shape[:2]) != expected:
             return f"{name} has shape {tuple(x.shape)}; rank {self.rank} has {expected} (batch, rows) here"
-        if x.device != self.merge_data.into.device:
-            return f"{name} is on {x.device} and the merge on {self.merge_data.into.device}; make both on this rank's device"
+        if x.device != self.groups.into.device:
+            return f"{name} is on {x.device} and the merge on {self.groups.into.device}; make both on this rank's device"
         return None
 
     def _agree(self, call: str, problem: str | None, x: Tensor, **said: object) -> Any:
         group, _ = group_and_rank(self.group, self.full.world)
-        fields = {"call": call, "merge": self.merge_data.digest, "plan": self.full.digest, "short plan": self.plan.digest}
+        fields = {"call": call, "merge": self.groups.digest, "plan": self.full.digest, "short plan": self.plan.digest}
         agree(group, fields | {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])} | said, problem)
         return group
 
@@ -182,7 +184,8 @@ def shorten(
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
         layout: "stay": every group on the rank of its last row; "even": as many on every rank; "auto": what costs less in all,
             see `balance`.
-        bucket: counts of slots are multiples of this. Where they depend on data, 64 or more lets plans be found again.
+        bucket: counts of slots are multiples of this. Where they depend on data, 64 or more lets plans be found again. In a
+            batch of several sequences it holds for every document of the mask: with short ones leave it at 1.
         pay: what "auto" reckons with; by default one layer of attention and nothing else.
         choices: more for `make_plan`: schedule, topology, ulysses, buffer_limit, training, partials.
 

@@ -22,11 +22,12 @@ from ringattn.comm.transport import Transport
 from ringattn.compress.ask import Ask, asked
 from ringattn.compress.merge import Merge
 from ringattn.compress.pairing import A, B, alternate, best, by_chance, by_energy, chosen, energies
-from ringattn.compress.route import Route, held, homes, up
+from ringattn.compress.route import Route, homes, up
 from ringattn.compress.tell import told
 from ringattn.compress.units import NONE, similarity, units
 from ringattn.compress.windows import runs, starts
 from ringattn.layout import Layout, Span, joined
+from ringattn.sharding import held
 
 
 def similar(

@@ -12,8 +12,8 @@ from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.comm.rows import everyone
 from ringattn.comm.transport import Transport
-from ringattn.compress.route import held
 from ringattn.layout import Layout
+from ringattn.sharding import in_order
 
 
 def tell(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
@@ -41,5 +41,5 @@ def told(found: Sequence[Tensor], layout: Layout, transport: Transport) -> list[
     """(batch, rows, ...) of every rank as (batch, seq_len, ...), on each rank that `transport` hosts."""
     counts = [layout.rows(rank) for rank in range(layout.world)]
     parts = everyone([own.transpose(0, 1).contiguous() for own in found], counts, transport)
-    order = torch.cat([held(layout, rank) for rank in range(layout.world)]).argsort().to(found[0].device)
+    order = in_order(layout).to(found[0].device)
     return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

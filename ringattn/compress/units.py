@@ -3,7 +3,7 @@
 Which rows merge hangs on comparing similarities, and ties are common (padding, repeated tokens). A matrix product in floating
 point gives other last bits for other shapes, so one process and eight ranks would merge different rows. Here a row's direction
 is rounded to whole numbers of at most 2^20; products of up to 4,096 of them are whole numbers below 2^53, which fp64 holds
-exactly: cosine similarity to six digits, and the same bits for every tiling, order, thread count and device.
+exactly: cosine similarity to 2e-5 or better, and the same bits for every tiling, order, thread count and device.
 """
 
 from __future__ import annotations

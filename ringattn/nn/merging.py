@@ -41,6 +41,7 @@ from ringattn.nn.config import DecoderConfig
 from ringattn.nn.decoder import Block, Decoder, Through
 from ringattn.nn.group import sum_over
 from ringattn.plan import Plan
+from ringattn.topology import Topology
 
 POLICIES = ("windows", "similar", "bipartite", "words", "gate")
 
@@ -62,7 +63,8 @@ class Merging:
     size_bias: whether keys weigh as many rows as were merged into them.
     protect: so many rows at the start of the sequence stay alone.
     layout, bucket: see `shorten`; bucket only where counts depend on data.
-    schedule: of attention over groups, for `make_plan`.
+    schedule, topology: of attention over groups, for `make_plan`. Where counts depend on data there are many plans: "auto"
+        takes seconds for each, a name milliseconds.
     """
 
     policy: Literal["windows", "similar", "bipartite", "words", "gate"]
@@ -80,6 +82,7 @@ class Merging:
     layout: Literal["auto", "stay", "even"] = "auto"
     bucket: int = 64
     schedule: str = "auto"
+    topology: Topology | str | None = None
     seed: int = 0
 
     def check(self, config: DecoderConfig) -> None:
@@ -182,11 +185,8 @@ class MergingDecoder(Decoder):
         pay = Pay(
             m.last - m.first, len(x), config.dim, 2.0 * config.dim * (2 * heads * config.head_dim + 3 * config.hidden_dim)
         )
-        bucket, topology = (1 if static else m.bucket), ("cpu" if x.device.type == "cpu" else None)
-        merge = self._merge(x, g, through)
-        short = shorten(
-            merge, plan, group=group, layout=m.layout, bucket=bucket, pay=pay, schedule=m.schedule, topology=topology
-        )
+        merge, choices = self._merge(x, g, through), dict(schedule=m.schedule, topology=m.topology)
+        short = shorten(merge, plan, group=group, layout=m.layout, bucket=1 if static else m.bucket, pay=pay, **choices)
         if static:
             self._kept = {key: short}
         return short
