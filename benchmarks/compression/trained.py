@@ -1,14 +1,14 @@
 r"""Small models trained from scratch at equal compute, with and without merging: what merging buys or costs once it is learned.
 
     OMP_NUM_THREADS=1 python benchmarks/compression/trained.py
-    OMP_NUM_THREADS=1 python benchmarks/compression/trained.py --task masked --data genome.fa --seq-len 512 --seeds 2 \
+    OMP_NUM_THREADS=1 python benchmarks/compression/trained.py --task masked --seq-len 512 \
         --variants none "windows 2" similar "similar, energy" bipartite --json masked.json --plot masked.png
 
-`next` predicts the next byte of the main job's text; `masked` reconstructs masked bases of a genome (FASTA) from both sides,
-with local windows merged and unmerged, as MergeDNA does (https://arxiv.org/abs/2511.14806). Every run ends when it has used
-the floating-point operations that the model without merging needs for `--steps` steps: they are counted in closed form,
-forward and twice that backward, with the short plan where the sequence is short. Each finished run is a line of `--json`, so
-that an interrupted job goes on. Evaluated on text that is never trained on.
+`next` predicts the next byte of the main job's text; `masked` reconstructs masked bytes from both sides, or masked bases of a
+genome (`--data genome.fa`), with local windows merged and unmerged, as MergeDNA does (https://arxiv.org/abs/2511.14806). Every
+run ends when it has used the floating-point operations that the model without merging needs for `--steps` steps: they are
+counted in closed form, forward and twice that backward, with the short plan where the sequence is short. Each finished run is a
+line of `--json`, so that an interrupted job goes on. Evaluated on text that is never trained on.
 
 Bytes are those that the busiest of 4 ranks would send in attention by TokenRing, counted from the plan. Wall time is that of
 one core beside whatever else the machine does. What this does not show: what becomes of it in large models and long training.
@@ -51,7 +51,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "similar, energy": dict(policy="similar", window=16, remove=0.5, scorer="energy"),
     "bipartite": dict(policy="bipartite", remove=0.5),
 }
-MASK = 4  # stands where a base is to be found
 BASES = {ord(c): n for n, c in enumerate("ACGT")}
 
 
@@ -61,7 +60,7 @@ class Config:
 
     task: Literal["next", "masked"] = "next"
     data: tuple[Path, ...] = ()
-    """Text, or one FASTA file for `masked`; by default the Python standard library's own sources."""
+    """Text, or one FASTA file (.fa); by default the Python standard library's own sources."""
     variants: tuple[str, ...] = ("none", "windows 2", "similar", "gate")
     seeds: int = 3
     steps: int = 120
@@ -70,6 +69,15 @@ class Config:
     lr: float = 4e-3
     json: Path = Path("benchmarks/results/compression_trained.json")
     plot: Path = Path("docs/compression_trained.png")
+
+    @property
+    def genome(self) -> bool:
+        return any(path.suffix == ".fa" for path in self.data)
+
+    @property
+    def symbols(self) -> int:
+        """Bytes or bases; one more stands where a symbol is to be found."""
+        return 4 if self.genome else 256
 
 
 def main(config: Config) -> None:
@@ -85,14 +93,12 @@ def main(config: Config) -> None:
 
 def trained(config: Config, variant: str, seed: int) -> dict[str, Any]:
     """One run: its curve, and what it has cost."""
-    shape = DecoderConfig(256 if config.task == "next" else 5, 128, 4, 4, 4, 32, 384)
+    shape = DecoderConfig(config.symbols + (config.task == "masked"), 128, 4, 4, 4, 32, 384)
     plan = _plan(config.seq_len, config.task, 1)
     torch.manual_seed(seed)
     how = VARIANTS[variant]
     model = Decoder(shape) if how is None else MergingDecoder(shape, Merging(**how, **MERGED))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    if isinstance(model, MergingDecoder) and how and how["policy"] == "gate":
-        model.controller.kp, model.controller.ki = 2.0, 0.01  # the paper's are for runs a thousand times as long
     text, held_out = _text(config)
     budget = config.steps * step_flops(shape, plan, None, None)
     spent, curve, step, sent = 0.0, [], 0, 0
@@ -112,12 +118,12 @@ def trained(config: Config, variant: str, seed: int) -> dict[str, Any]:
         sent += _sent(config, shape, short)
         if step % 20 == 0 or spent >= budget:
             now = dict(step=step, flops=spent, seconds=time.perf_counter() - begin, cpu=time.process_time() - cpu, sent=sent)
-            curve.append(now | dict(bits=_evaluated(model, held_out, config, plan)))
+            bits, kept = _evaluated(model, held_out, config, plan)
+            curve.append(now | dict(bits=bits))
             begin += time.perf_counter() - begin - now["seconds"]  # evaluation costs nothing
             cpu += time.process_time() - cpu - now["cpu"]
     short = model.short.plan if isinstance(model, MergingDecoder) and model.short else None
     used = step_flops(shape, plan, short, how) / step_flops(shape, plan, None, None)
-    kept = sum(model.short.groups.counts) / config.seq_len if isinstance(model, MergingDecoder) and model.short else 1.0
     print(variant, seed, curve[-1], f"evaluation needs {used:.2f} of the operations, {kept:.2f} of the rows", flush=True)
     return dict(variant=variant, seed=seed, curve=curve, evaluation_flops=used, kept=kept)
 
@@ -160,7 +166,7 @@ def _plan(seq_len: int, task: str, world: int) -> Plan:
 
 def _text(config: Config) -> tuple[Tensor, Tensor]:
     """What is trained on, and the last twentieth, which is not."""
-    if config.task == "next":
+    if not config.genome:
         text = read_corpus(config.data).long()
     else:
         (fasta,) = config.data
@@ -178,24 +184,26 @@ def _example(text: Tensor, config: Config, seed: int, step: int) -> tuple[Tensor
 
 
 def _posed(tokens: Tensor, config: Config, source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens and targets; for `masked` 15 % of the bases are hidden, and only these are asked for."""
+    """Tokens and targets; for `masked` 15 % of the symbols are hidden, and only these are asked for."""
     if config.task == "next":
         return tokens, shift_labels(tokens)
     hidden = torch.rand(tokens.shape, generator=source) < 0.15
-    return tokens.masked_fill(hidden, MASK), tokens.masked_fill(~hidden, -100)
+    return tokens.masked_fill(hidden, config.symbols), tokens.masked_fill(~hidden, -100)
 
 
 @torch.no_grad()
-def _evaluated(model: Decoder, text: Tensor, config: Config, plan: Plan, count: int = 16) -> float:
-    """Bits per byte or base, over windows of the text that is held out. Gates are hard here."""
+def _evaluated(model: Decoder, text: Tensor, config: Config, plan: Plan, count: int = 16) -> tuple[float, float]:
+    """Bits per byte or base and the share of rows kept, over windows of the text that is held out. Gates are hard here."""
     model.eval()
     starts = torch.linspace(0, len(text) - config.seq_len, count).long().tolist()
-    losses = []
+    losses, kept = [], []
     for n, start in enumerate(starts):
         asked = _posed(text[None, start : start + config.seq_len], config, torch.Generator().manual_seed(n))
         losses.append(model.loss(*asked, plan).item() / math.log(2))
+        short = model.short if isinstance(model, MergingDecoder) else None
+        kept.append(sum(short.groups.counts) / config.seq_len if short else 1.0)
     model.train()
-    return mean(losses)
+    return mean(losses), mean(kept)
 
 
 def report(config: Config, runs: list[dict[str, Any]]) -> None:
@@ -238,7 +246,7 @@ def draw(config: Config, runs: list[dict[str, Any]]) -> None:
                 axis.plot(*zip(*points, strict=True), color=color, linewidth=1.3, alpha=0.8, label=None if number else variant)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel("bits per byte" if config.task == "next" else "bits per base")
+    axes[0].set_ylabel("bits per base" if config.genome else "bits per byte")
     axes[0].legend(frameon=False)
     figure.savefig(config.plot, dpi=130)
 

@@ -57,15 +57,17 @@ def delete(keep: Tensor, layout: Layout, group: Group | None = None) -> Merge:
 class RateController(nn.Module):
     """How much mean(g) weighs in the loss so that the share of deleted rows goes to `target`: proportional and integral.
 
-    p <- 0.9 p + 0.1 kp error; i <- i + ki error; weight = max(0, p + i). Its state is part of the model's.
+    p <- smooth p + (1 - smooth) kp error; i <- i + ki error; weight = p + i. Its state is part of the model's. The weight is
+    negative where too much is deleted, and then the loss asks for rows back; the paper's, max(0, p + i) with smooth = 0.9, only
+    ever asks for more, and where the loss itself does not ask for rows back its rate overshoots and stays there.
     """
 
     p: Tensor
     i: Tensor
 
-    def __init__(self, target: float, kp: float = 0.5, ki: float = 1e-5) -> None:
+    def __init__(self, target: float, kp: float = 0.5, ki: float = 1e-5, smooth: float = 0.0) -> None:
         super().__init__()
-        self.target, self.kp, self.ki = target, kp, ki
+        self.target, self.kp, self.ki, self.smooth = target, kp, ki, smooth
         self.register_buffer("p", torch.zeros((), dtype=torch.float64))
         self.register_buffer("i", torch.zeros((), dtype=torch.float64))
 
@@ -73,6 +75,6 @@ class RateController(nn.Module):
         """The weight. deleted: the share of rows deleted over all ranks, a scalar. In training, a step of the controller."""
         if self.training:
             error = self.target - deleted.detach().double()
-            self.p.mul_(0.9).add_(0.1 * self.kp * error)
+            self.p.mul_(self.smooth).add_((1 - self.smooth) * self.kp * error)
             self.i.add_(self.ki * error)
-        return (self.p + self.i).clamp(min=0)
+        return self.p + self.i
