@@ -33,6 +33,7 @@ LAYERS = [
     ["functional", "measure"],
     ["compress"],
     ["nn", "runtime"],
+    ["integrations"],
     ["cli", "selftest"],
 ]
 PURE = [

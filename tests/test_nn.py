@@ -196,6 +196,16 @@ def test_loss_refuses_targets_of_another_shape():
         cross_entropy(torch.randn(1, 4, 17), torch.zeros(1, 5, dtype=torch.int64))
 
 
+def test_a_loss_whose_gradients_are_averaged_afterwards_has_larger_ones():
+    logits, targets = torch.randn(1, 4, 17, dtype=torch.float64, requires_grad=True), torch.tensor([[1, -100, 5, 16]])
+    losses = [cross_entropy(logits, targets, averaged_over=n) for n in (1, 3)]
+    grads = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    assert torch.equal(*losses)
+    torch.testing.assert_close(grads[1], 3 * grads[0], rtol=1e-15, atol=0)
+    with pytest.raises(InputError, match="averaged_over=0: counts ranks, 1 or more"):
+        cross_entropy(logits, targets, averaged_over=0)
+
+
 # On three ranks, one of which holds nothing
 
 UNEVEN = Layout("uneven", ((Span(2, 6),), (), (Span(0, 2), Span(8, 3))))

@@ -2,7 +2,8 @@
 
 Ranks hold different numbers of counted targets, so a mean of means would be wrong: sum and count are reduced separately.
 The value is the global mean on each rank; the gradient is that of this rank's own share, local sum / global count, so that the
-parameter gradients of all ranks have to be summed (`reduce_gradients`), not averaged.
+parameter gradients of all ranks have to be summed (`reduce_gradients`). Whoever averages them instead, as DDP and FSDP do, says
+over how many ranks, and the gradient is larger by that factor.
 
 Targets are shifted before the sequence is cut: the next token of a shard's last row usually lives on another rank.
 """
@@ -29,30 +30,38 @@ def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
     return F.pad(tokens[:, 1:], (0, 1), value=ignore_index)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, group: Group | None = None, ignore_index: int = IGNORE) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, group: Group | None = None, ignore_index: int = IGNORE, *, averaged_over: int = 1
+) -> Tensor:
     """Mean cross-entropy in nats over the rows of all ranks; collective over `group`.
 
     Args:
         logits: (..., vocab_size), this rank's rows; computed on in fp32 (fp64 stays fp64). May have no rows at all.
         targets: int64 (...), this rank's, shifted before sharding: `shard(shift_labels(tokens), plan)`.
-        group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
+        group: the process group or 1-D DeviceMesh whose ranks share the mean: those that hold the sequence, or these and all
+            replicas; the default group, if there is one, by default.
         ignore_index: targets with this value do not count. When none counts anywhere, the loss is 0 and so is its gradient.
+        averaged_over: 1 where the parameters' gradients are summed over `group`; where they are averaged, the number they are
+            divided by: with DDP or FSDP over all of `group` its size.
 
     Returns:
-        A scalar, the same on every rank. Its gradient is this rank's share: sum the parameters' gradients over `group`.
+        A scalar, the same on every rank. Its gradient is this rank's share, times `averaged_over`.
 
     Raises:
         InputError: targets do not fit the logits. Raised on every rank.
     """
     problem = None
-    if logits.shape[:-1] != targets.shape:
+    if averaged_over < 1:
+        problem = f"averaged_over={averaged_over}: counts ranks, 1 or more"
+    elif logits.shape[:-1] != targets.shape:
         problem = (
             f"targets has shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; it needs one entry per row of logits: "
             "shard both with the same plan"
         )
     process_group = reduction_group(group)
-    agree(process_group, {"loss": "cross_entropy"}, problem)
-    return mean_over(summed(logits, targets, ignore_index), (targets != ignore_index).sum(), process_group)
+    agree(process_group, {"loss": "cross_entropy", "averaged_over": averaged_over}, problem)
+    counted = (targets != ignore_index).sum()
+    return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over)
 
 
 def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tensor:
@@ -61,21 +70,24 @@ def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tenso
     return F.cross_entropy(rows, targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
 
-def mean_over(local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum of all sums / sum of all counts; backward gives `local_sum` the gradient 1 / sum of all counts."""
-    mean: Tensor = _MeanOver.apply(local_sum, local_count, group)
+def mean_over(local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None, averaged_over: int = 1) -> Tensor:
+    """Sum of all sums / sum of all counts; backward gives `local_sum` the gradient averaged_over / sum of all counts."""
+    mean: Tensor = _MeanOver.apply(local_sum, local_count, group, averaged_over)
     return mean
 
 
 class _MeanOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(
+        ctx: Any, local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None, averaged_over: int
+    ) -> Tensor:
         totals = torch.stack([local_sum.double(), local_count.double()])  # fp64 counts exactly up to 2^53
         total, count = sum_over(group, totals, "loss")
-        ctx.count = count.clamp(min=1)
-        mean: Tensor = (total / ctx.count).to(local_sum.dtype)
+        count = count.clamp(min=1)
+        ctx.share = averaged_over / count
+        mean: Tensor = (total / count).to(local_sum.dtype)
         return mean
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return (grad / ctx.count).to(grad.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return (grad * ctx.share).to(grad.dtype), None, None, None

@@ -1,0 +1,127 @@
+"""A batch as a single process would have it, cut for one rank, and what attention has to know of the whole beside it.
+
+A model on a rank sees its own rows only. Everything that hangs on the whole sequence is therefore settled before the cut:
+where rows stand, which documents they belong to, which keys are padding, and what comes after the last row (labels are shifted
+first). It travels to each attention layer as one object, `Shards`, which has a plan for whatever heads, dtype and window a
+layer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringattn.comm.group import Group
+from ringattn.errors import InputError
+from ringattn.functional import attention
+from ringattn.layout import Layout
+from ringattn.mask import Mask, causal, documents, sliding_window
+from ringattn.nn.loss import IGNORE, shift_labels
+from ringattn.plan import Plan
+from ringattn.planner import make_plan
+from ringattn.sharding import held
+from ringattn.topology import Topology
+
+
+@dataclass
+class Shards:
+    """A sequence on the ranks of `group`: how it is cut, and what its attention is.
+
+    mask: of the whole sequence, windows of single layers excepted.
+    key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
+    schedule, topology: for `make_plan`, which is asked once for each kind of layer.
+    """
+
+    layout: Layout
+    mask: Mask
+    group: Group | None = None
+    key_bias: Tensor | None = None
+    schedule: str = "auto"
+    topology: Topology | str | None = None
+    training: bool = True
+    plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)
+
+    def plan(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None) -> Plan:
+        """The plan of layers with these heads that see `window` keys each, the query's own included, or all before them."""
+        kind = (heads, kv_heads, head_dim, dtype, window)
+        if kind not in self.plans:
+            mask = self.mask if window is None else self.mask & sliding_window(window - 1)
+            self.plans[kind] = make_plan(
+                self.layout.length,
+                world=self.layout.world,
+                heads=heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
+                mask=mask,
+                layout=self.layout,
+                schedule=self.schedule,
+                topology=self.topology,
+                training=self.training,
+            )
+        return self.plans[kind]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
+        """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks."""
+        device = q.device.type
+        autocast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else q.dtype
+        plan = self.plan(q.shape[2], k.shape[2], q.shape[3], dtype, window)
+        out: Tensor = attention(q, k, v, plan, key_bias=self.key_bias, group=self.group, **options)
+        return out
+
+
+def documents_of(position_ids: Tensor) -> Mask:
+    """The causal mask of documents that are packed one behind another; a new one begins where positions do not go on by one.
+
+    position_ids: int64 (batch or 1, seq_len), whole. Raises `InputError` where the rows of a batch are packed differently.
+    """
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if (begins != begins[:1]).any():
+        raise InputError(
+            "position_ids: the sequences of this batch are packed differently, and one call has one mask; put one sequence "
+            "into each batch, or pack all documents into one long sequence"
+        )
+    starts = (begins[0].nonzero().flatten() + 1).tolist()
+    return documents((0, *starts, position_ids.shape[1])) if starts else causal()
+
+
+def padding_of(attention_mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
+    """key_bias (batch, seq_len), fp32, -inf on padding; None where nothing is padded. attention_mask: 1 or True is a token."""
+    tokens = attention_mask.bool()
+    if tokens.all():
+        return None
+    if position_ids is not None:
+        both = tokens[:, 1:] & tokens[:, :-1]
+        jumps = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & both
+        if jumps.any():
+            raise InputError(
+                "attention_mask has padding and position_ids begin anew between tokens: a batch is either padded or packed; "
+                "leave the padding out of a packed batch, or give each document a sequence of its own"
+            )
+    return torch.zeros(tokens.shape).masked_fill(~tokens.cpu(), float("-inf")).to(tokens.device)
+
+
+def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, Any], Tensor | None]:
+    """The rows of `rank` of every tensor (batch, seq_len, ...), and its targets if the batch has labels.
+
+    Positions are made where there are none, since a model that makes its own begins at 0 on every rank; padding is left out, it
+    is `Shards.key_bias`, and what stands on padding predicts nothing.
+    """
+    rows = held(layout, rank)
+    whole = {"position_ids": torch.arange(layout.length).unsqueeze(0)}
+    whole |= {name: value for name, value in batch.items() if name != "attention_mask" and value is not None}
+    if "labels" in whole:
+        whole["labels"] = shift_labels(whole["labels"], IGNORE)
+        if batch.get("attention_mask") is not None:  # left padding would be asked for the first token
+            whole["labels"] = whole["labels"].masked_fill(batch["attention_mask"] == 0, IGNORE)
+    device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+    own = {
+        name: value.to(device).index_select(1, rows.to(device)) if isinstance(value, Tensor) else value
+        for name, value in whole.items()
+    }
+    return own, own.pop("labels", None)

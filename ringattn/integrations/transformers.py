@@ -1,0 +1,270 @@
+"""Hugging Face transformers: `attn_implementation="ringattn"` for decoders whose attention goes through AttentionInterface.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="ringattn")
+    inputs, targets = shard_batch(batch, model.config, mesh)         # a batch as ever, the same on each rank
+    loss = cross_entropy(model(**inputs).logits, targets, mesh)      # ringattn.nn's: the exact mean over all ranks
+
+`inputs` carries a `Shards` through the model's keyword arguments to each layer, so nothing is kept between calls and recomputed
+layers find the same. The mask interface is registered as well: without it transformers hands no mask on, and padding would be
+dropped without a word. What shards cannot do (generate, dropout, masks of one's own, layers that carry a state along the
+sequence) is refused with what to do instead. Interfaces: https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.masking_utils import AttentionMaskInterface
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group, group_and_rank
+from ringattn.errors import InputError
+from ringattn.integrations.shards import Shards, cut, documents_of, padding_of
+from ringattn.layout import Layout
+from ringattn.mask import causal
+from ringattn.nn.group import reduction_group
+from ringattn.plan import Plan
+from ringattn.planner import make_plan
+from ringattn.topology import Topology
+
+NAME = "ringattn"
+SOFTMAX_ATTENTION = ("full_attention", "sliding_attention", "attention")
+TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
+
+
+class Seen(NamedTuple):
+    """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for."""
+
+    window: int | None
+
+
+def register(name: str = NAME) -> None:
+    """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, seen)
+
+
+def shard_batch(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None = None,
+    *,
+    schedule: str = "auto",
+    layout: str | Layout = "auto",
+    topology: Topology | str | None = None,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+) -> tuple[dict[str, Any], Tensor | None]:
+    """Cut a batch for this rank: the keyword arguments for the model, and the targets of its rows.
+
+    Args:
+        batch: what a single process would give the model, the same on every rank of `group`: `input_ids` or `inputs_embeds`
+            (batch, seq_len, ...), and if wanted `labels` (not shifted), `attention_mask` (batch, seq_len; padding on either
+            side), `position_ids` (batch or 1, seq_len; where they begin anew a packed document begins). Further tensors
+            (batch, seq_len, ...) are cut alike, whatever else there is goes through.
+        config: the model's. Its layers must be softmax attention, causal.
+        group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
+        schedule, layout, topology, training: for `make_plan`.
+        dtype: that attention will see, for the choice of the layout; the model's by default.
+
+    Returns:
+        inputs: for `model(**inputs)`; the cache is off, and `ringattn` is a `Shards`.
+        targets: int64 (batch, rows), shifted before the cut, for `ringattn.nn.cross_entropy`; None without labels. The model is
+            given no labels, since its own loss would be a mean over this rank alone.
+
+    Raises:
+        InputError: the batch or the model cannot be cut; says why and what to do. Raised on every rank.
+    """
+    process_group = reduction_group(group)
+    world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
+    _, rank = group_and_rank(group, world)
+    said: dict[str, object] = {}
+    problem = _unfit(batch, config)
+    shards = None
+    if problem is None:
+        try:
+            shards = _shards(batch, config, group, world, dtype, schedule, layout, topology, training)
+            said = {"shape": tuple(_ids(batch).shape), "plan": next(iter(shards.plans.values())).digest}
+        except InputError as error:
+            problem = str(error)
+    agree(process_group, {"call": "shard_batch", **said}, problem)
+    assert shards is not None  # else all ranks have raised
+    inputs, targets = cut(batch, shards.layout, rank)
+    return {**inputs, "use_cache": False, NAME: shards}, targets
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    ringattn: Shards | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
+
+    Raises:
+        InputError: called without `shard_batch`, or for what shards cannot do.
+    """
+    if ringattn is None:
+        raise InputError(
+            'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
+            "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
+            'model.set_attn_implementation("sdpa")'
+        )
+    problem = _unheard(module, attention_mask, dropout, sliding_window, rest)
+    if problem:
+        raise InputError(problem)
+    sinks = None if s_aux is None else s_aux.to(query.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
+    return out, None
+
+
+def seen(
+    *,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **rest: Any,
+) -> Seen:
+    """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
+
+    Raises:
+        InputError: padding that did not go through `shard_batch`, or a mask function of the model's own.
+    """
+    if use_vmap:
+        raise InputError("this model adds a mask function of its own to the causal mask, which ringattn cannot cut over ranks")
+    if attention_mask is not None and not attention_mask.all():
+        raise InputError(
+            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
+            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
+        )
+    return Seen(local_size)
+
+
+def _shards(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None,
+    world: int,
+    dtype: torch.dtype | None,
+    schedule: str,
+    layout: str | Layout,
+    topology: Topology | str | None,
+    training: bool,
+) -> Shards:
+    text = config.get_text_config()
+    ids, positions, tokens = _ids(batch), batch.get("position_ids"), batch.get("attention_mask")
+    bias = None if tokens is None else padding_of(tokens, positions)
+    mask = documents_of(positions) if bias is None and positions is not None else causal()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    dtype = dtype or getattr(text, "dtype", None) or torch.float32
+    plan = make_plan(
+        ids.shape[1],
+        world=world,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        mask=mask,
+        schedule=schedule,
+        layout=layout,
+        topology=topology,
+        training=training,
+    )
+    _, rank = group_and_rank(group, world)
+    own = None if bias is None else cut({"input_ids": bias}, plan.layout, rank)[0]["input_ids"]
+    made: dict[tuple[object, ...], Plan] = {(heads, kv_heads, head_dim, dtype, None): plan}
+    return Shards(plan.layout, mask, group, own, schedule, topology, training, made)
+
+
+def _ids(batch: Mapping[str, Any]) -> Tensor:
+    ids: Tensor = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    return ids
+
+
+def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
+    """Why this batch or this model cannot be cut, or None."""
+    text = config.get_text_config()
+    if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
+        return f"the batch has neither input_ids nor inputs_embeds, only {', '.join(batch) or 'nothing'}"
+    ids = _ids(batch)
+    if ids.ndim < 2:
+        return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        return (
+            f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
+            "told by position_ids, windows by the model's config"
+        )
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+            return (
+                f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
+                f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
+            )
+    if batch.get("past_key_values") is not None or batch.get("use_cache"):
+        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
+    if kinds:
+        return (
+            f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
+            "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
+        )
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+        return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
+    if getattr(text, "output_router_logits", False):
+        return (
+            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
+            "False, and balance experts by another means"
+        )
+    rope = getattr(text, "rope_parameters", None) or {}
+    most = getattr(text, "max_position_embeddings", ids.shape[1])
+    original = rope.get("original_max_position_embeddings") or most
+    if rope.get("rope_type") in TABLES_BY_LENGTH and ids.shape[1] > original:
+        return (
+            f"rope_type={rope['rope_type']!r} makes its tables from the longest position it has seen; {original} is passed "
+            "here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
+        )
+    return None
+
+
+def _unheard(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
+    """What the layer asks for and would not get, or None."""
+    name = type(module).__name__
+    if mask is None:
+        return (
+            "attention came without its mask: the mask interface does not know this attention; register both with "
+            "ringattn.integrations.transformers.register(name)"
+        )
+    if not isinstance(mask, Seen):
+        return (
+            f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
+            "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
+        )
+    if mask.window != window:
+        return (
+            f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
+        )
+    if dropout:
+        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0"
+    for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if rest.get(asked) is not None:
+            return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
+    if rest.get("is_causal") is False or not getattr(module, "is_causal", True):
+        return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
+    return None
