@@ -143,6 +143,7 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: shard_batch(batch, config_of("llama", is_causal=False)),
         lambda: shard_batch(batch, config_of("gpt_oss", output_router_logits=True)),
         lambda: shard_batch(batch, AutoConfig.for_model("qwen3_next")),
+        lambda: shard_batch(batch, AutoConfig.for_model("mamba")),
         lambda: shard_batch({"input_ids": ids[0]} if rank else batch, model.config),  # of one rank only
     ]
     told = []
@@ -168,6 +169,7 @@ CURES = [
     "both directions",
     "set it to False",
     "linear_attention",
+    "no attention heads",
     "pass (batch, seq_len)",
 ]
 

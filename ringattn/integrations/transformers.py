@@ -219,6 +219,8 @@ def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
             )
     if batch.get("past_key_values") is not None or batch.get("use_cache"):
         return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
+    if not hasattr(text, "num_attention_heads"):
+        return f"{text.model_type} has no attention heads; what it carries along the sequence would end at each rank's rows"
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
     if kinds:
         return (
