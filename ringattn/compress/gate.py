@@ -59,7 +59,7 @@ class RateController(nn.Module):
 
     p <- smooth p + (1 - smooth) kp error; i <- i + ki error; weight = p + i. Its state is part of the model's. The weight is
     negative where too much is deleted, and then the loss asks for rows back; the paper's, max(0, p + i) with smooth = 0.9, only
-    ever asks for more, and where the loss itself does not ask for rows back its rate overshoots and stays there.
+    ever asks for more, and deleted nearly everything in short runs of small models, whose loss does not ask for rows back.
     """
 
     p: Tensor

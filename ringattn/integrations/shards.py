@@ -8,8 +8,8 @@ layer has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor
 
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
-from ringattn.functional import attention
+from ringattn.functional import attention, cast_dtype
 from ringattn.layout import Layout
 from ringattn.mask import Mask, causal, documents, sliding_window
 from ringattn.nn.loss import IGNORE, shift_labels
 from ringattn.plan import Plan
-from ringattn.planner import make_plan
 from ringattn.sharding import held
-from ringattn.topology import Topology
 
 
 @dataclass
@@ -32,47 +30,31 @@ class Shards:
     """A sequence on the ranks of `group`: how it is cut, and what its attention is.
 
     mask: of the whole sequence, windows of single layers excepted.
+    make: `make_plan` with all that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
-    schedule, topology: for `make_plan`, which is asked once for each kind of layer.
     """
 
     layout: Layout
     mask: Mask
+    make: Callable[..., Plan]
     group: Group | None = None
     key_bias: Tensor | None = None
-    schedule: str = "auto"
-    topology: Topology | str | None = None
-    training: bool = True
-    plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None) -> Plan:
         """The plan of layers with these heads that see `window` keys each, the query's own included, or all before them."""
-        kind = (heads, kv_heads, head_dim, dtype, window)
-        if kind not in self.plans:
-            mask = self.mask if window is None else self.mask & sliding_window(window - 1)
-            self.plans[kind] = make_plan(
-                self.layout.length,
-                world=self.layout.world,
-                heads=heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                dtype=dtype,
-                mask=mask,
-                layout=self.layout,
-                schedule=self.schedule,
-                topology=self.topology,
-                training=self.training,
-            )
-        return self.plans[kind]
+        mask = windowed(self.mask, window)
+        return self.make(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mask=mask)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
         """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks."""
-        device = q.device.type
-        autocast = torch.is_autocast_enabled(device) and q.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if autocast else q.dtype
-        plan = self.plan(q.shape[2], k.shape[2], q.shape[3], dtype, window)
+        plan = self.plan(q.shape[2], k.shape[2], q.shape[3], cast_dtype(q), window)
         out: Tensor = attention(q, k, v, plan, key_bias=self.key_bias, group=self.group, **options)
         return out
+
+
+def windowed(mask: Mask, window: int | None) -> Mask:
+    """`mask` for layers that see `window` keys each, the query's own included: transformers counts it, flash-attn does not."""
+    return mask if window is None else mask & sliding_window(window - 1)
 
 
 def documents_of(position_ids: Tensor) -> Mask:

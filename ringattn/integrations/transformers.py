@@ -14,6 +14,7 @@ sequence) is refused with what to do instead. Interfaces: https://huggingface.co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +24,18 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
-from ringattn.errors import InputError
-from ringattn.integrations.shards import Shards, cut, documents_of, padding_of
+from ringattn.errors import InputError, PlanError
+from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
 from ringattn.layout import Layout
 from ringattn.mask import causal
 from ringattn.nn.group import reduction_group
 from ringattn.plan import Plan
 from ringattn.planner import make_plan
+from ringattn.sharding import held
 from ringattn.topology import Topology
 
 NAME = "ringattn"
-SOFTMAX_ATTENTION = ("full_attention", "sliding_attention", "attention")
+SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
 
 
@@ -88,9 +90,10 @@ def shard_batch(
     shards = None
     if problem is None:
         try:
-            shards = _shards(batch, config, group, world, dtype, schedule, layout, topology, training)
-            said = {"shape": tuple(_ids(batch).shape), "plan": next(iter(shards.plans.values())).digest}
-        except InputError as error:
+            choices = dict(schedule=schedule, topology=topology, training=training)
+            shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
+            said = {"shape": tuple(_ids(batch).shape), "plan": plan.digest}
+        except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)
     agree(process_group, {"call": "shard_batch", **said}, problem)
     assert shards is not None  # else all ranks have raised
@@ -160,36 +163,33 @@ def _shards(
     group: Group | None,
     world: int,
     dtype: torch.dtype | None,
-    schedule: str,
     layout: str | Layout,
-    topology: Topology | str | None,
-    training: bool,
-) -> Shards:
+    choices: dict[str, Any],
+) -> tuple[Shards, Plan]:
+    """How the batch is cut, and the plan that settled its layout: that of the model's first kind of layer."""
     text = config.get_text_config()
-    ids, positions, tokens = _ids(batch), batch.get("position_ids"), batch.get("attention_mask")
+    positions, tokens = batch.get("position_ids"), batch.get("attention_mask")
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    dtype = dtype or getattr(text, "dtype", None) or torch.float32
-    plan = make_plan(
-        ids.shape[1],
-        world=world,
+    make = partial(make_plan, _ids(batch).shape[1], world=world, **choices)
+    plan = make(
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-        mask=mask,
-        schedule=schedule,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        dtype=dtype or getattr(text, "dtype", None) or torch.float32,
+        mask=windowed(mask, _first_window(text)),
         layout=layout,
-        topology=topology,
-        training=training,
     )
     _, rank = group_and_rank(group, world)
-    own = None if bias is None else cut({"input_ids": bias}, plan.layout, rank)[0]["input_ids"]
-    made: dict[tuple[object, ...], Plan] = {(heads, kv_heads, head_dim, dtype, None): plan}
-    return Shards(plan.layout, mask, group, own, schedule, topology, training, made)
+    own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
+    return Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own), plan
+
+
+def _first_window(text: PretrainedConfig) -> int | None:
+    """The window of the first layer: of all layers where the config names no kinds, as Mistral's."""
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return getattr(text, "sliding_window", None) if kinds[0] == "sliding_attention" else None
 
 
 def _ids(batch: Mapping[str, Any]) -> Tensor:
@@ -234,14 +234,20 @@ def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
             "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
             "False, and balance experts by another means"
         )
-    rope = getattr(text, "rope_parameters", None) or {}
-    most = getattr(text, "max_position_embeddings", ids.shape[1])
-    original = rope.get("original_max_position_embeddings") or most
-    if rope.get("rope_type") in TABLES_BY_LENGTH and ids.shape[1] > original:
-        return (
-            f"rope_type={rope['rope_type']!r} makes its tables from the longest position it has seen; {original} is passed "
-            "here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
-        )
+    return _unfit_rope(text, ids.shape[1])
+
+
+def _unfit_rope(text: PretrainedConfig, length: int) -> str | None:
+    """Why the rotary tables of this model would differ between ranks, or None. Some models have tables by kind of layer."""
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    most = getattr(text, "max_position_embeddings", None) or length
+    for tables in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        original = tables.get("original_max_position_embeddings") or most
+        if tables.get("rope_type") in TABLES_BY_LENGTH and length > original:
+            return (
+                f"rope_type={tables['rope_type']!r} makes its tables from the longest position it has seen; {original} is "
+                "passed here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
+            )
     return None
 
 
