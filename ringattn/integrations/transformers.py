@@ -40,9 +40,13 @@ TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the lon
 
 
 class Seen(NamedTuple):
-    """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for."""
+    """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
+
+    tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
+    """
 
     window: int | None
+    tokens: Tensor | None = None
 
 
 def register(name: str = NAME) -> None:
@@ -219,6 +223,11 @@ def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
             )
     if batch.get("past_key_values") is not None or batch.get("use_cache"):
         return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
+    return unfit_model(text, ids.shape[1])
+
+
+def unfit_model(text: PretrainedConfig, length: int) -> str | None:
+    """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
     if not hasattr(text, "num_attention_heads"):
         return f"{text.model_type} has no attention heads; what it carries along the sequence would end at each rank's rows"
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
@@ -234,7 +243,7 @@ def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
             "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
             "False, and balance experts by another means"
         )
-    return _unfit_rope(text, ids.shape[1])
+    return _unfit_rope(text, length)
 
 
 def _unfit_rope(text: PretrainedConfig, length: int) -> str | None:
