@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AutoConfig, PretrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AutoConfig, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ringattn.comm.agree import agree
@@ -74,8 +74,8 @@ def take_place(
     def mask(**asked: Any) -> Any:  # which of both is known only in the layer, where the module says whether it trains
         return partial(mask_of_core, **asked)
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+    ALL_ATTENTION_FUNCTIONS[name] = attention  # not register(): what DeepSpeed put there before would go first
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
 
 
 def _seen(asked: Any) -> Any:
