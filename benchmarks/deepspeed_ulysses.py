@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/deepspeed_ulysses.py
 
 Prints how far the losses are apart, and per training step the median seconds (of the slowest rank) and the bytes over
-the loopback interface, gradients included, which are the same for both. On one machine, CPU, gloo; nothing else should run beside it.
+the loopback interface, gradients included, which are the same for both. On
+one machine, CPU, gloo; nothing else should run beside it.
 """
 
 from __future__ import annotations
