@@ -12,7 +12,7 @@ group out, which is refused here. Interfaces: https://www.deepspeed.ai/tutorials
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +65,8 @@ def sp_loss(logits: Tensor, shift_labels: Tensor, engine: Any, ignore_index: int
 
 def _unreduced(mpu: Any) -> str | None:
     """Why DeepSpeed would not reduce gradients over the sequence, or None."""
-    if groups.mesh_device is not None:
-        return MESH
+    if problem := _mesh():
+        return problem
     if not hasattr(mpu, "get_sequence_parallel_world_size"):
         return (
             "the engine has no groups for sequences, so DeepSpeed takes all ranks for replicas: call "
@@ -116,7 +116,7 @@ def register_with_transformers(
     if not seq_length_is_variable and seq_length is None:
         raise InputError("seq_length_is_variable=False needs seq_length, the length of the whole sequence")
     mpu = sequence_parallel(sequence_parallel_size)
-    make = _maker(sequence_parallel_size, schedule, topology)
+    make = partial(make_plan, world=sequence_parallel_size, schedule=schedule, topology=topology)
     shape = (micro_batch_size, length)
     take_place(
         model_name_or_path, core_attn_implementation, mpu.get_sequence_parallel_group(), make, shape, disable_in_eval, _mesh
@@ -126,13 +126,6 @@ def register_with_transformers(
 
 def _mesh() -> str | None:
     return MESH if groups.mesh_device is not None else None
-
-
-def _maker(world: int, schedule: str, topology: Topology | str | None) -> Callable[..., Any]:
-    def make(seq_len: int, **asked: Any) -> Any:
-        return make_plan(seq_len, world=world, schedule=schedule, topology=topology, **asked)
-
-    return make
 
 
 class DistributedAttention(nn.Module):
@@ -174,7 +167,7 @@ class DistributedAttention(nn.Module):
         self.mask, self.scale = _meaning(local_attention)
         self.group, self.gather_idx, self.num_kv_heads = sequence_process_group, gather_idx, num_kv_heads
         self.world, self.rank = dist.get_world_size(sequence_process_group), dist.get_rank(sequence_process_group)
-        self.make = _maker(self.world, schedule, topology)
+        self.make = partial(make_plan, world=self.world, schedule=schedule, topology=topology)
 
     def forward(
         self,
@@ -191,7 +184,8 @@ class DistributedAttention(nn.Module):
         rotary_pos_emb: cos and sin of the whole sequence, (1, seq_len, 1, rotary_dim), applied here as DeepSpeed does.
         Returns `query`'s shape.
         """
-        agree(self.group, {"call": "DistributedAttention"}, self._problem(query, key, batch_dim_idx, args, kwargs))
+        if problem := self._problem(query, key, batch_dim_idx, args, kwargs):
+            agree(self.group, {}, problem)  # meets the others' agreement on `attention`, so that they hear of it
         q, k, v = (x if self.gather_idx else x.transpose(0, 1) for x in (query, key, value))
         rows = q.shape[1]
         if rotary_pos_emb is not None:

@@ -25,7 +25,7 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.shards import Shards, documents_of, padding_of
-from ringattn.integrations.transformers import Seen, attend, unfit_model
+from ringattn.integrations.transformers import Seen, attend, seen, unfit_model
 from ringattn.layout import Layout, Span
 from ringattn.mask import causal
 from ringattn.plan import Plan
@@ -82,9 +82,8 @@ def _seen(asked: Any) -> Any:
     """What a layer's mask says, and None or what was made by hand as they are: `attend` refuses those."""
     if not isinstance(asked, partial):
         return asked
-    if asked.keywords.get("use_vmap"):
-        raise InputError("this model adds a mask function of its own to the causal mask, which ringattn cannot cut over ranks")
-    return Seen(asked.keywords.get("local_size"), asked.keywords.get("attention_mask"))
+    tokens = asked.keywords.get("attention_mask")
+    return seen(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens)
 
 
 @dataclass
@@ -103,8 +102,8 @@ class Gathered:
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def shards(self, position_ids: Tensor | None, asked: Any, batch: int, rows: int) -> Shards:
-        seen = _seen(asked)
-        tokens = seen.tokens if isinstance(seen, Seen) else None
+        told = _seen(asked)
+        tokens = told.tokens if isinstance(told, Seen) else None
         if position_ids is not None and position_ids in self.known:
             version, before, shards = self.known[position_ids]
             same = before is tokens or (before is not None and tokens is not None and torch.equal(before, tokens))
