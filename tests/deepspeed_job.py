@@ -214,6 +214,8 @@ def refusals() -> list[str]:
     expect(lambda: model(own["input_ids"].expand(2, -1), position_ids=own["position_ids"]))
     expect(lambda: DistributedAttention(torch.nn.Identity(), dist.group.WORLD))
     expect(lambda: DistributedAttention(causal(), dist.group.WORLD, sp_stream=object()))
+    x = torch.zeros(5, 1, 4, 16)
+    expect(lambda: DistributedAttention(causal(), dist.group.WORLD)(x, x, x, 1 - dist.get_rank()))  # wrong on one rank
     expect(lambda: sequence_parallel(3))
     engine = engine_of(0, None)
     logits = torch.zeros(1, 3, 61)

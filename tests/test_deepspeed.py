@@ -54,6 +54,7 @@ CURES = [
     "micro_batch_size=1",
     "ringattn.Mask",
     "leave sp_stream out",
+    "on rank 1: batch_dim_idx=0",
     "does not divide",
     "mpu=ringattn.integrations.deepspeed.sequence_parallel",
     "Leave them out and pass mpu=",
