@@ -9,4 +9,5 @@ export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two at a time: a test with ranks waits for processes to start as long as it computes.
+python -m pytest -n 2 --dist worksteal "$@"

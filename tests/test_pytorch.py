@@ -1,4 +1,4 @@
-"""FSDP2 and DDP over replicas x sequence against one process that sees all replicas' batches.
+"""FSDP2 and DDP over replicas x sequence, and FSDP2 over sequence x tensor parallel, against one process with all batches.
 
 In fp64, but the model's norms and rotary tables are fp32: 8 units of its rounding are allowed, as in test_transformers; a
 gradient summed where it is averaged is off by a factor.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
@@ -29,10 +30,10 @@ CLOSE = 8 * torch.finfo(torch.float32).eps
 LENGTH, STEPS, REPLICAS = 37, 10, 2
 
 
-def model_of(attention: str) -> torch.nn.Module:
+def model_of(attention: str, heads: int = 9, kv_heads: int = 3) -> torch.nn.Module:
     torch.manual_seed(0)
     shape = dict(vocab_size=61, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
-    config = AutoConfig.for_model("llama", **shape, num_attention_heads=9, num_key_value_heads=3)
+    config = AutoConfig.for_model("llama", **shape, num_attention_heads=heads, num_key_value_heads=kv_heads)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
 
 
@@ -126,3 +127,39 @@ def test_losses_and_parameters_are_those_of_one_process(kind: str, accumulated: 
         assert apart < CLOSE
         assert off < CLOSE
         assert same
+
+
+COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def trained_with_tensor_parallel(rank: int) -> tuple[float, float]:
+    """One sequence on two ranks, the layers on two; how far losses and parameters are from those of one process."""
+    register()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "tensor"))
+    model, alone = model_of("ringattn", 6, 2), model_of("eager", 6, 2)
+    for layer in model.model.layers:
+        plan = dict.fromkeys(COLUMNS, ColwiseParallel()) | dict.fromkeys(ROWS, RowwiseParallel())
+        parallelize_module(layer, mesh["tensor"], plan)
+    model = sharded(model, mesh["sequence"])
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.9) for one in (model, alone)]
+    apart = 0.0
+    for step in range(STEPS):
+        ids = text(step, 0)[:1]
+        batch = {"input_ids": ids, "labels": ids}
+        inputs, targets = shard_batch(batch, model.config, mesh["sequence"], dtype=torch.float64, topology="cpu")
+        loss = cross_entropy(model(**inputs).logits, targets, mesh["sequence"], averaged_over=2)
+        meant = F.cross_entropy(alone(ids, use_cache=False).logits.flatten(0, 1), shift_labels(ids).flatten())
+        for one, optimizer in zip((loss, meant), optimizers, strict=True):
+            optimizer.zero_grad()
+            one.backward()
+            optimizer.step()
+        apart = max(apart, abs(loss.item() / meant.item() - 1))
+    got, wanted = (torch.cat([whole(p).flatten() for p in one.parameters()]) for one in (model, alone))
+    return apart, ((got - wanted).norm() / wanted.norm()).item()
+
+
+def test_tensor_parallel_beside_it_trains_as_one_process() -> None:
+    for apart, off in run_ranks(4, trained_with_tensor_parallel):
+        assert apart < CLOSE
+        assert off < CLOSE

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
 from ringattn.errors import InputError
+from ringattn.functional import cast_dtype
 from ringattn.integrations.transformers import NAME, register, shard_batch
 from ringattn.nn.loss import cross_entropy
 
@@ -49,9 +50,7 @@ class SequenceParallel(Base):
 
     loss_is_scaled_for_ga = False  # a mean of one micro-batch; Trainer divides by their number
 
-    def __init__(
-        self, *args: Any, sequence_parallel_size: int, sharding: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, sequence_parallel_size: int, sharding: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         problem = _unfit(self, sequence_parallel_size)
         if problem:
@@ -77,7 +76,10 @@ class SequenceParallel(Base):
         if "labels" not in inputs:
             raise InputError(f"the batch has no labels, only {', '.join(inputs)}; use a data collator that adds them")
         config = self.accelerator.unwrap_model(model).config
-        own, targets = shard_batch(inputs, config, self.mesh["sequence"], **self.sharding)
+        # Not the config's dtype: the rank that saves a model writes into its own config what the model has become.
+        sharding = {"dtype": cast_dtype(next(model.parameters())), **self.sharding}
+        own, targets = shard_batch(inputs, config, self.mesh["sequence"], **sharding)
+        assert targets is not None  # there are labels
         outputs = model(**own)
         loss: Tensor = cross_entropy(outputs.logits, targets, averaged_over=dist.get_world_size())
         return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
@@ -112,8 +114,8 @@ def _by_replica(loader: DataLoader[Any], mesh: DeviceMesh) -> DataLoader[Any]:
         dealt = loader.dataset
     else:
         raise InputError(
-            f"the data loader is a {type(loader).__name__} that does not deal out batches to ranks; pass a dataset with a length, "
-            "or an iterable one with accelerator_config={'dispatch_batches': False}"
+            f"the data loader is a {type(loader).__name__} that does not deal out batches to ranks; pass a dataset with a "
+            "length, or an iterable one with accelerator_config={'dispatch_batches': False}"
         )
     dealt.num_processes, dealt.process_index = mesh["data"].size(), mesh["data"].get_local_rank()
     return loader
