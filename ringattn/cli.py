@@ -2,6 +2,7 @@
 
     ringattn plan 65536 --world 8 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology nvswitch --draw plan.svg
     ringattn doctor
+    torchrun --nproc-per-node 8 -m ringattn.cli doctor
     torchrun --nproc-per-node 8 -m ringattn.cli probe --out links.json
 
 Errors that ringattn raises on purpose are one paragraph on stderr and exit status 2. `plan` needs no torch.
@@ -9,6 +10,7 @@ Errors that ringattn raises on purpose are one paragraph on stderr and exit stat
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -116,15 +118,27 @@ def plan(
 
 
 def doctor() -> None:
-    """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1)."""
+    """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1).
+
+    Under torchrun (`torchrun ... -m ringattn.cli doctor`) all ranks are examined together: who reaches whom, whether all run
+    the same code, and how fast the links between neighbours are.
+    """
     try:
-        from ringattn.runtime.doctor import examine
+        from ringattn.runtime.doctor import TORCHRUN, examine
     except ImportError as error:
         raise LaunchError(f"torch cannot be imported ({error}); install it with `pip install torch`") from error
     table = Table("what", "found", "what to do", title="ringattn doctor")
-    findings = list(examine())
+    together = all(name in os.environ for name in TORCHRUN)
+    if together:
+        from ringattn.runtime.together import examine_together
+
+        findings = list(examine_together())
+    else:
+        findings = list(examine())
     for finding in findings:
         table.add_row(*finding)
+    if together and os.environ["RANK"] != "0":
+        return  # all have found the same; whoever exits first with an error has torchrun end the others
     _console().print(table)
     if any(finding.cure for finding in findings):
         sys.exit(1)

@@ -44,8 +44,18 @@ def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -
     assert text in run(environment(**changes)).stderr
 
 
-def test_a_rank_that_never_comes_is_an_error_in_time() -> None:
+def test_a_rank_that_never_comes_is_named_in_time() -> None:
     begin = time.monotonic()
-    ran = run(environment(WORLD_SIZE=2))
-    assert "LaunchError: rank 0 of 2 could not join the group" in ran.stderr and "is every rank running" in ran.stderr
+    ran = run(environment(WORLD_SIZE=3))
+    assert "LaunchError: ranks 1, 2 of 3 did not come within 4 s, says rank 0" in ran.stderr
     assert time.monotonic() - begin < 25
+
+
+def test_a_port_that_is_taken_and_an_interface_that_is_not_there() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ran = run(environment(WORLD_SIZE=2, MASTER_PORT=taken.getsockname()[1]))
+    assert "LaunchError: rank 0 of 2 could not use the store at" in ran.stderr and "the port is taken" in ran.stderr
+    ran = run(environment(GLOO_SOCKET_IFNAME="warp9"))
+    assert "LaunchError: GLOO_SOCKET_IFNAME=warp9: this host" in ran.stderr and "name one of these" in ran.stderr

@@ -104,7 +104,7 @@ def _raise_problems(reports: list[str]) -> None:
         if report.startswith("!"):
             by_text.setdefault(report[1:], []).append(rank)
     if by_text:
-        raise InputError("; ".join(f"on {_ranks(ranks, len(reports))}: {text}" for text, ranks in by_text.items()))
+        raise InputError("; ".join(f"on {ranks_named(ranks, len(reports))}: {text}" for text, ranks in by_text.items()))
 
 
 def _raise_differences(reports: list[str]) -> None:
@@ -114,11 +114,12 @@ def _raise_differences(reports: list[str]) -> None:
         for rank, fields in enumerate(parsed):
             by_value.setdefault(fields.get(name, "nothing"), []).append(rank)
         if len(by_value) > 1:
-            said = ", ".join(f"{value} on {_ranks(ranks, len(reports))}" for value, ranks in by_value.items())
+            said = ", ".join(f"{value} on {ranks_named(ranks, len(reports))}" for value, ranks in by_value.items())
             raise MismatchError(f"ranks disagree on {name}: {said}. All ranks must make the same calls with the same arguments")
 
 
-def _ranks(ranks: list[int], world: int) -> str:
+def ranks_named(ranks: list[int], world: int) -> str:
+    """`ranks` of `world` in words."""
     if len(ranks) == world:
         return "every rank"
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -1,7 +1,8 @@
 """What this machine offers, and whether ringattn runs on it: facts, and for whatever is wrong the cure.
 
 It tries rather than asks: the attention kernel computes a small block and is held against the reference, and gloo opens a group
-of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is changed.
+of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is changed. What only all
+ranks can tell is in `together`.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _gloo() -> Finding:
     cure = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
+    if dist.is_initialized():
+        return Finding("gloo", f"in a group, {dist.get_backend()}")
     try:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from ringattn.comm.agree import ranks_named
 from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
+from ringattn.runtime.hosts import INTERFACE, address
 
 AXIS = "sequence"
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
@@ -38,22 +42,22 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
     Raises:
         LaunchError: torchrun's environment is missing or wrong, a rank does not come, or there are too few GPUs.
     """
-    env = _environment()
+    env = environment()
     if backend is None:
         backend = "nccl" if torch.cuda.device_count() >= env["LOCAL_WORLD_SIZE"] else "gloo"
     if backend == "nccl":
         _take_gpu(env["LOCAL_RANK"])
     if not dist.is_initialized():
         atexit.register(time.sleep, LAST_BREATH)
-        _join(backend, env, timedelta(seconds=timeout))
+        _join(backend, env, timeout)
     device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
     _warm_up(mesh)
     return mesh
 
 
-def _environment() -> dict[str, int]:
-    """torchrun's integers, or `LaunchError` naming what is missing."""
+def environment() -> dict[str, int]:
+    """torchrun's integers, or `LaunchError` naming what is missing or wrong."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     missing = [name for name in (*names, "MASTER_ADDR") if name not in os.environ]
     if missing:
@@ -67,6 +71,7 @@ def _environment() -> dict[str, int]:
         raise LaunchError(f"torchrun's environment is damaged ({error}); {LAUNCH_HINT}") from error
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
         raise LaunchError(f"RANK={env['RANK']} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
+    address()  # a wrong interface is told here, not by a connection that never comes
     return env
 
 
@@ -79,28 +84,71 @@ def _take_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _join(backend: str, env: dict[str, int], timeout: timedelta) -> None:
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def connect(env: Mapping[str, int], timeout: float) -> Store:
+    """torchrun's store, with keys of this attempt only. Raises `LaunchError` when it does not answer."""
     # Under torchrun the agent hosts the store; without it rank 0 must.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address = f"{os.environ['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    host, port = os.environ["MASTER_ADDR"], env["MASTER_PORT"]
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"],
-            env["MASTER_PORT"],
+            host,
+            port,
             env["WORLD_SIZE"],
             is_master=not hosted and env["RANK"] == 0,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
         )
-        prefixed = PrefixStore(f"attempt_{attempt}", store)
-        dist.init_process_group(backend, store=prefixed, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=timeout)
     except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
+        cure = (
+            "the port is taken: choose another with --master-port, or let torchrun choose with --standalone"
+            if "EADDRINUSE" in str(error)
+            else "is rank 0 running, and is this address right and reachable from here?"
+        )
         raise LaunchError(
-            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not join the group at {address} "
-            f"within {timeout.total_seconds():.0f} s: "
-            f"is every rank running, and is {address} reachable and free? The backend says: {error}"
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {host}:{port} (MASTER_ADDR, MASTER_PORT) "
+            f"within {timeout:.0f} s: {cure} The backend says: {_first_line(error)}"
         ) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"attempt_{attempt}", store)
+
+
+def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
+    """Return when every rank has come. Raises `LaunchError` naming those that have not within `timeout` seconds."""
+    store.set(f"here/{env['RANK']}", socket.gethostname())
+    keys = [f"here/{rank}" for rank in range(env["WORLD_SIZE"])]
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        try:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
+            raise LaunchError(
+                f"rank {env['RANK']} of {env['WORLD_SIZE']} lost the store while it waited for the others; see what ended the "
+                "process that hosts it (torchrun's agent, or rank 0)"
+            ) from error
+        raise LaunchError(
+            f"{ranks_named(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
+            f"{env['RANK']}; see the log of what should have started there, and that WORLD_SIZE (--nnodes x --nproc-per-node) "
+            "is the number of ranks that are started"
+        ) from error
+
+
+def _join(backend: str, env: Mapping[str, int], timeout: float) -> None:
+    store = connect(env, timeout)
+    roll_call(PrefixStore("ringattn/init", store), env, timeout)
+    try:
+        limit = timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have come but could not connect to each "
+            f"other within {timeout:.0f} s; `ringattn doctor` under the same torchrun says who cannot reach whom, and "
+            f"{INTERFACE} which interface is used. The backend says: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _warm_up(mesh: DeviceMesh) -> None:
