@@ -147,6 +147,41 @@ def batches() -> dict[str, float]:
     return found
 
 
+def adapter() -> dict[str, float]:
+    """Batches cut by DeepSpeed's own adapter, layers recomputed in backward: each loss, and the gradient of all summed."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+    from deepspeed.utils import safe_get_full_grad
+    from torch.utils.data import DataLoader
+
+    world, rank, length = dist.get_world_size(), dist.get_rank(), 36
+    ids = torch.randint(1, 61, (2 * world, length), generator=torch.Generator().manual_seed(5))
+    texts = [{"input_ids": x, "position_ids": torch.arange(length), "labels": x} for x in ids]
+    model = model_of()
+    wanted = [alone(model, shifted(x[None])) for x in ids]
+    sum(wanted).backward()
+    meant = torch.cat([p.grad.flatten() for p in model.parameters()]) / len(wanted)
+    model.zero_grad()
+    mpu = register_with_transformers(model, "sdpa", world, 1)
+    model.gradient_checkpointing_enable()
+    engine = engine_of(2, mpu, model, gradient_accumulation_steps=len(wanted))
+    engine.train()
+    place = (mpu.get_sequence_parallel_rank(), mpu.get_sequence_parallel_group(), world)
+    loader = UlyssesSPDataLoaderAdapter(DataLoader(texts[rank::world], batch_size=1), *place, engine.device)
+    losses = []
+    for batch in loader:
+        losses.append(loss_of(engine, batch))
+        engine.backward(losses[-1])
+        if len(losses) == len(wanted):
+            got = torch.cat([safe_get_full_grad(p).flatten() for p in engine.module.parameters()])
+        engine.step()
+    apart = max(abs(a.item() / b.item() - 1) for a, b in zip(losses, wanted, strict=True))
+    return {"losses": apart, "gradient": ((got - meant).norm() / meant.norm()).item()}
+
+
+def shifted(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "shift_labels": F.pad(ids[:, 1:], (0, 1), value=-100)}
+
+
 class Local(torch.nn.Module):
     """What a user of theirs would write."""
 
@@ -228,7 +263,9 @@ def refusals() -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
-    result = {"stages": stages, "batches": batches, "layer": layer, "refusals": refusals}[sys.argv[1]](*map(int, sys.argv[3:]))
+    result = {"stages": stages, "batches": batches, "adapter": adapter, "layer": layer, "refusals": refusals}[sys.argv[1]](
+        *map(int, sys.argv[3:])
+    )
     if dist.get_rank() == 0:
         with open(sys.argv[2], "w") as file:
             json.dump(result, file)

@@ -42,6 +42,12 @@ def test_packed_and_padded_batches_and_uneven_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(JITS + 10)
+def test_the_data_loader_of_deepspeed_and_recomputed_layers(tmp_path: Path) -> None:
+    for case, off in job("adapter", 3, tmp_path / "out.json").items():
+        assert off < 1e-5, case
+
+
+@pytest.mark.timeout(JITS + 10)
 def test_distributed_attention_is_that_of_deepspeed(tmp_path: Path) -> None:
     for case, off in job("layer", 2, tmp_path / "out.json").items():
         assert off < 8 * torch.finfo(torch.float32).eps, case

@@ -1,8 +1,8 @@
 """What this machine offers, and whether ringattn runs on it: facts, and for whatever is wrong the cure.
 
 It tries rather than asks: the attention kernel computes a small block and is held against the reference, and gloo opens a group
-of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is changed. What only all
-ranks can tell is in `together`.
+of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is
+changed. What only all ranks can tell is in `together`.
 """
 
 from __future__ import annotations
