@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.comm.board import transferring
 from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import device_of
-from ringattn.errors import CommError, InputError, MismatchError
+from ringattn.errors import InputError, MismatchError
 
 REPORT_BYTES = 2048
 TAG = 1  # what is said here is never taken for what a call moves
@@ -75,7 +76,8 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
     table = mine.new_empty(world, len(mine), device=device_of(group))  # row n is that of rank - n
     table[0] = mine
     distance = 1
-    try:
+    said = f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call"
+    with transferring("agreeing on a call", said):
         prepare(group)
         while distance < world:
             count = min(distance, world - distance)
@@ -83,11 +85,6 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
             to, come = (rank + distance) % world, (rank - distance) % world
             finish([sending(there, group, rank, to, TAG), receiving(here, group, rank, come, TAG)])
             distance *= 2
-    except RuntimeError as error:
-        raise CommError(
-            f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call. "
-            f"The backend says: {error}"
-        ) from error
     rows = table.cpu()
     return [rows[(rank - n) % world] for n in range(world)]
 

@@ -17,9 +17,9 @@ from time import perf_counter
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.comm.board import transferring
 from ringattn.comm.duplex import prepare, receiving, sending, start
 from ringattn.comm.transport import Result
-from ringattn.errors import CommError
 from ringattn.schedule.program import Message
 
 
@@ -52,6 +52,7 @@ class P2PPort:
     def __init__(self, transport: P2P, rank: int, label: str) -> None:
         self.rank, self._transport, self._label = rank, transport, label
         self._pending: dict[Message, list[dist.Work]] = {}
+        self._doing, self._failed = f"in {label}, waiting for", f"rank {rank}, {label}: {{about}} failed"
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         ops = []
@@ -62,22 +63,15 @@ class P2PPort:
                 ops.append(sending(buffer, self._transport.group, self.rank, message.dst))
                 self._transport.bytes_sent[message.src, message.dst] += buffer.numel()
                 self._transport.messages_sent[message.src, message.dst] += 1
-        try:
+        with transferring(self._doing, self._failed, transfers[0][0]):
             works = start(ops)
-        except RuntimeError as error:
-            raise self._failed(transfers[0][0], error) from error
         for (message, _), work in zip(transfers, works, strict=True):
             self._pending[message] = work
 
     def wait(self, message: Message) -> Generator[None, None, None]:
         begin = perf_counter()
-        try:
+        with transferring(self._doing, self._failed, message):
             for work in self._pending.pop(message):
                 work.wait()
-        except RuntimeError as error:
-            raise self._failed(message, error) from error
         self._transport.seconds_waiting += perf_counter() - begin
         yield from ()
-
-    def _failed(self, message: Message, error: RuntimeError) -> CommError:
-        return CommError(f"rank {self.rank}, {self._label}: {message} failed. The backend says: {error}")

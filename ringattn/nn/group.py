@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.comm.board import transferring
 from ringattn.comm.group import Group, group_and_rank
-from ringattn.errors import CommError
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
@@ -22,10 +22,6 @@ def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tens
     """`tensor`, replaced by its sum over `group`. Raises `CommError` when a rank is gone; `what` names the sum."""
     if group is None:
         return tensor
-    try:
+    with transferring("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):
         dist.all_reduce(tensor, group=group)
-    except RuntimeError as error:  # gloo and NCCL say no more
-        raise CommError(
-            f"rank {dist.get_rank(group)}: {what} could not be summed over the ranks. The backend says: {error}"
-        ) from error
     return tensor

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ringattn.comm.agree import ranks_named
+from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.errors import LaunchError
@@ -53,6 +54,7 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
     device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
     _warm_up(mesh)
+    watch()
     return mesh
 
 

@@ -1,0 +1,218 @@
+"""Who failed, where and why: a board in the rendezvous store, which every rank writes on and reads when a wait fails.
+
+A backend's error names no rank: "Connection closed by peer" is said of the neighbour that gave up as of the one that died
+first. So each rank beats on the board, several times a second, saying what it is doing; writes down the exception that ends
+it; and when a transfer fails, looks who has written and whose heart has stopped. Counts of beats are compared, not times, so
+clocks need not agree, and nobody reads anything while all goes well.
+
+A thread does the beating, over a connection of its own. It also ends this process, stacks dumped, when the board tells of a
+failure and the main thread still waits for a transfer, as a rank may whose own neighbours are alive.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_process_group_store
+
+from ringattn.errors import CommError
+
+BEAT = 0.4  # seconds
+SILENT = 3 * BEAT  # without a new beat a rank is dead, or stopped
+GRACE = 1.0  # after which a rank that still waits, though another has failed, is ended
+IDLE = "outside of transfers"
+EXIT_CODE = 75  # of a process ended here; EX_TEMPFAIL: try again
+
+State = dict[str, Any]
+
+_boards: WeakKeyDictionary[dist.ProcessGroup, Board] = WeakKeyDictionary()  # of the default group; ends with it
+
+
+def watch() -> None:
+    """Put this rank on the board of the default group, once; collective in effect, since all ranks should be on it."""
+    world = dist.group.WORLD
+    if world is not None and dist.get_world_size() > 1 and world not in _boards:
+        own: Any = _get_process_group_store(world)
+        _boards[world] = Board(PrefixStore("ringattn/board", own.clone()), dist.get_rank())
+        _boards[world].begin()
+
+
+def board() -> Board | None:
+    """That of the default group, if it is being watched."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    return None if world is None else _boards.get(world)
+
+
+@contextmanager
+def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
+    """Around whatever waits for other ranks.
+
+    doing, about: what the others can read while it lasts. failed: what the `CommError` says that an error of the backend
+    becomes, with {about} filled in, followed by whose fault it is if the board tells.
+    """
+    here = board()
+    if here:
+        here.doing = (doing, about)
+    try:
+        yield
+    except CommError:
+        raise
+    except RuntimeError as error:
+        culprit = here.explain() if here else ""
+        raise CommError(
+            f"{failed.format(about=about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
+        ) from error
+    finally:
+        if here:
+            here.doing = None
+
+
+@dataclass
+class Board:
+    """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers."""
+
+    store: Store
+    rank: int
+    world: int = field(default_factory=lambda: dist.get_world_size())
+    doing: tuple[Any, ...] | None = None
+    beats: int = 0
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self) -> None:
+        self._write("beat", self._state())
+        threading.Thread(target=self._live, name="ringattn board", daemon=True).start()
+        before = sys.excepthook
+
+        def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            if not isinstance(error, CommError):  # which is of another rank's making
+                self.report(f"{kind.__name__}: {error}")
+            before(kind, error, trace)
+
+        sys.excepthook = report
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """This rank leaves in good order; it is neither dead nor waited for."""
+        if not self._ended.is_set():
+            self._ended.set()
+            self._try(lambda: self.store.set(f"left/{self.rank}", "1"))
+
+    def report(self, cause: str) -> None:
+        """This rank fails, for a reason of its own."""
+        self._write("failed", {**self._state(), "cause": cause})
+        self._try(lambda: self.store.set("failure", "1"))
+
+    def explain(self) -> str:
+        """Which ranks have failed and why, in words; empty where it can't be told. Takes up to 2 x `SILENT` seconds."""
+        self.doing = None
+        self._write("waits", {})
+        try:
+            before, until = self._read("beat"), time.monotonic() + SILENT
+            while not (failed := self._read("failed") or self._missing(_halted)) and time.monotonic() < until:
+                time.sleep(BEAT / 5)
+            failed = (
+                failed or self._missing(lambda one: one in before.values()) or self._missing(lambda one: one["doing"] == IDLE)
+            )
+            self.store.set("failure", "1")
+            self.store.set(f"told/{self.rank}", "1")
+            if self.rank == 0:  # which may host the store that the others still have to read
+                self._linger(failed)
+        except RuntimeError:
+            return "the store is gone too, and with it the process that hosts it: torchrun's agent, or else rank 0"
+        return "; ".join(f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in failed.items())
+
+    def _linger(self, failed: Iterable[int]) -> None:
+        done, until = {*failed, 0}, time.monotonic() + SILENT
+        while len(done | {*self._keys("told")} | {*self._keys("left")}) < self.world and time.monotonic() < until:
+            time.sleep(BEAT / 5)
+
+    def _missing(self, is_missing: Callable[[State], bool]) -> dict[int, State]:
+        """Of the ranks that neither have left nor wait for others themselves, those of whom `is_missing` says so."""
+        excused = {*self._keys("left"), *self._keys("waits")}
+        return {rank: one for rank, one in self._read("beat").items() if is_missing(one) and rank not in excused}
+
+    def _live(self) -> None:
+        waited, since = None, 0.0
+        while not self._ended.wait(BEAT):
+            self.beats += 1
+            doing = self.doing
+            self._write("beat", self._state())
+            if doing is None or doing is not waited:
+                waited, since = doing, time.monotonic()
+            elif self._failure() and self.doing is doing and time.monotonic() - since > GRACE:
+                self._leave(doing)
+
+    def _leave(self, doing: tuple[Any, ...]) -> None:
+        print(f"rank {self.rank}: {_words(doing)} will not end: {self.explain()}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(EXIT_CODE)
+
+    def _failure(self) -> bool:
+        try:
+            return bool(self.store.check(["failure"]))
+        except RuntimeError:
+            return False  # the main thread will hear of it
+
+    def _state(self) -> State:
+        doing = self.doing
+        said = _words(doing) if doing else IDLE
+        return {"host": socket.gethostname(), "pid": os.getpid(), "beats": self.beats, "doing": said}
+
+    def _write(self, kind: str, said: State) -> None:
+        self._try(lambda: self.store.set(f"{kind}/{self.rank}", json.dumps(said)))
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except RuntimeError:  # the store's host has gone; whoever waits for a peer will say so
+            self._ended.set()
+
+    def _read(self, kind: str) -> dict[int, State]:
+        return {rank: json.loads(self.store.get(key)) for rank, key in self._keys(kind).items()}
+
+    def _keys(self, kind: str) -> dict[int, str]:
+        """Those that other ranks have written."""
+        keys = {rank: f"{kind}/{rank}" for rank in range(self.world) if rank != self.rank}
+        return {rank: key for rank, key in keys.items() if self.store.check([key])}
+
+
+def _words(doing: tuple[Any, ...]) -> str:
+    return " ".join(str(part) for part in doing if part != "")
+
+
+def _cause(one: State) -> str:
+    if "cause" in one:
+        return f"failed {one['doing']}: {one['cause']}"
+    state = _process(one)
+    how = {"": "has died or stalled", "X": "has died", "Z": "has died", "T": "has stalled"}.get(state, "has not come")
+    return f"{how}; its last heartbeat was {one['doing']}"
+
+
+def _halted(one: State) -> bool:
+    """A process of this host that has ended or been stopped. Of other hosts only silence tells."""
+    return _process(one) in ("X", "Z", "T")
+
+
+def _process(one: State) -> str:
+    """The letter that Linux has for the state of a process of this host, X if there is none; empty for other hosts."""
+    if one["host"] != socket.gethostname():
+        return ""
+    try:
+        return Path(f"/proc/{one['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"

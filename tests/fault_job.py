@@ -1,0 +1,92 @@
+"""A rank of a job that something happens to, for test_faults: KIND FAULTY_RANK FILE. Its attention runs until it fails.
+
+The faulty rank notes the time in FILE just before.
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import ringattn
+import ringattn.nn.grads
+from ringattn.comm.p2p import P2PPort
+
+KIND, FAULTY, FILE = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+RANK = int(os.environ["RANK"])
+DEADLINE = 5.0
+
+
+def note() -> None:
+    FILE.write_text(str(time.time()))
+
+
+def signalled(number: int) -> None:
+    note()
+    os.kill(os.getpid(), number)
+
+
+def when_waiting(word: str, action) -> None:
+    """`action`, as soon as this rank waits for its second message of a pass whose label has `word`."""
+    wait, seen = P2PPort.wait, []
+
+    def waiting(port, message):
+        if word in port._label:
+            seen.append(message)
+            if len(seen) == 2:
+                action()
+        return wait(port, message)
+
+    P2PPort.wait = waiting
+
+
+def fail() -> None:
+    note()
+    raise MemoryError("no room for k")
+
+
+def exhaust() -> None:
+    note()
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+    torch.empty(1 << 34, dtype=torch.uint8).fill_(1)
+
+
+def sleep() -> None:
+    note()
+    time.sleep(3600)
+
+
+def main() -> None:
+    mesh = ringattn.init(timeout=DEADLINE)
+    plan = ringattn.make_plan(512, world=4, heads=4, head_dim=16, schedule="token_ring", topology="cpu", ulysses=1)
+    q, k, v = (torch.randn(1, plan.rows(RANK), 4, 16, requires_grad=True) for _ in range(3))
+    for step in range(1000):
+        if step == 3 and RANK == FAULTY:
+            match KIND:
+                case "kill in forward":
+                    when_waiting("forward", lambda: signalled(signal.SIGKILL))
+                case "kill in backward":
+                    when_waiting("backward", lambda: signalled(signal.SIGKILL))
+                case "kill in reduction":
+                    ringattn.nn.grads.sum_over = lambda *_: signalled(signal.SIGKILL)
+                case "stop":
+                    when_waiting("forward", lambda: signalled(signal.SIGSTOP))
+                case "raise":
+                    fail()
+                case "raise in forward":
+                    when_waiting("forward", fail)
+                case "exhaust":
+                    exhaust()
+                case "sleep":
+                    sleep()
+        out = ringattn.attention(q, k, v, plan)
+        out.sum().backward()
+        ringattn.nn.reduce_gradients([q], mesh) if plan.rows(0) == plan.rows(3) else None
+
+
+if __name__ == "__main__":
+    main()
