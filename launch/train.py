@@ -59,8 +59,7 @@ def main(config: TrainConfig) -> None:
     model = config.model(topology).to(mesh.device_type)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     corpus, identity = _corpus(config, mesh)
-    found = _prepare(config, speaks)
-    done = checkpoint.load(found, model, optimizer, config=identity) if found else 0
+    done = checkpoint.resume(config.out, model, optimizer, config=identity) if _prepare(config, speaks) else 0
     stop, stopped = _StopRequest(mesh), False
     with Log(config.out / "metrics.jsonl", speaks=speaks, done=done, steps=config.steps) as log:
         size = sum(p.numel() for p in model.parameters())
@@ -140,12 +139,12 @@ def _corpus(config: TrainConfig, mesh: DeviceMesh) -> tuple[Tensor, dict[str, An
     return text, config.identity() | {"text": digest}
 
 
-def _prepare(config: TrainConfig, speaks: bool) -> Path | None:
-    """The checkpoint to continue from, if any; --out is ready. Rank 0 looks and the others believe it."""
-    answer: list[Path | str | None] = [None]
+def _prepare(config: TrainConfig, speaks: bool) -> bool:
+    """Whether to continue from a checkpoint in --out, which is ready. Rank 0 looks and the others believe it."""
+    answer: list[bool | str] = [False]
     if speaks:
         try:
-            answer = [_checkpoint_to_resume(config)]
+            answer = [_checkpoint_to_resume(config) is not None]
         except (CheckpointError, OSError) as error:
             answer = [str(error)]
     dist.broadcast_object_list(answer, src=0)

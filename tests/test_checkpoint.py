@@ -1,11 +1,15 @@
 """Checkpoints: what was saved comes back, and nothing else is taken for one."""
 
 import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from spawn import run_ranks
+from spawn import finish, run_ranks, start
 
 from ringattn import CheckpointError
 from ringattn.runtime import checkpoint
@@ -92,6 +96,57 @@ def test_missing_and_damaged_checkpoints_are_told_apart(tmp_path):
     metadata.unlink()
     with pytest.raises(CheckpointError, match="incomplete"):
         checkpoint.load(path, *training())
+
+
+def test_resume_takes_the_newest_sound_one(tmp_path):
+    assert checkpoint.resume(tmp_path, *training()) == 0
+    paths = [checkpoint.save(tmp_path, step, *training(), keep=3) for step in (1, 2, 3)]
+    assert [checkpoint.damage(path) for path in paths] == [None] * 3
+    shard = next(paths[2].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    next(paths[1].glob("*.distcp")).unlink()
+    with pytest.warns(UserWarning) as told:
+        assert checkpoint.resume(tmp_path, *training()) == 1
+    assert "step_00000003 is damaged" in str(told[0].message) and "distcp has digest" in str(told[0].message)
+    assert any("step_00000002 is damaged" in str(one.message) and "is missing" in str(one.message) for one in told)
+    (paths[0] / ".metadata").write_text("")
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound: .*step_00000001"):
+        checkpoint.resume(tmp_path, *training())
+
+
+DIES_WRITING = """
+import os, signal, sys, torch
+from ringattn.runtime import checkpoint
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.AdamW(model.parameters())
+checkpoint.save(sys.argv[1], 1, model, optimizer)
+os.fsync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save(sys.argv[1], 2, model, optimizer)
+"""
+
+
+def test_a_process_that_dies_while_writing_leaves_the_one_before(tmp_path):
+    code, *_ = finish(start(["-c", DIES_WRITING, str(tmp_path)]), timeout=40)
+    assert code == -signal.SIGKILL
+    assert list(tmp_path.glob(".step_00000002"))
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001" and checkpoint.damage(tmp_path / "step_00000001") is None
+    checkpoint.save(tmp_path, 3, *training())
+    assert not list(tmp_path.glob(".step_*"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which takes root")
+def test_a_full_disk_costs_nothing_that_is_saved(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        path = checkpoint.save(tmp_path, 1, *training(), keep=1)
+        begin = time.monotonic()
+        with pytest.raises(CheckpointError, match=r"cannot write checkpoint .*, 0\.\d MB were left free there"):
+            checkpoint.save(tmp_path, 2, *training(width=400), keep=1)
+        assert time.monotonic() - begin < 3 and not list(tmp_path.glob(".step_*"))
+        assert checkpoint.latest(tmp_path) == path and checkpoint.damage(path) is None
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):

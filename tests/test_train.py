@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -180,3 +181,34 @@ def test_windows_depend_on_seed_and_step_alone(tmp_path):
     assert torch.equal(windows(corpus, seq_len=200, batch=1, seed=0, step=1)[0], torch.arange(200))
     with pytest.raises(InputError, match="--data holds 200 bytes, less than one window of --seq-len 201"):
         windows(corpus, seq_len=201, batch=1, seed=0, step=1)
+
+
+def test_a_killed_rank_costs_nothing_under_max_restarts(tmp_path):
+    """torchrun starts all ranks anew; each step is logged once, with the losses of a run that nothing happened to."""
+    flags = ("--steps", "30", "--save-every", "2", "--no-plots", "--auto-resume")
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    torchrun(*flags, "--out", str(calm))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    agent = start([*launch, str(TRAIN), *SMALL, *flags, "--out", str(killed)])
+    until = time.monotonic() + 40
+    while not list(killed.glob("step_*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    begin = time.monotonic()
+    workers = [pid for pid in spawn.descendants(agent.pid) if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGKILL)
+    code, _, err = finish(agent, timeout=50)
+    assert code == 0, err
+    assert err.count("parameters, ") == 2, "the run was not interrupted"
+    assert learned(killed) == learned(calm)
+    print(f"killed and done after {time.monotonic() - begin:.1f} s")
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path):
+    torchrun("--steps", "4", "--save-every", "2", "--no-plots", "--out", str(tmp_path))
+    shard = next((tmp_path / "step_00000004").glob("__0_*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    _, err = torchrun("--steps", "6", "--no-plots", "--resume", "--out", str(tmp_path))
+    assert shard.name in err and "is damaged" in err and "using the one before it" in err
+    assert learned(tmp_path) == learned(straight[0])

@@ -1,10 +1,11 @@
 """Checkpoints of replicated training state, on torch.distributed.checkpoint: whole or not there at all.
 
-    runs/train/step_00000040/     a checkpoint: model, optimizer, random state, and ringattn.json (step, world, configuration)
+    runs/train/step_00000040/     a checkpoint: model, optimizer, random state; ringattn.json has step, world, config, digests
     runs/train/.step_00000050/    what was being written when the job died: never read, removed by the next save
 
-All ranks write into the hidden directory, then rank 0 renames it: a directory with the final name is complete. Every rank holds
-the same parameters, so each tensor is stored once and any number of ranks can load it; with as many ranks as before, training
+All ranks write into the hidden directory, then rank 0 notes the digest of each file and renames it: a directory with the final
+name is complete, and `resume` passes over one whose files have changed since, for the one before it. Every rank holds the same
+parameters, so each tensor is stored once and any number of ranks can load it; with as many ranks as before, training
 goes on bit by bit as it would have. On several hosts the directory must be on a file system they share.
 
 What it does not do: sharded parameters (use DCP directly), or writing in the background.
@@ -12,9 +13,12 @@ What it does not do: sharded parameters (use DCP directly), or writing in the ba
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +66,13 @@ def save(
     try:
         write_state(_state(model, optimizer), checkpoint_id=partial)
     except CheckpointException as error:
-        raise CheckpointError(f"cannot write checkpoint {partial}: {_reasons(error)}") from error
+        free = shutil.disk_usage(directory).free  # DCP says "unexpected pos" when a disk is full
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # nobody will read it, and others may need the room
+        raise CheckpointError(
+            f"cannot write checkpoint {partial}, {free / 1e6:,.1f} MB were left free there: {_reasons(error)}. What was saved "
+            "before is untouched"
+        ) from error
     about = {"step": step, "world": _world(), "config": dict(config or {})}
     _on_first_rank(lambda: _publish(partial, final, about, keep), f"cannot complete checkpoint {final}")
     return final
@@ -72,6 +82,52 @@ def latest(directory: str | Path) -> Path | None:
     """The complete checkpoint with the most steps in `directory`, or None."""
     found = _complete(Path(directory))
     return found[-1] if found else None
+
+
+def resume(
+    directory: str | Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> int:
+    """`load` the newest checkpoint in `directory` that is as it was written; collective. Returns its step, 0 if there is none.
+
+    One that is damaged is passed over with a warning that names the file.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is sound, or the newest sound one is of another `config` or model.
+    """
+    found = _from_first_rank(lambda: list(map(str, _complete(Path(directory)))))
+    for checkpoint in reversed(found):
+        problem = damage(checkpoint)
+        if problem is None:
+            return load(checkpoint, model, optimizer, config=config)
+        warnings.warn(f"{problem}; using the one before it", stacklevel=2)
+    if found:
+        raise CheckpointError(f"no checkpoint in {directory} is sound: {problem}. Restore one, or start anew elsewhere")
+    return 0
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; collective, and every rank reads its share of them."""
+    checkpoint = Path(checkpoint)
+    try:
+        noted = sorted(_about(checkpoint)["files"].items())
+    except CheckpointError as error:
+        return str(error)
+    own = None
+    for name, digest in noted[_rank() :: _world()]:
+        found = _digest(checkpoint / name) if (checkpoint / name).exists() else "missing"
+        if found != digest:
+            how = "is missing" if found == "missing" else f"has digest {found}, {digest} when it was written"
+            own = f"checkpoint {checkpoint} is damaged: {name} {how}"
+            break
+    everyone: list[str | None] = [own]
+    if _world() > 1:
+        everyone = [None] * _world()
+        dist.all_gather_object(everyone, own)
+    return next((said for said in everyone if said), None)
 
 
 def load(
@@ -87,6 +143,7 @@ def load(
 
     Raises:
         CheckpointError: there is none at this path, it is incomplete, or it was made with another `config` or another model.
+            Digests are compared by `resume` and `damage`, which read every byte.
     """
     checkpoint = Path(checkpoint)
     about = _about(checkpoint)
@@ -136,7 +193,11 @@ def _clear(directory: Path) -> None:
 
 
 def _publish(partial: Path, final: Path, about: Mapping[str, Any], keep: int) -> None:
-    (partial / ABOUT).write_text(json.dumps(about, indent=1))
+    files = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    with (partial / ABOUT).open("w") as file:
+        json.dump({**about, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     if final.exists():  # the same step again, after a resume from before it
         shutil.rmtree(final)
     partial.rename(final)
@@ -155,7 +216,8 @@ def _about(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {checkpoint}; `latest(directory)` finds the newest complete one")
     try:
         about = json.loads((checkpoint / ABOUT).read_text())
-        return {"step": int(about["step"]), "world": int(about["world"]), "config": dict(about["config"])}
+        numbers = {name: int(about[name]) for name in ("step", "world")}
+        return numbers | {name: dict(about[name]) for name in ("config", "files")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} is incomplete or damaged ({ABOUT}: {error}); use the one before it, or start anew"
@@ -188,6 +250,19 @@ def _on_first_rank(action: Callable[[], None], failure: str) -> None:
         dist.broadcast_object_list(said, src=0)
     if said[0] is not None:
         raise CheckpointError(said[0])
+
+
+def _from_first_rank(action: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on all ranks."""
+    found = [action() if _rank() == 0 else None]
+    if _world() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _rank() -> int:
