@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,13 @@ class Log(AbstractContextManager["Log"]):
         self.speaks, self.steps, self.seconds = speaks, steps, list[float]()
         if not speaks:
             return
-        kept = [line for line in read_metrics(path) if line["step"] <= done]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        self.file: TextIO | None = None
+        try:
+            kept = [line for line in read_metrics(path) if line["step"] <= done]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.file = path.open("a", buffering=1)
+        except OSError as error:
+            self._without(error)
         console = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console) if console.is_terminal else None
@@ -52,12 +56,21 @@ class Log(AbstractContextManager["Log"]):
         self.seconds.append(metrics["seconds"])
         if not self.speaks:
             return
-        self.file.write(json.dumps(metrics) + "\n")
+        try:
+            if self.file:
+                self.file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            self._without(error)
         said = "loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s".format(**metrics)
         if self.bar is not None:
             self.bar.update(self.task, advance=1, description=said)
         else:
             self.say(f"step {metrics['step']}/{self.steps}  {said}")
+
+    def _without(self, error: OSError) -> None:
+        """Training goes on; what is lost is said once."""
+        self.file = None
+        self.say(f"warning: metrics are no longer written: {error}")
 
     def say(self, text: str) -> None:
         if self.speaks:
@@ -65,7 +78,8 @@ class Log(AbstractContextManager["Log"]):
 
     def __exit__(self, *exception: object) -> None:
         if self.speaks:
-            self.file.close()
+            if self.file:
+                self.file.close()
             if self.bar is not None:
                 self.bar.stop()
 

@@ -35,6 +35,7 @@ from ringattn.comm.agree import agree
 from ringattn.nn import Decoder, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.nn.group import sum_over
 from ringattn.runtime import checkpoint
+from ringattn.runtime.saver import Saver
 
 
 def main(config: TrainConfig) -> None:
@@ -60,7 +61,7 @@ def main(config: TrainConfig) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     corpus, identity = _corpus(config, mesh)
     done = checkpoint.resume(config.out, model, optimizer, config=identity) if _prepare(config, speaks) else 0
-    stop, stopped = _StopRequest(mesh), False
+    stop, stopped, saver = _StopRequest(mesh), False, Saver(config.out, config=identity)
     with Log(config.out / "metrics.jsonl", speaks=speaks, done=done, steps=config.steps) as log:
         size = sum(p.numel() for p in model.parameters())
         log.say(
@@ -72,11 +73,12 @@ def main(config: TrainConfig) -> None:
             stopped = stop.agreed()
             last = stopped or step == config.steps
             if last or (config.save_every and step % config.save_every == 0):
-                checkpoint.save(config.out, step, model, optimizer, config=identity)
+                saver.save(step, model, optimizer)
             if last:
                 break
         else:
             log.say(f"nothing to do: step {done} is done and --steps is {config.steps}")
+        saver.finish()
         if stopped:
             log.say(f"stopped by SIGTERM; go on with --resume --out {config.out}")
         if stopped or not log.seconds:

@@ -13,6 +13,7 @@ from ringattn.autograd import Inputs, attend
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, device_of, group_and_rank
 from ringattn.comm.p2p import P2P
+from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
 from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
@@ -31,6 +32,7 @@ def attention(
     softcap: float | None = None,
     group: Group | None = None,
     return_lse: Literal[False] = False,
+    check_finite: bool | str = False,
 ) -> Tensor: ...
 
 
@@ -47,6 +49,7 @@ def attention(
     softcap: float | None = None,
     group: Group | None = None,
     return_lse: Literal[True],
+    check_finite: bool | str = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -62,6 +65,7 @@ def attention(
     softcap: float | None = None,
     group: Group | None = None,
     return_lse: bool = False,
+    check_finite: bool | str = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is cut over ranks; each rank calls it with the rows the plan gives it.
 
@@ -76,6 +80,8 @@ def attention(
         softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
         return_lse: also return the log-sum-exp of each row's logits. No gradient flows through it.
+        check_finite: refuse NaN and infinities in the tensors (-inf in key_bias hides a key and is none). A text, as "layer 3",
+            is said in the error. Reads all input once; not under torch.compile.
 
     Returns:
         out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
@@ -99,20 +105,32 @@ def attention(
     inputs = Inputs(q, k, v, key_bias, sinks)
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs if tensor is not None)
     if torch.compiler.is_compiling():
+        if check_finite:
+            raise InputError(
+                "check_finite needs the numbers, which a compiled graph does not have; leave it out of what is compiled"
+            )
         out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient)
     else:
-        process_group = _checked(inputs, plan, group, scale, softcap, gradient)
+        process_group = _checked(inputs, plan, group, scale, softcap, gradient, check_finite)
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
     return (out, lse) if return_lse else out
 
 
 def _checked(
-    inputs: Inputs, plan: Plan, group: Group | None, scale: float | None, softcap: float | None, gradient: bool
+    inputs: Inputs,
+    plan: Plan,
+    group: Group | None,
+    scale: float | None,
+    softcap: float | None,
+    gradient: bool,
+    check_finite: bool | str = False,
 ) -> dist.ProcessGroup | None:
     """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
     process_group, rank = group_and_rank(group, plan.world)
     q, k, v, key_bias, sinks = inputs
     problem = _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    if check_finite and problem is None:
+        problem = _not_finite(inputs, check_finite)
     fields = {
         "plan": plan.digest,
         "batch": q.shape[0] if q.ndim else 0,
@@ -124,8 +142,9 @@ def _checked(
         "key_bias": key_bias is not None and key_bias.ndim,
         "sinks": sinks is not None,
         "needs gradient": gradient,
+        "check_finite": check_finite,
     }
-    agree(process_group, fields, problem)
+    agree(process_group, fields, problem, always=bool(check_finite))
     return process_group
 
 
@@ -191,6 +210,19 @@ def _problem(
     if softcap is not None and not (isfinite(softcap) and softcap > 0):
         return f"softcap={softcap}: must be finite and positive; leave it out for none"
     return obstacle(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
+
+
+def _not_finite(inputs: Inputs, where: bool | str) -> str | None:
+    """The first tensor that holds what no attention should, with how much of it and where it begins, or None."""
+    for name, tensor in zip(inputs._fields, inputs, strict=True):
+        if tensor is None:
+            continue
+        bad = ~torch.isfinite(tensor) if name != "key_bias" else tensor.isnan() | tensor.isposinf()
+        if bad.any():
+            first, nans = tuple(bad.nonzero()[0].tolist()), int(tensor.isnan().sum())
+            said = f"{where}: " if isinstance(where, str) else ""
+            return f"{said}{name} holds {nans} NaN and {int(bad.sum()) - nans} infinities, the first at {first}"
+    return None
 
 
 def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Plan, rank: int) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from spawn import finish, run_ranks, start
 
 from ringattn import CheckpointError
 from ringattn.runtime import checkpoint
+from ringattn.runtime.checkpoint import write_state
+from ringattn.runtime.saver import Saver
 
 CONFIG = {"dim": 4, "data": ("a", "b")}
 
@@ -114,9 +117,51 @@ def test_resume_takes_the_newest_sound_one(tmp_path):
         checkpoint.resume(tmp_path, *training())
 
 
+def test_a_saver_writes_what_was_while_training_goes_on(tmp_path, monkeypatch):
+    model, optimizer = training()
+    steps(model, optimizer, 2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        begun.set()
+        assert go_on.wait(20)
+        return write_state(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "write_state", slow)
+    saver = Saver(tmp_path, config=CONFIG)
+    saver.save(2, model, optimizer)
+    assert begun.wait(20)
+    expected = steps(model, optimizer, 3)  # while it is being written
+    assert checkpoint.latest(tmp_path) is None
+    go_on.set()
+    assert saver.finish() == tmp_path / "step_00000002" and saver.finish() is None
+    again = training(seed=9)
+    assert checkpoint.resume(tmp_path, *again, config=CONFIG) == 2
+    assert steps(*again, 3) == expected
+
+
+def fail_later(rank: int, directory: Path) -> list[str]:
+    saver, told = Saver(directory), []
+    for call in (lambda: saver.save(1, *training()), lambda: saver.save(2, *training()), saver.finish):
+        try:
+            call()
+            told.append("")
+        except CheckpointError as error:
+            told.append(str(error))
+    return told
+
+
+def test_a_saver_tells_every_rank_of_a_failure_with_the_next_call(tmp_path):
+    (tmp_path / "file").write_text("")
+    first, second = run_ranks(2, fail_later, tmp_path / "file")
+    assert first == second and [("cannot prepare" in said) for said in first] == [False, True, False]
+
+
 DIES_WRITING = """
 import os, signal, sys, torch
 from ringattn.runtime import checkpoint
+from ringattn.runtime.checkpoint import write_state
+from ringattn.runtime.saver import Saver
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
 checkpoint.save(sys.argv[1], 1, model, optimizer)

@@ -2,13 +2,19 @@
 
 import json
 import os
+import random
 import signal
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from spawn import finish, start
+import torch
+from spawn import finish, run_ranks, start
 from test_init import free_port
+
+import ringattn
+from ringattn.comm.p2p import P2PPort
 
 JOB = str(Path(__file__).parent / "fault_job.py")
 DEADLINE = 5.0  # as in the job
@@ -59,3 +65,30 @@ def test_survivors_name_the_rank_and_the_cause_in_time(kind, faulty, words, with
         for word in words:
             assert word in err, err
     assert seconds < within + SLACK
+
+
+def disturbed(rank: int, seed: int | None) -> list[str]:
+    """Digests of outputs and gradients of some calls; with a seed, ranks sleep at random before they wait."""
+    plan = ringattn.make_plan(203, world=4, heads=3, head_dim=8, schedule="token_ring", topology="cpu", ulysses=1)
+    source, sleep, wait = torch.Generator().manual_seed(rank), random.Random(f"{seed} {rank}"), P2PPort.wait
+
+    def late(port, message):
+        time.sleep(sleep.choice((0, 0, 0, 0.001, 0.004)))
+        return wait(port, message)
+
+    P2PPort.wait = wait if seed is None else late
+    found = []
+    for _ in range(CALLS):
+        q, k, v = (torch.randn(1, plan.rows(rank), 3, 8, generator=source, requires_grad=True) for _ in range(3))
+        out = ringattn.attention(q, k, v, plan)
+        gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
+        found.append(sha256(b"".join(x.detach().numpy().tobytes() for x in (out, *gradients))).hexdigest())
+    return found
+
+
+CALLS = 40  # of some 25 waits each on a rank
+
+
+def test_delays_change_no_bit() -> None:
+    calm = run_ranks(4, disturbed, None)
+    assert run_ranks(4, disturbed, 1) == calm

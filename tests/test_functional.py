@@ -264,6 +264,14 @@ def _loss_of_wrong_targets(rank: int) -> None:
     cross_entropy(torch.zeros(1, 4, 7), torch.zeros(1, 4 - (rank == 1), dtype=torch.int64))
 
 
+def _not_a_number(rank: int) -> None:
+    q, k, v = tensors(plan_for(3), rank)
+    if rank == 2:
+        v = v.clone()
+        v[0, 1, 0, 3], v[1, 0, 0, 0] = float("nan"), float("inf")
+    attention(q, k, v, plan_for(3), check_finite="layer 3")
+
+
 def _wrong_group(rank: int) -> None:
     attention(*tensors(plan_for(2), 0), plan_for(2))
 
@@ -286,6 +294,7 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
         (_unshard_of_different_batch, "MismatchError: ranks disagree on shape beside the rows: [2, 2] on rank 0"),
         (_unshard_along_no_dim, "InputError: on rank 2: unshard(x): x of shape (1, 4, 2) does not have the 4 rows"),
         (_loss_of_wrong_targets, "InputError: on rank 1: targets has shape (1, 3)"),
+        (_not_a_number, "InputError: on rank 2: layer 3: v holds 1 NaN and 1 infinities, the first at (0, 1, 0, 3)"),
         (_wrong_group, "MismatchError: the plan is for 2 ranks and the group has 3"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

@@ -1,5 +1,6 @@
 """The main job as a user starts it: real torchrun, small sizes."""
 
+import io
 import json
 import math
 import os
@@ -212,3 +213,20 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path):
     _, err = torchrun("--steps", "6", "--no-plots", "--resume", "--out", str(tmp_path))
     assert shard.name in err and "is damaged" in err and "using the one before it" in err
     assert learned(tmp_path) == learned(straight[0])
+
+
+def test_metrics_that_cannot_be_written_cost_a_warning_and_no_training(tmp_path, capsys):
+    from report import Log
+
+    line = {"loss": 1.0, "bits_per_byte": 1.0, "tokens_per_second": 1.0, "seconds": 1.0}
+    (tmp_path / "metrics.jsonl").mkdir()
+    with Log(tmp_path / "metrics.jsonl", speaks=True, done=0, steps=2) as log:
+        log.step(line | {"step": 1})
+    with Log(tmp_path / "other.jsonl", speaks=True, done=0, steps=2) as log:
+        log.file.close()
+        log.file = full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+        log.step(line | {"step": 1})
+        log.step(line | {"step": 2})
+    full.detach()  # or its end would fail as well
+    said = capsys.readouterr().err
+    assert said.count("warning: metrics are no longer written") == 2 and "No space left" in said and "step 2/2" in said

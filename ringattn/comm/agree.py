@@ -42,8 +42,12 @@ class _History:
 _histories: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()  # a history ends with its group
 
 
-def agree(group: dist.ProcessGroup | None, fields: Mapping[str, object], problem: str | None = None) -> None:
+def agree(
+    group: dist.ProcessGroup | None, fields: Mapping[str, object], problem: str | None = None, *, always: bool = False
+) -> None:
     """Raise on every rank unless no rank has a problem and all come to the same call with equal `fields`.
+
+    always: with NCCL too, though these fields have been agreed on before: where a problem may come up in any call.
 
     Raises:
         InputError: some rank has a problem; says which and what.
@@ -56,7 +60,7 @@ def agree(group: dist.ProcessGroup | None, fields: Mapping[str, object], problem
         return
     history = _histories.setdefault(group, _History())
     mine = tuple((name, str(value)) for name, value in fields.items())
-    if problem is None and mine in history.agreed and device_of(group).type != "cpu":
+    if problem is None and not always and mine in history.agreed and device_of(group).type != "cpu":
         return
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))

@@ -8,7 +8,7 @@ name is complete, and `resume` passes over one whose files have changed since, f
 parameters, so each tensor is stored once and any number of ranks can load it; with as many ranks as before, training
 goes on bit by bit as it would have. On several hosts the directory must be on a file system they share.
 
-What it does not do: sharded parameters (use DCP directly), or writing in the background.
+`saver` writes in the background. What this does not do: sharded parameters (use DCP directly).
 """
 
 from __future__ import annotations
@@ -57,14 +57,24 @@ def save(
     Raises:
         CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
     """
-    if keep < 1:
-        raise CheckpointError(f"keep={keep}: at least the checkpoint just written must stay; pass 1 or more")
-    directory = Path(directory)
+    check_keep(keep)
+    return write(Path(directory), step, state_of(model, optimizer), dict(config or {}), keep)
+
+
+def write(
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    config: Mapping[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write `state` (of `state_of`) and give it its name; collective over `group`, by default all ranks. Else as `save`."""
     final = directory / f"step_{step:08d}"
     partial = directory / f".{final.name}"
-    _on_first_rank(lambda: _clear(directory), f"cannot prepare {directory}")
+    _on_first_rank(lambda: _clear(directory), f"cannot prepare {directory}", group)
     try:
-        write_state(_state(model, optimizer), checkpoint_id=partial)
+        write_state(state, checkpoint_id=partial, process_group=group)
     except CheckpointException as error:
         free = shutil.disk_usage(directory).free  # DCP says "unexpected pos" when a disk is full
         if _rank() == 0:
@@ -73,9 +83,15 @@ def save(
             f"cannot write checkpoint {partial}, {free / 1e6:,.1f} MB were left free there: {_reasons(error)}. What was saved "
             "before is untouched"
         ) from error
-    about = {"step": step, "world": _world(), "config": dict(config or {})}
-    _on_first_rank(lambda: _publish(partial, final, about, keep), f"cannot complete checkpoint {final}")
+    about = {"step": step, "world": _world(), "config": dict(config)}
+    _on_first_rank(lambda: _publish(partial, final, about, keep), f"cannot complete checkpoint {final}", group)
     return final
+
+
+def check_keep(keep: int) -> None:
+    """Raise `CheckpointError` for a number of checkpoints that would leave none."""
+    if keep < 1:
+        raise CheckpointError(f"keep={keep}: at least the checkpoint just written must stay; pass 1 or more")
 
 
 def latest(directory: str | Path) -> Path | None:
@@ -148,7 +164,7 @@ def load(
     checkpoint = Path(checkpoint)
     about = _about(checkpoint)
     _compare(checkpoint, json.loads(json.dumps(dict(config or {}))), about["config"])
-    state = _state(model, optimizer, ranks=about["world"])
+    state = state_of(model, optimizer, ranks=about["world"])
     try:
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
         if unknown := [key for key in stored if key.startswith("model.") and key.removeprefix("model.") not in state["model"]]:
@@ -167,7 +183,7 @@ def load(
     return int(about["step"])
 
 
-def _state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: int | None = None) -> dict[str, Any]:
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: int | None = None) -> dict[str, Any]:
     """What is stored, as it is now: the values to save, or the places to load into."""
     weights, moments = get_state_dict(model, optimizer)
     random = {"cpu": torch.get_rng_state()}
@@ -238,7 +254,7 @@ def _reasons(error: CheckpointException) -> str:
     return "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
 
 
-def _on_first_rank(action: Callable[[], None], failure: str) -> None:
+def _on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None = None) -> None:
     """Rank 0 does it, all wait for it and all learn how it went."""
     said: list[str | None] = [None]
     if _rank() == 0:
@@ -247,7 +263,7 @@ def _on_first_rank(action: Callable[[], None], failure: str) -> None:
         except OSError as error:
             said = [f"{failure}: {error}"]
     if _world() > 1:
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(said, src=0, group=group)
     if said[0] is not None:
         raise CheckpointError(said[0])
 
