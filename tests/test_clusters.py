@@ -50,6 +50,14 @@ def test_doctor_examines_the_ranks_of_two_agents() -> None:
         assert word in said, word
 
 
+def test_two_jobs_on_one_host_do_not_meet(tmp_path: Path) -> None:
+    alone = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "launch/train.py"), *SMALL]
+    jobs = [start([*alone, "--seed", str(n), "--out", str(tmp_path / str(n))]) for n in range(2)]
+    ends = [finish(job, timeout=90) for job in jobs]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert all((tmp_path / str(n) / "step_00000002").is_dir() for n in range(2))
+
+
 def test_what_differs_between_ranks_is_named_with_the_cure() -> None:
     same = {"ranks": "a", "torch": "2.13", "source of ringattn": "0"}
     found = {f.what: f for f in together._compared([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
