@@ -13,7 +13,10 @@ from ringattn import InputError
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 
 # What may differ between a run and its continuation: everything else decides what is learned.
-MAY_CHANGE = ("data", "schedule", "layout", "ulysses", "kernel", "steps", "out", "save_every", "resume", "auto_resume", "plots")
+MAY_CHANGE = (
+    *("data", "schedule", "layout", "ulysses", "kernel"),
+    *("steps", "out", "save_every", "resume", "auto_resume", "any_world", "plots"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class TrainConfig:
     """Continue from the newest checkpoint in --out; an error when there is none."""
     auto_resume: bool = False
     """The same, but start anew when there is none: for jobs that are restarted or requeued."""
+    any_world: bool = False
+    """Continue on another number of ranks too: what is learned from there on differs by rounding."""
     plots: bool = True
     """Draw the loss curve and the schedule's timeline (needs matplotlib)."""
 

@@ -60,7 +60,9 @@ def main(config: TrainConfig) -> None:
     model = config.model(topology).to(mesh.device_type)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     corpus, identity = _corpus(config, mesh)
-    done = checkpoint.resume(config.out, model, optimizer, config=identity) if _prepare(config, speaks) else 0
+    done = 0
+    if _prepare(config, speaks):
+        done = checkpoint.resume(config.out, model, optimizer, config=identity, any_world=config.any_world)
     stop, stopped, saver = _StopRequest(mesh), False, Saver(config.out, config=identity)
     with Log(config.out / "metrics.jsonl", speaks=speaks, done=done, steps=config.steps) as log:
         size = sum(p.numel() for p in model.parameters())

@@ -114,6 +114,17 @@ def test_it_trains_on_merged_tokens_and_resumes_bit_by_bit(merge, tmp_path):
     assert learned(tmp_path) == straight
 
 
+def test_another_number_of_ranks_goes_on_when_asked_and_up_to_rounding(straight, tmp_path):
+    torchrun("--steps", "3", "--no-plots", "--out", str(tmp_path))
+    flags = ("--steps", "6", "--no-plots", "--resume", "--out", str(tmp_path))
+    assert "was made by 2 ranks and this job has 1" in complaint(rank(0, 1, free_port(), *flags))
+    code, _, err = finish(rank(0, 1, free_port(), *flags, "--any-world"), timeout=40)
+    assert code == 0, err
+    found, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
+    # fp32 sums over two ranks or one: 2^-24 each, and three steps in which AdamW divides by small numbers
+    assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 6
+
+
 def complaint(process: subprocess.Popen) -> str:
     """What a failing run says: one paragraph and no traceback."""
     code, out, err = finish(process, timeout=40)

@@ -106,6 +106,7 @@ def resume(
     optimizer: torch.optim.Optimizer,
     *,
     config: Mapping[str, Any] | None = None,
+    any_world: bool = False,
 ) -> int:
     """`load` the newest checkpoint in `directory` that is as it was written; collective. Returns its step, 0 if there is none.
 
@@ -118,7 +119,7 @@ def resume(
     for checkpoint in reversed(found):
         problem = damage(checkpoint)
         if problem is None:
-            return load(checkpoint, model, optimizer, config=config)
+            return load(checkpoint, model, optimizer, config=config, any_world=any_world)
         warnings.warn(f"{problem}; using the one before it", stacklevel=2)
     if found:
         raise CheckpointError(f"no checkpoint in {directory} is sound: {problem}. Restore one, or start anew elsewhere")
@@ -152,18 +153,25 @@ def load(
     optimizer: torch.optim.Optimizer,
     *,
     config: Mapping[str, Any] | None = None,
+    any_world: bool = False,
 ) -> int:
     """Put a checkpoint's state into `model` and `optimizer`, and torch's random state back; collective. Returns its step.
 
-    A rank takes back its own random state; when there are more ranks than before, they share what is there in turn.
+    A rank takes back its own random state. With `any_world` another number of ranks may load it: what follows is then equal
+    up to rounding only, since sums over ranks have another order, and more ranks than before share random states in turn.
 
     Raises:
-        CheckpointError: there is none at this path, it is incomplete, or it was made with another `config` or another model.
-            Digests are compared by `resume` and `damage`, which read every byte.
+        CheckpointError: there is none at this path, it is incomplete, or it was made with another `config`, another model, or
+            (without `any_world`) another number of ranks. Digests are compared by `resume` and `damage`, which read every byte.
     """
     checkpoint = Path(checkpoint)
     about = _about(checkpoint)
     _compare(checkpoint, json.loads(json.dumps(dict(config or {}))), about["config"])
+    if about["world"] != _world() and not any_world:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was made by {about['world']} ranks and this job has {_world()}: what follows would "
+            "differ in its last bits. Start as many ranks, or pass any_world=True (to launch/train.py: --any-world)"
+        )
     state = state_of(model, optimizer, ranks=about["world"])
     try:
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
