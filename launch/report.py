@@ -41,7 +41,9 @@ class Log(AbstractContextManager["Log"]):
         self.file: TextIO | None = None
         try:
             kept = [line for line in read_metrics(path) if line["step"] <= done]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            whole = path.with_suffix(".kept")  # and then at once in its place: whoever dies here loses no line
+            whole.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            whole.replace(path)
             self.file = path.open("a", buffering=1)
         except OSError as error:
             self._without(error)

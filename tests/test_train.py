@@ -226,6 +226,21 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path):
     assert learned(tmp_path) == learned(straight[0])
 
 
+def test_a_rank_that_dies_while_it_trims_the_log_loses_no_line(tmp_path, monkeypatch):
+    from report import Log
+
+    lines = "".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        Log(tmp_path / "metrics.jsonl", speaks=True, done=2, steps=9)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
 def test_metrics_that_cannot_be_written_cost_a_warning_and_no_training(tmp_path, capsys):
     from report import Log
 

@@ -149,6 +149,9 @@ class Board:
     def _live(self) -> None:
         waited, since = None, 0.0
         while not self._ended.wait(BEAT):
+            if not dist.is_initialized():  # the job is done, and with it perhaps the store
+                self._ended.set()
+                return
             self.beats += 1
             doing = self.doing
             self._write("beat", self._state())
