@@ -33,6 +33,7 @@ def attention(
     group: Group | None = None,
     return_lse: Literal[False] = False,
     check_finite: bool | str = False,
+    strict: bool | None = None,
 ) -> Tensor: ...
 
 
@@ -50,6 +51,7 @@ def attention(
     group: Group | None = None,
     return_lse: Literal[True],
     check_finite: bool | str = False,
+    strict: bool | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -66,6 +68,7 @@ def attention(
     group: Group | None = None,
     return_lse: bool = False,
     check_finite: bool | str = False,
+    strict: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is cut over ranks; each rank calls it with the rows the plan gives it.
 
@@ -82,6 +85,9 @@ def attention(
         return_lse: also return the log-sum-exp of each row's logits. No gradient flows through it.
         check_finite: refuse NaN and infinities in the tensors (-inf in key_bias hides a key and is none). A text, as "layer 3",
             is said in the error. Reads all input once; not under torch.compile.
+        strict: whether ranks agree on every call, and so on the order of calls, before it sends anything. False: on the first
+            call of each kind alone, after which it costs nothing, and ranks that come to different known calls are found by
+            the deadline or not at all. None: on every call with gloo; with NCCL, which would stall the GPU, as False.
 
     Returns:
         out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
@@ -94,7 +100,7 @@ def attention(
         InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent. (Rows that belong to
             another rank are found when their number is wrong; no library can tell from the numbers in them.)
         MismatchError: ranks came with different plans, shapes, dtypes or options, or one skipped a call. Raised on every rank.
-            With NCCL a kind of call is checked when it first occurs, see `comm.agree`.
+            See `strict`, and `comm.agree`.
         CommError: a transfer failed.
         LaunchError: the plan needs a process group and there is none.
 
@@ -109,9 +115,9 @@ def attention(
             raise InputError(
                 "check_finite needs the numbers, which a compiled graph does not have; leave it out of what is compiled"
             )
-        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient)
+        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, strict)
     else:
-        process_group = _checked(inputs, plan, group, scale, softcap, gradient, check_finite)
+        process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite)
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
     return (out, lse) if return_lse else out
 
@@ -123,6 +129,7 @@ def _checked(
     scale: float | None,
     softcap: float | None,
     gradient: bool,
+    strict: bool | None,
     check_finite: bool | str = False,
 ) -> dist.ProcessGroup | None:
     """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
@@ -143,8 +150,9 @@ def _checked(
         "sinks": sinks is not None,
         "needs gradient": gradient,
         "check_finite": check_finite,
+        "strict": strict,
     }
-    agree(process_group, fields, problem, always=bool(check_finite))
+    agree(process_group, fields, problem, every_call=True if check_finite else strict)
     return process_group
 
 

@@ -45,7 +45,10 @@ from ringattn.work import Forward
 Check = Callable[..., dist.ProcessGroup | None]
 
 WHERE = "str plan, str group, int rank, float? scale, float? softcap"
-FORWARD = f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient) -> (Tensor, Tensor, Tensor)"
+FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient, bool? strict) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 BACKWARD = (
     "(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? key_bias, Tensor? sinks, Tensor out, Tensor lse, Tensor kept, "
     f"{WHERE}) -> Tensor[]"
@@ -88,9 +91,10 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         scale: float | None,
         softcap: float | None,
         gradient: bool,
+        strict: bool | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
-        process_group = check(inputs, known, _group(group), scale, softcap, gradient)
+        process_group = check(inputs, known, _group(group), scale, softcap, gradient, strict)
         if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
             raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
         keep = known.keep and gradient
@@ -125,6 +129,7 @@ def _fake_forward(
     scale: float | None,
     softcap: float | None,
     gradient: bool,
+    strict: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = _plan(plan)
     fits = q.ndim == 4 and q.shape[2] == known.heads
@@ -140,7 +145,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
     q, k, v, key_bias, sinks, plan, *where = inputs
     own = (None, None, None) if _plan(plan).keep else (q, k, v)
     ctx.save_for_backward(*own, key_bias, sinks, *output)
-    ctx.where = (plan, *where[:-1])
+    ctx.where = (plan, *where[:-2])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -149,7 +154,7 @@ def _differentiate(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Any, ...]:
     dq, dk, dv, *more = _backward(dout, *inputs, out, lse, kept, *ctx.where)
     given = [tensor is not None for tensor in inputs[3:]]
     dbias, dsinks = (more.pop(0) if there else None for there in given)
-    return (dq, dk, dv, dbias, dsinks, *[None] * (len(ctx.where) + 1))
+    return (dq, dk, dv, dbias, dsinks, *[None] * (len(ctx.where) + 2))
 
 
 def _run_backward(

@@ -132,7 +132,7 @@ def test_the_operator_is_what_torch_asks_of_one(extra: bool, gradient: bool) -> 
     if not gradient:
         given = {name: x.detach() for name, x in given.items()}
     arguments = [given.get(name) for name in ("q", "k", "v", "key_bias", "sinks")]
-    opcheck(torch.ops.ringattn.attention, (*arguments, *known_as(plan, None), None, 2.0, gradient), test_utils=OPCHECKS)
+    opcheck(torch.ops.ringattn.attention, (*arguments, *known_as(plan, None), None, 2.0, gradient, None), test_utils=OPCHECKS)
 
 
 def test_another_plan_is_another_graph() -> None:
@@ -223,7 +223,7 @@ def every_form(rank: int) -> None:
     assert same_bits(ring, rank, extra=True, softcap=3.0)
     assert same_bits(ulysses, rank, extra=True, softcap=3.0, dynamic=True)
     assert same_bits(plans_for(3, dtype="bfloat16")[1], rank)
-    arguments = [*inputs(ulysses, rank).values(), None, None, *known_as(ulysses, None), None, None, True]
+    arguments = [*inputs(ulysses, rank).values(), None, None, *known_as(ulysses, None), None, None, True, None]
     opcheck(torch.ops.ringattn.attention, tuple(arguments), test_utils=OPCHECKS)
     mesh = DeviceMesh("cpu", [1, 2])
     if rank:  # in the group it is not what it is in the world

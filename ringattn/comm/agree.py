@@ -6,7 +6,8 @@ are wrong". Only if the numbers differ do the words behind them travel, and then
 said what.
 
 With gloo every call is checked: eight bytes from each rank. With NCCL reading them would stall the GPU, so there a call is
-checked the first time its fields occur; ranks that part ways later are then found by the deadline of the group.
+checked the first time its fields occur, unless the caller is `strict`; ranks that part ways later are then found by the
+deadline of the group. Calls are counted where every one is checked, which tells a call that one rank has skipped.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ _histories: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()
 
 
 def agree(
-    group: dist.ProcessGroup | None, fields: Mapping[str, object], problem: str | None = None, *, always: bool = False
+    group: dist.ProcessGroup | None, fields: Mapping[str, object], problem: str | None = None, *, every_call: bool | None = None
 ) -> None:
     """Raise on every rank unless no rank has a problem and all come to the same call with equal `fields`.
 
-    always: with NCCL too, though these fields have been agreed on before: where a problem may come up in any call.
+    every_call: also if these fields have been agreed on before. None: with gloo yes, with NCCL no.
 
     Raises:
         InputError: some rank has a problem; says which and what.
@@ -60,7 +61,8 @@ def agree(
         return
     history = _histories.setdefault(group, _History())
     mine = tuple((name, str(value)) for name, value in fields.items())
-    if problem is None and not always and mine in history.agreed and device_of(group).type != "cpu":
+    every_call = device_of(group).type == "cpu" if every_call is None else every_call
+    if problem is None and mine in history.agreed and not every_call:
         return
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))
@@ -71,7 +73,8 @@ def agree(
         reports = _words_of_all(group, words)
         _raise_problems(reports)
         _raise_differences(reports)
-    history.agreed.add(mine)
+    if not every_call:
+        history.agreed.add(mine)
 
 
 def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
