@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from ringattn.comm.transport import Transport
 from ringattn.engine import Payload, run
@@ -80,12 +81,9 @@ def run_forward(
     """out and lse of each rank that `transport` hosts, one after another; and, with `keep`, what rests there for backward."""
     works = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
     held: list[Held] = [{} for _ in works]
-    runs = [
-        run(plan.program(work.rank, backward=False), work, port, blocks)
-        for work, port, blocks in zip(works, transport.ports("forward"), held, strict=True)
-    ]
+    made = _carried_out(plan, works, held, transport, backward=False)
     results: list[Tensor] = []
-    for i, work, gathered in zip(inputs, works, transport.drive(runs), strict=True):
+    for i, work, gathered in zip(inputs, works, made, strict=True):
         out, lse = work.result(gathered)
         if i.sinks is not None:
             out, lse = _with_sinks(out, lse, i.sinks)
@@ -110,18 +108,28 @@ def run_backward(
         deltas.append(delta)
         works.append(Backward(plan, rank, options, **engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
     held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
-    runs = [
-        run(plan.program(work.rank, backward=True), work, port, blocks)
-        for work, port, blocks in zip(works, transport.ports("backward"), held, strict=True)
-    ]
+    made = _carried_out(plan, works, held, transport, backward=True)
     found: list[tuple[Tensor | None, ...]] = []
-    for i, work, gathered, delta, lse in zip(inputs, works, transport.drive(runs), deltas, results[1::2], strict=True):
+    for i, work, gathered, delta, lse in zip(inputs, works, made, deltas, results[1::2], strict=True):
         dq, dk, dv, dbias = work.result(gathered)
         if dbias is not None and i.key_bias is not None:
             dbias = dbias.to(i.key_bias.dtype).reshape(i.key_bias.shape)
         dsinks = None if i.sinks is None else _sink_grad(i.sinks, lse, delta)
         found.append((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks))
     return found
+
+
+def _carried_out(
+    plan: Plan, works: Sequence[Forward | Backward], held: Sequence[Held], transport: Transport, *, backward: bool
+) -> list[dict[Item, Any]]:
+    """What each hosted rank has at the end of one pass; under the pass's name in profiles, errors and journals."""
+    name = plan.called(backward=backward)
+    runs = [
+        run(plan.program(work.rank, backward=backward), work, port, blocks)
+        for work, port, blocks in zip(works, transport.ports(name), held, strict=True)
+    ]
+    with record_function(f"ringattn/{name}"):
+        return transport.drive(runs)
 
 
 def rests(plan: Plan, rank: int) -> list[Item]:

@@ -60,6 +60,11 @@ class Plan:
         work = pairs(self.forward)
         return max(work.values()) * self.world / work.total() if work.total() else 1.0
 
+    def called(self, *, backward: bool) -> str:
+        """One pass, in words: of errors, profiles and journals."""
+        name = self.labels[backward] or " | ".join(lane.schedule.name for lane in (self.backward if backward else self.forward))
+        return f"{'backward' if backward else 'forward'} ({name})"
+
     def rounds(self, lane: Lane, kind: Kind) -> bool:
         """Whether sums of `kind` travel in the plan's dtype instead of the one they are kept in.
 
@@ -111,8 +116,6 @@ class Plan:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        passes = zip(self.labels, (self.forward, self.backward), strict=True)
-        forward, backward = (label or " | ".join(lane.schedule.name for lane in lanes) for label, lanes in passes)
         found = [self.rows(rank) for rank in range(self.world)]
         rows = f"{min(found)} to {max(found)}" if max(found) > min(found) else f"{max(found)}"
         keys = f" against {self.kv_len} keys" if self.layout.keys is not None else ""
@@ -121,6 +124,6 @@ class Plan:
             f"{self.mask} mask",
             f"{self.world} ranks, {self.layout} layout, {rows} rows each, the busiest with {self.balance:.2f} x the mean work; "
             f"kernel {self.kernel}",
-            f"forward {forward}; backward {backward}",
+            f"{self.called(backward=False)}; {self.called(backward=True)}",
         ]
         return "\n".join([*lines, *([self.notes] if self.notes else []), f"digest {self.digest}"])

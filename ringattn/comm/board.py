@@ -6,7 +6,9 @@ it; and when a transfer fails, looks who has written and whose heart has stopped
 clocks need not agree, and nobody reads anything while all goes well.
 
 A thread does the beating, over a connection of its own. It also ends this process, stacks dumped, when the board tells of a
-failure and the main thread still waits for a transfer, as a rank may whose own neighbours are alive.
+failure and the main thread still waits for a transfer, as a rank may whose own neighbours are alive; and it sees to a SIGTERM
+that comes meanwhile (see `farewell`). A rank of this host that is stopped (SIGSTOP) is killed by the first who names it: the
+job is lost, and a stopped process would keep its memory and its ports, and torchrun's agent waiting for 30 seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import atexit
 import faulthandler
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -30,13 +33,18 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_process_group_store
 
-from ringattn.errors import CommError
+from ringattn.comm.farewell import Farewell
+from ringattn.comm.journal import note
+from ringattn.errors import CommError, RingAttnError
 
 BEAT = 0.4  # seconds
 SILENT = 3 * BEAT  # without a new beat a rank is dead, or stopped
-GRACE = 1.0  # after which a rank that still waits, though another has failed, is ended
+GRACE = 1.4  # after which a rank that still waits, though another has failed, is ended
+PATIENCE = 2.0  # in which a rank that is told to end may say whom it misses
 IDLE = "outside of transfers"
 EXIT_CODE = 75  # of a process ended here; EX_TEMPFAIL: try again
+ENDED, STOPPED = frozenset("XZ"), frozenset("T")  # states of a process, as Linux abbreviates them
+BORN = 19  # where /proc/PID/stat has the time of its start, counted from the state
 
 State = dict[str, Any]
 
@@ -70,13 +78,13 @@ def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
         here.doing = (doing, about)
     try:
         yield
-    except CommError:
+    except RingAttnError:
         raise
     except RuntimeError as error:
         culprit = here.explain() if here else ""
-        raise CommError(
-            f"{failed.format(about=about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
-        ) from error
+        said = f"{failed.format(about=about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
+        note("failed", error=said)
+        raise CommError(said) from error
     finally:
         if here:
             here.doing = None
@@ -84,13 +92,16 @@ def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
 
 @dataclass
 class Board:
-    """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers."""
+    """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers.
+    explaining: whether it is finding out whose fault it is that a transfer has failed."""
 
     store: Store
     rank: int
     world: int = field(default_factory=lambda: dist.get_world_size())
     doing: tuple[Any, ...] | None = None
+    explaining: bool = False
     beats: int = 0
+    _farewell: Farewell = field(default_factory=Farewell)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> None:
@@ -108,33 +119,51 @@ class Board:
 
     def end(self) -> None:
         """This rank leaves in good order; it is neither dead nor waited for."""
-        if not self._ended.is_set():
-            self._ended.set()
-            self._try(lambda: self.store.set(f"left/{self.rank}", "1"))
+        self._try(lambda: self.store.set(f"left/{self.rank}", "1"))
+        self._ended.set()
+        self._farewell.forget()
 
     def report(self, cause: str) -> None:
         """This rank fails, for a reason of its own."""
+        note("failed", error=cause)
         self._write("failed", {**self._state(), "cause": cause})
         self._try(lambda: self.store.set("failure", "1"))
 
     def explain(self) -> str:
         """Which ranks have failed and why, in words; empty where it can't be told. Takes up to 2 x `SILENT` seconds."""
-        self.doing = None
-        self._write("waits", {})
+        self.doing, self.explaining = None, True
         try:
-            before, until = self._read("beat"), time.monotonic() + SILENT
-            while not (failed := self._read("failed") or self._missing(_halted)) and time.monotonic() < until:
-                time.sleep(BEAT / 5)
-            failed = (
-                failed or self._missing(lambda one: one in before.values()) or self._missing(lambda one: one["doing"] == IDLE)
+            return "; ".join(
+                f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in self._find().items()
             )
-            self.store.set("failure", "1")
-            self.store.set(f"told/{self.rank}", "1")
-            if self.rank == 0:  # which may host the store that the others still have to read
-                self._linger(failed)
         except RuntimeError:
             return "the store is gone too, and with it the process that hosts it: torchrun's agent, or else rank 0"
-        return "; ".join(f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in failed.items())
+        finally:
+            self.explaining = False
+
+    def _find(self) -> dict[int, State]:
+        """The ranks that have failed, as they were. Raises `RuntimeError` when the store is gone."""
+        self._write("waits", {})
+        before, until = self._read("beat"), time.monotonic() + SILENT
+        while not (failed := self._read("failed") or self._halted()) and time.monotonic() < until:
+            time.sleep(BEAT / 5)
+        failed = failed or self._missing(lambda one: one in before.values()) or self._missing(lambda one: one["doing"] == IDLE)
+        self.store.set("failure", "1")
+        self.store.set(f"told/{self.rank}", "1")
+        if self.rank == 0:  # which may host the store that the others still have to read
+            self._linger(failed)
+        return failed
+
+    def _halted(self) -> dict[int, State]:
+        """Ranks of this host whose process has ended or been stopped, and what others have found so; of other hosts only
+        silence tells. Who is stopped is noted for the others, and then killed."""
+        states = {rank: one | {"state": _process(one)} for rank, one in self._missing(lambda one: True).items()}
+        halted = {rank: one for rank, one in states.items() if one["state"] in ENDED | STOPPED}
+        for rank, one in halted.items():
+            if one["state"] in STOPPED:
+                self.store.set(f"stopped/{rank}", json.dumps(one))
+                os.kill(one["pid"], signal.SIGKILL)
+        return halted | self._read("stopped")  # read last: another rank may have killed it a moment ago
 
     def _linger(self, failed: Iterable[int]) -> None:
         done, until = {*failed, 0}, time.monotonic() + SILENT
@@ -148,40 +177,47 @@ class Board:
 
     def _live(self) -> None:
         waited, since = None, 0.0
-        while not self._ended.wait(BEAT):
-            if not dist.is_initialized():  # the job is done, and with it perhaps the store
-                self._ended.set()
-                return
+        while dist.is_initialized():  # then the job is done, and with it perhaps the store
+            self._farewell.wait(BEAT)
             self.beats += 1
             doing = self.doing
             self._write("beat", self._state())
             if doing is None or doing is not waited:
                 waited, since = doing, time.monotonic()
-            elif self._failure() and self.doing is doing and time.monotonic() - since > GRACE:
+            busy = not self._ended.is_set() and (doing is not None or self.explaining)
+            if self._farewell.due(PATIENCE if busy else 0.0):
+                self._farewell.take(f"rank {self.rank}: told to end (SIGTERM) {self._state()['doing']}")
+            elif doing and self._failure() and time.monotonic() - since > (0.0 if self._farewell.told else GRACE):
                 self._leave(doing)
+        self._ended.set()
+        self._farewell.forget()
 
     def _leave(self, doing: tuple[Any, ...]) -> None:
-        print(f"rank {self.rank}: {_words(doing)} will not end: {self.explain()}", file=sys.stderr, flush=True)
+        said = f"rank {self.rank}: {_words(doing)} will not end: {self.explain()}"
+        note("failed", error=said)
+        print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_CODE)
 
     def _failure(self) -> bool:
         try:
-            return bool(self.store.check(["failure"]))
+            return not self._ended.is_set() and bool(self.store.check(["failure"]))
         except RuntimeError:
             return False  # the main thread will hear of it
 
     def _state(self) -> State:
         doing = self.doing
         said = _words(doing) if doing else IDLE
-        return {"host": socket.gethostname(), "pid": os.getpid(), "beats": self.beats, "doing": said}
+        own = os.getpid()
+        return {"host": socket.gethostname(), "pid": own, "born": _stat(own)[BORN], "beats": self.beats, "doing": said}
 
     def _write(self, kind: str, said: State) -> None:
         self._try(lambda: self.store.set(f"{kind}/{self.rank}", json.dumps(said)))
 
-    def _try(self, action: Any) -> None:
+    def _try(self, action: Callable[[], object]) -> None:
         try:
-            action()
+            if not self._ended.is_set():
+                action()
         except RuntimeError:  # the store's host has gone; whoever waits for a peer will say so
             self._ended.set()
 
@@ -201,21 +237,24 @@ def _words(doing: tuple[Any, ...]) -> str:
 def _cause(one: State) -> str:
     if "cause" in one:
         return f"failed {one['doing']}: {one['cause']}"
-    state = _process(one)
-    how = {"": "has died or stalled", "X": "has died", "Z": "has died", "T": "has stalled"}.get(state, "has not come")
+    words = {"": "has died or stalled", **dict.fromkeys(ENDED, "has died"), **dict.fromkeys(STOPPED, "has stalled")}
+    how = words.get(_process(one), "has not come")
     return f"{how}; its last heartbeat was {one['doing']}"
 
 
-def _halted(one: State) -> bool:
-    """A process of this host that has ended or been stopped. Of other hosts only silence tells."""
-    return _process(one) in ("X", "Z", "T")
-
-
 def _process(one: State) -> str:
-    """The letter that Linux has for the state of a process of this host, X if there is none; empty for other hosts."""
+    """The letter that Linux has for the state of a process of this host, X if it is gone; empty for other hosts."""
+    if "state" in one:
+        return str(one["state"])
     if one["host"] != socket.gethostname():
         return ""
+    found = _stat(one["pid"])
+    return found[0] if found and found[BORN] == one["born"] else "X"  # or the number has been given to another since
+
+
+def _stat(pid: int) -> list[str]:
+    """What /proc tells of a process from its state on, empty if there is none."""
     try:
-        return Path(f"/proc/{one['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "X"
+        return []

@@ -5,7 +5,7 @@ start together and both ends agree without tags. gloo moves the bytes in the bac
 when due. NCCL may return one handle for the whole batch; then waiting for its first message waits for all.
 
 gloo checks neither size nor dtype of what arrives. That is why shapes are agreed on before (see `agree`) and only bytes travel
-here.
+here. Where the rank keeps a journal, each pass is a line in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ringattn.comm.board import transferring
 from ringattn.comm.duplex import prepare, receiving, sending, start
+from ringattn.comm.journal import kept, note
 from ringattn.comm.transport import Result
 from ringattn.schedule.program import Message
 
@@ -33,17 +34,33 @@ class P2P:
         self.bytes_sent: Counter[tuple[int, int]] = Counter()
         self.messages_sent: Counter[tuple[int, int]] = Counter()
         self.seconds_waiting = 0.0
+        self._label = ""
+        self._longest: tuple[float, Message | None] = (0.0, None)  # wait of this pass
 
     def ports(self, label: str) -> list[P2PPort]:
+        self._label = label
         return [P2PPort(self, self.ranks[0], label)]
 
     def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
         (run,) = runs
+        begin, waited, sent = perf_counter(), self.seconds_waiting, self.bytes_sent.total()
+        self._longest = (0.0, None)
         while True:
             try:
                 next(run)
             except StopIteration as stop:
+                if kept():
+                    self._note(perf_counter() - begin, self.seconds_waiting - waited, self.bytes_sent.total() - sent)
                 return [stop.value]
+
+    def waited(self, message: Message, seconds: float) -> None:
+        self.seconds_waiting += seconds
+        self._longest = max(self._longest, (seconds, message), key=lambda wait: wait[0])
+
+    def _note(self, seconds: float, waited: float, sent: int) -> None:
+        longest, message = self._longest
+        said = {} if message is None else {"longest": str(message), "longest_seconds": round(longest, 6)}
+        note("pass", name=self._label, seconds=round(seconds, 6), waited=round(waited, 6), **said, bytes_sent=sent)
 
 
 class P2PPort:
@@ -73,5 +90,5 @@ class P2PPort:
         with transferring(self._doing, self._failed, message):
             for work in self._pending.pop(message):
                 work.wait()
-        self._transport.seconds_waiting += perf_counter() - begin
+        self._transport.waited(message, perf_counter() - begin)
         yield from ()

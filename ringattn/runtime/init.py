@@ -13,36 +13,46 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+import ringattn
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import LAUNCH_HINT
+from ringattn.comm.journal import begin
 from ringattn.errors import LaunchError
 from ringattn.runtime.hosts import INTERFACE, address
 
 AXIS = "sequence"
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+LONGEST = 30 * 86400.0  # seconds; what is longer does not fit everywhere that a timeout passes through
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
 # process aborts instead of exiting.
 LAST_BREATH = 0.05
 WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
-def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
+def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | Path | None = None) -> DeviceMesh:
     """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
+
+    A SIGTERM that nobody handles ends a rank as before; but one that waits for others first says whom it misses, and may take
+    two seconds for it.
 
     Args:
         backend: "nccl" or "gloo"; by default nccl where every local rank has a GPU of its own, else gloo.
         timeout: seconds that any single communication may take before it is an error.
+        journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
 
     Raises:
-        LaunchError: torchrun's environment is missing or wrong, a rank does not come, or there are too few GPUs.
+        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, or there are too few GPUs.
     """
+    _check(backend, timeout, journal)
     env = environment()
     if backend is None:
         backend = "nccl" if torch.cuda.device_count() >= env["LOCAL_WORLD_SIZE"] else "gloo"
@@ -53,9 +63,22 @@ def init(backend: str | None = None, *, timeout: float = 120.0) -> DeviceMesh:
         _join(backend, env, timeout)
     device = "cuda" if backend == "nccl" else "cpu"
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
+    if journal is not None:
+        attempt = int(os.environ.get(ATTEMPT, "0"))
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "world": env["WORLD_SIZE"], "attempt": attempt}
+        begin(journal, **where, backend=backend, ringattn=ringattn.__version__, torch=torch.__version__)
     _warm_up(mesh)
     watch()
     return mesh
+
+
+def _check(backend: object, timeout: object, journal: object) -> None:
+    if backend not in (None, "gloo", "nccl"):
+        raise LaunchError(f"backend={backend!r}; choose 'gloo', 'nccl', or None for nccl where every rank has a GPU")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
+        raise LaunchError(f"timeout={timeout!r}; give seconds, more than 0 and at most {LONGEST:.0f}")
+    if journal is not None and not isinstance(journal, str | os.PathLike):
+        raise LaunchError(f"journal={journal!r}; give the path of a directory, or None")
 
 
 def environment() -> dict[str, int]:
@@ -110,7 +133,7 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
             f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {host}:{port} (MASTER_ADDR, MASTER_PORT) "
             f"within {timeout:.0f} s: {cure} The backend says: {_first_line(error)}"
         ) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    attempt = os.environ.get(ATTEMPT, "0")
     return PrefixStore(f"attempt_{attempt}", store)
 
 
