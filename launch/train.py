@@ -139,7 +139,7 @@ def _corpus(config: TrainConfig, mesh: DeviceMesh) -> tuple[Tensor, dict[str, An
         problem = str(error)
     digest = sha256(text.numpy()).hexdigest()[:16]
     group = mesh.get_group() if mesh.size() > 1 else None
-    agree(group, {"--data, by its digest": digest}, problem)
+    agree(group, {"call": "training", "--data, by its digest": digest}, problem)
     return text, config.identity() | {"text": digest}
 
 

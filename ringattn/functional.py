@@ -33,7 +33,7 @@ def attention(
     group: Group | None = None,
     return_lse: Literal[False] = False,
     check_finite: bool | str = False,
-    strict: bool | None = None,
+    strict: bool | str | None = None,
 ) -> Tensor: ...
 
 
@@ -51,7 +51,7 @@ def attention(
     group: Group | None = None,
     return_lse: Literal[True],
     check_finite: bool | str = False,
-    strict: bool | None = None,
+    strict: bool | str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -68,7 +68,7 @@ def attention(
     group: Group | None = None,
     return_lse: bool = False,
     check_finite: bool | str = False,
-    strict: bool | None = None,
+    strict: bool | str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is cut over ranks; each rank calls it with the rows the plan gives it.
 
@@ -87,7 +87,8 @@ def attention(
             is said in the error. Reads all input once; not under torch.compile.
         strict: whether ranks agree on every call, and so on the order of calls, before it sends anything. False: on the first
             call of each kind alone, after which it costs nothing, and ranks that come to different known calls are found by
-            the deadline or not at all. None: on every call with gloo; with NCCL, which would stall the GPU, as False.
+            the deadline or not at all. None: on every call with gloo; with NCCL, which would stall the GPU, as False. A text,
+            as "layer 3": on every call, and on the text, so that layers in another order are found too.
 
     Returns:
         out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
@@ -115,7 +116,8 @@ def attention(
             raise InputError(
                 "check_finite needs the numbers, which a compiled graph does not have; leave it out of what is compiled"
             )
-        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, strict)
+        named = None if strict is None else str(strict)  # an operator takes no argument that is one or the other
+        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, named)
     else:
         process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite)
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
@@ -129,7 +131,7 @@ def _checked(
     scale: float | None,
     softcap: float | None,
     gradient: bool,
-    strict: bool | None,
+    strict: bool | str | None,
     check_finite: bool | str = False,
 ) -> dist.ProcessGroup | None:
     """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
@@ -139,6 +141,7 @@ def _checked(
     if check_finite and problem is None:
         problem = _not_finite(inputs, check_finite)
     fields = {
+        "call": "attention",
         "plan": plan.digest,
         "batch": q.shape[0] if q.ndim else 0,
         "value head_dim": v.shape[-1] if v.ndim else 0,
@@ -152,7 +155,8 @@ def _checked(
         "check_finite": check_finite,
         "strict": strict,
     }
-    agree(process_group, fields, problem, every_call=True if check_finite else strict)
+    every_call = True if check_finite or isinstance(strict, str) else strict
+    agree(process_group, fields, problem, every_call=every_call, behind=plan.facts)
     return process_group
 
 

@@ -46,7 +46,7 @@ Check = Callable[..., dist.ProcessGroup | None]
 
 WHERE = "str plan, str group, int rank, float? scale, float? softcap"
 FORWARD = (
-    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient, bool? strict) "
+    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient, str? strict) "
     "-> (Tensor, Tensor, Tensor)"
 )
 BACKWARD = (
@@ -91,10 +91,11 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         scale: float | None,
         softcap: float | None,
         gradient: bool,
-        strict: bool | None,
+        strict: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
-        process_group = check(inputs, known, _group(group), scale, softcap, gradient, strict)
+        how = {"True": True, "False": False}.get(strict or "", strict)
+        process_group = check(inputs, known, _group(group), scale, softcap, gradient, how)
         if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
             raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
         keep = known.keep and gradient
@@ -129,7 +130,7 @@ def _fake_forward(
     scale: float | None,
     softcap: float | None,
     gradient: bool,
-    strict: bool | None,
+    strict: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = _plan(plan)
     fits = q.ndim == 4 and q.shape[2] == known.heads

@@ -109,6 +109,12 @@ class Plan:
         numbers = (self.keep, self.seq_len, self.world, *model)
         return sha256(repr((numbers, self.mask, self.layout, lanes)).encode()).hexdigest()[:16]
 
+    def facts(self) -> dict[str, object]:
+        """What the digest stands for, by name: for ranks that find theirs to differ."""
+        model = {name: getattr(self, name) for name in ("seq_len", "world", "heads", "kv_heads", "head_dim", "dtype")}
+        chosen = {"mask": self.mask, "layout": self.layout, "kernel": self.kernel, "partials": self.partials}
+        return model | chosen | {"schedule": "; ".join(self.called(backward=b) for b in (False, True))}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.digest == other.digest
 

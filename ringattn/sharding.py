@@ -63,8 +63,8 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
     if not -x.ndim <= dim < x.ndim or x.shape[dim] != rows:
         problem = f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {dim}"
     others = [n for d, n in enumerate(x.shape) if d != dim % max(1, x.ndim)]
-    said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
-    agree(process_group, said, problem)
+    said = {"call": "unshard", "plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
+    agree(process_group, said, problem, behind=plan.facts)
     whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank, keys)
     return whole
 

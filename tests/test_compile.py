@@ -326,7 +326,7 @@ def test_every_rank_hears_of_one_ranks_mistake() -> None:
     assert said[0] == said[1] == said[2]
     starts = [
         "InputError: on rank 1: q has shape",
-        "MismatchError: ranks disagree on plan",
+        "MismatchError: ranks disagree on schedule: forward",
         "MismatchError: ranks disagree on scale",
     ]
     starts.append("MismatchError: group is a mesh of 2 dimensions")

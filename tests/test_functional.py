@@ -12,7 +12,7 @@ from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
 from ringattn.autograd import Inputs, attend
 from ringattn.comm import agree
 from ringattn.comm.duplex import Transfer
@@ -219,6 +219,24 @@ def _different_plans(rank: int) -> None:
     attention(*tensors(plan, rank), plan)
 
 
+def _different_heads(rank: int) -> None:
+    plan = plan_for(3, heads=4 if rank == 0 else 8)
+    attention(*tensors(plan, rank), plan)
+
+
+def _different_dtypes(rank: int) -> None:
+    """As many bytes, so gloo would turn the bits of one into the other."""
+    plan = plan_for(3, dtype="bfloat16")
+    q, k, v = tensors(plan, rank, dtype=torch.bfloat16)
+    attention(*(x.half() if rank == 2 else x for x in (q, k, v)), plan)
+
+
+def _plans_of_different_dtypes(rank: int) -> None:
+    dtype = "bfloat16" if rank == 0 else "float16"
+    plan = plan_for(3, dtype=dtype)
+    attention(*tensors(plan, rank, dtype=getattr(torch, dtype)), plan)
+
+
 def _different_options(rank: int) -> None:
     attention(*tensors(plan_for(3), rank), plan_for(3), scale=0.5 if rank == 0 else None)
 
@@ -248,6 +266,11 @@ def _skipped_call(rank: int) -> None:
     if rank != 1:
         attention(*tensors(plan_for(3), rank), plan_for(3))
     unshard(tensors(plan_for(3), rank)[0], plan_for(3))
+
+
+def _layers_in_another_order(rank: int) -> None:
+    for layer in (4, 3) if rank == 1 else (3, 4):
+        attention(*tensors(plan_for(3), rank), plan_for(3), strict=f"layer {layer}")
 
 
 def _unshard_of_different_batch(rank: int) -> None:
@@ -284,13 +307,17 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
     [
         (_wrong_rows, "InputError: on rank 1: q has shape"),
         (_anothers_rows, "InputError: on rank 1: q has shape (2, 4, 4, 8), the plan expects (2, 5, 4, 8)"),
-        (_different_plans, "MismatchError: ranks disagree on plan"),
+        (_different_plans, "MismatchError: ranks disagree on schedule: forward (token_ring"),
+        (_different_heads, "MismatchError: ranks disagree on heads: 4 on rank 0, 8 on ranks 1, 2 (and on plan)"),
+        (_different_dtypes, "InputError: on rank 2: q has dtype torch.float16 and the plan is for bfloat16; cast q"),
+        (_plans_of_different_dtypes, "MismatchError: ranks disagree on dtype: torch.bfloat16 on rank 0, torch.float16 on"),
         (_different_options, "MismatchError: ranks disagree on scale: 0.5 on rank 0, None on ranks 1, 2"),
         (_different_batch, "MismatchError: ranks disagree on batch: 1 on rank 0, 2 on ranks 1, 2"),
-        (_different_masks, "MismatchError: ranks disagree on plan"),
+        (_different_masks, "MismatchError: ranks disagree on mask: window(5,0) on ranks 0, 2, window(6,0) on rank 1"),
         (_different_grad_mode, "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, False on rank 2"),
         (_wrong_device, "InputError: on rank 0: q is on meta and the gloo group moves tensors on cpu"),
-        (_skipped_call, "MismatchError: ranks disagree on "),
+        (_skipped_call, "MismatchError: ranks disagree on call: attention on ranks 0, 2, unshard on rank 1. All ranks must"),
+        (_layers_in_another_order, "MismatchError: ranks disagree on strict: layer 3 on ranks 0, 2, layer 4 on rank 1. All"),
         (_unshard_of_different_batch, "MismatchError: ranks disagree on shape beside the rows: [2, 2] on rank 0"),
         (_unshard_along_no_dim, "InputError: on rank 2: unshard(x): x of shape (1, 4, 2) does not have the 4 rows"),
         (_loss_of_wrong_targets, "InputError: on rank 1: targets has shape (1, 3)"),
@@ -303,6 +330,31 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
 def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str, later: bool) -> None:
     said = run_ranks(3, caught, mistake.__name__, later, timeout=30)
     assert len(set(said)) == 1 and said[0].startswith(text), said
+
+
+def agreeing_once(rank: int) -> tuple[int, int, str]:
+    """Agreements of twenty calls of one kind, without and with `strict`; and what is said when a new kind differs."""
+    plan, spoken = plan_for(2), []
+    original = agree._exchange
+    agree._exchange = lambda *given: (spoken.append(1), original(*given))[1]
+    counts = []
+    for strict in (False, True):
+        spoken.clear()
+        for _ in range(20):
+            attention(*tensors(plan, rank), plan, strict=strict)
+        counts.append(len(spoken))
+    try:
+        attention(*tensors(plan, rank), plan, strict=False, scale=1.0 + rank)
+    except MismatchError as error:
+        return (*counts, str(error))
+    finally:
+        agree._exchange = original
+    return (*counts, "no error")
+
+
+def test_agreement_can_be_had_once_for_each_kind_of_call() -> None:
+    for first, every, said in run_ranks(2, agreeing_once):
+        assert (first, every) == (1, 20) and said.startswith("ranks disagree on scale: 1.0 on rank 0, 2.0 on rank 1")
 
 
 def deserted(rank: int) -> str:

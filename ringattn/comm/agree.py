@@ -12,7 +12,7 @@ deadline of the group. Calls are counted where every one is checked, which tells
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from weakref import WeakKeyDictionary
@@ -44,11 +44,18 @@ _histories: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()
 
 
 def agree(
-    group: dist.ProcessGroup | None, fields: Mapping[str, object], problem: str | None = None, *, every_call: bool | None = None
+    group: dist.ProcessGroup | None,
+    fields: Mapping[str, object],
+    problem: str | None = None,
+    *,
+    every_call: bool | None = None,
+    behind: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
     """Raise on every rank unless no rank has a problem and all come to the same call with equal `fields`.
 
+    fields: the first says which call it is; what differs is told in this order.
     every_call: also if these fields have been agreed on before. None: with gloo yes, with NCCL no.
+    behind: what a digest among the fields stands for, by name; asked when ranks differ, and told before the fields.
 
     Raises:
         InputError: some rank has a problem; says which and what.
@@ -66,11 +73,11 @@ def agree(
         return
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))
-    words = f"!{problem}" if problem else "\n".join(f"{name}={value}" for name, value in said)
-    number = 0 if problem else int.from_bytes(sha256(words.encode()).digest()[:7], "big") + 1
+    number = 0 if problem else int.from_bytes(sha256(repr(said).encode()).digest()[:7], "big") + 1
     numbers = [int(n) for n in _exchange(group, torch.tensor([number], dtype=torch.int64))]
     if number == 0 or set(numbers) != {number}:
-        reports = _words_of_all(group, words)
+        told = [*said[:1], *((name, str(value)) for name, value in behind().items()), *said[1:]]
+        reports = _words_of_all(group, f"!{problem}" if problem else "\n".join(f"{name}={value}" for name, value in told))
         _raise_problems(reports)
         _raise_differences(reports)
     if not every_call:
@@ -112,14 +119,21 @@ def _raise_problems(reports: list[str]) -> None:
 
 
 def _raise_differences(reports: list[str]) -> None:
-    parsed = [dict(line.split("=", 1) for line in report.splitlines()) for report in reports]
+    parsed = [dict(line.split("=", 1) for line in report.splitlines() if "=" in line) for report in reports]
+    different = []
     for name in dict.fromkeys(name for fields in parsed for name in fields):
         by_value: dict[str, list[int]] = {}
         for rank, fields in enumerate(parsed):
             by_value.setdefault(fields.get(name, "nothing"), []).append(rank)
         if len(by_value) > 1:
             said = ", ".join(f"{value} on {ranks_named(ranks, len(reports))}" for value, ranks in by_value.items())
-            raise MismatchError(f"ranks disagree on {name}: {said}. All ranks must make the same calls with the same arguments")
+            different.append(f"{name}: {said}")
+    if different:
+        others = [one.partition(":")[0] for one in different[1:] if not different[0].startswith("call:")]
+        rest = f" (and on {', '.join(others)})" if others else ""
+        raise MismatchError(
+            f"ranks disagree on {different[0]}{rest}. All ranks must make the same calls with the same arguments"
+        )
 
 
 def ranks_named(ranks: list[int], world: int) -> str:

@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             problem = (
                 f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
             )
-        agree(process_group, {"plan of the decoder": plan.digest}, problem)
+        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, behind=plan.facts)
         through = Through(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
         normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
         return normed

@@ -36,7 +36,8 @@ def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -
     if process_group is None or not trained:
         return
     shapes = [(tuple(p.shape), p.dtype) for p in trained]
-    agree(process_group, {"parameters to reduce": sha256(repr(shapes).encode()).hexdigest()[:16]})
+    said = {"call": "reduce_gradients", "shapes of parameters": sha256(repr(shapes).encode()).hexdigest()[:16]}
+    agree(process_group, said, behind=lambda: {"number of parameters": len(trained)})
     for bucket in _buckets(trained):
         _reduce(bucket, process_group)
 

@@ -59,7 +59,7 @@ def cross_entropy(
             "shard both with the same plan"
         )
     process_group = reduction_group(group)
-    agree(process_group, {"loss": "cross_entropy", "averaged_over": averaged_over}, problem)
+    agree(process_group, {"call": "cross_entropy", "averaged_over": averaged_over}, problem)
     counted = (targets != ignore_index).sum()
     return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over)
 
