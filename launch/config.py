@@ -15,7 +15,7 @@ from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 # What may differ between a run and its continuation: everything else decides what is learned.
 MAY_CHANGE = (
     *("data", "schedule", "layout", "ulysses", "kernel"),
-    *("steps", "out", "save_every", "resume", "auto_resume", "any_world", "plots"),
+    *("steps", "out", "save_every", "resume", "auto_resume", "any_world", "plots", "journal"),
 )
 
 
@@ -83,6 +83,8 @@ class TrainConfig:
     """The same, but start anew when there is none: for jobs that are restarted or requeued."""
     any_world: bool = False
     """Continue on another number of ranks too: what is learned from there on differs by rounding."""
+    journal: Path | None = None
+    """Directory in which every rank notes what it does, a JSON line each time: who waited for whom, how long."""
     plots: bool = True
     """Draw the loss curve and the schedule's timeline (needs matplotlib)."""
 

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,8 @@ from torch.distributed.device_mesh import DeviceMesh
 import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
 from ringattn.comm.agree import agree
+from ringattn.comm.board import transferring
+from ringattn.comm.journal import note
 from ringattn.nn import Decoder, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.nn.group import sum_over
 from ringattn.runtime import checkpoint
@@ -39,7 +42,7 @@ from ringattn.runtime.saver import Saver
 
 
 def main(config: TrainConfig) -> None:
-    mesh = ringattn.init()
+    mesh = ringattn.init(journal=config.journal)
     config.check()
     speaks = mesh.get_local_rank() == 0
     topology = "cpu" if mesh.device_type == "cpu" else None
@@ -71,7 +74,9 @@ def main(config: TrainConfig) -> None:
         )
         for step in range(done + 1, config.steps + 1):
             tokens = windows(corpus, seq_len=config.seq_len, batch=config.batch, seed=config.seed, step=step)
-            log.step(_train_step(model, optimizer, tokens.to(mesh.device_type), plan, mesh, config, step))
+            found = _train_step(model, optimizer, tokens.to(mesh.device_type), plan, mesh, config, step)
+            log.step(found)
+            note("step", step=step, seconds=found["seconds"])
             stopped = stop.agreed()
             last = stopped or step == config.steps
             if last or (config.save_every and step % config.save_every == 0):
@@ -151,7 +156,8 @@ def _prepare(config: TrainConfig, speaks: bool) -> bool:
             answer = [_checkpoint_to_resume(config) is not None]
         except (CheckpointError, OSError) as error:
             answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
+    with transferring("hearing from rank 0", "rank 0 did not say whether to resume"):
+        dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], str):
         raise CheckpointError(answer[0])
     return answer[0]
@@ -189,9 +195,10 @@ class _StopRequest:
 
 
 def _complain(error: RingAttnError) -> None:
-    """One paragraph. What is raised on every rank is said by rank 0 alone, the rest by whom it befell."""
+    """One paragraph. What is raised on every rank is said by rank 0 alone, the rest by whom it befell, and where."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, CommError):
+        traceback.print_exception(error)
         print(f"error on rank {rank}: {error}", file=sys.stderr)
     elif rank == 0:
         print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.agree import agree
+from ringattn.comm.board import transferring
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.layout import Layout
@@ -85,7 +86,8 @@ class _Unshard(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad = grad.contiguous().clone()
         if ctx.group is not None:
-            dist.all_reduce(grad, group=ctx.group)
+            with transferring("gathering gradients", f"rank {ctx.rank}: backward of unshard failed"):
+                dist.all_reduce(grad, group=ctx.group)
         return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank, keys=ctx.keys), None, None, None, None, None
 
 
@@ -97,7 +99,8 @@ def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> li
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(layout.world)]
-    dist.all_gather(parts, padded, group=group)
+    with transferring("gathering a sequence", f"rank {dist.get_rank(group)}: unshard failed"):
+        dist.all_gather(parts, padded, group=group)
     return [part[: layout.rows(r)] for r, part in enumerate(parts)]
 
 

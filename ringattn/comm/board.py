@@ -16,23 +16,23 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import json
+import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_process_group_store
 
+from ringattn.comm import process
 from ringattn.comm.farewell import Farewell
 from ringattn.comm.journal import note
 from ringattn.errors import CommError, RingAttnError
@@ -40,11 +40,10 @@ from ringattn.errors import CommError, RingAttnError
 BEAT = 0.4  # seconds
 SILENT = 3 * BEAT  # without a new beat a rank is dead, or stopped
 GRACE = 1.4  # after which a rank that still waits, though another has failed, is ended
+LEAVING = 10.0  # in which a process that a CommError ends must have ended: other threads may wait for the same peer
 PATIENCE = 2.0  # in which a rank that is told to end may say whom it misses
 IDLE = "outside of transfers"
 EXIT_CODE = 75  # of a process ended here; EX_TEMPFAIL: try again
-ENDED, STOPPED = frozenset("XZ"), frozenset("T")  # states of a process, as Linux abbreviates them
-BORN = 19  # where /proc/PID/stat has the time of its start, counted from the state
 
 State = dict[str, Any]
 
@@ -101,6 +100,7 @@ class Board:
     doing: tuple[Any, ...] | None = None
     explaining: bool = False
     beats: int = 0
+    _leaves_at: float = math.inf
     _farewell: Farewell = field(default_factory=Farewell)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -110,7 +110,9 @@ class Board:
         before = sys.excepthook
 
         def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if not isinstance(error, CommError):  # which is of another rank's making
+            if isinstance(error, CommError):  # which is of another rank's making
+                self._leaves_at = time.monotonic() + LEAVING
+            else:
                 self.report(f"{kind.__name__}: {error}")
             before(kind, error, trace)
 
@@ -157,10 +159,10 @@ class Board:
     def _halted(self) -> dict[int, State]:
         """Ranks of this host whose process has ended or been stopped, and what others have found so; of other hosts only
         silence tells. Who is stopped is noted for the others, and then killed."""
-        states = {rank: one | {"state": _process(one)} for rank, one in self._missing(lambda one: True).items()}
-        halted = {rank: one for rank, one in states.items() if one["state"] in ENDED | STOPPED}
+        states = {rank: one | {"state": process.state(one)} for rank, one in self._missing(lambda one: True).items()}
+        halted = {rank: one for rank, one in states.items() if one["state"] in process.ENDED | process.STOPPED}
         for rank, one in halted.items():
-            if one["state"] in STOPPED:
+            if one["state"] in process.STOPPED:
                 self.store.set(f"stopped/{rank}", json.dumps(one))
                 os.kill(one["pid"], signal.SIGKILL)
         return halted | self._read("stopped")  # read last: another rank may have killed it a moment ago
@@ -188,12 +190,14 @@ class Board:
             if self._farewell.due(PATIENCE if busy else 0.0):
                 self._farewell.take(f"rank {self.rank}: told to end (SIGTERM) {self._state()['doing']}")
             elif doing and self._failure() and time.monotonic() - since > (0.0 if self._farewell.told else GRACE):
-                self._leave(doing)
+                self._leave(f"{_words(doing)} will not end: {self.explain()}")
+            elif time.monotonic() > self._leaves_at:
+                self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
         self._ended.set()
         self._farewell.forget()
 
-    def _leave(self, doing: tuple[Any, ...]) -> None:
-        said = f"rank {self.rank}: {_words(doing)} will not end: {self.explain()}"
+    def _leave(self, why: str) -> NoReturn:
+        said = f"rank {self.rank}: {why}"
         note("failed", error=said)
         print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
@@ -208,8 +212,7 @@ class Board:
     def _state(self) -> State:
         doing = self.doing
         said = _words(doing) if doing else IDLE
-        own = os.getpid()
-        return {"host": socket.gethostname(), "pid": own, "born": _stat(own)[BORN], "beats": self.beats, "doing": said}
+        return {**process.own(), "beats": self.beats, "doing": said}
 
     def _write(self, kind: str, said: State) -> None:
         self._try(lambda: self.store.set(f"{kind}/{self.rank}", json.dumps(said)))
@@ -237,24 +240,10 @@ def _words(doing: tuple[Any, ...]) -> str:
 def _cause(one: State) -> str:
     if "cause" in one:
         return f"failed {one['doing']}: {one['cause']}"
-    words = {"": "has died or stalled", **dict.fromkeys(ENDED, "has died"), **dict.fromkeys(STOPPED, "has stalled")}
-    how = words.get(_process(one), "has not come")
+    words = {
+        "": "has died or stalled",
+        **dict.fromkeys(process.ENDED, "has died"),
+        **dict.fromkeys(process.STOPPED, "has stalled"),
+    }
+    how = words.get(process.state(one), "has not come")
     return f"{how}; its last heartbeat was {one['doing']}"
-
-
-def _process(one: State) -> str:
-    """The letter that Linux has for the state of a process of this host, X if it is gone; empty for other hosts."""
-    if "state" in one:
-        return str(one["state"])
-    if one["host"] != socket.gethostname():
-        return ""
-    found = _stat(one["pid"])
-    return found[0] if found and found[BORN] == one["born"] else "X"  # or the number has been given to another since
-
-
-def _stat(pid: int) -> list[str]:
-    """What /proc tells of a process from its state on, empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []

@@ -20,6 +20,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
+from ringattn.comm.board import transferring
+from ringattn.comm.journal import note
 from ringattn.errors import CheckpointError
 
 ABOUT = "ringattn.json"
@@ -56,9 +59,12 @@ def save(
 
     Raises:
         CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
+        CommError: a rank died or stalled meanwhile; earlier checkpoints are untouched.
     """
     check_keep(keep)
-    return write(Path(directory), step, state_of(model, optimizer), dict(config or {}), keep)
+    state = state_of(model, optimizer)
+    with _together("saving a checkpoint", directory):
+        return write(Path(directory), step, state, dict(config or {}), keep)
 
 
 def write(
@@ -85,6 +91,7 @@ def write(
         ) from error
     about = {"step": step, "world": _world(), "config": dict(config)}
     _on_first_rank(lambda: _publish(partial, final, about, keep), f"cannot complete checkpoint {final}", group)
+    note("saved", checkpoint=final)
     return final
 
 
@@ -143,7 +150,8 @@ def damage(checkpoint: str | Path) -> str | None:
     everyone: list[str | None] = [own]
     if _world() > 1:
         everyone = [None] * _world()
-        dist.all_gather_object(everyone, own)
+        with _together("comparing digests", checkpoint):
+            dist.all_gather_object(everyone, own)
     return next((said for said in everyone if said), None)
 
 
@@ -179,7 +187,8 @@ def load(
             raise CheckpointError(
                 f"checkpoint {checkpoint} holds more than this model has: {unknown[0]} and {len(unknown) - 1} more"
             )
-        read_state(state, checkpoint_id=checkpoint)
+        with _together("loading a checkpoint", checkpoint):
+            read_state(state, checkpoint_id=checkpoint)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} is incomplete: {error}; use the one before it, or start anew"
@@ -188,6 +197,7 @@ def load(
         raise CheckpointError(f"checkpoint {checkpoint} cannot be loaded into this model: {_reasons(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     _set_random(state["random"][_random_key(about["world"])])
+    note("resumed", checkpoint=checkpoint)
     return int(about["step"])
 
 
@@ -280,8 +290,14 @@ def _from_first_rank(action: Callable[[], Any]) -> Any:
     """What rank 0 finds, on all ranks."""
     found = [action() if _rank() == 0 else None]
     if _world() > 1:
-        dist.broadcast_object_list(found, src=0)
+        with _together("hearing of checkpoints from rank 0"):
+            dist.broadcast_object_list(found, src=0)
     return found[0]
+
+
+def _together(doing: str, about: object = "") -> AbstractContextManager[None]:
+    """Around what all ranks do with checkpoints: a `CommError` says which of them is gone."""
+    return transferring(doing, f"rank {_rank()}: {doing} {{about}} failed", about)
 
 
 def _digest(path: Path) -> str:

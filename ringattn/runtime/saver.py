@@ -3,19 +3,22 @@
 `save` copies the state to the host and returns; a thread writes the copy, with collectives of its own over a group of its own,
 so that they never mix with those of training. One checkpoint is written at a time. What goes wrong is raised by the next `save`
 or by `finish`, on every rank alike. Files and names are those of `checkpoint`.
+
+What a step pays is the copy; benchmarks/checkpointing.py measures it beside writing in the foreground.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ringattn.errors import CheckpointError
+from ringattn.comm.board import transferring
 from ringattn.runtime.checkpoint import check_keep, state_of, write
 
 
@@ -23,16 +26,24 @@ class Saver:
     """Writes checkpoints of a run into `directory`, of which the newest `keep` stay. Collective to make, over all ranks.
 
     config: whatever must be the same to go on (JSON values), as for `checkpoint.save`.
+    timeout: seconds that a rank may wait for the others while a checkpoint is written: for the slowest disk.
 
     Raises:
         CheckpointError: keep is less than 1.
     """
 
-    def __init__(self, directory: str | Path, *, config: Mapping[str, Any] | None = None, keep: int = 2) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        keep: int = 2,
+        timeout: float = 600.0,
+    ) -> None:
         check_keep(keep)
         self.directory, self.config, self.keep = Path(directory), dict(config or {}), keep
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if many else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if many else None
         self._thread = ThreadPoolExecutor(1, "ringattn saver")
         self._writing: Future[Path] | None = None
 
@@ -41,6 +52,7 @@ class Saver:
 
         Raises:
             CheckpointError: the checkpoint before could not be written. Raised on every rank; nothing new has begun.
+            CommError: as `finish`.
         """
         self.finish()
         state = copied(state_of(model, optimizer))
@@ -51,16 +63,13 @@ class Saver:
 
         Raises:
             CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
+            CommError: a rank died or stalled while it was written; earlier checkpoints are untouched.
         """
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        try:
-            return writing.result()
-        except RuntimeError as error:  # of the thread's collectives: a rank is gone
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"the last checkpoint was not completed: {error}. Those before it are untouched") from error
+        with transferring("waiting for a checkpoint", "the last checkpoint was not completed, those before it are untouched"):
+            return writing.result()  # or what the thread's collectives raised because a rank is gone
 
 
 def copied(state: Any) -> Any:
