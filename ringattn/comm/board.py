@@ -160,7 +160,7 @@ class Board:
         """Ranks of this host whose process has ended or been stopped, and what others have found so; of other hosts only
         silence tells. Who is stopped is noted for the others, and then killed."""
         states = {rank: one | {"state": process.state(one)} for rank, one in self._missing(lambda one: True).items()}
-        halted = {rank: one for rank, one in states.items() if one["state"] in process.ENDED | process.STOPPED}
+        halted = {rank: one for rank, one in states.items() if one["state"] in (*process.ENDED, *process.STOPPED)}
         for rank, one in halted.items():
             if one["state"] in process.STOPPED:
                 self.store.set(f"stopped/{rank}", json.dumps(one))
@@ -240,10 +240,11 @@ def _words(doing: tuple[Any, ...]) -> str:
 def _cause(one: State) -> str:
     if "cause" in one:
         return f"failed {one['doing']}: {one['cause']}"
-    words = {
-        "": "has died or stalled",
-        **dict.fromkeys(process.ENDED, "has died"),
-        **dict.fromkeys(process.STOPPED, "has stalled"),
-    }
-    how = words.get(process.state(one), "has not come")
+    state = process.state(one)
+    if state in process.ENDED:
+        how = "has died"
+    elif state in process.STOPPED:
+        how = "has stalled"
+    else:
+        how = "has died or stalled" if state == process.UNKNOWN else "has not come"
     return f"{how}; its last heartbeat was {one['doing']}"
