@@ -92,13 +92,13 @@ def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
 @dataclass
 class Board:
     """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers.
-    explaining: whether it is finding out whose fault it is that a transfer has failed."""
+    lost: whether a transfer has failed, so that it now finds out whose fault that is, says so, and ends."""
 
     store: Store
     rank: int
     world: int = field(default_factory=lambda: dist.get_world_size())
     doing: tuple[Any, ...] | None = None
-    explaining: bool = False
+    lost: bool = False
     beats: int = 0
     _leaves_at: float = math.inf
     _farewell: Farewell = field(default_factory=Farewell)
@@ -133,15 +133,13 @@ class Board:
 
     def explain(self) -> str:
         """Which ranks have failed and why, in words; empty where it can't be told. Takes up to 2 x `SILENT` seconds."""
-        self.doing, self.explaining = None, True
+        self.doing, self.lost = None, True
         try:
             return "; ".join(
                 f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in self._find().items()
             )
         except RuntimeError:
             return "the store is gone too, and with it the process that hosts it: torchrun's agent, or else rank 0"
-        finally:
-            self.explaining = False
 
     def _find(self) -> dict[int, State]:
         """The ranks that have failed, as they were. Raises `RuntimeError` when the store is gone."""
@@ -186,7 +184,7 @@ class Board:
             self._write("beat", self._state())
             if doing is None or doing is not waited:
                 waited, since = doing, time.monotonic()
-            busy = not self._ended.is_set() and (doing is not None or self.explaining)
+            busy = not self._ended.is_set() and (doing is not None or self.lost)
             if self._farewell.due(PATIENCE if busy else 0.0):
                 self._farewell.take(f"rank {self.rank}: told to end (SIGTERM) {self._state()['doing']}")
             elif doing and self._failure() and time.monotonic() - since > (0.0 if self._farewell.told else GRACE):
