@@ -10,12 +10,14 @@ striped: Brandon et al. 2023, https://arxiv.org/abs/2311.09431
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from typing import NamedTuple
 
+from ringattn.arguments import MOST, count, instance, shown, whole
 from ringattn.errors import PlanError
 
 
@@ -45,6 +47,13 @@ class Layout:
     shards: tuple[tuple[Span, ...], ...]
     keys: Layout | None = None
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and isinstance(self.keys, Layout | None) and _are_shards(self.shards)):
+            raise PlanError(
+                f"Layout(name={shown(self.name)}, shards={shown(self.shards)}, keys={shown(self.keys)}); shards must be a "
+                "tuple with a tuple of Span(start, length, stride) for each rank, stride 1 or more, and keys a Layout"
+            )
+
     @property
     def world(self) -> int:
         return len(self.shards)
@@ -70,19 +79,26 @@ class Layout:
 
     def rows(self, rank: int) -> int:
         """Rows that `rank` holds; may be 0."""
-        return sum(span.length for span in self.shards[rank])
+        return sum(span.length for span in self._shard(rank))
 
     def positions(self, rank: int) -> list[int]:
         """Global position of every local row of `rank`."""
-        return [p for span in self.shards[rank] for p in span.positions()]
+        return [p for span in self._shard(rank) for p in span.positions()]
+
+    def _shard(self, rank: int) -> tuple[Span, ...]:
+        if not isinstance(rank, int) or not 0 <= rank < self.world:
+            raise PlanError(f"rank={shown(rank)}; layout {self.name!r} has ranks 0 to {self.world - 1}")
+        return self.shards[rank]
 
     def moved(self, by: int) -> Layout:
         """The same, `by` positions further on; keys stay where they are."""
+        by = whole("by", by, PlanError)
         moved = tuple(tuple(span._replace(start=span.start + by) for span in shard) for shard in self.shards)
         return Layout(self.name, moved, self.keys)
 
     def after(self, before: Layout) -> Layout:
         """This chunk of queries, behind all that `before` has keys of: every rank appends its new keys to those it has."""
+        instance("before", before, Layout, PlanError, "give the layout of the chunks so far")
         if before.world != self.world:
             raise PlanError(f"layout {self.name!r} has {self.world} shards and the one before {before.world}; cut both alike")
         old, new = before.of_keys, self.moved(before.of_keys.length - self.first)
@@ -91,12 +107,8 @@ class Layout:
 
     def validate(self, seq_len: int) -> None:
         """Raise `PlanError` unless the shards hold `seq_len` positions in a row, and the keys all from 0 on, each once."""
+        seq_len = count("seq_len", seq_len, PlanError, least=0)
         spans = [span for layout in (self, self.of_keys) for shard in layout.shards for span in shard]
-        for span in spans:
-            if not isinstance(span, Span) or span.length < 0 or span.stride < 1:
-                raise PlanError(
-                    f"layout {self.name!r}: {span!r}; shards are tuples of Span(start, length, stride), stride 1 or more"
-                )
         strides = {span.stride for span in spans if span.length > 1}
         if len(strides) > 1:
             raise PlanError(
@@ -114,21 +126,36 @@ class Layout:
         self._cover(self.first if self.keys is not None else 0, seq_len)
 
     def _cover(self, first: int, length: int) -> None:
-        seen, stop = bytearray(length), first + length
-        for span in (span for shard in self.shards for span in shard):
-            at = span.positions()
-            if at and not first <= at[0] <= at[-1] < stop:
+        """Positions that are equal modulo the stride are runs of whole numbers, which have to follow on one another."""
+        spans, stop = [span for shard in self.shards for span in shard if span.length], first + length
+        stride = max((span.stride for span in spans if span.length > 1), default=1)
+        runs: dict[int, list[Span]] = defaultdict(list)
+        for span in spans:
+            if not first <= span.start <= span.positions()[-1] < stop:
                 raise PlanError(f"layout {self.name!r}: {span} does not lie in [{first}, {stop})")
-            here = slice(at.start - first, at.stop - first, at.step)
-            if any(seen[here]):
-                raise PlanError(f"layout {self.name!r}: positions of {span} are held twice")
-            seen[here] = b"\1" * span.length
-        if not all(seen):
-            missing = first + seen.index(0)
-            raise PlanError(f"layout {self.name!r}: position {missing} of [{first}, {stop}) is held by no rank")
+            runs[span.start % stride].append(span)
+        for position in range(first, min(stop, first + stride)):
+            for span in sorted(runs[position % stride]):
+                if span.start < position:
+                    raise PlanError(f"layout {self.name!r}: positions of {span} are held twice")
+                if span.start == position:
+                    position += span.length * stride
+            if position < stop:
+                raise PlanError(f"layout {self.name!r}: position {position} of [{first}, {stop}) is held by no rank")
 
     def __str__(self) -> str:
         return self.name
+
+
+def _are_shards(shards: object) -> bool:
+    """Whether it is a tuple of tuples of spans with numbers that a span may have."""
+    return isinstance(shards, tuple) and all(isinstance(shard, tuple) and all(map(_is_span, shard)) for shard in shards)
+
+
+def _is_span(span: object) -> bool:
+    if not isinstance(span, Span) or not all(isinstance(number, int) for number in span):
+        return False
+    return abs(span.start) <= MOST and 0 <= span.length <= MOST and 1 <= span.stride <= MOST
 
 
 def even_parts(length: int, parts: int) -> Iterator[tuple[int, int]]:

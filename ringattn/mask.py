@@ -16,6 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
+from ringattn.arguments import count, counts, flag, instance, shown, whole
 from ringattn.errors import PlanError
 
 END = 1 << 60  # larger than any sequence, and safe to add and subtract
@@ -46,14 +47,25 @@ class Mask:
     rects: tuple[Rect, ...]
     length: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.rects, tuple) or not all(map(_is_rect, self.rects)):
+            raise PlanError(
+                f"Mask(name={shown(self.name)}, rects={shown(self.rects)}); rects must be a tuple of "
+                "Rect(q_start, q_stop, k_start, k_stop, Band(left, right)) of whole numbers, and the name a text"
+            )
+        if self.length is not None:
+            count("length", self.length, PlanError, least=0)
+
     def keeps(self, q: int, k: int) -> bool:
         """The meaning, for one pair of global positions."""
+        q, k = whole("q", q, PlanError), whole("k", k, PlanError)
         return any(
             r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right for r in self.rects
         )
 
     def near(self, start: int, stop: int) -> tuple[Rect, ...]:
         """The rectangles that may hold queries of [start, stop): with thousands of documents, a few of them."""
+        start, stop = whole("start", start, PlanError), whole("stop", stop, PlanError)
         if not self._one_after_another:
             return self.rects
         first = bisect_right(self.rects, start, key=lambda r: r.q_stop)
@@ -77,6 +89,7 @@ class Mask:
 
     def __and__(self, other: Mask) -> Mask:
         """Keep what both keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""
+        instance("mask & other: other", other, Mask, PlanError, "masks are intersected with masks, as in full() & causal()")
         if None not in (self.length, other.length) and self.length != other.length:
             raise PlanError(f"masks for {self.length} and {other.length} tokens cannot be intersected")
         met = (_meet(a, b) for a in self.rects for b in other.rects)
@@ -85,6 +98,14 @@ class Mask:
 
     def __str__(self) -> str:
         return self.name
+
+
+def _is_rect(rect: object) -> bool:
+    return (
+        isinstance(rect, Rect)
+        and isinstance(rect.band, Band)
+        and all(isinstance(number, int) for number in (*rect[:4], *rect.band))
+    )
 
 
 def _meet(a: Rect, b: Rect) -> Rect | None:
@@ -107,20 +128,17 @@ def causal() -> Mask:
 
 def sliding_window(left: int, right: int = 0) -> Mask:
     """A query at q sees keys q - left .. q + right. `right=0` is causal; flash-attn's `window_size=(left, right)`."""
-    if left < 0 or right < 0:
-        raise PlanError(
-            f"sliding_window(left={left}, right={right}): both count tokens, 0 or more; "
-            "flash-attn's -1 (no limit) is full(), or causal() with right=0"
-        )
+    cure = "flash-attn's -1 (no limit) is full(), or causal() with right=0"
+    left, right = (count(name, value, PlanError, least=0, cure=cure) for name, value in (("left", left), ("right", right)))
     return Mask(f"window({left},{right})", (Rect(0, END, 0, END, Band(-left, right)),))
 
 
 def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
     """Packed documents that do not see each other; `cu_seqlens` = (0, end of 1st, ..., seq_len) as in flash-attn's varlen."""
-    cu = tuple(int(c) for c in cu_seqlens)
+    cu, causal = counts("cu_seqlens", cu_seqlens, PlanError), flag("causal", causal, PlanError)
     if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in pairwise(cu)):
         raise PlanError(
-            f"documents(cu_seqlens={list(cu[:8])}...): must start with 0 and never decrease, one entry more than documents"
+            f"documents(cu_seqlens={shown(cu)}): must start with 0 and never decrease, one entry more than documents"
         )
     band = Band(right=0) if causal else Band()
     rects = tuple(Rect(a, b, a, b, band) for a, b in pairwise(cu) if a < b)
@@ -129,7 +147,6 @@ def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
 
 def prefix_lm(prefix: int) -> Mask:
     """The first `prefix` tokens see each other in both directions; what follows is causal and sees all of the prefix."""
-    if prefix < 0:
-        raise PlanError(f"prefix_lm(prefix={prefix}): the prefix counts tokens and must be 0 or more")
+    prefix = count("prefix", prefix, PlanError, least=0)
     rects = (Rect(0, END, 0, prefix, Band()), Rect(prefix, END, prefix, END, Band(right=0)))
     return Mask(f"prefix({prefix})", rects[prefix == 0 :])

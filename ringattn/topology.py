@@ -19,10 +19,11 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ringattn.arguments import count, flag, number, one_of, real, shown, text
+from ringattn.arguments import path as path_of
 from ringattn.errors import PlanError
 
 KINDS = ("mesh", "switch", "nodes", "ring", "matrix")
@@ -70,8 +71,16 @@ class Topology:
     memory: float = 1e15
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise PlanError(f"topology {self.name!r}: kind={self.kind!r}; choose one of {', '.join(KINDS)}")
+        about = f"topology {shown(self.name)}: "
+        text(f"{about}name", self.name, PlanError)
+        one_of(f"{about}kind", self.kind, KINDS, PlanError)
+        flag(f"{about}uplink_shared", self.uplink_shared, PlanError)
+        for name in ("world", "node_size"):
+            if getattr(self, name) is not None:
+                count(f"{about}{name}", getattr(self, name), PlanError)
+        for name in ("latencies", "bandwidths"):
+            if not _is_matrix(getattr(self, name)):
+                raise PlanError(f"{about}{name}={shown(getattr(self, name))}; must be a tuple of tuples of numbers")
         measured = self.kind == "matrix"
         self._require("flops", "bandwidth" if not measured else "port")
         if self.kind in ("ring", "matrix") and (self.world is None or self.world < 1):
@@ -86,6 +95,7 @@ class Topology:
 
     def latency(self, src: int, dst: int) -> float:
         """Seconds until the first byte from `src` arrives at `dst`."""
+        self._check_ranks(src, dst)
         if self.kind == "matrix":
             return self.latencies[src][dst]
         if self.kind == "ring":
@@ -94,9 +104,16 @@ class Topology:
 
     def route(self, src: int, dst: int) -> Route:
         """The resources that a message from `src` to `dst` occupies, each with its bandwidth in bytes/s."""
+        self._check_ranks(src, dst)
         if (src, dst) not in self._routes:
             self._routes[src, dst] = tuple(self._find_route(src, dst))
         return self._routes[src, dst]
+
+    def _check_ranks(self, src: int, dst: int) -> None:
+        for name, rank in (("src", src), ("dst", dst)):
+            if not isinstance(rank, int) or rank < 0 or (self.world is not None and rank >= self.world):
+                many = "from 0 on" if self.world is None else f"0 to {self.world - 1}"
+                raise PlanError(f"topology {self.name!r}: {name}={shown(rank)}; ranks are whole numbers, {many}")
 
     @cached_property
     def _routes(self) -> dict[tuple[int, int], Route]:
@@ -130,22 +147,24 @@ class Topology:
 
     def save(self, path: str | Path) -> None:
         """Write it where `load_topology` can read it: JSON with a format name and a version."""
-        Path(path).write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
+        written = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+        try:
+            path_of("path", path, PlanError).write_text(written)
+        except OSError as error:
+            raise PlanError(f"topology {self.name!r} cannot be written to {path} ({error}); give another path") from error
 
     def _require(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
             if name == "port" and value is None:
                 continue
-            if not isinstance(value, int | float) or not (isfinite(value) and value > 0):
+            if (real(value) or 0) <= 0:
                 raise PlanError(
-                    f"topology {self.name!r}: {name}={value!r}; a {self.kind} topology needs it positive and finite"
+                    f"topology {self.name!r}: {name}={shown(value)}; a {self.kind} topology needs it positive and finite"
                 )
-        if not self.memory > 0:
-            raise PlanError(f"topology {self.name!r}: memory={self.memory!r}; bytes/s, more than 0")
-        for name in ("link_latency", "uplink_latency", "launch"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise PlanError(f"topology {self.name!r}: {name}={getattr(self, name)!r}; seconds, 0 or more")
+        number(f"topology {self.name!r}: memory", self.memory, PlanError, above=0)
+        for name in ("bandwidth", "uplink_bandwidth", "link_latency", "uplink_latency", "launch"):
+            number(f"topology {self.name!r}: {name}", getattr(self, name), PlanError, least=0)
 
     def _require_square(self, name: str, matrix: Matrix, *, least: float) -> None:
         world = self.world or 0
@@ -155,10 +174,12 @@ class Topology:
             )
         for src, row in enumerate(matrix):
             for dst, value in enumerate(row):
-                if src != dst and not (isfinite(value) and value >= least):
-                    raise PlanError(
-                        f"topology {self.name!r}: {name}[{src}][{dst}]={value!r}; must be finite and at least {least:g}"
-                    )
+                if src != dst and value < least:
+                    raise PlanError(f"topology {self.name!r}: {name}[{src}][{dst}]={value!r}; must be at least {least:g}")
+
+
+def _is_matrix(rows: object) -> bool:
+    return isinstance(rows, tuple) and all(isinstance(row, tuple) and None not in map(real, row) for row in rows)
 
 
 def load_topology(path: str | Path) -> Topology:
@@ -167,21 +188,22 @@ def load_topology(path: str | Path) -> Topology:
     Raises:
         PlanError: the file is missing, damaged, of another format or version, or its numbers cannot be.
     """
+    path = path_of("path", path, PlanError)
     cure = (
         f"measure one with `torchrun --nproc-per-node N -m ringattn.cli probe --out {path}` or name one of {', '.join(PRESETS)}"
     )
     try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"topology file {path} cannot be read ({error}); {cure}") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise PlanError(f"{path} is not a topology file (no format {FORMAT!r} in it); {cure}")
     version = data.pop("version", None)
     if version != VERSION:
-        raise PlanError(f"topology file {path} has version {version!r} and this ringattn reads {VERSION}; {cure}")
+        raise PlanError(f"topology file {path} has version {shown(version)} and this ringattn reads {VERSION}; {cure}")
     try:
         return _from_json(data)
-    except (PlanError, TypeError, ValueError) as error:
+    except (PlanError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"topology file {path} is damaged: {error}; {cure}") from error
 
 

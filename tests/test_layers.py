@@ -14,6 +14,7 @@ ROOT = Path(ringattn.__file__).parent
 # Each may import itself and what stands before it. Nothing points up.
 LAYERS = [
     ["errors"],
+    ["arguments"],
     ["mask"],
     ["layout"],
     ["by_documents"],
@@ -38,6 +39,7 @@ LAYERS = [
 ]
 PURE = [
     "errors",
+    "arguments",
     "mask",
     "layout",
     "by_documents",

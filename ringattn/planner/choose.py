@@ -28,6 +28,7 @@ from ringattn.plan import Plan
 from ringattn.planner.request import Request
 from ringattn.planner.share_out import shared_out
 from ringattn.schedule import check, ring, split
+from ringattn.schedule.ir import MOST_RANKS
 from ringattn.schedule.named import NAMES, Facts, Named, named
 from ringattn.topology import Topology
 
@@ -85,6 +86,10 @@ Chosen = tuple[Candidate, ...]  # for forward, and in training for backward
 @lru_cache(maxsize=256)
 def choose(request: Request) -> Plan:
     """The plan for `request`, the same object for an equal request."""
+    if request.world > MOST_RANKS:
+        raise PlanError(
+            f"world={request.world:,}; plans are made for {MOST_RANKS:,} ranks at most: ringattn.forecast prices more"
+        )
     chosen, _ = _decide(request)
     forward, backward = chosen[0], chosen[-1]
     notes = f"predicted on {request.topology.name}: {'; '.join(map(_told, request.passes, chosen))}"

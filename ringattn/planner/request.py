@@ -5,12 +5,11 @@ Each complaint names the argument, what was found, and the cure. What is left op
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
-from operator import index
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
+from ringattn.arguments import count, flag, instance, one_of, shown, whole
 from ringattn.by_documents import by_documents
 from ringattn.cost import ITEMSIZE
 from ringattn.errors import PlanError
@@ -27,6 +26,7 @@ SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = "emulated:"  # and the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
+MOST_RANKS = 1 << 20  # of closed forms; plans end long before, see `choose`
 
 
 class Request(NamedTuple):
@@ -71,8 +71,8 @@ def request(
     partials: Any = "auto",
 ) -> Request:
     """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
-    seq_len, world, heads = _count("seq_len", seq_len), _world(world), _count("heads", heads)
-    kv_heads = heads if kv_heads is None else _count("kv_heads", kv_heads)
+    seq_len, world, heads = count("seq_len", seq_len, PlanError), _world(world), count("heads", heads, PlanError)
+    kv_heads = heads if kv_heads is None else count("kv_heads", kv_heads, PlanError)
     if heads % kv_heads:
         raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; give the model's own numbers of heads")
     degrees = _degrees(ulysses, world, heads, schedule)
@@ -85,70 +85,57 @@ def request(
         world,
         heads,
         kv_heads,
-        _count("head_dim", head_dim),
-        _one_of("dtype", str(dtype).removeprefix("torch."), ITEMSIZE),
+        count("head_dim", head_dim, PlanError),
+        one_of("dtype", _dtype(dtype), ITEMSIZE, PlanError),
         mask,
         _schedule(schedule, world, heads, degrees[0]),
         degrees,
         _layouts(layout, seq_len, world, mask, kv_len, q_offset),
         kernel,
         topology,
-        None if buffer_limit is None else _count("buffer_limit", buffer_limit),
-        (False, True)[: 1 + _one_of_both("training", training)],
-        _one_of("partials", partials, PARTIALS),
+        None if buffer_limit is None else count("buffer_limit", buffer_limit, PlanError),
+        (False, True)[: 1 + flag("training", training, PlanError)],
+        one_of("partials", partials, PARTIALS, PlanError),
     )
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        number = index(value)
-    except TypeError:
-        raise PlanError(f"{name}={value!r}; must be a whole number") from None
-    if number < 1:
-        raise PlanError(f"{name}={number}; must be 1 or more")
-    return number
-
-
-def _one_of_both(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise PlanError(f"{name}={value!r}; must be True or False")
-    return value
-
-
-def _one_of(name: str, value: Any, choices: Iterable[str]) -> str:
-    if value not in choices:
-        raise PlanError(f"{name}={value!r}; choose one of {', '.join(choices)}")
-    return str(value)
 
 
 def _kernel(kernel: Any) -> str:
     """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
-    if kernel == "auto":
-        return KERNELS[0]
-    if not str(kernel).startswith(EMULATED):
-        return _one_of("kernel", kernel, ("auto", *KERNELS, "emulated:FLOPS"))
+    if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
+        name = one_of("kernel", kernel, ("auto", *KERNELS, "emulated:FLOPS"), PlanError)
+        return KERNELS[0] if name == "auto" else name
     try:
-        flops = float(str(kernel).partition(":")[2])
+        flops = float(kernel.removeprefix(EMULATED))
     except ValueError:
         flops = 0.0
     if not 0 < flops < float("inf"):
-        raise PlanError(f"kernel={kernel!r}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
+        raise PlanError(f"kernel={shown(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
     return f"{EMULATED}{flops:g}"
 
 
 def _world(world: Any) -> int:
     """A number, or the size of a mesh or group, which are known by their `size` method: torch is not imported for this."""
-    if getattr(world, "ndim", 1) > 1:
+    dimensions = getattr(world, "ndim", 1)
+    if isinstance(dimensions, int) and dimensions > 1:
         raise PlanError(
-            f"world has {world.ndim} dimensions ({world!r}); give the one the sequence is cut over, as in mesh['sequence']"
+            f"world has {dimensions} dimensions ({shown(world)}); give the one the sequence is cut over, as in mesh['sequence']"
         )
-    return _count("world", world.size() if callable(getattr(world, "size", None)) else world)
+    try:
+        world = world.size() if callable(getattr(world, "size", None)) else world
+    except Exception:  # a class, or whatever else has a `size`
+        raise PlanError(f"world={shown(world)}; give the number of ranks, or the mesh or group that has them") from None
+    return count("world", world, PlanError, most=MOST_RANKS)
+
+
+def _dtype(dtype: Any) -> Any:
+    """By its name, if it is one of torch's."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, str) or type(dtype).__module__ == "torch" else dtype
 
 
 def _mask(mask: Any) -> Mask:
-    if not isinstance(mask, Mask):
-        raise PlanError(f"mask={mask!r}; call one of full(), causal(), sliding_window(..), documents(..), prefix_lm(..)")
-    return mask
+    return instance(
+        "mask", mask, Mask, PlanError, "call one of full(), causal(), sliding_window(..), documents(..), prefix_lm(..)"
+    )
 
 
 def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
@@ -156,7 +143,7 @@ def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ..
     choices = tuple(degree for degree in factors(world, upto=world) if degree <= heads)
     if asked is None:
         return choices if isinstance(schedule, str) and schedule == "auto" else (1,)
-    degree = _count("ulysses", asked)
+    degree = count("ulysses", asked, PlanError)
     if degree not in choices:
         why = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
         raise PlanError(f"ulysses={degree} {why}; choose one of {list(choices)}, or None")
@@ -168,7 +155,9 @@ def topology_for(topology: Any, world: int) -> Topology:
         topology = DEFAULT_TOPOLOGY
     found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
     if found is None:
-        raise PlanError(f"topology={topology!r}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)")
+        raise PlanError(
+            f"topology={shown(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
+        )
     if found.world not in (None, world):
         raise PlanError(
             f"topology {found.name!r} describes {found.world} ranks and world={world}; measure these, or name a preset"
@@ -183,14 +172,14 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
             raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
         layout.validate(seq_len)
         for name, value, found in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
-            if value not in (None, found):
+            if value is not None and whole(name, value, PlanError) != found:
                 raise PlanError(
-                    f"{name}={value!r} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
+                    f"{name}={shown(value)} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
                 )
         _fits(mask, layout.length, layout.of_keys.length, layout.first)
         return (layout,)
-    name = _one_of("layout", layout, ("auto", *LAYOUTS, "documents"))
-    keys = seq_len if kv_len is None else _count("kv_len", kv_len)
+    name = one_of("layout", layout, ("auto", *LAYOUTS, "documents"), PlanError)
+    keys = seq_len if kv_len is None else count("kv_len", kv_len, PlanError)
     offset = _offset(q_offset, seq_len, keys, mask)
     _fits(mask, seq_len, keys, offset)
     packed = mask.bounds if (keys, offset) == (seq_len, 0) and mask.bounds[-1:] == (seq_len,) else ()
@@ -219,10 +208,10 @@ def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
             f"kv_len={keys}, seq_len={seq_len} and mask={mask}: say where the first query stands among the keys with q_offset, "
             f"as in q_offset={max(0, keys - seq_len)}"
         )
-    offset = index(q_offset) if isinstance(q_offset, SupportsIndex) else -1
+    offset = whole("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
     if offset < 0:
         raise PlanError(f"q_offset={q_offset!r}; must be a whole number, 0 or more")
-    return offset
+    return count("q_offset", offset, PlanError, least=0)
 
 
 def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
@@ -238,10 +227,10 @@ _check_once = lru_cache(maxsize=64)(check)
 
 def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | Lanes:
     if isinstance(schedule, str):
-        return _one_of("schedule", schedule, SCHEDULES)
+        return one_of("schedule", schedule, SCHEDULES, PlanError)
     lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
     if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
-        raise PlanError(f"schedule={schedule!r}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them")
+        raise PlanError(f"schedule={shown(schedule)}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them")
     for lane in lanes:
         if lane.world * degree != world:
             within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")

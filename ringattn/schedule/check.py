@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from itertools import accumulate, product
+from typing import Any
 
+from ringattn.arguments import instance, shown
 from ringattn.errors import ScheduleError
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile
+from ringattn.schedule.ir import A_SCHEDULE, Kind, Move, Room, Schedule, Tile
 from ringattn.schedule.program import Message, messages, program
 
 
@@ -22,7 +24,10 @@ def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) 
 
     `alive` are the tiles that have work (default: all of them).
     """
-    expected = set(alive) if alive is not None else set(product(range(len(schedule.q_home)), range(len(schedule.kv_home))))
+    instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
+    expected = (
+        set(pairs_of(alive)) if alive is not None else set(product(range(len(schedule.q_home)), range(len(schedule.kv_home))))
+    )
     _check_form(schedule)
     _check_result(_replay(schedule), schedule, expected)
     _check_links(schedule)
@@ -32,6 +37,22 @@ def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) 
             f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.room}"
         )
     return highest
+
+
+def pairs_of(alive: Any) -> Collection[tuple[int, int]]:
+    """`alive`, if it is what it should be: pairs of blocks."""
+    try:
+        fine = isinstance(alive, Collection) and not isinstance(alive, str) and all(map(_is_pair, alive))
+    except Exception:  # a tensor without dimensions
+        fine = False
+    if not fine:
+        raise ScheduleError(f"alive={shown(alive)}; must be a collection of tiles (i, j)")
+    found: Collection[tuple[int, int]] = alive
+    return found
+
+
+def _is_pair(tile: object) -> bool:
+    return isinstance(tile, tuple) and len(tile) == 2 and all(isinstance(index, int) for index in tile)
 
 
 def _check_form(schedule: Schedule) -> None:
@@ -127,6 +148,7 @@ def _check_links(schedule: Schedule) -> None:
 
 def peak(schedule: Schedule) -> Room:
     """The most foreign blocks of each kind that any rank holds in any step, buffers of moves in flight included."""
+    instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
     change: dict[tuple[Kind, int], Counter[int]] = defaultdict(Counter)  # by step, for each kind and rank
     last_read: dict[tuple[int, Kind, int], int] = {}
     born: dict[tuple[int, Kind, int], list[int]] = defaultdict(list)

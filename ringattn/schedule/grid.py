@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from itertools import product
 from math import isqrt
 
+from ringattn.arguments import one_of, shown, whole
 from ringattn.errors import PlanError
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
-from ringattn.schedule.routes import validate
+from ringattn.schedule.routes import ROUTINGS, validate
 
 AHEAD = 3  # visits ahead of its use that a block may leave its owner when it goes direct
 
@@ -35,13 +36,14 @@ def mesh(world: int, *, a: int | None = None, q_routing: str = "hop", kv_routing
     moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at most as many heads.
     Raises `PlanError` unless `a` divides `world`.
     """
-    if world < 1:
-        raise PlanError(f"world={world}: a schedule needs at least one rank")
-    a = max(factors(world, upto=isqrt(world))) if a is None else a
+    world, _ = validate(world, "hop", 1, 1)
+    for name, routing in (("q_routing", q_routing), ("kv_routing", kv_routing)):
+        one_of(name, routing, ROUTINGS, PlanError)
+    a = max(factors(world, upto=isqrt(world))) if a is None else whole("a", a, PlanError)
     if a < 1 or world % a:
-        raise PlanError(f"a={a}: the ranks of a row must divide world={world}; choose one of {factors(world, upto=world)}")
-    for routing in (q_routing, kv_routing):
-        validate(world, routing, 1, 1)
+        raise PlanError(
+            f"a={shown(a)}: the ranks of a row must divide world={world}; choose one of {factors(world, upto=world)}"
+        )
     grid = _Grid(a, world // a, q_routing == "direct", kv_routing == "direct")
     straight = [word for word, direct in (("q", grid.q_direct), ("kv", grid.kv_direct)) if direct]
     name = "_".join(["mesh", *straight, *["direct"][: len(straight)]])

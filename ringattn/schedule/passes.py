@@ -12,13 +12,18 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from ringattn.arguments import instance, shown, whole
 from ringattn.errors import PlanError
-from ringattn.schedule.check import peak
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.check import pairs_of, peak
+from ringattn.schedule.ir import A_SCHEDULE, Kind, Move, Room, Schedule, Tile, make
+
+MOST_TILES = 1 << 24
 
 
 def prune(schedule: Schedule, alive: Collection[tuple[int, int]]) -> Schedule:
     """Keep only tiles in `alive` and the moves that still serve one."""
+    instance("schedule", schedule, Schedule, PlanError, A_SCHEDULE)
+    alive = pairs_of(alive)
     tiles = tuple(t for t in schedule.tiles if (t.i, t.j) in alive)
     kept = _carrying(schedule, tiles) | _read(schedule, tiles)
     return replace(schedule, tiles=tiles, moves=tuple(m for n, m in enumerate(schedule.moves) if n in kept))
@@ -69,8 +74,7 @@ def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     as soon as its last tile is done; so the first tile starts before a whole block is there, and the first partial is home
     before the last is computed. After `prune` only the parts that a mask needs travel: under causal, half of a zigzag shard.
     """
-    if q < 1 or kv < 1:
-        raise PlanError(f"split(q={q}, kv={kv}): a block has at least one part")
+    q, kv = parts_of("split", schedule, q, kv)
     steps = q * kv
 
     def parts(kind: Kind) -> Iterator[tuple[int, int, int]]:
@@ -100,8 +104,7 @@ def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
 
 def divide(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     """Cut every block into parts that are computed and travel in the same steps: those that `prune` drops are all it saves."""
-    if q < 1 or kv < 1:
-        raise PlanError(f"divide(q={q}, kv={kv}): a block has at least one part")
+    q, kv = parts_of("divide", schedule, q, kv)
     tiles = [t._replace(i=t.i * q + m, j=t.j * kv + n) for t in schedule.tiles for m in range(q) for n in range(kv)]
     moves = []
     for move in schedule.moves:
@@ -112,11 +115,24 @@ def divide(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     return replace(divided, room=peak(divided))
 
 
+def parts_of(call: str, schedule: Schedule, q: int, kv: int) -> tuple[int, int]:
+    """Into how many parts `call` cuts blocks of queries and of keys."""
+    instance("schedule", schedule, Schedule, PlanError, A_SCHEDULE)
+    q, kv = whole("q", q, PlanError), whole("kv", kv, PlanError)
+    said = f"{call}(q={shown(q)}, kv={shown(kv)})"
+    if min(q, kv) < 1:
+        raise PlanError(f"{said}: a block has at least one part")
+    if max(q, kv) * q * kv * max(1, len(schedule.tiles)) > MOST_TILES:
+        raise PlanError(f"{said}: of {len(schedule.tiles)} tiles that makes more than {MOST_TILES:,}; cut into fewer parts")
+    return q, kv
+
+
 def both_ways(schedule: Schedule) -> tuple[Schedule, Schedule]:
     """The schedule and its mirror image, for two lanes: what one sends up the ranks the other sends down, at the same time.
 
     Rank r takes the part of rank world - 1 - r, with its blocks; so what was a row of a mesh, or a node, still is.
     """
+    instance("schedule", schedule, Schedule, PlanError, A_SCHEDULE)
     last, last_q, last_kv = schedule.world - 1, len(schedule.q_home) - 1, len(schedule.kv_home) - 1
     per_q, per_kv = (len(homes) // schedule.world for homes in (schedule.q_home, schedule.kv_home))
     if schedule.q_home != tuple(n // max(1, per_q) for n in range(last_q + 1)) or schedule.resting:
@@ -147,6 +163,12 @@ def side_by_side(a: Schedule, b: Schedule) -> Schedule:
     For schedules in which queries and their results stay at home. It is how two directions share the work when there are too
     few KV heads to share.
     """
+    for name, one in (("a", a), ("b", b)):
+        instance(name, one, Schedule, PlanError, A_SCHEDULE)
+    if (a.world, a.q_home) != (b.world, b.q_home):
+        raise PlanError(
+            f"{a.name} and {b.name} are for other ranks or blocks of queries; run schedules for the same ones side by side"
+        )
     if any(m.kind.of_queries for m in a.moves + b.moves):
         raise PlanError(
             f"{a.name} and {b.name} cannot share the keys of one head: in one of them queries travel, and would twice"

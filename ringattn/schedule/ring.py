@@ -21,7 +21,7 @@ from ringattn.schedule.routes import at, ride_home, straight_home, validate, var
 
 def ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int = 1) -> Schedule:
     """KV visits every rank. `routing="direct"` sends it from the owner to each rank, gradients straight back."""
-    validate(world, routing, direction, lookahead)
+    world, lookahead = validate(world, routing, direction, lookahead)
     tiles = [
         Tile(step, at(j, step, direction, world), at(j, step, direction, world), j)
         for step in range(world)

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ringattn.arguments import count, one_of, shown
 from ringattn.errors import PlanError
-from ringattn.schedule.ir import Kind, Move
+from ringattn.schedule.ir import MOST_RANKS, Kind, Move
 
 ROUTINGS = ("hop", "direct")
 
 
-def validate(world: int, routing: str, direction: int, lookahead: int) -> None:
-    if world < 1:
-        raise PlanError(f"world={world}: a schedule needs at least one rank")
-    if routing not in ROUTINGS:
-        raise PlanError(f"routing={routing!r}: choose one of {', '.join(ROUTINGS)}")
-    if direction not in (1, -1):
-        raise PlanError(f"direction={direction}: 1 turns towards higher ranks, -1 towards lower ones")
-    if lookahead < 1:
-        raise PlanError(f"lookahead={lookahead}: at least 1 step; more keeps more links busy and more buffers full")
+def validate(world: int, routing: str, direction: int, lookahead: int) -> tuple[int, int]:
+    """`world` and `lookahead`, if all of them are what they should be."""
+    world = count("world", world, PlanError, most=MOST_RANKS, cure="a schedule needs at least one rank")
+    one_of("routing", routing, ROUTINGS, PlanError)
+    if not isinstance(direction, int) or direction not in (1, -1):
+        raise PlanError(f"direction={shown(direction)}; 1 turns towards higher ranks, -1 towards lower ones")
+    cure = "more keeps more links busy and more buffers full"
+    return world, count("lookahead", lookahead, PlanError, cure=cure, most=MOST_RANKS)
 
 
 def variant(name: str, routing: str, direction: int) -> str:

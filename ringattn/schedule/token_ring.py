@@ -25,8 +25,8 @@ from ringattn.schedule.routes import at, ride_home, straight_home, validate, var
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
     """Q visits every rank, and each partial goes straight home. `lookahead` (steps in flight) is 1 for hops, else up to 4."""
-    lookahead = lookahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
-    validate(world, routing, direction, lookahead)
+    world, ahead = validate(world, routing, direction, 1 if lookahead is None else lookahead)
+    lookahead = ahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
     moves = [
         *visit(Kind.Q, world, routing, direction, lookahead),
         *straight_home(Kind.Q_ACC, world, direction, lookahead),
@@ -37,7 +37,7 @@ def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahea
 
 def accumulating_ring(world: int, *, direction: int = 1) -> Schedule:
     """Q visits every rank, and its result follows a step behind; on the last hop it comes home."""
-    validate(world, "hop", direction, 1)
+    world, _ = validate(world, "hop", direction, 1)
     moves = [*visit(Kind.Q, world, "hop", direction, 1), *ride_home(Kind.Q_ACC, world, direction)]
     return make(variant("accumulating_ring", "hop", direction), world, _visits(world, direction), moves, Room(q=2, q_acc=3))
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from ringattn.errors import PlanError
 from ringattn.schedule.check import peak
 from ringattn.schedule.ir import Kind, Move, Schedule, Tile, make
+from ringattn.schedule.passes import parts_of
 
 
 def take_turns(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
@@ -23,7 +24,8 @@ def take_turns(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
 
     What is computed in step 0, own rows against own keys, stays one step. Raises `PlanError` where blocks hop.
     """
-    if min(q, kv) != 1 or max(q, kv) < 1:
+    q, kv = parts_of("take_turns", schedule, q, kv)
+    if min(q, kv) != 1:
         raise PlanError(f"take_turns(q={q}, kv={kv}): cut queries or keys, into at least one part")
     if any(move.src != schedule.home(move.kind, move.index) and not move.kind.moved for move in schedule.moves):
         raise PlanError(f"{schedule.name}: blocks that hop cannot take turns; use split, or routing='direct'")

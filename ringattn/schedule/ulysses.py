@@ -18,9 +18,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ringattn.arguments import count, instance, shown, whole
 from ringattn.errors import PlanError
 from ringattn.schedule.check import peak
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.ir import A_SCHEDULE, MOST_RANKS, Kind, Move, Room, Schedule, Tile, make
 
 
 def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -> tuple[Schedule, ...]:
@@ -30,11 +31,14 @@ def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -
     the first tile waits for all of them, as after a collective, and all are computed at once. `groups`: how many shares of a
     member's heads follow one another. Lanes of the first share stand first.
     """
+    instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
+    degree = count("degree", degree, PlanError, most=MOST_RANKS // inner.world)
+    groups, stages = count("groups", groups, PlanError, most=MOST_RANKS), whole("stages", stages, PlanError)
     if degree == 1 and groups == 1:
         return (inner,)
     first = resharded(inner, degree, 0, stages=stages)
     members = [first, *(_resharded(inner, degree, m, stages, first.room) for m in range(1, degree))]
-    steps = max(tile.step for tile in first.tiles) + 1
+    steps = max((tile.step for tile in first.tiles), default=0) + 1
     lanes = list(members)
     for n in range(1, groups):
         room = later(first, n * steps).room
@@ -44,12 +48,16 @@ def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -
 
 def resharded(inner: Schedule, degree: int, member: int, *, stages: int = 0) -> Schedule:
     """`inner`, for world / degree ranks, on the ranks that are `member` of their group, with rows from all of the group."""
-    if degree < 1 or not 0 <= member < degree or stages < 0:
-        raise PlanError(f"resharded(degree={degree}, member={member}, stages={stages}): one of the group, and 0 stages or more")
+    instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
+    named = (("degree", degree), ("member", member), ("stages", stages))
+    degree, member, stages = (whole(name, value, PlanError) for name, value in named)
+    if not 1 <= degree <= MOST_RANKS // inner.world or not 0 <= member < degree or not 0 <= stages <= MOST_RANKS:
+        said = f"resharded(degree={shown(degree)}, member={shown(member)}, stages={shown(stages)})"
+        raise PlanError(f"{said}: one of the group, and 0 stages or more, of {MOST_RANKS} ranks at most")
     if inner.resting:
         raise PlanError(f"{inner.name} is resharded already; reshard once, with the product of both degrees")
-    whole = _resharded(inner, degree, member, stages, Room())
-    return replace(whole, room=peak(whole))
+    lane = _resharded(inner, degree, member, stages, Room())
+    return replace(lane, room=peak(lane))
 
 
 def _resharded(inner: Schedule, degree: int, member: int, stages: int, room: Room) -> Schedule:
@@ -68,7 +76,7 @@ def later(schedule: Schedule, steps: int) -> Schedule:
 
 
 def _later(schedule: Schedule, steps: int, room: Room) -> Schedule:
-    early = max(tile.step for tile in schedule.tiles) + 1
+    early = max((tile.step for tile in schedule.tiles), default=0) + 1
     tiles = tuple(tile._replace(step=tile.step + steps) for tile in schedule.tiles)
     moves = [
         move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), due=move.due + steps)

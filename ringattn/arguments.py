@@ -1,0 +1,131 @@
+"""Whether a value is what an argument takes: the checks that all public functions share, each said once.
+
+A checker returns the value in the form to work with, or raises the error class it is given. Its text names the argument, what
+was found, and what may stand there. What a caller passes may be anything, so its `repr` may be endless, or raise: `shown` alone
+turns a value into words. No torch here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from math import isfinite
+from numbers import Real
+from operator import index
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, TypeVar
+
+from ringattn.errors import RingAttnError
+
+T = TypeVar("T")
+
+MOST = 1 << 48  # no count is larger: products of a few of them are still finite as floats, and sums of them fit 64 bits
+LONGEST_PATH = 4096
+WORDS = Repr()
+WORDS.maxstring = WORDS.maxother = WORDS.maxlong = 200
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, short, on one line, and without fail."""
+    try:
+        words = WORDS.repr(value)
+    except Exception:  # of whatever class: it is the caller's
+        words = f"a {type(value).__name__} that cannot be shown"
+    return " ".join(words.encode(errors="backslashreplace").decode().split())
+
+
+def complaint(check: Callable[[], object]) -> str | None:
+    """What `check` raises, in words, or None: for whoever has to tell other ranks before it raises."""
+    try:
+        check()
+    except RingAttnError as error:
+        return str(error)
+    return None
+
+
+def whole(name: str, value: Any, error: type[RingAttnError], must: str = "a whole number") -> int:
+    """A whole number of any size and sign, numpy's and torch's included."""
+    try:
+        return index(value)
+    except Exception:  # tensors raise more than TypeError
+        raise error(f"{name}={shown(value)}; must be {must}") from None
+
+
+def count(name: str, value: Any, error: type[RingAttnError], *, least: int = 1, most: int = MOST, cure: str = "") -> int:
+    """A whole number from `least` to `most`; `cure` is said of one that is too small."""
+    number = whole(name, value, error)
+    if number < least:
+        raise error(f"{name}={shown(number)}; must be {least} or more{cure and '; '}{cure}")
+    if number > most:
+        raise error(f"{name}={shown(number)}; must be {most:,} or less")
+    return number
+
+
+def counts(name: str, value: Any, error: type[RingAttnError]) -> tuple[int, ...]:
+    """Several whole numbers, as a list, a tuple, an array or a tensor of one dimension."""
+    try:
+        return tuple(index(one) for one in value.tolist()) if hasattr(value, "tolist") else tuple(map(index, value))
+    except Exception:
+        raise error(f"{name}={shown(value)}; must be a sequence of whole numbers") from None
+
+
+def real(value: object) -> float | None:
+    """The finite number that `value` is, or None."""
+    try:
+        return float(value) if isinstance(value, Real) and isfinite(value) else None
+    except Exception:  # too large for a float, or a number of the caller's own making
+        return None
+
+
+def number(
+    name: str, value: Any, error: type[RingAttnError], *, above: float | None = None, least: float | None = None
+) -> float:
+    """A finite number more than `above`, or of `least` or more."""
+    found = real(value)
+    if found is None or (above is not None and found <= above) or (least is not None and found < least):
+        bound = "" if above is None else f" more than {above:g}"
+        bound += "" if least is None else f" of {least:g} or more"
+        raise error(f"{name}={shown(value)}; must be a finite number{bound}")
+    return found
+
+
+def flag(name: str, value: Any, error: type[RingAttnError]) -> bool:
+    if not isinstance(value, bool):
+        raise error(f"{name}={shown(value)}; must be True or False")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Iterable[str], error: type[RingAttnError]) -> str:
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise error(f"{name}={shown(value)}; choose one of {', '.join(choices)}")
+    return value
+
+
+def text(name: str, value: Any, error: type[RingAttnError]) -> str:
+    if not isinstance(value, str):
+        raise error(f"{name}={shown(value)}; must be a text")
+    return value
+
+
+def instance(name: str, value: Any, kind: type[T] | tuple[type[T], ...], error: type[RingAttnError], cure: str) -> T:
+    if not isinstance(value, kind):
+        raise error(f"{name}={shown(value)}; {cure}")
+    return value
+
+
+def path(name: str, value: Any, error: type[RingAttnError]) -> Path:
+    """Of a file or a directory."""
+    try:
+        found = Path(value)
+    except Exception:
+        found = Path("\0")
+    try:
+        os.fsencode(found)
+        unusable = "\0" in os.fspath(found) or len(os.fspath(found)) > LONGEST_PATH
+    except UnicodeEncodeError:
+        unusable = True
+    if unusable:
+        raise error(f"{name}={shown(value)}; must be a path, as text or a pathlib.Path")
+    return found
