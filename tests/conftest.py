@@ -8,6 +8,8 @@ import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+from thirty import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
+
 torch.set_num_threads(1)
 
 # Deterministic, so that a red build is red again on the next machine; `--hypothesis-profile=explore` draws afresh and for
@@ -19,4 +21,5 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, help="how many cases tests/test_properties.py draws")
+    parser.addoption("--cases-report", type=Path, help="where to write the table of tests/thirty.py")
     parser.addoption("--flash-sources", type=Path, help="folder with the flash-attn packages' sources for tests/test_flash.py")

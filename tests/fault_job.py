@@ -44,9 +44,9 @@ def when_waiting(word: str, action) -> None:
     P2PPort.wait = waiting
 
 
-def fail() -> None:
+def fail(error: Exception) -> None:
     note()
-    raise MemoryError("no room for k")
+    raise error
 
 
 def exhaust() -> None:
@@ -62,30 +62,38 @@ def sleep() -> None:
 
 def main() -> None:
     mesh = ringattn.init(timeout=DEADLINE)
-    plan = ringattn.make_plan(512, world=4, heads=4, head_dim=16, schedule="token_ring", topology="cpu", ulysses=1)
+    how = dict(ulysses=4) if KIND == "kill in all-to-all" else dict(schedule="token_ring", ulysses=1)
+    plan = ringattn.make_plan(512, world=4, heads=4, head_dim=16, topology="cpu", **how)
     q, k, v = (torch.randn(1, plan.rows(RANK), 4, 16, requires_grad=True) for _ in range(3))
     for step in range(1000):
         if step == 3 and RANK == FAULTY:
-            match KIND:
-                case "kill in forward":
-                    when_waiting("forward", lambda: signalled(signal.SIGKILL))
-                case "kill in backward":
-                    when_waiting("backward", lambda: signalled(signal.SIGKILL))
-                case "kill in reduction":
-                    ringattn.nn.grads.sum_over = lambda *_: signalled(signal.SIGKILL)
-                case "stop":
-                    when_waiting("forward", lambda: signalled(signal.SIGSTOP))
-                case "raise":
-                    fail()
-                case "raise in forward":
-                    when_waiting("forward", fail)
-                case "exhaust":
-                    exhaust()
-                case "sleep":
-                    sleep()
+            prepare()
         out = ringattn.attention(q, k, v, plan)
         out.sum().backward()
-        ringattn.nn.reduce_gradients([q], mesh) if plan.rows(0) == plan.rows(3) else None
+        ringattn.nn.reduce_gradients([q], mesh)
+
+
+def prepare() -> None:
+    """What is to happen in this rank, now or in this step."""
+    match KIND:
+        case "kill in forward" | "kill in all-to-all":
+            when_waiting("forward", lambda: signalled(signal.SIGKILL))
+        case "kill in backward":
+            when_waiting("backward", lambda: signalled(signal.SIGKILL))
+        case "kill in reduction":
+            ringattn.nn.grads.sum_over = lambda *_: signalled(signal.SIGKILL)
+        case "stop":
+            when_waiting("forward", lambda: signalled(signal.SIGSTOP))
+        case "raise":
+            fail(MemoryError("no room for k"))
+        case "out of GPU memory":
+            fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        case "raise in forward":
+            when_waiting("forward", lambda: fail(MemoryError("no room for k")))
+        case "exhaust":
+            exhaust()
+        case "sleep":
+            sleep()
 
 
 if __name__ == "__main__":

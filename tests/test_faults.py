@@ -1,70 +1,114 @@
 """What the survivors say and how soon they end, when a rank dies, stops, fails or sleeps: real processes, real signals."""
 
-import json
-import os
+import contextlib
 import random
-import signal
+import re
+import socket
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from spawn import finish, run_ranks, start
+from spawn import descendants, finish, run_ranks, start
 from test_init import free_port
+from thirty import DEADLINE
 
 import ringattn
 from ringattn.comm.p2p import P2PPort
 
 JOB = str(Path(__file__).parent / "fault_job.py")
-DEADLINE = 5.0  # as in the job
-SLACK = 4.0  # for processes to end in, where other tests run beside this one; alone they keep what is asked below
+ATTEMPTS = 3  # to be in time: a machine that runs other tests beside these may hold a process back for seconds
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(60 * ATTEMPTS)
+
+Said = dict[int, str]  # by each survivor
 
 
-def outcome(kind: str, faulty: int, tmp_path: Path) -> tuple[float, list[str]]:
-    """Seconds from the fault to the end of the last survivor, and what each survivor said; all must have failed."""
-    port, file = free_port(), tmp_path / "fault"
+def alone(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
+    """Four ranks without torchrun: seconds from the fault to the end of the last survivor. All must fail, and leave nothing."""
+    port = free_port()
     place = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks = [start([JOB, kind, str(faulty), str(file)], RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(4)]
-    survivors = [process for rank, process in enumerate(ranks) if rank != faulty]
     ended: dict[int, float] = {}
     until = time.monotonic() + 45
-    while len(ended) < 3 and time.monotonic() < until:
-        for process in survivors:
-            if process.pid not in ended and process.poll() is not None:
-                ended[process.pid] = time.time()
+    while len(ended.keys() - {faulty}) < 3 and time.monotonic() < until:
+        ended |= {r: time.time() for r in range(4) if r not in ended and ranks[r].poll() is not None}
         time.sleep(0.01)
-    os.kill(ranks[faulty].pid, signal.SIGKILL)  # stopped or asleep, perhaps
-    said = [finish(process, timeout=1) for process in survivors]
-    finish(ranks[faulty], timeout=5)
+    if kind == "sleep":  # it is alive, in code of its own, and will hear of the end when it comes to its next call
+        ranks[faulty].kill()
+    said = [finish(process, timeout=3) for process in ranks]
     assert all(code not in (0, None) for code, *_ in said), said
-    seconds = max(ended.values()) - float(file.read_text())
-    print(json.dumps({"fault": kind, "seconds": round(seconds, 2)}))
-    return seconds, [err for _, _, err in said]
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", port))
+    seconds = max(when for rank, when in ended.items() if rank != faulty) - float(file.read_text())
+    return seconds, {rank: said[rank][2] for rank in range(4) if rank != faulty}
+
+
+def under_torchrun(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
+    """The same, to the end of torchrun; what each survivor said is picked out of what all have said."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    agent = start([*launch, JOB, kind, str(faulty), str(file)])
+    workers: set[int] = set()
+    until = time.monotonic() + 55
+    while agent.poll() is None and time.monotonic() < until:
+        workers |= set(descendants(agent.pid))
+        time.sleep(0.05)
+    seconds = time.time() - float(file.read_text())
+    code, _, err = finish(agent, timeout=3)
+    assert code != 0 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    lines = [line for line in err.splitlines() if "CommError: " in line or "will not end: " in line]
+    said = {r: "\n".join(line for line in lines if re.search(rf"(CommError: |^)rank {r}[,:]", line)) for r in range(4)}
+    return seconds, {rank: said[rank] for rank in range(4) if rank != faulty}
+
+
+DIES, STALLS = 3.0, DEADLINE + 3
 
 
 @pytest.mark.parametrize(
-    ("kind", "faulty", "words", "within"),
+    ("run", "kind", "faulty", "words", "within"),
     [
-        ("kill in forward", 2, ("rank 2 (", "has died", "forward"), 3),
-        ("kill in backward", 1, ("rank 1 (", "has died"), 3),
-        ("kill in reduction", 3, ("rank 3 (", "has died"), 3),
-        ("kill in forward", 0, ("rank 0",), DEADLINE + 3),
-        ("stop", 2, ("rank 2 (", "has stalled"), DEADLINE + 3),
-        ("raise", 2, ("rank 2 (", "MemoryError: no room for k"), 3),
-        ("raise in forward", 1, ("rank 1 (", "MemoryError: no room for k"), 3),
-        ("exhaust", 2, ("rank 2 (", "failed", "alloc"), 3),
-        ("sleep", 2, ("rank 2 (", "has not come", "outside of transfers"), DEADLINE + 3),
-    ],
+        pytest.param(run, kind, faulty, words, within, marks=pytest.mark.case(number), id=f"{kind} {faulty} {run.__name__}")
+        for number, run, kind, faulty, words, within in (
+            (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES),
+            (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES + 3),
+            (2, alone, "kill in backward", 1, ("rank 1 (", "has died"), DIES),
+            (3, alone, "kill in reduction", 3, ("rank 3 (", "has died"), DIES),
+            (3, alone, "kill in all-to-all", 3, ("rank 3 (", "has died", "ulysses"), DIES),
+            (4, alone, "kill in forward", 0, ("rank 0",), STALLS),
+            (5, alone, "stop", 2, ("rank 2 (", "has stalled"), STALLS),
+            (5, under_torchrun, "stop", 2, ("rank 2 (", "has stalled"), DEADLINE + 10),
+            (6, alone, "raise", 2, ("rank 2 (", "MemoryError: no room for k"), DIES),
+            (6, under_torchrun, "raise", 2, ("rank 2 (", "MemoryError: no room for k"), DIES + 3),
+            (6, alone, "raise in forward", 1, ("rank 1 (", "MemoryError: no room for k"), DIES),
+            (6, alone, "out of GPU memory", 1, ("rank 1 (", "OutOfMemoryError: CUDA out of memory"), DIES),
+            (7, alone, "exhaust", 2, ("rank 2 (", "failed", "alloc"), DIES),
+        )
+    ]
+    + [pytest.param(alone, "sleep", 2, ("rank 2 (", "has not come", "outside of transfers"), STALLS, id="sleep")],
 )
-def test_survivors_name_the_rank_and_the_cause_in_time(kind, faulty, words, within, tmp_path) -> None:
-    seconds, said = outcome(kind, faulty, tmp_path)
-    for err in said:
-        for word in words:
-            assert word in err, err
-    assert seconds < within + SLACK
+def test_survivors_name_the_rank_and_the_cause_in_time(
+    run: Callable[..., tuple[float, Said]],
+    kind: str,
+    faulty: int,
+    words: tuple[str, ...],
+    within: float,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    seconds = []
+    while not seconds or (seconds[-1] > within and len(seconds) < ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "fault").unlink()
+        found, said = run(kind, faulty, tmp_path / "fault")
+        seconds.append(found)
+        for err in said.values():
+            for word in words:
+                assert word in err, said
+    record_property("seconds", seconds[-1])
+    assert seconds[-1] <= within, seconds
 
 
 def disturbed(rank: int, seed: int | None) -> list[str]:
@@ -89,6 +133,7 @@ def disturbed(rank: int, seed: int | None) -> list[str]:
 CALLS = 40  # of some 25 waits each on a rank
 
 
+@pytest.mark.case(28)
 def test_delays_change_no_bit() -> None:
     calm = run_ranks(4, disturbed, None)
     assert run_ranks(4, disturbed, 1) == calm
