@@ -47,7 +47,7 @@ def complaint(check: Callable[[], object]) -> str | None:
 def whole(name: str, value: Any, error: type[RingAttnError], must: str = "a whole number") -> int:
     """A whole number of any size and sign, numpy's and torch's included."""
     try:
-        return index(value)
+        return int(index(value))  # also of a bool, which torch does not take for a number
     except Exception:  # tensors raise more than TypeError
         raise error(f"{name}={shown(value)}; must be {must}") from None
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
+from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of, group_and_rank
+from ringattn.comm.group import Group, device_of
 from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
@@ -110,7 +111,7 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     inputs = Inputs(q, k, v, key_bias, sinks)
-    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs if tensor is not None)
+    gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     if torch.compiler.is_compiling():
         if check_finite:
             raise InputError(
@@ -119,7 +120,7 @@ def attention(
         named = None if strict is None else str(strict)  # an operator takes no argument that is one or the other
         out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, named)
     else:
-        process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite)
+        process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
     return (out, lse) if return_lse else out
 
@@ -133,18 +134,22 @@ def _checked(
     gradient: bool,
     strict: bool | str | None,
     check_finite: bool | str = False,
+    return_lse: bool = False,
 ) -> dist.ProcessGroup | None:
     """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
-    process_group, rank = group_and_rank(group, plan.world)
+    process_group, rank = meet(plan, group)
     q, k, v, key_bias, sinks = inputs
-    problem = _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
-    if check_finite and problem is None:
+    problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
+    problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    if problem is None and check_finite:
         problem = _not_finite(inputs, check_finite)
+    if problem is not None:
+        agree(process_group, {"call": "attention"}, problem)
     fields = {
         "call": "attention",
         "plan": plan.digest,
-        "batch": q.shape[0] if q.ndim else 0,
-        "value head_dim": v.shape[-1] if v.ndim else 0,
+        "batch": q.shape[0],
+        "value head_dim": v.shape[-1],
         "dtype": q.dtype,
         "device type": q.device.type,
         "scale": scale,
@@ -156,7 +161,7 @@ def _checked(
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    agree(process_group, fields, problem, every_call=every_call, behind=plan.facts)
+    agree(process_group, fields, every_call=every_call, behind=plan.facts)
     return process_group
 
 
@@ -164,7 +169,7 @@ _compiled = define(_checked)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(cast_dtype(t)) for t in tensors)
+    return tuple(t.to(cast_dtype(t)) if isinstance(t, Tensor) else t for t in tensors)
 
 
 def cast_dtype(x: Tensor) -> torch.dtype:
@@ -172,6 +177,17 @@ def cast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else x.dtype
+
+
+def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_lse: object) -> None:
+    """Raise `InputError` for what is no tensor or no option at all."""
+    for name, value in zip(inputs._fields, inputs, strict=True):
+        if value is not None or name in "qkv":
+            dense(name, value)
+    for name, option, others in (("strict", strict, str | None), ("check_finite", check_finite, str)):
+        if not isinstance(option, others):
+            flag(name, option, InputError)
+    flag("return_lse", return_lse, InputError)
 
 
 def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
@@ -217,10 +233,10 @@ def _problem(
                 f"{name} has dtype {tensor.dtype} and the plan is for {plan.dtype}; cast {name}, "
                 f"or make the plan with dtype={str(tensor.dtype).removeprefix('torch.')!r}"
             )
-    if scale is not None and not (isfinite(scale) and scale != 0):
-        return f"scale={scale}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
-    if softcap is not None and not (isfinite(softcap) and softcap > 0):
-        return f"softcap={softcap}: must be finite and positive; leave it out for none"
+    if scale is not None and not real(scale):
+        return f"scale={shown(scale)}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
+    if softcap is not None and (real(softcap) or 0) <= 0:
+        return f"softcap={shown(softcap)}: must be finite and positive; leave it out for none"
     return obstacle(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
 
 

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.arguments import complaint, flag, instance, shown, whole
+from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
-from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.group import Group, device_of, group_and_rank
 from ringattn.errors import InputError
 from ringattn.layout import Layout
 from ringattn.plan import Plan
@@ -45,10 +47,11 @@ def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys:
     Raises `InputError` when `x` has another length than the plan. Gradients flow back to the rows taken.
     """
     layout = _layout(plan, keys)
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != layout.length:
+    dim = whole("dim", dim, InputError)
+    if not -dense("x", x).ndim <= dim < x.ndim or x.shape[dim] != layout.length:
         raise InputError(
             f"shard(x): the plan is for {layout.length} positions and x of shape {tuple(x.shape)} does not have as many along "
-            f"dim {dim}; pass the whole sequence, or make a plan for its length"
+            f"dim {shown(dim)}; pass the whole sequence, or make a plan for its length"
         )
     return x.index_select(dim, positions(plan, rank, keys=keys).to(x.device) - layout.first)
 
@@ -59,18 +62,29 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
     In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the
     whole counts `world` times: divide it by `world`, or compute the loss on shards.
     """
-    process_group, rank = group_and_rank(group, plan.world)
-    problem, rows = None, _layout(plan, keys).rows(rank)
-    if not -x.ndim <= dim < x.ndim or x.shape[dim] != rows:
-        problem = f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {dim}"
-    others = [n for d, n in enumerate(x.shape) if d != dim % max(1, x.ndim)]
-    said = {"call": "unshard", "plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
-    agree(process_group, said, problem, behind=plan.facts)
-    whole: Tensor = _Unshard.apply(x, plan, dim, process_group, rank, keys)
-    return whole
+    process_group, rank = meet(plan, group)
+    problem, said = complaint(lambda: _check_shard(x, plan, dim, keys, process_group, rank)), {}
+    if problem is None:
+        others = [n for d, n in enumerate(x.shape) if d != dim % x.ndim]
+        said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
+    agree(process_group, {"call": "unshard"} | said, problem, behind=plan.facts)
+    gathered: Tensor = _Unshard.apply(x, plan, int(dim), process_group, rank, keys)
+    return gathered
+
+
+def _check_shard(x: Tensor, plan: Plan, dim: int, keys: bool, group: dist.ProcessGroup | None, rank: int) -> None:
+    rows, dim = _layout(plan, keys).rows(rank), whole("dim", dim, InputError)
+    if not -dense("x", x).ndim <= dim < x.ndim or x.shape[dim] != rows:
+        raise InputError(
+            f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {shown(dim)}"
+        )
+    if group is not None and x.device.type != device_of(group).type:
+        raise InputError(f"x is on {x.device} and the group moves tensors on {device_of(group).type}; move x there")
 
 
 def _layout(plan: Plan, keys: bool) -> Layout:
+    instance("plan", plan, Plan, InputError, "make one with make_plan(...)")
+    flag("keys", keys, InputError)
     return plan.layout.of_keys if keys else plan.layout
 
 
@@ -107,6 +121,7 @@ def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> li
 def _rank(plan: Plan, rank: int | None) -> int:
     if rank is None:
         return group_and_rank(None, plan.world)[1]
+    rank = whole("rank", rank, InputError)
     if not 0 <= rank < plan.world:
-        raise InputError(f"rank={rank}: the plan has ranks 0 to {plan.world - 1}")
+        raise InputError(f"rank={shown(rank)}: the plan has ranks 0 to {plan.world - 1}")
     return rank
