@@ -50,6 +50,7 @@ def test_doctor_examines_the_ranks_of_two_agents() -> None:
         assert word in said, word
 
 
+@pytest.mark.case(30)
 def test_two_jobs_on_one_host_do_not_meet(tmp_path: Path) -> None:
     alone = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "launch/train.py"), *SMALL]
     jobs = [start([*alone, "--seed", str(n), "--out", str(tmp_path / str(n))]) for n in range(2)]

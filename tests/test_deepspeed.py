@@ -23,6 +23,7 @@ def job(kind: str, ranks: int, out: Path, *more: str) -> dict[str, object]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.case(21)
 @pytest.mark.timeout(JITS + 10)
 @pytest.mark.parametrize(("replicas", "sp"), [(1, 2), (2, 2), (1, 4)])
 def test_gradients_and_losses_at_every_stage_are_those_of_one_process(replicas: int, sp: int, tmp_path: Path) -> None:
@@ -35,6 +36,7 @@ def test_gradients_and_losses_at_every_stage_are_those_of_one_process(replicas: 
         assert again == 0, stage  # parameters after loading a checkpoint
 
 
+@pytest.mark.case(20)
 @pytest.mark.timeout(JITS + 10)
 def test_packed_and_padded_batches_and_uneven_parts(tmp_path: Path) -> None:
     for case, off in job("batches", 3, tmp_path / "out.json").items():

@@ -72,6 +72,7 @@ def test_no_grad_keeps_no_graph() -> None:
         assert attention(*tensors(plan), plan).grad_fn is None
 
 
+@pytest.mark.case(12)
 def test_strided_and_expanded_inputs_give_the_same_bits() -> None:
     plan = plan_for(1)
     q, k, v = (x.detach() for x in tensors(plan))
@@ -305,26 +306,40 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
 @pytest.mark.parametrize(
     ("mistake", "text"),
     [
-        (_wrong_rows, "InputError: on rank 1: q has shape"),
-        (_anothers_rows, "InputError: on rank 1: q has shape (2, 4, 4, 8), the plan expects (2, 5, 4, 8)"),
-        (_different_plans, "MismatchError: ranks disagree on schedule: forward (token_ring"),
-        (_different_heads, "MismatchError: ranks disagree on heads: 4 on rank 0, 8 on ranks 1, 2 (and on plan)"),
-        (_different_dtypes, "InputError: on rank 2: q has dtype torch.float16 and the plan is for bfloat16; cast q"),
-        (_plans_of_different_dtypes, "MismatchError: ranks disagree on dtype: torch.bfloat16 on rank 0, torch.float16 on"),
-        (_different_options, "MismatchError: ranks disagree on scale: 0.5 on rank 0, None on ranks 1, 2"),
-        (_different_batch, "MismatchError: ranks disagree on batch: 1 on rank 0, 2 on ranks 1, 2"),
-        (_different_masks, "MismatchError: ranks disagree on mask: window(5,0) on ranks 0, 2, window(6,0) on rank 1"),
-        (_different_grad_mode, "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, False on rank 2"),
-        (_wrong_device, "InputError: on rank 0: q is on meta and the gloo group moves tensors on cpu"),
-        (_skipped_call, "MismatchError: ranks disagree on call: attention on ranks 0, 2, unshard on rank 1. All ranks must"),
-        (_layers_in_another_order, "MismatchError: ranks disagree on strict: layer 3 on ranks 0, 2, layer 4 on rank 1. All"),
-        (_unshard_of_different_batch, "MismatchError: ranks disagree on shape beside the rows: [2, 2] on rank 0"),
-        (_unshard_along_no_dim, "InputError: on rank 2: unshard(x): x of shape (1, 4, 2) does not have the 4 rows"),
-        (_loss_of_wrong_targets, "InputError: on rank 1: targets has shape (1, 3)"),
-        (_not_a_number, "InputError: on rank 2: layer 3: v holds 1 NaN and 1 infinities, the first at (0, 1, 0, 3)"),
-        (_wrong_group, "MismatchError: the plan is for 2 ranks and the group has 3"),
+        pytest.param(mistake, text, id=mistake.__name__, marks=[pytest.mark.case(case)] if case else [])
+        for case, mistake, text in (
+            (8, _wrong_rows, "InputError: on rank 1: q has shape"),
+            (8, _anothers_rows, "InputError: on rank 1: q has shape (2, 4, 4, 8), the plan expects (2, 5, 4, 8)"),
+            (10, _different_plans, "MismatchError: ranks disagree on schedule: forward (token_ring"),
+            (10, _different_heads, "MismatchError: ranks disagree on heads: 4 on rank 0, 8 on ranks 1, 2 (and on plan)"),
+            (9, _different_dtypes, "InputError: on rank 2: q has dtype torch.float16 and the plan is for bfloat16; cast q"),
+            (
+                10,
+                _plans_of_different_dtypes,
+                "MismatchError: ranks disagree on dtype: torch.bfloat16 on rank 0, torch.float16 on",
+            ),
+            (10, _different_options, "MismatchError: ranks disagree on scale: 0.5 on rank 0, None on ranks 1, 2"),
+            (0, _different_batch, "MismatchError: ranks disagree on batch: 1 on rank 0, 2 on ranks 1, 2"),
+            (10, _different_masks, "MismatchError: ranks disagree on mask: window(5,0) on ranks 0, 2, window(6,0) on rank 1"),
+            (0, _different_grad_mode, "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, False on rank 2"),
+            (0, _wrong_device, "InputError: on rank 0: q is on meta and the gloo group moves tensors on cpu"),
+            (
+                11,
+                _skipped_call,
+                "MismatchError: ranks disagree on call: attention on ranks 0, 2, unshard on rank 1. All ranks must",
+            ),
+            (
+                11,
+                _layers_in_another_order,
+                "MismatchError: ranks disagree on strict: layer 3 on ranks 0, 2, layer 4 on rank 1. All",
+            ),
+            (8, _unshard_of_different_batch, "MismatchError: ranks disagree on shape beside the rows: [2, 2] on rank 0"),
+            (0, _unshard_along_no_dim, "InputError: on rank 2: unshard(x): x of shape (1, 4, 2) does not have the 4 rows"),
+            (0, _loss_of_wrong_targets, "InputError: on rank 1: targets has shape (1, 3)"),
+            (15, _not_a_number, "InputError: on rank 2: layer 3: v holds 1 NaN and 1 infinities, the first at (0, 1, 0, 3)"),
+            (0, _wrong_group, "MismatchError: the plan is for 2 ranks and the group has 3"),
+        )
     ],
-    ids=lambda x: getattr(x, "__name__", ""),
 )
 @pytest.mark.parametrize("later", [False, True], ids=["first call", "later call"])
 def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str, later: bool) -> None:

@@ -44,6 +44,7 @@ def all_cases(rank: int, world: int, layout: str) -> float:
     return max(errors)
 
 
+@pytest.mark.case(13, 17)
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_case_equals_dense_attention(world: int, layout: str) -> None:

@@ -32,6 +32,7 @@ def test_a_single_rank_starts_without_torchrun() -> None:
     assert "DeviceMesh" in run(environment()).stdout
 
 
+@pytest.mark.case(18)
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -44,6 +45,7 @@ def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -
     assert text in run(environment(**changes)).stderr
 
 
+@pytest.mark.case(19)
 def test_a_rank_that_never_comes_is_named_in_time() -> None:
     begin = time.monotonic()
     ran = run(environment(WORLD_SIZE=3))
@@ -51,6 +53,7 @@ def test_a_rank_that_never_comes_is_named_in_time() -> None:
     assert time.monotonic() - begin < 25
 
 
+@pytest.mark.case(18)
 def test_a_port_that_is_taken_and_an_interface_that_is_not_there() -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))

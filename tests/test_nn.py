@@ -236,7 +236,7 @@ def on_shards(rank: int) -> dict:
     if rank == 1:
         mine[1].grad = torch.ones(3, 2)
     reduce_gradients(mine)
-    with pytest.raises(MismatchError, match="ranks disagree on (number|shapes) of parameters"):
+    with pytest.raises(MismatchError, match="ranks disagree on shapes of parameters"):
         reduce_gradients([torch.nn.Parameter(torch.zeros(1 + rank))])
     return {
         "loss": loss.item(),

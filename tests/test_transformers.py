@@ -106,6 +106,7 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
     return found
 
 
+@pytest.mark.case(20)
 @pytest.mark.parametrize(("world", "layout", "checkpoint"), [(1, "auto", False), (3, "zigzag", True), (4, "contiguous", False)])
 def test_losses_and_gradients_are_those_of_one_process(world: int, layout: str, checkpoint: bool) -> None:
     for found in run_ranks(world, compared, world, layout, checkpoint):
@@ -195,6 +196,7 @@ CURES = [
 ]
 
 
+@pytest.mark.case(20)
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_shards_cannot_do_is_refused_with_what_to_do_instead(world: int) -> None:
     for told in run_ranks(world, refused, world):
