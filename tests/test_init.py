@@ -1,12 +1,14 @@
 """`init`: what a wrong environment, a missing rank and a damaged one get to hear."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
 import time
 
 import pytest
+from test_netlab import allowed
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD", "LOCAL"))}
 
@@ -62,3 +64,43 @@ def test_a_port_that_is_taken_and_an_interface_that_is_not_there() -> None:
     assert "LaunchError: rank 0 of 2 could not use the store at" in ran.stderr and "the port is taken" in ran.stderr
     ran = run(environment(GLOO_SOCKET_IFNAME="warp9"))
     assert "LaunchError: GLOO_SOCKET_IFNAME=warp9: this host" in ran.stderr and "name one of these" in ran.stderr
+
+
+@pytest.mark.case(18)
+@pytest.mark.skipif(not allowed(), reason="needs root and iproute2, and namespaces allowed")
+def test_hosts_that_cannot_reach_each_other_are_named_on_every_rank() -> None:
+    """Two hosts, joined by a cable. Each tells the other an address that only it can use: both name the pair, in seconds. With
+    one of them right the job starts, since gloo needs one direction."""
+    code = "import ringattn; print(ringattn.init(timeout=30))"
+    hosts = [f"ringattn-{os.getpid()}-{n}" for n in range(2)]
+    cables = [f"rc{os.getpid() % 10**6}-{n}" for n in range(2)]
+    commands = [f"netns add {host}" for host in hosts]
+    commands += [f"link add {cables[0]} netns {hosts[0]} type veth peer name {cables[1]} netns {hosts[1]}"]
+    for n, (host, cable) in enumerate(zip(hosts, cables, strict=True)):
+        rest = (f"addr add 10.9.8.{n + 1}/24 dev {cable}", f"link set {cable} up", "link set lo up")
+        commands += [f"-n {host} {one}" for one in rest]
+    try:
+        for command in commands:
+            subprocess.run(["ip", *shlex.split(command)], check=True)
+        for interfaces, reached in ((("lo", "lo"), False), (("lo", cables[1]), True)):
+            place = dict(WORLD_SIZE=2, LOCAL_WORLD_SIZE=1, MASTER_ADDR="10.9.8.1")
+            given = [environment(RANK=n, GLOO_SOCKET_IFNAME=interfaces[n], **place) | dict(MASTER_PORT=29511) for n in range(2)]
+            begin = time.monotonic()
+            ranks = [
+                subprocess.Popen(
+                    ["ip", "netns", "exec", host, sys.executable, "-c", code],
+                    env=CLEAN | {name: str(value) for name, value in one.items()},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for host, one in zip(hosts, given, strict=True)
+            ]
+            said = [rank.communicate(timeout=40)[0] for rank in ranks]
+            assert time.monotonic() - begin < 15
+            for text in said:
+                wanted = "DeviceMesh" if reached else "LaunchError: rank 0 and rank 1 cannot connect to each other (127.0.0.1"
+                assert wanted in text, said
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "delete", host], capture_output=True)

@@ -26,7 +26,7 @@ if rank == 0:
 """
 
 
-def _allowed() -> bool:
+def allowed() -> bool:
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         return False
     name = f"ringattn-{os.getpid()}"
@@ -34,7 +34,7 @@ def _allowed() -> bool:
     return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not _allowed(), reason="needs root and iproute2, and namespaces allowed")
+@pytest.mark.skipif(not allowed(), reason="needs root and iproute2, and namespaces allowed")
 @pytest.mark.parametrize("kind", ["mesh", "switch", "nodes", "rails"])
 def test_a_link_carries_no_more_than_it_was_given(kind: str, tmp_path: Path) -> None:
     script = tmp_path / "link.py"

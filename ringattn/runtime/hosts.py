@@ -11,11 +11,14 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
 from ringattn.errors import LaunchError
 
+NEAR = 16  # ranks to each side that are tried: all, on a few hosts
 INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # of linux: the IPv4 address of an interface
 
@@ -50,13 +53,32 @@ def unreachable(store: Store, rank: int, peers: Iterable[int], timeout: float) -
         listening.bind((own, 0))
         listening.listen(len(peers) + 1)
         store.set(f"listens/{rank}", f"{own}:{listening.getsockname()[1]}")
-        failed = {}
-        for peer in peers:
-            there, _, port = store.get(f"listens/{peer}").decode().rpartition(":")
-            try:
-                socket.create_connection((there, int(port)), timeout=timeout).close()
-            except OSError as error:
-                failed[peer] = f"{there}: {error}"
+        places = [store.get(f"listens/{peer}").decode() for peer in peers]
+        with ThreadPoolExecutor(len(peers) or 1) as together:  # where packets are dropped each takes all of its time
+            found = dict(zip(peers, together.map(lambda place: _refusal(place, timeout), places), strict=True))
         store.set(f"tried/{rank}", "")
         store.wait([f"tried/{peer}" for peer in peers])
-    return failed
+    return {peer: why for peer, why in found.items() if why}
+
+
+def _refusal(place: str, timeout: float) -> str:
+    """Why no connection can be opened to host:port; empty if one can."""
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout).close()
+    except OSError as error:
+        return f"{host}: {error}"
+    return ""
+
+
+def cut_off(store: Any, rank: int, world: int, timeout: float) -> str:
+    """Pairs of near ranks of which neither can connect to the other, in words, the same on every rank; empty if there is none.
+    One direction is enough for gloo. Every rank calls it."""
+    near = sorted({(rank + n) % world for n in range(-NEAR, NEAR + 1)} - {rank})
+    failed = unreachable(store, rank, near, timeout)
+    store.set(f"failed/{rank}", " ".join(map(str, failed)))
+    for peer in (peer for peer in failed if peer > rank and str(rank) in store.get(f"failed/{peer}").decode().split()):
+        store.append("apart", f"; rank {rank} and rank {peer} cannot connect to each other ({failed[peer]})")
+    store.set(f"done/{rank}", "")
+    store.wait([f"done/{peer}" for peer in range(world)])
+    return store.get("apart").decode().removeprefix("; ") if store.check(["apart"]) else ""

@@ -27,10 +27,11 @@ from ringattn.comm.duplex import finish, prepare, receiving, sending
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.comm.journal import begin
 from ringattn.errors import LaunchError
-from ringattn.runtime.hosts import INTERFACE, address
+from ringattn.runtime.hosts import INTERFACE, address, cut_off
 
 AXIS = "sequence"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+REACH = 5.0  # seconds in which a host must answer
 LONGEST = 30 * 86400.0  # seconds; what is longer does not fit everywhere that a timeout passes through
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
 # process aborts instead of exiting.
@@ -161,15 +162,20 @@ def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
 def _join(backend: str, env: Mapping[str, int], timeout: float) -> None:
     store = connect(env, timeout)
     roll_call(PrefixStore("ringattn/init", store), env, timeout)
+    apart, limit = "", timedelta(seconds=timeout)
     try:
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit)
+        if backend == "gloo":  # which would try for 30 s, whatever the timeout, and name nobody
+            apart = cut_off(PrefixStore("ringattn/reach", store), env["RANK"], env["WORLD_SIZE"], min(timeout, REACH))
+        if not apart:
+            dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have come but could not connect to each "
             f"other within {timeout:.0f} s; `ringattn doctor` under the same torchrun says who cannot reach whom, and "
             f"{INTERFACE} which interface is used. The backend says: {_first_line(error)}"
         ) from error
+    if apart:
+        raise LaunchError(f"{apart}; set {INTERFACE} to the interface that joins the hosts (`ip address`), and open its ports")
 
 
 def _first_line(error: Exception) -> str:
