@@ -4,7 +4,7 @@
     python benchmarks/soak.py --delays --steps 2000
 
 With kills, a random rank is killed at random moments and torchrun starts all anew from the last checkpoint. With delays, ranks
-sleep at random before they wait for a message. Prints one line; exit status 1 if a bit differs or a step is lost.
+sleep at random before they wait for a message. Prints one line, also to --json; exit status 1 if a bit differs or a step is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
@@ -40,6 +40,8 @@ class Config:
     delays: bool = False
     save_every: int = 10
     seed: int = 0
+    json: Path | None = None
+    """Where to write what was seen."""
 
 
 def main(config: Config) -> None:
@@ -54,10 +56,10 @@ def main(config: Config) -> None:
         _wait(job)
         end = time.monotonic()
         same, steps = _learned(calm) == _learned(disturbed), len(_learned(disturbed))
-        print(
-            f"{config}: {steps} steps logged, {killed} kills; {'bit-identical' if same else 'DIFFERENT'}; "
-            f"{between - begin:.0f} s calm, {end - between:.0f} s disturbed"
-        )
+        found = dict(steps_logged=steps, killed=killed, bit_identical=same, calm_s=between - begin, disturbed_s=end - between)
+        print(json.dumps(found))
+        if config.json:
+            config.json.write_text(json.dumps(asdict(config) | found, indent=1, default=str) + "\n")
         sys.exit(0 if same and steps == config.steps and killed == config.kills else 1)
 
 

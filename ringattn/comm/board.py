@@ -105,6 +105,7 @@ class Board:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def begin(self) -> None:
+        os.register_at_fork(after_in_child=self._ended.set)  # a child has neither a rank nor a connection of its own
         self._write("beat", self._state())
         threading.Thread(target=self._live, name="ringattn board", daemon=True).start()
         before = sys.excepthook
