@@ -16,17 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.arguments import complaint, count, flag
 from ringattn.autograd import Held, back, resting
-from ringattn.comm.group import Group, group_and_rank
+from ringattn.callers import meet
+from ringattn.comm.agree import agree
+from ringattn.comm.group import Group
 from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
 from ringattn.engine import run
+from ringattn.errors import InputError
 from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
 from ringattn.plan import Plan
 from ringattn.schedule.program import Message
 from ringattn.work import Backward, Forward
+
+MOST_NUMBERS = 1 << 34  # in q on one rank
+MOST_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,11 @@ class _Nowhere:
 
 def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward: bool = False, repeats: int = 5) -> Overlap:
     """Median over `repeats` interleaved rounds of one forward (or backward) pass of `plan` with random inputs."""
-    process_group, rank = group_and_rank(group, plan.world)
+    process_group, rank = meet(plan, group)
+    said: dict[str, object] = {"call": "overlap"}
+    problem = complaint(lambda: said.update(_asked(plan, batch, backward, repeats)))
+    agree(process_group, said, problem)
+    batch = int(batch)
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(process_group) else torch.device("cpu")
     transport = P2P(process_group)
     work = _work(plan, rank, batch, backward, device)
@@ -101,6 +112,17 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     if process_group is not None:
         dist.all_reduce(seconds, dist.ReduceOp.MAX, group=process_group)
     return Overlap(*seconds.tolist())
+
+
+def _asked(plan: Plan, batch: int, backward: bool, repeats: int) -> dict[str, object]:
+    """What all ranks have to measure alike; raises `InputError` for what cannot be."""
+    numbers = max(plan.rows(rank) for rank in range(plan.world)) * plan.heads * plan.head_dim
+    return {
+        "plan": plan.digest,
+        "batch": count("batch", batch, InputError, most=max(1, MOST_NUMBERS // numbers)),
+        "backward": flag("backward", backward, InputError),
+        "repeats": count("repeats", repeats, InputError, most=MOST_REPEATS),
+    }
 
 
 def _work(plan: Plan, rank: int, batch: int, backward: bool, device: torch.device) -> Forward | Backward:

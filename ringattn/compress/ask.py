@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.arguments import complaint, one_of, real, shown, whole
+from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of, group_and_rank
+from ringattn.comm.group import Group, device_of
 from ringattn.comm.p2p import P2P
 from ringattn.compress.chance import uniform
 from ringattn.compress.units import MOST_CHANNELS
+from ringattn.errors import InputError
 from ringattn.layout import Layout
 
 SCORERS = ("alternate", "energy", "random")
@@ -32,34 +36,58 @@ class Ask(NamedTuple):
         """Random numbers at `positions`, others in each sequence of a batch: (batch, ...)."""
         return torch.stack([uniform(positions, self.seed, self.layer, n) for n in range(batch)])
 
-    def problem(self) -> str | None:
+    def check(self) -> None:
+        if problem := self._problem():
+            raise InputError(problem)
+        one_of("scorer", self.scorer, SCORERS, InputError)
+        for name in ("seed", "layer"):
+            whole(name, getattr(self, name), InputError)
+        if real(self.margin) is None or abs(self.margin) > 2:
+            raise InputError(f"margin={shown(self.margin)}: is a cosine, from -1 to 1")
+
+    def _problem(self) -> str | None:
         if self.remove is None and self.threshold is None:
             return "give remove (a share of the rows), threshold (a cosine), or both"
-        if self.remove is not None and not 0 < self.remove <= 0.5:
-            return f"remove={self.remove}: must be more than 0 and at most 0.5, since half of the rows have to be merged into"
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            return f"threshold={self.threshold}: is a cosine, from -1 to 1"
-        if self.scorer not in SCORERS:
-            return f"scorer={self.scorer!r}; choose one of {', '.join(SCORERS)}"
+        if self.remove is not None and not 0 < (real(self.remove) or 0) <= 0.5:
+            return f"remove={shown(self.remove)}: must be more than 0 and at most 0.5, since half of the rows are merged into"
+        if self.threshold is not None and (real(self.threshold) is None or not -1 <= self.threshold <= 1):
+            return f"threshold={shown(self.threshold)}: is a cosine, from -1 to 1"
         return None
 
 
 def asked(
-    ask: Ask, metric: Tensor, layout: Layout, protected: Tensor | None, group: Group | None, **more: object
+    ask: Ask,
+    metric: Tensor,
+    layout: Layout,
+    protected: Tensor | None,
+    group: Group | None,
+    more: Callable[[], dict[str, object]],
 ) -> tuple[P2P, Tensor]:
-    """The transport to use and this rank's protected rows, when all ranks ask the same.
+    """The transport to use and this rank's protected rows, when all ranks ask the same. `more`: what else they are to agree on.
 
     Raises:
         InputError: something does not fit. Raised on every rank.
         MismatchError: ranks ask for different things. Raised on every rank.
     """
-    process_group, rank = group_and_rank(group, layout.world)
-    problem = ask.problem() or _misfit(metric, layout, rank, protected, process_group)
-    fields = {"merge by": ask, "layout": layout.digest, "batch": metric.shape[0] if metric.ndim else 0}
-    agree(process_group, fields | {"metric channels": metric.shape[-1] if metric.ndim else 0} | more, problem)
+    process_group, rank = meet(layout, group, Layout)
+    fields: dict[str, object] = {"call": "merging"}
+    problem = complaint(lambda: fields.update(_fields(ask, metric, layout, rank, protected, process_group) | more()))
+    agree(process_group, fields, problem)
     if protected is None:
         protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
     return P2P(process_group), protected
+
+
+def _fields(
+    ask: Ask, metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None
+) -> dict[str, object]:
+    """What ranks have to agree on; raises `InputError` for what is wrong."""
+    ask.check()
+    for name, tensor in (("metric", metric), ("protected", metric if protected is None else protected)):
+        dense(name, tensor)
+    if problem := _misfit(metric, layout, rank, protected, group):
+        raise InputError(problem)
+    return {"merge by": ask, "layout": layout.digest, "batch": metric.shape[0], "metric channels": metric.shape[-1]}
 
 
 def _misfit(metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None) -> str | None:

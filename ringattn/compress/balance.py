@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ringattn.arguments import count, number, shown
 from ringattn.compress.merge import Merge
 from ringattn.compress.placement import Placement, edges, even, in_stripes, over_slots, stay
 from ringattn.compress.route import homes
@@ -39,11 +40,16 @@ class Pay:
     dim: int | None = None
     row_flops: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "batch", *(["dim"] if self.dim is not None else [])):
+            count(name, getattr(self, name), InputError, least=int(name != "layers"))
+        number("row_flops", self.row_flops, InputError, least=0)
+
 
 def placed(merge: Merge, plan: Plan, layout: str, bucket: int, pay: Pay, choices: Mapping[str, Any]) -> tuple[Plan, Placement]:
     """The plan over groups and where they lie."""
-    if layout not in ("auto", "stay", "even"):
-        raise InputError(f"layout={layout!r}; choose auto, stay or even")
+    if not isinstance(layout, str) or layout not in ("auto", "stay", "even"):
+        raise InputError(f"layout={shown(layout)}; choose auto, stay or even")
     inner = edges(plan.mask, plan.seq_len) if merge.batch > 1 else ()  # one sequence is in line with itself
     if layout == "even" or (layout == "auto" and in_stripes(plan.layout)):
         return _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
@@ -90,8 +96,8 @@ def _moving(merge: Merge, plan: Plan, placement: Placement, topology: Topology, 
         used = at >= 0
         link = rows.rank[used] * plan.world + slots.rank[at[used]]
         parcels = (link * placement.layout.length + at[used]).unique() // placement.layout.length  # a slot once from each rank
-        for number, count in zip(*(t.tolist() for t in parcels.unique(return_counts=True)), strict=True):
-            links[divmod(number, plan.world)] += count
+        for which, many in zip(*(t.tolist() for t in parcels.unique(return_counts=True)), strict=True):
+            links[divmod(which, plan.world)] += many
     width = (pay.dim or plan.heads * plan.head_dim) * ITEMSIZE[plan.dtype]
     sent = {(src, dst): count * width for (src, dst), count in links.items() if src != dst}
     return transfer_seconds(sent, topology)

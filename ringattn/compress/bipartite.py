@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ringattn.arguments import one_of
 from ringattn.comm.group import Group
 from ringattn.comm.rows import everyone
 from ringattn.comm.transport import Transport
@@ -26,7 +27,9 @@ from ringattn.compress.merge import Merge
 from ringattn.compress.pairing import A, B, alternate, by_chance, by_energy, chosen
 from ringattn.compress.tell import told
 from ringattn.compress.units import NONE, units
+from ringattn.errors import InputError
 from ringattn.layout import Layout
+from ringattn.schedule.named import NAMES
 from ringattn.sharding import held
 
 SEES_ALL = (
@@ -64,7 +67,11 @@ def bipartite(
         MismatchError: ranks came with different arguments. Raised on every rank.
     """
     ask = Ask(remove, threshold, scorer, margin, seed, layer)
-    transport, protected = asked(ask, metric, layout, protected, group, by=schedule)
+
+    def more() -> dict[str, object]:
+        return {"by": one_of("schedule", schedule, NAMES, InputError)}
+
+    transport, protected = asked(ask, metric, layout, protected, group, more)
     (found,) = over_ranks([metric], [protected], layout, ask, schedule, transport)
     return found
 

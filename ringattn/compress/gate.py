@@ -12,10 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ringattn.arguments import count, number
+from ringattn.callers import dense
 from ringattn.comm.group import Group
 from ringattn.compress.merge import DELETED, Merge
-from ringattn.compress.tell import tell
+from ringattn.compress.tell import tell_as
+from ringattn.errors import InputError
 from ringattn.layout import Layout
+
+MOST_CHANNELS = 1 << 24
 
 
 class DeleteGate(nn.Module):
@@ -23,8 +28,8 @@ class DeleteGate(nn.Module):
 
     def __init__(self, dim: int, scale: float = 10.0) -> None:
         super().__init__()
-        self.scale = scale
-        self.weight = nn.Parameter(torch.zeros(dim))
+        self.scale = number("scale", scale, InputError, above=0)
+        self.weight = nn.Parameter(torch.zeros(count("dim", dim, InputError, most=MOST_CHANNELS)))
         self.bias = nn.Parameter(torch.ones(()))  # at first almost all is kept
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,6 +38,8 @@ class DeleteGate(nn.Module):
         Each row by itself, in a sum whose order does not hang on how many rows there are: it decides the same on any number of
         ranks.
         """
+        if dense("x", x).ndim != 3 or x.shape[-1] != len(self.weight) or not x.is_floating_point():
+            raise InputError(f"x: {x.dtype} of shape {tuple(x.shape)}; give floating-point (batch, rows, {len(self.weight)})")
         with torch.autocast(x.device.type, enabled=False):
             wide = x.double()
             wide = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -41,6 +48,8 @@ class DeleteGate(nn.Module):
 
     def keeps(self, g: Tensor) -> Tensor:
         """bool: which rows stay when deletion is hard."""
+        if not dense("g", g).is_floating_point():
+            raise InputError(f"g: {g.dtype}; give what the gate has returned")
         return g.detach() > -self.scale / 2
 
 
@@ -49,7 +58,7 @@ def delete(keep: Tensor, layout: Layout, group: Group | None = None) -> Merge:
 
     keep: bool (batch, rows), of this rank's rows in `layout`. Raises as `tell` does.
     """
-    kept = tell(keep, layout, group)
+    kept = tell_as("keep", keep, (torch.bool,), layout, group)
     where = torch.arange(layout.length, device=kept.device).expand_as(kept)
     return Merge.of(where.where(kept, DELETED))
 
@@ -67,12 +76,15 @@ class RateController(nn.Module):
 
     def __init__(self, target: float, kp: float = 0.5, ki: float = 1e-5, smooth: float = 0.0) -> None:
         super().__init__()
-        self.target, self.kp, self.ki, self.smooth = target, kp, ki, smooth
+        given = {"target": target, "kp": kp, "ki": ki, "smooth": smooth}
+        self.target, self.kp, self.ki, self.smooth = (number(name, value, InputError) for name, value in given.items())
         self.register_buffer("p", torch.zeros((), dtype=torch.float64))
         self.register_buffer("i", torch.zeros((), dtype=torch.float64))
 
     def forward(self, deleted: Tensor) -> Tensor:
         """The weight. deleted: the share of rows deleted over all ranks, a scalar. In training, a step of the controller."""
+        if dense("deleted", deleted).numel() != 1 or deleted.is_complex():
+            raise InputError(f"deleted: {deleted.dtype} of shape {tuple(deleted.shape)}; give one number, a share of rows")
         if self.training:
             error = self.target - deleted.detach().double()
             self.p.mul_(self.smooth).add_((1 - self.smooth) * self.kp * error)

@@ -20,9 +20,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from ringattn.arguments import instance, shown, text
+from ringattn.callers import dense
 from ringattn.errors import InputError
 
 DELETED = -1
+MOST_ROWS = 1 << 32  # of all sequences of a batch: eight bytes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,9 @@ class Merge:
         Raises:
             InputError: labels or decided have another shape or dtype, or a label is out of range.
         """
+        text("sees_all", sees_all, InputError)
+        for name, given in (("labels", labels), *([("decided", decided)] if decided is not None else [])):
+            dense(name, given)
         labels = labels[None] if labels.ndim == 1 else labels
         decided = decided[None] if decided is not None and decided.ndim == 1 else decided
         _check(labels, decided)
@@ -111,6 +117,7 @@ class Merge:
         Raises:
             InputError: `after` is for another batch, or for another number of rows than there are groups here.
         """
+        instance("after", after, Merge, InputError, "give a Merge of the groups that are left")
         if after.seq_len != max(self.counts) or after.batch not in (1, self.batch):
             raise InputError(
                 f"then(after): this merge leaves {max(self.counts)} groups in {self.batch} sequences and `after` merges "
@@ -128,8 +135,16 @@ class Merge:
         return Merge.of(labels, decided=decided, sees_all=self.sees_all or after.sees_all)
 
 
+def device_for(device: torch.device | str) -> torch.device:
+    """That of labels."""
+    try:
+        return torch.zeros(0, device=device).device
+    except Exception as error:  # torch has many ways of saying that there is none
+        raise InputError(f"device={shown(device)}; give a device that is here, as 'cpu' ({shown(str(error))})") from None
+
+
 def _check(labels: Tensor, decided: Tensor | None) -> None:
-    if labels.ndim != 2 or labels.dtype != torch.int64 or not labels.numel():
+    if labels.ndim != 2 or labels.dtype != torch.int64 or not labels.numel() or labels.is_meta:
         raise InputError(f"labels: {labels.dtype} of shape {tuple(labels.shape)}; give int64 (batch, seq_len), not empty")
     if int(labels.max()) >= labels.shape[1]:
         raise InputError(f"labels: {int(labels.max())} is in a sequence of {labels.shape[1]} rows; number groups from 0 on")

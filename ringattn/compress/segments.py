@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringattn.compress.merge import Merge
+from ringattn.arguments import count, shown, whole
+from ringattn.callers import dense
+from ringattn.compress.merge import MOST_ROWS, Merge, device_for
 from ringattn.errors import InputError
 
 
@@ -23,11 +25,10 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
         lookahead: how many rows beyond an end had to be read to know that it is one: 0 where the end itself shows it (a space),
             1 where it shows in the next row (the start of a word). A causal model learns of the segment so much later.
     """
-    ends = ends[None] if ends.ndim == 1 else ends
+    ends = ends[None] if dense("ends", ends).ndim == 1 else ends
     if ends.dtype != torch.bool or ends.ndim != 2:
         raise InputError(f"ends: {ends.dtype} of shape {tuple(ends.shape)}; give bool (batch, seq_len)")
-    if lookahead < 0:
-        raise InputError(f"lookahead={lookahead}: counts rows, 0 or more")
+    lookahead = count("lookahead", lookahead, InputError, least=0, cure="it counts rows")
     number = ends.long().cumsum(1) - ends.long()  # ends before this row
     where = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     open_ended = number == ends.sum(1, keepdim=True)  # no end in sight: never known within the sequence
@@ -36,8 +37,13 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
 
 def grid(height: int, width: int, by: tuple[int, int] = (2, 2), *, batch: int = 1, device: torch.device | str = "cpu") -> Merge:
     """Patches of `by` = (rows, columns) of a picture of height x width become one; the sequence is the picture row by row."""
-    if min(height, width, *by) < 1:
-        raise InputError(f"grid({height}, {width}, by={by}): all must be 1 or more")
-    row, column = torch.meshgrid(torch.arange(height) // by[0], torch.arange(width) // by[1], indexing="ij")
-    labels = (row * -(-width // by[1]) + column).flatten()
-    return Merge.of(labels.to(device).expand(batch, -1))
+    if not isinstance(by, tuple | list) or len(by) != 2:
+        raise InputError(f"by={shown(by)}; give rows and columns of a patch, as in (2, 2)")
+    sides = {"height": height, "width": width, "by: rows": by[0], "by: columns": by[1], "batch": batch}
+    height, width, rows, columns, batch = (whole(name, value, InputError) for name, value in sides.items())
+    if min(height, width, rows, columns, batch) < 1 or max(height, width, height * width * batch) > MOST_ROWS:
+        said = f"grid({shown(height)}, {shown(width)}, by={shown((rows, columns))}), batch={shown(batch)}"
+        raise InputError(f"{said}: all must be 1 or more, and no more than {MOST_ROWS:,} rows in all")
+    row, column = torch.meshgrid(torch.arange(height) // rows, torch.arange(width) // columns, indexing="ij")
+    labels = (row * -(-width // columns) + column).flatten()
+    return Merge.of(labels.to(device_for(device)).expand(batch, -1))

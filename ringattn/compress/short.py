@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ringattn.arguments import complaint, count, instance, shown
+from ringattn.callers import check_group, dense
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
@@ -34,6 +36,7 @@ from ringattn.plan import Plan
 from ringattn.sharding import held
 
 How = Literal["mean", "sum", "last"]
+CHOICES = ("schedule", "topology", "ulysses", "buffer_limit", "training", "partials")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +75,10 @@ class Short:
         """
         batch, rows = self.groups.batch, self.full.rows(self.rank)
         problem = self._misfit("x", x, rows)
-        if problem is None and how not in ("mean", "sum", "last"):
-            problem = f"how={how!r}; choose mean, sum or last"
+        if problem is None and (not isinstance(how, str) or how not in ("mean", "sum", "last")):
+            problem = f"how={shown(how)}; choose mean, sum or last"
+        if problem is None and weights is not None:
+            problem = complaint(lambda: _real("weights", weights))
         if problem is None and weights is not None and (how == "last" or tuple(weights.shape) != (batch, rows)):
             problem = f"weights has shape {tuple(weights.shape)}; give {(batch, rows)}, with how='mean' or 'sum'"
         group = self._agree("merge", problem, x, how=how, weights=weights is not None)
@@ -152,6 +157,9 @@ class Short:
         return whole[:, held(self.full.layout, self.rank).to(whole.device)]
 
     def _misfit(self, name: str, x: Tensor, rows: int) -> str | None:
+        problem = complaint(lambda: _real(name, x))
+        if problem is not None:
+            return problem
         expected = (self.groups.batch, rows)
         if tuple(x.shape[:2]) != expected:
             return f"{name} has shape {tuple(x.shape)}; rank {self.rank} has {expected} (batch, rows) here"
@@ -162,8 +170,15 @@ class Short:
     def _agree(self, call: str, problem: str | None, x: Tensor, **said: object) -> Any:
         group, _ = group_and_rank(self.group, self.full.world)
         fields = {"call": call, "merge": self.groups.digest, "plan": self.full.digest, "short plan": self.plan.digest}
-        agree(group, fields | {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])} | said, problem)
+        if problem is not None:
+            agree(group, fields, problem)
+        agree(group, fields | {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])} | said)
         return group
+
+
+def _real(name: str, x: Tensor) -> None:
+    if dense(name, x).is_complex():
+        raise InputError(f"{name} has dtype {x.dtype}; give real numbers")
 
 
 def shorten(
@@ -194,6 +209,14 @@ def shorten(
             in view and the mask is causal; or the mask cannot be said over groups.
         PlanError: see `make_plan`.
     """
+    instance("merge", merge, Merge, InputError, "make one with windows, similar, bipartite, segments, ...")
+    instance("plan", plan, Plan, InputError, "make one with make_plan(...)")
+    check_group(group)
+    if pay is not None:
+        instance("pay", pay, Pay, InputError, "give a Pay(layers, batch, dim, row_flops), or None")
+    bucket = count("bucket", bucket, InputError)
+    if unknown := [name for name in choices if name not in CHOICES]:
+        raise InputError(f"{unknown[0]}={shown(choices[unknown[0]])}; of make_plan's arguments give {', '.join(CHOICES)}")
     _, rank = group_and_rank(group, plan.world)
     if merge.seq_len != plan.seq_len:
         raise InputError(f"merge is of {merge.seq_len} rows and the plan for {plan.seq_len}; make both for one sequence")
@@ -214,7 +237,5 @@ def shorten(
             f"the group at row {row} is known at row {int(merge.ready[:, row].max())}, and mask {plan.mask} shows it earlier; "
             "let windows begin anew where the mask changes: cu_seqlens=(0, prefix, seq_len)"
         )
-    if bucket < 1:
-        raise InputError(f"bucket={bucket}: must be 1 or more")
     short, placement = placed(merge, plan, layout, bucket, pay or Pay(), choices)
     return Short(merge, plan, short, placement, group, rank)

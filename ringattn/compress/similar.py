@@ -17,15 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ringattn.arguments import counts, whole
 from ringattn.comm.group import Group
 from ringattn.comm.transport import Transport
 from ringattn.compress.ask import Ask, asked
-from ringattn.compress.merge import Merge
+from ringattn.compress.merge import MOST_ROWS, Merge
 from ringattn.compress.pairing import A, B, alternate, best, by_chance, by_energy, chosen, energies
 from ringattn.compress.route import Route, homes, up
 from ringattn.compress.tell import told
 from ringattn.compress.units import NONE, similarity, units
 from ringattn.compress.windows import runs, starts
+from ringattn.errors import InputError
 from ringattn.layout import Layout, Span, joined
 from ringattn.sharding import held
 
@@ -66,8 +68,15 @@ def similar(
         MismatchError: ranks came with different arguments. Raised on every rank.
     """
     ask = Ask(remove, threshold, scorer, margin, seed, layer)
-    cuts = tuple(int(c) for c in cu_seqlens)
-    transport, protected = asked(ask, metric, layout, protected, group, window=window, cu_seqlens=cuts)
+    cuts: tuple[int, ...] = ()
+
+    def more() -> dict[str, object]:
+        nonlocal cuts, window
+        cuts, window = counts("cu_seqlens", cu_seqlens, InputError), min(whole("window", window, InputError), MOST_ROWS)
+        starts(layout.length, window, cuts)
+        return {"window": window, "cu_seqlens": cuts}
+
+    transport, protected = asked(ask, metric, layout, protected, group, more)
     (found,) = in_windows([metric], [protected], layout, window, cuts, ask, transport)
     return found
 

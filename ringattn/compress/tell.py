@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ringattn.arguments import complaint
+from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, group_and_rank
+from ringattn.comm.group import Group
 from ringattn.comm.p2p import P2P
 from ringattn.comm.rows import everyone
 from ringattn.comm.transport import Transport
+from ringattn.errors import InputError
 from ringattn.layout import Layout
 from ringattn.sharding import in_order
 
@@ -25,16 +28,27 @@ def tell(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
         InputError: flags are not for the rows of this rank. Raised on every rank.
         MismatchError: ranks came with different dtypes or layouts. Raised on every rank.
     """
-    process_group, rank = group_and_rank(group, layout.world)
-    problem = None
-    if flags.ndim != 2 or flags.shape[1] != layout.rows(rank) or flags.dtype not in (torch.bool, torch.int64):
-        problem = (
-            f"flags: {flags.dtype} of shape {tuple(flags.shape)}; give bool or int64 (batch, rows) with the "
+    return tell_as("flags", flags, (torch.bool, torch.int64), layout, group)
+
+
+def tell_as(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: Layout, group: Group | None) -> Tensor:
+    """`tell` for an argument that is called `name` where it comes from."""
+    process_group, rank = meet(layout, group, Layout)
+    said: dict[str, object] = {"call": "tell"}
+    problem = complaint(lambda: _check(name, flags, dtypes, layout, rank))
+    if problem is None:
+        said |= {"layout": layout.digest, f"dtype of {name}": flags.dtype, "batch": flags.shape[0]}
+    agree(process_group, said, problem)
+    return told([flags], layout, P2P(process_group))[0]
+
+
+def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: Layout, rank: int) -> None:
+    if dense(name, flags).ndim != 2 or flags.shape[1] != layout.rows(rank) or flags.dtype not in dtypes:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InputError(
+            f"{name}: {flags.dtype} of shape {tuple(flags.shape)}; give {kinds} (batch, rows) with the "
             f"{layout.rows(rank)} rows that the layout gives rank {rank}"
         )
-    said = {"layout": layout.digest, "dtype of flags": flags.dtype, "batch": flags.shape[0] if flags.ndim else 0}
-    agree(process_group, {"call": "tell"} | said, problem)
-    return told([flags], layout, P2P(process_group))[0]
 
 
 def told(found: Sequence[Tensor], layout: Layout, transport: Transport) -> list[Tensor]:

@@ -14,7 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ringattn.compress.merge import Merge
+from ringattn.arguments import count, counts, shown, whole
+from ringattn.callers import dense
+from ringattn.compress.merge import MOST_ROWS, Merge, device_for
 from ringattn.errors import InputError
 
 
@@ -37,14 +39,16 @@ def windows(
         cu_seqlens: of packed documents: windows begin anew with each, and none holds rows of two.
         batch: sequences, all merged alike.
     """
-    labels, ends = (found.to(device) for found in runs(seq_len, factor, tuple(int(c) for c in cu_seqlens)))
+    seq_len, factor = count("seq_len", seq_len, InputError, most=MOST_ROWS), min(whole("factor", factor, InputError), MOST_ROWS)
+    batch, cuts = count("batch", batch, InputError, most=MOST_ROWS // seq_len), counts("cu_seqlens", cu_seqlens, InputError)
+    labels, ends = (found.to(device_for(device)) for found in runs(seq_len, factor, cuts))
     if protected is not None:
-        if protected.dtype != torch.bool or tuple(protected.shape) != (seq_len,):
+        if dense("protected", protected).dtype != torch.bool or tuple(protected.shape) != (seq_len,):
             raise InputError(f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool ({seq_len},)")
         # Numbers of windows stay below those of rows as long as each is the first row of its window.
-        labels = alone(labels, protected.to(device))
+        labels = alone(labels, protected.to(labels.device))
         # A row that stays alone is known at once.
-        ends = torch.arange(seq_len, device=ends.device).where(protected.to(device), ends)
+        ends = torch.arange(seq_len, device=ends.device).where(protected.to(ends.device), ends)
     return Merge.of(labels.expand(batch, -1), decided=ends.expand(batch, -1))
 
 
@@ -59,10 +63,10 @@ def alone(labels: Tensor, protected: Tensor) -> Tensor:
 def starts(seq_len: int, width: int, cu_seqlens: Sequence[int] = ()) -> list[tuple[int, int]]:
     """(first row, rows) of each window of `width` rows, beginning anew with each document."""
     if width < 1:
-        raise InputError(f"windows of {width} rows: must be 1 or more")
+        raise InputError(f"windows of {shown(width)} rows: must be 1 or more")
     bounds = tuple(cu_seqlens) or (0, seq_len)
     if bounds[0] != 0 or bounds[-1] != seq_len or any(a > b for a, b in pairwise(bounds)):
-        raise InputError(f"cu_seqlens={list(bounds[:8])}...: must start with 0, never decrease and end with {seq_len}")
+        raise InputError(f"cu_seqlens={shown(list(bounds))}: must start with 0, never decrease and end with {seq_len}")
     return [(a, min(width, end - a)) for begin, end in pairwise(bounds) for a in range(begin, end, width)]
 
 

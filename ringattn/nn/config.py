@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ringattn.arguments import MOST, real, shown
 from ringattn.errors import InputError
 
 
@@ -32,11 +33,11 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value!r}: must be a whole number of 1 or more")
+            if not isinstance(value, int) or not 1 <= value <= MOST:
+                raise InputError(f"{name}={shown(value)}: must be a whole number of 1 or more, up to {MOST:,}")
         for name in ("rope_theta", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)!r}: must be positive")
+            if (real(getattr(self, name)) or 0) <= 0:
+                raise InputError(f"{name}={shown(getattr(self, name))}: must be positive")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; each KV head serves equally many query ones"

@@ -18,15 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from ringattn.arguments import complaint, flag, instance
+from ringattn.callers import dense, meet, whole_numbers
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
+from ringattn.errors import InputError
 from ringattn.functional import attention
 from ringattn.nn.config import DecoderConfig
-from ringattn.nn.loss import IGNORE, mean_over, summed
+from ringattn.nn.loss import IGNORE, NUMBERS, check_targets, mean_over, summed
 from ringattn.nn.rotary import apply_rotary, rotary
 from ringattn.plan import Plan
 from ringattn.sharding import positions
 
+A_CONFIG = "give a DecoderConfig"
+NO_TARGETS = object()  # unlike None, which a caller may pass by mistake
 LOGIT_ROWS = 1024  # rows whose logits exist at once in `Decoder.loss`
 
 
@@ -34,6 +39,7 @@ class SelfAttention(nn.Module):
     """Grouped-query self-attention over a sequence that is cut over ranks."""
 
     def __init__(self, config: DecoderConfig) -> None:
+        instance("config", config, DecoderConfig, InputError, A_CONFIG)
         super().__init__()
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.q_proj = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
@@ -57,6 +63,7 @@ class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig) -> None:
+        instance("config", config, DecoderConfig, InputError, A_CONFIG)
         super().__init__()
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
@@ -111,6 +118,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, config: DecoderConfig) -> None:
+        instance("config", config, DecoderConfig, InputError, A_CONFIG)
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
@@ -151,8 +159,8 @@ class Decoder(nn.Module):
         Raises:
             InputError: tokens or targets do not fit the plan. Raised on every rank.
         """
-        process_group, _ = group_and_rank(group, plan.world)
         hidden = self._hidden(tokens, plan, group, checkpoint, targets).flatten(0, 1)
+        process_group, _ = group_and_rank(group, plan.world)
         parts = [
             recomputed(self._summed_loss, h, t, use_reentrant=False)
             for h, t in zip(hidden.split(LOGIT_ROWS), targets.flatten().split(LOGIT_ROWS), strict=True)
@@ -163,23 +171,34 @@ class Decoder(nn.Module):
         return summed(F.linear(hidden, self.embed_tokens.weight), targets)
 
     def _hidden(
-        self, tokens: Tensor, plan: Plan, group: Group | None, checkpoint: bool, targets: Tensor | None = None
+        self, tokens: Tensor, plan: Plan, group: Group | None, checkpoint: bool, targets: object = NO_TARGETS
     ) -> Tensor:
-        process_group, rank = group_and_rank(group, plan.world)
-        problem = None
-        if tokens.ndim != 2 or tokens.shape[1] != plan.rows(rank):
-            problem = (
-                f"tokens has shape {tuple(tokens.shape)}, the plan gives rank {rank} {plan.rows(rank)} rows: "
-                "pass (batch, rows) as shard(tokens, plan) returns it"
-            )
-        elif targets is not None and targets.shape != tokens.shape:
-            problem = (
-                f"targets has shape {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
-            )
+        process_group, rank = meet(plan, group)
+        problem = complaint(lambda: self._check(tokens, plan, rank, checkpoint, targets))
         agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, behind=plan.facts)
         through = Through(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
         normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
         return normed
+
+    def _check(self, tokens: Tensor, plan: Plan, rank: int, checkpoint: bool, targets: object) -> None:
+        """Raise `InputError` for what does not fit the plan or the model."""
+        flag("checkpoint", checkpoint, InputError)
+        if dense("tokens", tokens).ndim != 2 or tokens.shape[1] != plan.rows(rank):
+            raise InputError(
+                f"tokens has shape {tuple(tokens.shape)}, the plan gives rank {rank} {plan.rows(rank)} rows: "
+                "pass (batch, rows) as shard(tokens, plan) returns it"
+            )
+        where = self.embed_tokens.weight.device
+        if tokens.dtype not in NUMBERS or tokens.device != where:
+            raise InputError(f"tokens: {tokens.dtype} on {tokens.device}; give int64 on {where}, where the model is")
+        whole_numbers("tokens", tokens, self.config.vocab_size)
+        if targets is NO_TARGETS:
+            return
+        if (found := dense("targets", targets)).shape != tokens.shape:
+            raise InputError(
+                f"targets has shape {tuple(found.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
+            )
+        check_targets(found, self.config.vocab_size, where)
 
     def _blocks(self, x: Tensor, through: Through) -> Tensor:
         """All blocks, on the residual stream."""

@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ringattn.arguments import complaint, shown
+from ringattn.callers import dense
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group
+from ringattn.comm.group import Group, device_of
+from ringattn.errors import InputError
 from ringattn.nn.group import reduction_group, sum_over
 
 BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small beside the gradients of a large model
@@ -32,14 +35,32 @@ def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -
         MismatchError: ranks came with different parameters. Raised on every rank.
     """
     process_group = reduction_group(group)
-    trained = [p for p in parameters if p.requires_grad]
-    if process_group is None or not trained:
-        return
+    trained: list[Tensor] = []
+    problem = complaint(lambda: trained.extend(_trained(parameters, process_group)))
     shapes = [(tuple(p.shape), p.dtype) for p in trained]
     said = {"call": "reduce_gradients", "shapes of parameters": sha256(repr(shapes).encode()).hexdigest()[:16]}
-    agree(process_group, said, behind=lambda: {"number of parameters": len(trained)})
+    agree(process_group, said, problem, behind=lambda: {"number of parameters": len(trained)})
+    if process_group is None:
+        return
     for bucket in _buckets(trained):
         _reduce(bucket, process_group)
+
+
+def _trained(parameters: Iterable[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Those that require a gradient; raises `InputError` for what is no parameter, or none that `group` can reduce."""
+    try:
+        found = [] if isinstance(parameters, Tensor) else list(parameters)
+    except Exception:
+        raise InputError(f"parameters={shown(parameters)}; give model.parameters(), or a list of them") from None
+    if isinstance(parameters, Tensor):
+        raise InputError("parameters is one tensor; give model.parameters(), or a list of them")
+    trained = [p for p in found if dense("parameters: one of them", p).requires_grad]
+    for p in trained:
+        if p.grad is not None:
+            dense("parameters: the gradient of one", p.grad)
+        if group is not None and p.device.type != device_of(group).type:
+            raise InputError(f"parameters: one is on {p.device} and the group moves tensors on {device_of(group).type}")
+    return trained
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,16 +6,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ringattn.callers import check_group, told
 from ringattn.comm.board import transferring
 from ringattn.comm.group import Group, group_and_rank
+from ringattn.errors import InputError, MismatchError
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
     """`group`, or the default group, as a process group; None where there is nothing to reduce: no group, or one member."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None
-    world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
-    return group_and_rank(group, world)[0]
+    try:
+        check_group(group)
+        world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
+        return group_and_rank(group, world)[0]
+    except (InputError, MismatchError) as error:
+        raise told(error, group) from None
 
 
 def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tensor:

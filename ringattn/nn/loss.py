@@ -17,16 +17,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ringattn.arguments import MOST, complaint, count, shown
+from ringattn.callers import dense, whole_numbers
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group
+from ringattn.errors import InputError
 from ringattn.nn.group import reduction_group, sum_over
 from ringattn.partial import accum_dtype
 
 IGNORE = -100  # torch's default too
+NUMBERS = (torch.int64, torch.int32)
 
 
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
     """Next-token targets: tokens one to the left, `ignore_index` last. tokens: int64 (batch, seq_len), not yet sharded."""
+    if dense("tokens", tokens).ndim != 2 or tokens.dtype not in NUMBERS:
+        raise InputError(f"tokens: {tokens.dtype} of shape {tuple(tokens.shape)}; give int64 (batch, seq_len)")
+    ignore_index = count("ignore_index", ignore_index, InputError, least=-MOST)
     return F.pad(tokens[:, 1:], (0, 1), value=ignore_index)
 
 
@@ -50,18 +57,33 @@ def cross_entropy(
     Raises:
         InputError: targets do not fit the logits. Raised on every rank.
     """
-    problem = None
-    if averaged_over < 1:
-        problem = f"averaged_over={averaged_over}: counts ranks, 1 or more"
-    elif logits.shape[:-1] != targets.shape:
-        problem = (
+    process_group = reduction_group(group)
+    problem = complaint(lambda: _check(logits, targets, ignore_index, averaged_over))
+    agree(process_group, {"call": "cross_entropy"} | ({"averaged_over": averaged_over} if problem is None else {}), problem)
+    counted = (targets != ignore_index).sum()
+    return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over)
+
+
+def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: int) -> None:
+    """Raise `InputError` for what does not fit."""
+    count("ignore_index", ignore_index, InputError, least=-MOST)
+    if not isinstance(averaged_over, int) or not 1 <= averaged_over <= MOST:
+        raise InputError(f"averaged_over={shown(averaged_over)}: counts ranks, 1 or more")
+    if not dense("logits", logits).is_floating_point() or not logits.ndim or not logits.shape[-1]:
+        raise InputError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; give floating-point (..., vocab_size)")
+    if logits.shape[:-1] != dense("targets", targets).shape:
+        raise InputError(
             f"targets has shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; it needs one entry per row of logits: "
             "shard both with the same plan"
         )
-    process_group = reduction_group(group)
-    agree(process_group, {"call": "cross_entropy", "averaged_over": averaged_over}, problem)
-    counted = (targets != ignore_index).sum()
-    return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over)
+    check_targets(targets, logits.shape[-1], logits.device, ignore_index)
+
+
+def check_targets(targets: Tensor, vocab_size: int, device: torch.device, ignore_index: int = IGNORE) -> None:
+    """Raise `InputError` unless they are numbers of tokens."""
+    if targets.dtype != torch.int64 or targets.device != device:
+        raise InputError(f"targets: {targets.dtype} on {targets.device}; give int64 on {device}, where the logits are")
+    whole_numbers("targets", targets, vocab_size, ignore_index)
 
 
 def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ringattn.arguments import count, counts, flag, instance, one_of, real, shown, whole
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.compress import (
     DeleteGate,
@@ -35,6 +36,7 @@ from ringattn.compress import (
     tell,
     windows,
 )
+from ringattn.compress.ask import SCORERS
 from ringattn.compress.placement import edges
 from ringattn.errors import InputError
 from ringattn.nn.config import DecoderConfig
@@ -87,21 +89,29 @@ class Merging:
 
     def check(self, config: DecoderConfig) -> None:
         """Raise `InputError` for what cannot work."""
-        if self.policy not in POLICIES:
-            raise InputError(f"policy={self.policy!r}; choose one of {', '.join(POLICIES)}")
+        one_of("policy", self.policy, POLICIES, InputError)
+        for name in ("first", "last", "protect", "factor", "window", "bucket", "seed"):
+            whole(name, getattr(self, name), InputError)
+        flag("size_bias", self.size_bias, InputError)
+        counts("ends", self.ends, InputError)
+        one_of("layout", self.layout, ("auto", "stay", "even"), InputError)
+        one_of("scorer", self.scorer, SCORERS, InputError)
+        if self.threshold is not None and (real(self.threshold) is None or not -1 <= self.threshold <= 1):
+            raise InputError(f"threshold={shown(self.threshold)}: is a cosine, from -1 to 1")
         if not 0 <= self.first < self.last <= config.layers:
-            raise InputError(f"first={self.first}, last={self.last}: blocks [first, last) must be some of the {config.layers}")
-        if self.how not in ("mean", "last", "learned"):
-            raise InputError(f"how={self.how!r}; choose mean, last or learned")
-        if self.protect < 0:
-            raise InputError(f"protect={self.protect}: counts rows, 0 or more")
-        if not 0 < self.remove < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
             raise InputError(
-                f"remove={self.remove}: is a share of rows, more than 0 and less than 1, up to 0.5 where rows merge into others"
+                f"first={shown(self.first)}, last={shown(self.last)}: blocks [first, last) must be some of the {config.layers}"
             )
+        one_of("how", self.how, ("mean", "last", "learned"), InputError)
+        if self.protect < 0:
+            raise InputError(f"protect={shown(self.protect)}: counts rows, 0 or more")
+        if not 0 < (real(self.remove) or 0) < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
+            raise InputError(
+                f"remove={shown(self.remove)}: is a share of rows, more than 0, less than 1, up to 0.5 where rows are merged"
+            )
+        count("protect", self.protect, InputError, least=0)
         for name in ("factor", "window", "bucket"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: counts rows, 1 or more")
+            count(name, getattr(self, name), InputError, cure="it counts rows")
         if self.policy == "gate" and (self.protect or self.how != "mean"):
             raise InputError('policy="gate" deletes rows and means nothing: leave out protect and how')
 
@@ -113,8 +123,9 @@ class MergingDecoder(Decoder):
     """
 
     def __init__(self, config: DecoderConfig, merging: Merging) -> None:
+        instance("config", config, DecoderConfig, InputError, "give a DecoderConfig")
+        instance("merging", merging, Merging, InputError, "give a Merging(policy, first, last, ...)").check(config)
         super().__init__(config)
-        merging.check(config)
         self.merging = merging
         self.short: Short | None = None
         self._kept: dict[object, Short] = {}

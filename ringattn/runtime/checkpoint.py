@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
+from ringattn.arguments import complaint, count, flag, instance, shown, whole
+from ringattn.arguments import path as path_of
 from ringattn.comm.board import transferring
 from ringattn.comm.journal import note
 from ringattn.errors import CheckpointError
@@ -61,10 +63,10 @@ def save(
         CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
         CommError: a rank died or stalled meanwhile; earlier checkpoints are untouched.
     """
-    check_keep(keep)
+    _all_fit(lambda: _fit(directory, model, optimizer, config, step=step, keep=keep))
     state = state_of(model, optimizer)
     with _together("saving a checkpoint", directory):
-        return write(Path(directory), step, state, dict(config or {}), keep)
+        return write(Path(directory), int(step), state, dict(config or {}), keep)
 
 
 def write(
@@ -76,6 +78,7 @@ def write(
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write `state` (of `state_of`) and give it its name; collective over `group`, by default all ranks. Else as `save`."""
+    step = count("step", step, CheckpointError, least=0)
     final = directory / f"step_{step:08d}"
     partial = directory / f".{final.name}"
     _on_first_rank(lambda: _clear(directory), f"cannot prepare {directory}", group)
@@ -97,13 +100,13 @@ def write(
 
 def check_keep(keep: int) -> None:
     """Raise `CheckpointError` for a number of checkpoints that would leave none."""
-    if keep < 1:
-        raise CheckpointError(f"keep={keep}: at least the checkpoint just written must stay; pass 1 or more")
+    if whole("keep", keep, CheckpointError) < 1:
+        raise CheckpointError(f"keep={shown(keep)}: at least the checkpoint just written must stay; pass 1 or more")
 
 
 def latest(directory: str | Path) -> Path | None:
     """The complete checkpoint with the most steps in `directory`, or None."""
-    found = _complete(Path(directory))
+    found = _complete(path_of("directory", directory, CheckpointError))
     return found[-1] if found else None
 
 
@@ -122,6 +125,7 @@ def resume(
     Raises:
         CheckpointError: there are checkpoints, but none is sound, or the newest sound one is of another `config` or model.
     """
+    _all_fit(lambda: _fit(directory, model, optimizer, config, any_world=any_world))
     found = _from_first_rank(lambda: list(map(str, _complete(Path(directory)))))
     for checkpoint in reversed(found):
         problem = damage(checkpoint)
@@ -135,7 +139,7 @@ def resume(
 
 def damage(checkpoint: str | Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; collective, and every rank reads its share of them."""
-    checkpoint = Path(checkpoint)
+    checkpoint = path_of("checkpoint", checkpoint, CheckpointError)
     try:
         noted = sorted(_about(checkpoint)["files"].items())
     except CheckpointError as error:
@@ -172,6 +176,7 @@ def load(
         CheckpointError: there is none at this path, it is incomplete, or it was made with another `config`, another model, or
             (without `any_world`) another number of ranks. Digests are compared by `resume` and `damage`, which read every byte.
     """
+    _all_fit(lambda: _fit(checkpoint, model, optimizer, config, any_world=any_world))
     checkpoint = Path(checkpoint)
     about = _about(checkpoint)
     _compare(checkpoint, json.loads(json.dumps(dict(config or {}))), about["config"])
@@ -201,8 +206,47 @@ def load(
     return int(about["step"])
 
 
+def _fit(
+    where: str | Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Mapping[str, Any] | None,
+    *,
+    step: int = 0,
+    keep: int = 1,
+    any_world: bool = False,
+) -> None:
+    """Raise `CheckpointError` for what is no path, no model, no optimizer, or no configuration that JSON can hold."""
+    count("step", step, CheckpointError, least=0)
+    check_keep(keep)
+    flag("any_world", any_world, CheckpointError)
+    path_of("path of a checkpoint, or directory of several", where, CheckpointError)
+    instance("model", model, torch.nn.Module, CheckpointError, "give a torch.nn.Module")
+    instance("optimizer", optimizer, torch.optim.Optimizer, CheckpointError, "give a torch optimizer")
+    try:
+        json.dumps(dict(config or {}))
+    except Exception as error:
+        raise CheckpointError(f"config={shown(config)}; must be a mapping of JSON values ({shown(error)})") from None
+
+
+def _all_fit(check: Callable[[], object]) -> None:
+    """Raise what `check` raises on any rank on all of them: the others would wait for it."""
+    own = complaint(check)
+    everyone: list[str | None] = [own]
+    if _world() > 1:
+        everyone = [None] * _world()
+        with _together("comparing arguments"):
+            dist.all_gather_object(everyone, own)
+    wrong = {rank: said for rank, said in enumerate(everyone) if said}
+    if wrong:
+        rank, said = min(wrong.items())
+        raise CheckpointError(said if _world() == 1 or len(set(everyone)) == 1 else f"on rank {rank}: {said}")
+
+
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: int | None = None) -> dict[str, Any]:
     """What is stored, as it is now: the values to save, or the places to load into."""
+    instance("model", model, torch.nn.Module, CheckpointError, "give a torch.nn.Module")
+    instance("optimizer", optimizer, torch.optim.Optimizer, CheckpointError, "give a torch optimizer")
     weights, moments = get_state_dict(model, optimizer)
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
