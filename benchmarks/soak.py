@@ -4,7 +4,7 @@
     python benchmarks/soak.py --delays --steps 2000
 
 With kills, a random rank is killed at random moments and torchrun starts all anew from the last checkpoint. With delays, ranks
-sleep at random before they wait for a message. Prints one line, also to --json; exit status 1 if a bit differs or a step is lost.
+sleep at random before they wait for a message. Prints one line, also to --json; exit status 1 if a bit or a step is lost.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -26,13 +27,18 @@ pytestmark = pytest.mark.timeout(60 * ATTEMPTS)
 Said = dict[int, str]  # by each survivor
 
 
-def alone(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
+def alone(kind: str, faulty: int, file: Path, *, told: bool = False) -> tuple[float, Said]:
     """Four ranks without torchrun: seconds from the fault to the end of the last survivor. All must fail, and leave nothing."""
     port = free_port()
     place = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     ranks = [start([JOB, kind, str(faulty), str(file)], RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(4)]
     ended: dict[int, float] = {}
     until = time.monotonic() + 45
+    while told and not file.exists() and time.monotonic() < until:
+        time.sleep(0.001)
+    for rank in range(4):
+        if told and rank != faulty:
+            ranks[rank].send_signal(signal.SIGTERM)
     while len(ended.keys() - {faulty}) < 3 and time.monotonic() < until:
         ended |= {r: time.time() for r in range(4) if r not in ended and ranks[r].poll() is not None}
         time.sleep(0.01)
@@ -45,6 +51,11 @@ def alone(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
         again.bind(("127.0.0.1", port))
     seconds = max(when for rank, when in ended.items() if rank != faulty) - float(file.read_text())
     return seconds, {rank: said[rank][2] for rank in range(4) if rank != faulty}
+
+
+def told_to_end(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
+    """The same, and at once SIGTERM to all survivors, which is what torchrun's agent does a moment later."""
+    return alone(kind, faulty, file, told=True)
 
 
 def under_torchrun(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
@@ -74,6 +85,7 @@ DIES, STALLS = 3.0, DEADLINE + 3
         for number, run, kind, faulty, words, within in (
             (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES),
             (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES + 3),
+            (1, told_to_end, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES),
             (2, alone, "kill in backward", 1, ("rank 1 (", "has died"), DIES),
             (3, alone, "kill in reduction", 3, ("rank 3 (", "has died"), DIES),
             (3, alone, "kill in all-to-all", 3, ("rank 3 (", "has died", "ulysses"), DIES),

@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -136,9 +136,7 @@ class Board:
         """Which ranks have failed and why, in words; empty where it can't be told. Takes up to 2 x `SILENT` seconds."""
         self.doing, self.lost = None, True
         try:
-            return "; ".join(
-                f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in self._find().items()
-            )
+            return _named(self._find())
         except RuntimeError:
             return "the store is gone too, and with it the process that hosts it: torchrun's agent, or else rank 0"
 
@@ -146,14 +144,15 @@ class Board:
         """The ranks that have failed, as they were. Raises `RuntimeError` when the store is gone."""
         self._write("waits", {})
         before, until = self._read("beat"), time.monotonic() + SILENT
-        while not (failed := self._read("failed") or self._halted()) and time.monotonic() < until:
+        while not (failed := self._failed()) and time.monotonic() < until:
             time.sleep(BEAT / 5)
         failed = failed or self._missing(lambda one: one in before.values()) or self._missing(lambda one: one["doing"] == IDLE)
-        self.store.set("failure", "1")
-        self.store.set(f"told/{self.rank}", "1")
-        if self.rank == 0:  # which may host the store that the others still have to read
-            self._linger(failed)
+        self._heard(failed)
         return failed
+
+    def _failed(self) -> dict[int, State]:
+        """The ranks that have said so, or of which this host or another can tell."""
+        return self._read("failed") or self._halted()
 
     def _halted(self) -> dict[int, State]:
         """Ranks of this host whose process has ended or been stopped, and what others have found so; of other hosts only
@@ -166,10 +165,14 @@ class Board:
                 os.kill(one["pid"], signal.SIGKILL)
         return halted | self._read("stopped")  # read last: another rank may have killed it a moment ago
 
-    def _linger(self, failed: Iterable[int]) -> None:
-        done, until = {*failed, 0}, time.monotonic() + SILENT
-        while len(done | {*self._keys("told")} | {*self._keys("left")}) < self.world and time.monotonic() < until:
-            time.sleep(BEAT / 5)
+    def _heard(self, failed: Iterable[int]) -> None:
+        """This rank has read what it needs. Rank 0 may host the store that the others still have to read: it waits for them."""
+        self.store.set("failure", "1")
+        self.store.set(f"told/{self.rank}", "1")
+        if self.rank == 0:
+            others, until = {*range(1, self.world)} - {*failed}, time.monotonic() + SILENT
+            while others - {*self._keys("told")} - {*self._keys("left")} and time.monotonic() < until:
+                time.sleep(BEAT / 5)
 
     def _missing(self, is_missing: Callable[[State], bool]) -> dict[int, State]:
         """Of the ranks that neither have left nor wait for others themselves, those of whom `is_missing` says so."""
@@ -185,15 +188,34 @@ class Board:
             self._write("beat", self._state())
             if doing is None or doing is not waited:
                 waited, since = doing, time.monotonic()
-            busy = not self._ended.is_set() and (doing is not None or self.lost)
-            if self._farewell.due(PATIENCE if busy else 0.0):
-                self._farewell.take(f"rank {self.rank}: told to end (SIGTERM) {self._state()['doing']}")
-            elif doing and self._failure() and time.monotonic() - since > (0.0 if self._farewell.told else GRACE):
+            if self._farewell.told:
+                self._end_as_told(doing)
+            elif doing and self._failure() and time.monotonic() - since > GRACE:
                 self._leave(f"{_words(doing)} will not end: {self.explain()}")
             elif time.monotonic() > self._leaves_at:
                 self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
         self._ended.set()
         self._farewell.forget()
+
+    def _end_as_told(self, doing: tuple[Any, ...] | None) -> None:
+        """By SIGTERM; but if it comes because another rank has failed, with that rank's name."""
+        said = f"told to end (SIGTERM) {_words(doing) if doing else IDLE}"
+        self._write("waits", {})  # for others: this rank does not end for a reason of its own
+        if not self.lost and (failed := self._known()):
+            self._leave(f"{said}: {_named(failed)}")
+        waits = not self._ended.is_set() and (doing is not None or self.lost)
+        if self._farewell.due(PATIENCE if waits else 0.0):
+            self._farewell.take(f"rank {self.rank}: {said}")
+
+    def _known(self) -> dict[int, State]:
+        """The ranks that are known to have failed, if the board can still be read."""
+        try:
+            failed = {} if self._ended.is_set() else self._failed()
+            if failed:
+                self._heard(failed)
+            return failed
+        except RuntimeError:
+            return {}
 
     def _leave(self, why: str) -> NoReturn:
         said = f"rank {self.rank}: {why}"
@@ -230,6 +252,10 @@ class Board:
         """Those that other ranks have written."""
         keys = {rank: f"{kind}/{rank}" for rank in range(self.world) if rank != self.rank}
         return {rank: key for rank, key in keys.items() if self.store.check([key])}
+
+
+def _named(failed: Mapping[int, State]) -> str:
+    return "; ".join(f"rank {rank} ({one['host']}, pid {one['pid']}) {_cause(one)}" for rank, one in failed.items())
 
 
 def _words(doing: tuple[Any, ...]) -> str:
