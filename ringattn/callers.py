@@ -43,7 +43,10 @@ def told(error: RingAttnError, group: object) -> RingAttnError:
     try:
         agree(_somewhere(group), {}, str(error))
     except InputError as heard:
-        return type(error)(str(heard).removeprefix("on every rank: "))
+        # What all ranks find wrong with a group needs no rank to be named.
+        return (
+            InputError(str(heard)) if isinstance(error, InputError) else type(error)(str(heard).removeprefix("on every rank: "))
+        )
     return error
 
 
