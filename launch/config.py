@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import plots
+import torch
 
 from ringattn import InputError
+from ringattn.arguments import MOST, path, shown
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 
 # What may differ between a run and its continuation: everything else decides what is learned.
@@ -17,6 +20,14 @@ MAY_CHANGE = (
     *("data", "schedule", "layout", "ulysses", "kernel"),
     *("steps", "out", "save_every", "resume", "auto_resume", "any_world", "plots", "journal"),
 )
+
+
+def memory() -> int:
+    """Bytes that a rank may have: of its GPU, or its share of the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
 
 
 @dataclass(frozen=True)
@@ -88,22 +99,45 @@ class TrainConfig:
     plots: bool = True
     """Draw the loss curve and the schedule's timeline (needs matplotlib)."""
 
-    def check(self) -> None:
-        """Raise `InputError` for numbers that cannot work; model and plan check their own."""
+    def check(self, world: int = 1) -> None:
+        """Raise `InputError` for numbers that cannot work on `world` ranks; model and plan check their own."""
         for name in ("seq_len", "batch", "steps", "warmup"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise InputError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: must be 1 or more, up to {MOST:,}")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be positive")
+        if not math.isfinite(self.lr):
+            raise InputError(f"--lr {self.lr}: must be finite")
         if self.save_every < 0:
-            raise InputError(f"--save-every {self.save_every}: must be 0 (only at the end) or more")
+            raise InputError(f"--save-every {shown(self.save_every)}: must be 0 (only at the end) or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"--seed {shown(self.seed)}: must be 0 or more, below 2^63")
+        if not path("--out", self.out, InputError).name or self.out.name == "..":
+            raise InputError(f"--out {self.out}: must be a directory with a name of its own, which can be moved aside")
+        self._fits(world)
         if self.plots:
             plots.available()
 
+    def _fits(self, world: int) -> None:
+        """Raise `InputError` where the least that a rank holds is more than its machine has: said before it is allocated."""
+        tokens, rows = self.batch * self.seq_len, self.batch * (self.seq_len // world)
+        kept = 16 * self.shape().parameters  # value, gradient and two moments, four bytes each
+        streams = 2 * self.layers * rows * self.dim * (2 if self.dtype == "bfloat16" else 4)
+        there, needed = memory(), kept + 16 * tokens + streams
+        if needed > there:
+            raise InputError(
+                f"a rank needs {needed / 1e9:,.1f} GB or more ({kept / 1e9:,.1f} for parameters and optimizer, the rest for "
+                f"{self.batch:,} x {self.seq_len:,} tokens) and has {there / 1e9:,.1f}: lower --batch, --seq-len, --layers, "
+                "--dim, --heads, --head-dim or --hidden-dim, or give the sequence more ranks"
+            )
+
+    def shape(self) -> DecoderConfig:
+        return DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
+
     def model(self, topology: str | None) -> Decoder:
         """With new parameters, from torch's global generator. topology: what attention is planned for, where tokens merge."""
-        shape = DecoderConfig(256, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.hidden_dim)
+        shape = self.shape()
         if self.merge == "none":
             return Decoder(shape)
         first, last = self.merge_layers

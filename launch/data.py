@@ -22,8 +22,13 @@ def read_corpus(paths: Sequence[Path]) -> Tensor:
     Directories are searched for text: hidden files and files with a zero byte are passed over. Raises `InputError` when a path
     does not exist or nothing is found.
     """
-    files = sorted(_standard_library()) if not paths else [file for path in paths for file in _files(path)]
-    texts = [text for file in files if b"\0" not in (text := file.read_bytes())]
+    try:
+        files = sorted(_standard_library()) if not paths else [file for path in paths for file in _files(path)]
+        texts = [text for file in files if b"\0" not in (text := file.read_bytes())]
+    except (OSError, ValueError) as error:  # ValueError: no system takes such a path
+        raise InputError(
+            f"--data {' '.join(map(str, paths))}: cannot be read ({error}); give text files, or directories"
+        ) from error
     whole = b"\n".join(texts)
     if not whole:
         raise InputError(f"--data {' '.join(map(str, paths))}: no text found; give text files or directories that hold some")

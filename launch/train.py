@@ -43,7 +43,7 @@ from ringattn.runtime.saver import Saver
 
 def main(config: TrainConfig) -> None:
     mesh = ringattn.init(journal=config.journal)
-    config.check()
+    config.check(mesh.size())
     speaks = mesh.get_local_rank() == 0
     topology = "cpu" if mesh.device_type == "cpu" else None
     plan = make_plan(

@@ -20,6 +20,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from ringattn.arguments import path
 from ringattn.errors import LaunchError, PlanError, RingAttnError
 from ringattn.forecast import rank_families
 from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
@@ -29,6 +30,7 @@ from ringattn.planner.request import request
 from ringattn.topology import PRESETS, Topology, load_topology
 
 MANY = 64  # ranks above which every rank for itself takes too long to price
+MOST_MEGABYTES, MOST_REPEATS = 10_000, 10_000
 WIDE = 160  # columns where there is no terminal to ask
 
 
@@ -113,7 +115,11 @@ def plan(
     drawn, areas = [lane.schedule for lane in lanes], [lane.areas for lane in lanes]
     console.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
-        draw.write_text(draw_svg(drawn, backward=backward))
+        path("--draw", draw, PlanError)
+        try:
+            draw.write_text(draw_svg(drawn, backward=backward))
+        except OSError as error:
+            raise PlanError(f"--draw {draw} cannot be written ({error}); give another path") from error
         console.print(f"drawn to {draw}", markup=False, highlight=False)
 
 
@@ -152,8 +158,11 @@ def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
         megabytes: Size of the messages that measure bandwidth; larger on links above 100 GB/s.
         repeats: Times that everything is measured; the best counts.
     """
-    if megabytes <= 0 or repeats < 1:
-        raise PlanError(f"--megabytes {megabytes} --repeats {repeats}: messages must have a size, and be sent at least once")
+    if not 0 < megabytes <= MOST_MEGABYTES or not 1 <= repeats <= MOST_REPEATS:
+        raise PlanError(
+            f"--megabytes {megabytes} --repeats {repeats}: messages must have a size, up to "
+            f"{MOST_MEGABYTES:,} MB, and be sent at least once, up to {MOST_REPEATS:,} times"
+        )
     import torch.distributed as dist
 
     from ringattn.runtime import init
@@ -247,7 +256,7 @@ def _mask(text: str) -> Mask:
 
 def _one_mask(text: str) -> Mask:
     name, _, numbers = text.partition(":")
-    values = [int(n) for n in numbers.split(",")] if re.fullmatch(r"\d+(,\d+)*", numbers) else []
+    values = [int(n) for n in numbers.split(",")] if re.fullmatch(r"\d{1,18}(,\d{1,18})*", numbers) else []
     if text == "full":
         return full()
     if text == "causal":
@@ -258,7 +267,7 @@ def _one_mask(text: str) -> Mask:
         return documents(values)
     if name == "prefix" and len(values) == 1:
         return prefix_lm(*values)
-    raise PlanError(f"--mask {text}: give full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH")
+    raise PlanError(f"--mask {text[:80]}: give full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH")
 
 
 def _topology(text: str | None) -> Topology | str | None:

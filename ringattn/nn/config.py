@@ -44,3 +44,10 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim={self.head_dim}: must be even, since the rotary embedding turns pairs of channels")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a `Decoder` of this shape has: to be asked before it is made."""
+        attention = 2 * self.dim * (self.heads + self.kv_heads) * self.head_dim
+        block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        return self.vocab_size * self.dim + self.layers * block + self.dim
