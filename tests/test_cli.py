@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringattn import load_topology
-from ringattn.cli import _mask
+from ringattn.cli.planning import _mask
 from ringattn.kernels import Kernel, Reference
 from ringattn.mask import causal, documents, full, prefix_lm, sliding_window
 from ringattn.partial import Partial

@@ -1,27 +1,17 @@
-"""The console script `ringattn`: `plan` compares plans on paper, `doctor` looks at this machine, `probe` measures its links.
-
-    ringattn plan 65536 --world 8 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology nvswitch --draw plan.svg
-    ringattn doctor
-    torchrun --nproc-per-node 8 -m ringattn.cli doctor
-    torchrun --nproc-per-node 8 -m ringattn.cli probe --out links.json
-
-Errors that ringattn raises on purpose are one paragraph on stderr and exit status 2. `plan` needs no torch.
-"""
+"""`ringattn plan`: what every plan for one attention layer would cost, and which one make_plan takes. No torch is needed."""
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from ringattn.arguments import path
-from ringattn.errors import LaunchError, PlanError, RingAttnError
+from ringattn.cli.console import console
+from ringattn.errors import PlanError
 from ringattn.forecast import rank_families
 from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 from ringattn.plan import Plan
@@ -30,8 +20,6 @@ from ringattn.planner.request import request
 from ringattn.topology import PRESETS, Topology, load_topology
 
 MANY = 64  # ranks above which every rank for itself takes too long to price
-MOST_MEGABYTES, MOST_REPEATS = 10_000, 10_000
-WIDE = 160  # columns where there is no terminal to ask
 
 
 def plan(
@@ -104,78 +92,23 @@ def plan(
         "partials": partials,
     }
     if world > MANY and schedule == "auto":
-        _console().print(_families(seq_len, arguments, top))
+        console().print(_families(seq_len, arguments, top))
         return
     chosen = make_plan(seq_len, **arguments)
-    console = _console()
-    console.print(_comparison(candidates(seq_len, **arguments), chosen, top))
-    console.print(str(chosen), markup=False, highlight=False)
+    out = console()
+    out.print(_comparison(candidates(seq_len, **arguments), chosen, top))
+    out.print(str(chosen), markup=False, highlight=False)
     backward = draw_pass == "backward"
     lanes = chosen.backward if backward else chosen.forward
     drawn, areas = [lane.schedule for lane in lanes], [lane.areas for lane in lanes]
-    console.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
+    out.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
         path("--draw", draw, PlanError)
         try:
             draw.write_text(draw_svg(drawn, backward=backward))
         except OSError as error:
             raise PlanError(f"--draw {draw} cannot be written ({error}); give another path") from error
-        console.print(f"drawn to {draw}", markup=False, highlight=False)
-
-
-def doctor() -> None:
-    """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1).
-
-    Under torchrun (`torchrun ... -m ringattn.cli doctor`) all ranks are examined together: who reaches whom, whether all run
-    the same code, and how fast the links between neighbours are.
-    """
-    try:
-        from ringattn.runtime.doctor import TORCHRUN, examine
-    except ImportError as error:
-        raise LaunchError(f"torch cannot be imported ({error}); install it with `pip install torch`") from error
-    table = Table("what", "found", "what to do", title="ringattn doctor")
-    together = all(name in os.environ for name in TORCHRUN)
-    if together:
-        from ringattn.runtime.together import examine_together
-
-        findings = list(examine_together())
-    else:
-        findings = list(examine())
-    for finding in findings:
-        table.add_row(*finding)
-    if together and os.environ["RANK"] != "0":
-        return  # all have found the same; whoever exits first with an error has torchrun end the others
-    _console().print(table)
-    if any(finding.cure for finding in findings):
-        sys.exit(1)
-
-
-def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
-    """Measure latency and bandwidth of every link and the speed of attention; run it under torchrun, one process for each rank.
-
-    Args:
-        out: The topology file to write, for `--topology` and load_topology.
-        megabytes: Size of the messages that measure bandwidth; larger on links above 100 GB/s.
-        repeats: Times that everything is measured; the best counts.
-    """
-    if not 0 < megabytes <= MOST_MEGABYTES or not 1 <= repeats <= MOST_REPEATS:
-        raise PlanError(
-            f"--megabytes {megabytes} --repeats {repeats}: messages must have a size, up to "
-            f"{MOST_MEGABYTES:,} MB, and be sent at least once, up to {MOST_REPEATS:,} times"
-        )
-    import torch.distributed as dist
-
-    from ringattn.runtime import init
-    from ringattn.runtime.probe import Probe
-
-    mesh = init()
-    measured = Probe(mesh, nbytes=int(megabytes * 1e6), repeats=repeats).topology(out.stem)
-    if mesh.get_local_rank() == 0:
-        measured.save(out)
-        _console().print(_links(measured))
-        ports = "links are independent" if measured.port is None else f"links of a rank share {measured.port / 1e9:.3g} GB/s"
-        _console().print(f"{ports}; attention at {measured.flops / 1e9:.4g} Gflop/s; written to {out}", highlight=False)
-    dist.destroy_process_group()
+        out.print(f"drawn to {draw}", markup=False, highlight=False)
 
 
 def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
@@ -234,17 +167,6 @@ def _mark(candidate: Candidate, chosen: Plan) -> str:
     return "".join(mark for mark, a, b in passes if [lane.schedule for lane in a] == [lane.schedule for lane in b])
 
 
-def _links(measured: Topology) -> Table:
-    table = Table("from", title="latency in µs / bandwidth in GB/s")
-    ranks = range(measured.world or 0)
-    for dst in ranks:
-        table.add_column(f"to {dst}", justify="right")
-    for src in ranks:
-        cells = (f"{measured.latencies[src][dst] * 1e6:.3g} / {measured.bandwidths[src][dst] / 1e9:.3g}" for dst in ranks)
-        table.add_row(str(src), *("" if src == dst else cell for dst, cell in enumerate(cells)))
-    return table
-
-
 def _mask(text: str) -> Mask:
     """The mask that a command line names; `&` intersects."""
     parts = [_one_mask(part.strip()) for part in text.split("&")]
@@ -274,24 +196,3 @@ def _topology(text: str | None) -> Topology | str | None:
     """A preset's name stays a name; anything that looks like a file is read."""
     looks_like_file = text is not None and text not in PRESETS and ("." in text or "/" in text)
     return load_topology(text) if text is not None and looks_like_file else text
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDE)
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    try:
-        tyro.extras.subcommand_cli_from_dict({"plan": plan, "doctor": doctor, "probe": probe}, prog="ringattn")
-    except RingAttnError as error:
-        sys.exit(_complain(error))
-
-
-def _complain(error: RingAttnError) -> int:
-    print(f"ringattn: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    main()

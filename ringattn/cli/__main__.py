@@ -1,0 +1,5 @@
+"""`python -m ringattn.cli`, for torchrun."""
+
+from ringattn.cli import main
+
+main()

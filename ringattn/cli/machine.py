@@ -1,0 +1,126 @@
+"""`ringattn doctor`, `probe` and `report`: what this machine is, how fast its links are, and what to tell others of both."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.table import Table
+
+from ringattn.arguments import path
+from ringattn.cli.console import console
+from ringattn.errors import InputError, LaunchError, PlanError
+from ringattn.topology import Topology
+
+if TYPE_CHECKING:
+    from ringattn.runtime.doctor import Finding
+
+MOST_MEGABYTES, MOST_REPEATS = 10_000, 10_000
+
+
+def doctor() -> None:
+    """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1).
+
+    Under torchrun (`torchrun ... -m ringattn.cli doctor`) all ranks are examined together: who reaches whom, whether all run
+    the same code, and how fast the links between neighbours are.
+    """
+    _need_torch()
+    findings = _examined()
+    if not _speaks():
+        return  # all have found the same; whoever exits first with an error has torchrun end the others
+    table = Table("what", "found", "what to do", title="ringattn doctor")
+    for finding in findings:
+        table.add_row(*finding)
+    console().print(table)
+    if any(finding.cure for finding in findings):
+        sys.exit(1)
+
+
+def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
+    """Measure latency and bandwidth of every link and the speed of attention; run it under torchrun, one process for each rank.
+
+    Args:
+        out: The topology file to write, for `--topology` and load_topology.
+        megabytes: Size of the messages that measure bandwidth; larger on links above 100 GB/s.
+        repeats: Times that everything is measured; the best counts.
+    """
+    if not 0 < megabytes <= MOST_MEGABYTES or not 1 <= repeats <= MOST_REPEATS:
+        raise PlanError(
+            f"--megabytes {megabytes} --repeats {repeats}: messages must have a size, up to "
+            f"{MOST_MEGABYTES:,} MB, and be sent at least once, up to {MOST_REPEATS:,} times"
+        )
+    import torch.distributed as dist
+
+    from ringattn.runtime import init
+    from ringattn.runtime.probe import Probe
+
+    mesh = init()
+    measured = Probe(mesh, nbytes=int(megabytes * 1e6), repeats=repeats).topology(out.stem)
+    if mesh.get_local_rank() == 0:
+        measured.save(out)
+        console().print(_links(measured))
+        ports = "links are independent" if measured.port is None else f"links of a rank share {measured.port / 1e9:.3g} GB/s"
+        console().print(f"{ports}; attention at {measured.flops / 1e9:.4g} Gflop/s; written to {out}", highlight=False)
+    dist.destroy_process_group()
+
+
+def report(paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out: Path = Path("ringattn-report.zip")) -> None:
+    """Pack what to send with a bug report into one file; under torchrun, started as the job was, rank 0 does it.
+
+    It holds what doctor finds, the environment variables that backends and launchers read (none whose name speaks of a secret),
+    packages and their versions, limits, and the ends of logs. Nothing is sent: look at it before you do.
+
+    Args:
+        paths: Logs, or folders that hold some: a run's --out, its --journal, what the scheduler wrote.
+        out: The file to write.
+    """
+    _need_torch()
+    from ringattn.runtime.doctor import Finding
+    from ringattn.runtime.report import write
+
+    try:
+        findings = _examined()
+    except LaunchError as error:  # which may be what the report is about
+        findings = [Finding("doctor", "fails", str(error))]
+    if _speaks():
+        names = write(path("--out", out, InputError), findings, paths)
+        console().print(f"{out}: {', '.join(names)}", highlight=False)
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise LaunchError(f"torch cannot be imported ({error}); install it with `pip install torch`") from error
+
+
+def _together() -> bool:
+    from ringattn.runtime.doctor import TORCHRUN
+
+    return all(name in os.environ for name in TORCHRUN)
+
+
+def _speaks() -> bool:
+    return not _together() or os.environ["RANK"] == "0"
+
+
+def _examined() -> list[Finding]:
+    """What this machine, or under torchrun all ranks together, find."""
+    from ringattn.runtime.doctor import examine
+    from ringattn.runtime.together import examine_together
+
+    return list(examine_together() if _together() else examine())
+
+
+def _links(measured: Topology) -> Table:
+    table = Table("from", title="latency in µs / bandwidth in GB/s")
+    ranks = range(measured.world or 0)
+    for dst in ranks:
+        table.add_column(f"to {dst}", justify="right")
+    for src in ranks:
+        cells = (f"{measured.latencies[src][dst] * 1e6:.3g} / {measured.bandwidths[src][dst] / 1e9:.3g}" for dst in ranks)
+        table.add_row(str(src), *("" if src == dst else cell for dst, cell in enumerate(cells)))
+    return table
