@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 MOST = 1 << 48  # no count is larger: products of a few of them are still finite as floats, and sums of them fit 64 bits
 LONGEST_PATH = 4096
+MONTH = 30 * 86400.0  # in seconds
 WORDS = Repr()
 WORDS.maxstring = WORDS.maxother = WORDS.maxlong = 200
 
@@ -87,6 +88,14 @@ def number(
         bound = "" if above is None else f" more than {above:g}"
         bound += "" if least is None else f" of {least:g} or more"
         raise error(f"{name}={shown(value)}; must be a finite number{bound}")
+    return found
+
+
+def seconds(name: str, value: Any, error: type[RingAttnError]) -> float:
+    """A time to wait at most, more than none and up to a month: longer ones overflow where they are passed on."""
+    found = number(name, value, error, above=0.0)
+    if found > MONTH:
+        raise error(f"{name}={shown(value)}; give seconds, up to {MONTH:,.0f}")
     return found
 
 

@@ -8,7 +8,10 @@ import sys
 import time
 
 import pytest
+from hostile import VALUES, survives
 from test_netlab import allowed
+
+import ringattn
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD", "LOCAL"))}
 
@@ -45,6 +48,16 @@ def test_a_single_rank_starts_without_torchrun() -> None:
 )
 def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -> None:
     assert text in run(environment(**changes)).stderr
+
+
+@pytest.mark.parametrize("argument", ["backend", "timeout", "journal"])
+def test_arguments_that_cannot_be_are_named(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that can be come as far as to miss torchrun's environment."""
+    for name in environment():
+        monkeypatch.delenv(name, raising=False)
+    said = {label: survives(lambda given={argument: value}: ringattn.init(**given)) for label, value in VALUES.items()}
+    assert all(text and (argument in text or "was not started by torchrun" in text) for text in said.values()), said
+    assert sum("torchrun" not in (text or "") for text in said.values()) > len(VALUES) / 2
 
 
 @pytest.mark.case(19)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import VALUES
 from spawn import finish, run_ranks, start
 from test_init import environment
 from torch.profiler import ProfilerActivity, profile
@@ -65,6 +66,15 @@ def test_one_that_cannot_be_written_costs_a_warning(tmp_path: Path, capfd: pytes
     full.write("second", {})
     said = capfd.readouterr().err
     assert said.count("is no longer written: ") == 1 and "No space left" in said  # those of the ranks went elsewhere
+
+
+def test_any_value_can_be_noted(tmp_path: Path) -> None:
+    book, loop = journal.Journal(tmp_path, 0), []
+    loop.append(loop)
+    for value in (*VALUES.values(), loop):
+        book.write("event", {"value": value})
+    lines = (tmp_path / "rank00000.jsonl").read_text().splitlines()
+    assert len(lines) == len(VALUES) + 1 and all(json.loads(line)["event"].strip("'") == "event" for line in lines)
 
 
 def test_init_begins_one(tmp_path: Path) -> None:

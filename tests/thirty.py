@@ -2,7 +2,7 @@
 
 A test that shows a case is marked `case(number)`. At the end of a run that had such tests a table says, for each case, what was
 seen and how long it took: from the fault to the end of the last survivor where that is what counts (the test records
-"seconds"), else what its tests took. `--cases-report FILE` writes the table as Markdown.
+"seconds"), else what the longest of its tests took. `--cases-report FILE` writes the table as Markdown.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class Case:
     passed: int = 0
     bad: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    took: float = 0.0
+    longest: float = 0.0
 
     @property
     def seen(self) -> str:
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def time(self) -> str:
-        return f"{max(self.seconds):.1f}" if self.seconds else f"{self.took:.1f} (tests)" if self.passed else ""
+        return f"{max(self.seconds):.1f}" if self.seconds else f"{self.longest:.1f} (test)" if self.passed else ""
 
 
 def cases() -> dict[int, Case]:
@@ -86,7 +86,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             for case in (found[n] for name, n in properties if name == "case"):
                 if outcome == "passed":
                     case.passed += 1
-                    case.took += report.duration
+                    case.longest = max(case.longest, report.duration)
                     case.seconds += [seconds for name, seconds in properties if name == "seconds"]
                 else:
                     case.bad.append(outcome)

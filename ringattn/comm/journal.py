@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from ringattn.arguments import shown
+
 _journals: WeakKeyDictionary[dist.ProcessGroup, Journal] = WeakKeyDictionary()  # of the default group; ends with it
 
 
@@ -36,13 +38,20 @@ class Journal:
     def write(self, event: str, said: dict[str, Any]) -> None:
         if self._file is not None:
             try:
-                self._file.write(json.dumps({"time": time.time(), "event": event, **said}, default=str) + "\n")
+                self._file.write(_line({"time": time.time(), "event": event, **said}) + "\n")
             except OSError as error:
                 self._without(error)
 
     def _without(self, error: OSError) -> None:
         self._file = None
         print(f"warning: {self.path} is no longer written: {error}", file=sys.stderr, flush=True)
+
+
+def _line(said: dict[str, Any]) -> str:
+    try:
+        return json.dumps(said, default=shown)
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, values that hold themselves
+        return json.dumps({name: shown(value) for name, value in said.items()})
 
 
 def begin(directory: str | Path, **said: Any) -> None:

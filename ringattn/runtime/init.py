@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
+from ringattn.arguments import one_of, path, seconds
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
@@ -32,7 +33,6 @@ from ringattn.runtime.hosts import INTERFACE, address, cut_off
 AXIS = "sequence"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 REACH = 5.0  # seconds in which a host must answer
-LONGEST = 30 * 86400.0  # seconds; what is longer does not fit everywhere that a timeout passes through
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
 # process aborts instead of exiting.
 LAST_BREATH = 0.05
@@ -74,12 +74,11 @@ def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | P
 
 
 def _check(backend: object, timeout: object, journal: object) -> None:
-    if backend not in (None, "gloo", "nccl"):
-        raise LaunchError(f"backend={backend!r}; choose 'gloo', 'nccl', or None for nccl where every rank has a GPU")
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= LONGEST:
-        raise LaunchError(f"timeout={timeout!r}; give seconds, more than 0 and at most {LONGEST:.0f}")
-    if journal is not None and not isinstance(journal, str | os.PathLike):
-        raise LaunchError(f"journal={journal!r}; give the path of a directory, or None")
+    if backend is not None:
+        one_of("backend", backend, ("gloo", "nccl"), LaunchError)
+    seconds("timeout", timeout, LaunchError)
+    if journal is not None:
+        path("journal", journal, LaunchError)
 
 
 def environment() -> dict[str, int]:

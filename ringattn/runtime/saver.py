@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ringattn.arguments import seconds
 from ringattn.comm.board import transferring
+from ringattn.errors import CheckpointError
 from ringattn.runtime.checkpoint import check_keep, state_of, write
 
 
@@ -29,7 +31,7 @@ class Saver:
     timeout: seconds that a rank may wait for the others while a checkpoint is written: for the slowest disk.
 
     Raises:
-        CheckpointError: keep is less than 1.
+        CheckpointError: an argument cannot be.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Saver:
         timeout: float = 600.0,
     ) -> None:
         check_keep(keep)
+        timeout = seconds("timeout", timeout, CheckpointError)
         self.directory, self.config, self.keep = Path(directory), dict(config or {}), keep
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if many else None
