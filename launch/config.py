@@ -26,8 +26,10 @@ def memory() -> int:
     """Bytes that a rank may have: of its GPU, or its share of the host."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # that of a container, a number or "max"
+    allowed = limit.read_text().strip() if limit.exists() else ""
+    return min(host, int(allowed) if allowed.isdigit() else host) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,12 @@ def test_every_flag_of_the_console_script(tmp_path: Path) -> None:
         for flag in ("--megabytes", "--repeats")
         for value in (*NUMBERS[:2], *NUMBERS[3:])
     ]
+    cases += [
+        ["report", "no such folder"],
+        ["report", "--out", ""],
+        ["report", "--out", "/dev/null/x"],
+        ["report", "--to", "x"],
+    ]
     first, *others = answers("ringattn", cases, tmp_path)
     assert first[1] == "end"
     for case, how, said in others:

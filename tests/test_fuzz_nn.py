@@ -1,7 +1,6 @@
 """Bad values for layers, token merging, checkpoints and the overlap measurement, as in `test_fuzz`."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +70,8 @@ STATE = (trained := model(), torch.optim.AdamW(trained.parameters()))
 STORED = dict(model=STATE[0], optimizer=STATE[1], config={"dim": 8})
 
 
-def saved(directory: str, keep: Any, **state: Any) -> None:
-    saver = Saver(directory, keep=keep)
+def saved(directory: Any, config: Any, keep: Any, timeout: Any, **state: Any) -> None:
+    saver = Saver(directory, config=config, keep=keep, timeout=timeout)
     saver.save(**state)
     saver.finish()
 
@@ -124,8 +123,8 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "damage": (checkpoint.damage, dict(checkpoint="{tmp}/step_00000003")),
     "latest": (checkpoint.latest, dict(directory="{tmp}")),
     "Saver": (
-        partial(saved, "saved"),
-        dict(step=3, keep=1, model=STORED["model"], optimizer=STORED["optimizer"]),
+        saved,
+        dict(directory="saved", config={"dim": 8}, step=3, keep=1, timeout=60.0, model=STATE[0], optimizer=STATE[1]),
     ),
 }
 

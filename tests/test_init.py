@@ -44,6 +44,11 @@ def test_a_single_rank_starts_without_torchrun() -> None:
         (dict(RANK="two"), "torchrun's environment is damaged"),
         (dict(LOCAL_WORLD_SIZE="all"), "torchrun's environment is damaged"),
         (dict(RANK=3, WORLD_SIZE=2), "RANK=3 does not lie in WORLD_SIZE=2"),
+        (dict(MASTER_PORT=-1), "MASTER_PORT=-1; must be 1 or more"),
+        (dict(MASTER_PORT=99999), "MASTER_PORT=99999; must be 65,535 or less"),
+        (dict(WORLD_SIZE="9" * 30), "WORLD_SIZE=999999999999999999999999999999; must be 1,048,576 or less"),
+        (dict(WORLD_SIZE="9" * 5000), "torchrun's environment is damaged"),
+        (dict(WORLD_SIZE=2, RANK=1, MASTER_ADDR="no.such.host.invalid"), "could not use the store at no.such.host.invalid"),
     ],
 )
 def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
-from ringattn.arguments import one_of, path, seconds
+from ringattn.arguments import count, one_of, path, seconds, shown
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
@@ -32,6 +32,7 @@ from ringattn.runtime.hosts import INTERFACE, address, cut_off
 
 AXIS = "sequence"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+MOST_RANKS = 1 << 20
 REACH = 5.0  # seconds in which a host must answer
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
 # process aborts instead of exiting.
@@ -93,9 +94,13 @@ def environment() -> dict[str, int]:
         env = {name: int(os.environ[name]) for name in names}
         env["LOCAL_WORLD_SIZE"] = int(os.environ.get("LOCAL_WORLD_SIZE", env["LOCAL_RANK"] + 1))
     except ValueError as error:
-        raise LaunchError(f"torchrun's environment is damaged ({error}); {LAUNCH_HINT}") from error
+        raise LaunchError(f"torchrun's environment is damaged ({shown(error)}); {LAUNCH_HINT}") from error
+    count("WORLD_SIZE", env["WORLD_SIZE"], LaunchError, most=MOST_RANKS)
+    count("MASTER_PORT", env["MASTER_PORT"], LaunchError, most=65535)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        count(name, env[name], LaunchError, least=int(name == "LOCAL_WORLD_SIZE"), most=MOST_RANKS)
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
-        raise LaunchError(f"RANK={env['RANK']} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
+        raise LaunchError(f"RANK={shown(env['RANK'])} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
     address()  # a wrong interface is told here, not by a connection that never comes
     return env
 
@@ -114,6 +119,7 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
     # Under torchrun the agent hosts the store; without it rank 0 must.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], env["MASTER_PORT"]
+    said = host if len(host) < 200 else shown(host)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
@@ -130,7 +136,7 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
             else "is rank 0 running, and is this address right and reachable from here?"
         )
         raise LaunchError(
-            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {host}:{port} (MASTER_ADDR, MASTER_PORT) "
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {said}:{port} (MASTER_ADDR, MASTER_PORT) "
             f"within {timeout:.0f} s: {cure} The backend says: {_first_line(error)}"
         ) from error
     attempt = os.environ.get(ATTEMPT, "0")

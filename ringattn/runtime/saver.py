@@ -21,7 +21,8 @@ import torch.distributed as dist
 from ringattn.arguments import seconds
 from ringattn.comm.board import transferring
 from ringattn.errors import CheckpointError
-from ringattn.runtime.checkpoint import check_keep, state_of, write
+from ringattn.runtime.checkpoint import fit, state_of, write
+from ringattn.runtime.ranks import all_fit
 
 
 class Saver:
@@ -42,8 +43,12 @@ class Saver:
         keep: int = 2,
         timeout: float = 600.0,
     ) -> None:
-        check_keep(keep)
-        timeout = seconds("timeout", timeout, CheckpointError)
+
+        def check() -> None:
+            fit(directory, config, keep=keep)
+            seconds("timeout", timeout, CheckpointError)
+
+        all_fit(check)
         self.directory, self.config, self.keep = Path(directory), dict(config or {}), keep
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if many else None
@@ -54,12 +59,14 @@ class Saver:
         """Begin to write the state as it is now, once the checkpoint before is complete; collective.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written. Raised on every rank; nothing new has begun.
+            CheckpointError: the checkpoint before could not be written, or an argument cannot be. Raised on every rank; nothing
+                new has begun.
             CommError: as `finish`.
         """
         self.finish()
+        all_fit(lambda: fit(self.directory, self.config, (model, optimizer), step=step))
         state = copied(state_of(model, optimizer))
-        self._writing = self._thread.submit(write, self.directory, step, state, self.config, self.keep, self._group)
+        self._writing = self._thread.submit(write, self.directory, int(step), state, self.config, self.keep, self._group)
 
     def finish(self) -> Path | None:
         """Wait for the checkpoint that is being written, and return its path; None if there is none; collective.
