@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
+from ringattn.arguments import complaint
 from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.journal import note
@@ -43,7 +44,8 @@ from ringattn.runtime.saver import Saver
 
 def main(config: TrainConfig) -> None:
     mesh = ringattn.init(journal=config.journal)
-    config.check(mesh.size())
+    group = mesh.get_group() if mesh.size() > 1 else None
+    agree(group, {"call": "flags"}, complaint(lambda: config.check(mesh.size())))
     speaks = mesh.get_local_rank() == 0
     topology = "cpu" if mesh.device_type == "cpu" else None
     plan = make_plan(

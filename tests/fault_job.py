@@ -94,6 +94,12 @@ def prepare() -> None:
             exhaust()
         case "sleep":
             sleep()
+        case "be told to end":
+            signalled(signal.SIGTERM)
+            time.sleep(30)
+        case "leave":
+            note()
+            sys.exit(0)
 
 
 if __name__ == "__main__":

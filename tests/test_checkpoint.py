@@ -61,6 +61,32 @@ def test_the_newest_complete_checkpoint_is_the_latest_and_old_ones_go(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000010", "step_00000100", "step_00000200"]
 
 
+def test_what_was_just_saved_stays_whatever_else_there_is(tmp_path):
+    for step in (100, 110, 55, 56):
+        path = checkpoint.save(tmp_path, step, *training(), keep=2)
+        assert path.is_dir() and checkpoint.damage(path) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000056", "step_00000110"]
+
+
+def test_a_job_that_dies_between_two_renames_loses_nothing(tmp_path, monkeypatch):
+    path, rename = checkpoint.save(tmp_path, 1, *training(), keep=1), Path.rename
+
+    def dies(self, target):
+        if target == path:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 1, *training(), keep=1)
+    monkeypatch.undo()
+    assert not path.exists() and checkpoint.resume(tmp_path, *training()) == 1
+    checkpoint.save(tmp_path, 2, *training(), keep=2)
+    assert [p.name for p in (checkpoint.latest(tmp_path),)] == ["step_00000002"]
+    checkpoint.save(tmp_path, 1, *training(), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
 def test_a_step_can_be_saved_again(tmp_path):
     model, optimizer = training()
     checkpoint.save(tmp_path, 1, model, optimizer)
@@ -113,6 +139,11 @@ def test_resume_takes_the_newest_sound_one(tmp_path):
         assert checkpoint.resume(tmp_path, *training()) == 1
     assert "step_00000003 is damaged" in str(told[0].message) and "distcp has digest" in str(told[0].message)
     assert any("step_00000002 is damaged" in str(one.message) and "is missing" in str(one.message) for one in told)
+    (paths[1] / "__0_0.distcp").mkdir()  # cannot be read
+    assert "s a directory" in checkpoint.damage(paths[1])
+    with pytest.raises(CheckpointError, match=r"step_00000003 is incomplete: .*Error.*use the one before it"):
+        (paths[2] / ".metadata").write_bytes((paths[2] / ".metadata").read_bytes()[:-9])
+        checkpoint.load(paths[2], *training())
     (paths[0] / ".metadata").write_text("")
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match=r"no checkpoint in .* is sound: .*step_00000001"):
         checkpoint.resume(tmp_path, *training())
@@ -222,6 +253,35 @@ def load_on_ranks(rank: int, directory: Path) -> tuple[list[float], list[float]]
         checkpoint.load(path, model, optimizer)
     assert checkpoint.load(path, model, optimizer, any_world=True) == 5
     return torch.rand(2).tolist(), model[0].bias.tolist()
+
+
+def apart(rank: int, directory: Path) -> list[str]:
+    """What is wrong on one rank, or differs between them, is raised on both and costs nothing."""
+    sound = checkpoint.save(directory, 1, *training(), config=CONFIG, keep=1)
+    calls = (
+        lambda: checkpoint.save(directory / f"of rank {rank}", 2, *training(), keep=1),
+        lambda: checkpoint.save(directory / f"of rank {rank}", 2, *training(), keep=1),
+        lambda: checkpoint.save(directory, 2 + rank, *training(), keep=1),
+        lambda: checkpoint.load(sound, *training(), config=CONFIG if rank == 0 else {"dim": 5}),
+        lambda: checkpoint.load(sound if rank == 0 else directory / "elsewhere", *training(), config=CONFIG),
+    )
+    said = []
+    for call in calls:
+        try:
+            call()
+            said.append("no error")
+        except CheckpointError as error:
+            said.append(str(error).replace(f"of rank {rank}", "its own"))
+    assert checkpoint.damage(sound) is None and checkpoint.load(sound, *training(), config=CONFIG) == 1
+    return said
+
+
+def test_ranks_that_part_ways_lose_no_checkpoint(tmp_path):
+    first, second = run_ranks(2, apart, tmp_path)
+    words = ("all ranks must write into one directory", "all ranks must write into one directory", "step is 2 on rank 0 and 3")
+    words += ("on rank 1: checkpoint", "on rank 1: there is no checkpoint")
+    for wanted, one, other in zip(words, first, second, strict=True):
+        assert wanted in one and wanted in other, (one, other)
 
 
 def fail_on_ranks(rank: int, directory: Path) -> str:

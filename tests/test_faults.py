@@ -42,10 +42,10 @@ def alone(kind: str, faulty: int, file: Path, *, told: bool = False) -> tuple[fl
     while len(ended.keys() - {faulty}) < 3 and time.monotonic() < until:
         ended |= {r: time.time() for r in range(4) if r not in ended and ranks[r].poll() is not None}
         time.sleep(0.01)
-    if kind == "sleep":  # it is alive, in code of its own, and will hear of the end when it comes to its next call
+    if (kind, faulty) in (("sleep", 2), ("stop", 0)):  # alive, in code of its own; or stopped, and nobody can read which it was
         ranks[faulty].kill()
     said = [finish(process, timeout=3) for process in ranks]
-    assert all(code not in (0, None) for code, *_ in said), said
+    assert all(said[rank][0] not in (0, None) for rank in range(4) if rank != faulty), said
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
@@ -70,7 +70,9 @@ def under_torchrun(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
     seconds = time.time() - float(file.read_text())
     code, _, err = finish(agent, timeout=3)
     assert code != 0 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    lines = [line for line in err.splitlines() if "CommError: " in line or "will not end: " in line]
+    lines = [
+        line for line in err.splitlines() if any(words in line for words in ("CommError: ", "will not end: ", "told to end"))
+    ]
     said = {r: "\n".join(line for line in lines if re.search(rf"(CommError: |^)rank {r}[,:]", line)) for r in range(4)}
     return seconds, {rank: said[rank] for rank in range(4) if rank != faulty}
 
@@ -85,12 +87,13 @@ DIES, STALLS = 3.0, DEADLINE + 3
         for number, run, kind, faulty, words, within in (
             (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES),
             (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES + 3),
-            (1, told_to_end, "kill in forward", 2, ("rank 2 (", "has died", "forward"), DIES),
+            (1, told_to_end, "kill in forward", 2, ("rank 2 (", "has died"), DIES),
             (2, alone, "kill in backward", 1, ("rank 1 (", "has died"), DIES),
             (3, alone, "kill in reduction", 3, ("rank 3 (", "has died"), DIES),
             (3, alone, "kill in all-to-all", 3, ("rank 3 (", "has died", "ulysses"), DIES),
             (4, alone, "kill in forward", 0, ("rank 0",), STALLS),
             (5, alone, "stop", 2, ("rank 2 (", "has stalled"), STALLS),
+            (5, alone, "stop", 0, ("rank 0", "the store does not answer"), STALLS),
             (5, under_torchrun, "stop", 2, ("rank 2 (", "has stalled"), DEADLINE + 10),
             (6, alone, "raise", 2, ("rank 2 (", "MemoryError: no room for k"), DIES),
             (6, under_torchrun, "raise", 2, ("rank 2 (", "MemoryError: no room for k"), DIES + 3),
@@ -99,7 +102,11 @@ DIES, STALLS = 3.0, DEADLINE + 3
             (7, alone, "exhaust", 2, ("rank 2 (", "failed", "alloc"), DIES),
         )
     ]
-    + [pytest.param(alone, "sleep", 2, ("rank 2 (", "has not come", "outside of transfers"), STALLS, id="sleep")],
+    + [
+        pytest.param(alone, "sleep", 2, ("rank 2 (", "has not come", "outside of transfers"), STALLS, id="sleep"),
+        pytest.param(alone, "be told to end", 2, ("rank 2 (", "was told to end (SIGTERM)"), STALLS, id="told"),
+        pytest.param(alone, "leave", 2, ("rank 2 (", "has left in good order"), STALLS, id="leave"),
+    ],
 )
 def test_survivors_name_the_rank_and_the_cause_in_time(
     run: Callable[..., tuple[float, Said]],

@@ -19,6 +19,7 @@ def packed(file: Path) -> dict[str, str]:
 def test_it_holds_findings_surroundings_and_the_ends_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("TORCH_HUB_TOKEN", "secret")
+    monkeypatch.setenv("SLURM_JWT", "secret")
     monkeypatch.setenv("HOME_OF_NOBODY", "elsewhere")
     run = tmp_path / "run"
     (run / "a/b/c").mkdir(parents=True)

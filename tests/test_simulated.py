@@ -106,5 +106,7 @@ def test_a_lost_message_stalls_and_says_who_waits_for_what() -> None:
     case = Case("token_ring", "contiguous", "full", "mha", 3, 12)
     e = example(HEADS["mha"], 12, MASKS["full"])
     lossy = Simulated(3, drop=lambda m: (m.src, m.dst, m.depart) == (1, 2, 1))
-    with pytest.raises(StalledError, match=r"rank 2 waits for Q0 from rank 1 to rank 2, departing in step 1.*\(forward\)"):
+    with pytest.raises(
+        StalledError, match=r"rank 2 waits for Q0 from rank 1 to rank 2, departing in step 1.*\(forward \(given\)\)"
+    ):
         simulate(case.plan(), e.q, e.k, e.v, e.dout, transport=lossy)

@@ -73,7 +73,7 @@ def agree(
         return
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))
-    number = 0 if problem else int.from_bytes(sha256(repr(said).encode()).digest()[:7], "big") + 1
+    number = 0 if problem else int.from_bytes(sha256(ascii(said).encode()).digest()[:7], "big") + 1
     numbers = [int(n) for n in _exchange(group, torch.tensor([number], dtype=torch.int64))]
     if number == 0 or set(numbers) != {number}:
         told = [*said[:1], *((name, str(value)) for name, value in behind().items()), *said[1:]]
@@ -104,7 +104,7 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
 
 
 def _words_of_all(group: dist.ProcessGroup, words: str) -> list[str]:
-    data = words.encode()[:REPORT_BYTES].ljust(REPORT_BYTES, b"\0")
+    data = words.encode(errors="backslashreplace")[:REPORT_BYTES].ljust(REPORT_BYTES, b"\0")
     reports = _exchange(group, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return [bytes(report.tolist()).rstrip(b"\0").decode(errors="replace") for report in reports]
 

@@ -1,25 +1,25 @@
 """Whose fault it is that a transfer has failed: read from the notices that ranks have put in the rendezvous store.
 
-    beat/3      what rank 3 is, does, and how often it has said so      stopped/3   another found its process stopped
+    beat/3      what rank 3 is, does, and how often it has said so      stopped/3   its process was found stopped
     failed/3    the exception that ends it                              waits/3     it misses others itself
-    left/3      it left in good order                                   told/3      it has read all it needs
-    failure     somebody has failed
+    ended/3     it was told to end                                      told/3      it has read all it needs
+    left/3      it left in good order                                   failure     somebody has failed
 
-First come exceptions, then processes of this host that have ended or been stopped; then silence, for which counts of beats are
-compared, not times, so that clocks need not agree; and last whoever is alive but elsewhere.
+Under each kind's own name stands which ranks have put one up, so that reading all of them takes two questions and not one for
+every rank. First come exceptions and processes of this host that have ended or been stopped; then silence, for which counts of
+beats are compared, not times, so that clocks need not agree; and last whoever ended or left, or is alive but elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-from torch.distributed.distributed_c10d import Store
 
 from ringattn.comm import process
 
@@ -33,14 +33,24 @@ Failed = Mapping[int, State]  # by rank
 
 @dataclass(frozen=True)
 class Notices:
-    """What ranks have put up, as one of them reads it. All that it does raises `RuntimeError` when the store is gone."""
+    """What ranks have put up, as one of them reads it. All that it does raises `RuntimeError` when the store is gone, and
+    waits for as long as the store does not answer."""
 
-    store: Store
+    store: Any  # of torch.distributed
     rank: int
     world: int
+    _kinds: set[str] = field(default_factory=set)  # that this rank has put up
 
-    def put(self, kind: str, said: State | None = None) -> None:
-        self.store.set(f"{kind}/{self.rank}", json.dumps(said or {}))
+    def put(self, kind: str, said: State | None = None, rank: int | None = None) -> None:
+        rank = self.rank if rank is None else rank
+        self.store.set(f"{kind}/{rank}", json.dumps(said or {}))
+        if kind not in self._kinds or rank != self.rank:
+            self.store.append(kind, f"{rank} ")
+            self._kinds.add(kind)
+
+    def fail(self, said: State) -> None:
+        self.put("failed", said)
+        self.store.set("failure", "1")
 
     def failure(self) -> bool:
         return bool(self.store.check(["failure"]))
@@ -51,7 +61,8 @@ class Notices:
         before, until = self._read("beat"), time.monotonic() + SILENT
         while not (failed := self.known()) and time.monotonic() < until:
             time.sleep(BEAT / 5)
-        failed = failed or self._missing(lambda one: one in before.values()) or self._missing(lambda one: one["doing"] == IDLE)
+        failed = failed or self._missing(lambda one: one in before.values()) or self._read("ended")
+        failed = failed or self._missing(lambda one: one["doing"] == IDLE) or self._read("left")
         self.heard(failed)
         return failed
 
@@ -62,10 +73,11 @@ class Notices:
     def heard(self, failed: Iterable[int]) -> None:
         """This rank has read what it needs. Rank 0 may host the store that the others still have to read: it waits for them."""
         self.store.set("failure", "1")
+        self.put("waits")  # for the others: it does not end for a reason of its own
         self.put("told")
         if self.rank == 0:
             others, until = {*range(1, self.world)} - {*failed}, time.monotonic() + SILENT
-            while others - {*self._keys("told")} - {*self._keys("left")} and time.monotonic() < until:
+            while others - self._ranks("told") - self._ranks("left") - self._ranks("ended") and time.monotonic() < until:
                 time.sleep(BEAT / 5)
 
     def _halted(self) -> Failed:
@@ -75,22 +87,24 @@ class Notices:
         halted = {rank: one for rank, one in states.items() if one["state"] in (*process.ENDED, *process.STOPPED)}
         for rank, one in halted.items():
             if one["state"] in process.STOPPED:
-                self.store.set(f"stopped/{rank}", json.dumps(one))
-                os.kill(one["pid"], signal.SIGKILL)
-        return halted | self._read("stopped")  # read last: another rank may have killed it a moment ago
+                self.put("stopped", one, rank)
+                with contextlib.suppress(OSError):  # another has killed it a moment ago
+                    os.kill(one["pid"], signal.SIGKILL)
+        return halted | self._read("stopped")  # read last, for the same reason
 
     def _missing(self, is_missing: Callable[[State], bool]) -> dict[int, State]:
-        """Of the ranks that neither have left nor wait for others themselves, those of whom `is_missing` says so."""
-        excused = {*self._keys("left"), *self._keys("waits")}
-        return {rank: one for rank, one in self._read("beat").items() if is_missing(one) and rank not in excused}
+        """Of the ranks that have neither left nor ended nor wait for others themselves, those of whom `is_missing` says so."""
+        excused = self._ranks("left") | self._ranks("ended") | self._ranks("waits")
+        return {rank: one for rank, one in self._read("beat").items() if rank not in excused and is_missing(one)}
 
     def _read(self, kind: str) -> dict[int, State]:
-        return {rank: json.loads(self.store.get(key)) for rank, key in self._keys(kind).items()}
+        ranks = sorted(self._ranks(kind))
+        found = self.store.multi_get([f"{kind}/{rank}" for rank in ranks]) if ranks else []
+        return {rank: json.loads(said) for rank, said in zip(ranks, found, strict=True)}
 
-    def _keys(self, kind: str) -> dict[int, str]:
-        """Those that other ranks have put up."""
-        keys = {rank: f"{kind}/{rank}" for rank in range(self.world) if rank != self.rank}
-        return {rank: key for rank, key in keys.items() if self.store.check([key])}
+    def _ranks(self, kind: str) -> set[int]:
+        """Those of the others that have put one up."""
+        return set(map(int, self.store.get(kind).split())) - {self.rank} if self.store.check([kind]) else set()
 
 
 def named(failed: Failed) -> str:
@@ -102,7 +116,9 @@ def _cause(one: State) -> str:
     if "cause" in one:
         return f"failed {one['doing']}: {one['cause']}"
     state = process.state(one)
-    if state in process.ENDED:
+    if "how" in one:
+        how = one["how"]
+    elif state in process.ENDED:
         how = "has died"
     elif state in process.STOPPED:
         how = "has stalled"

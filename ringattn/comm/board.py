@@ -4,14 +4,16 @@ A backend's error names no rank: "Connection closed by peer" is said of the neig
 first. So each rank beats on the board, several times a second, saying what it is doing; writes down the exception that ends
 it; and when a transfer fails, looks whose fault it is (see `blame`). Nobody reads anything while all goes well.
 
-A thread does the beating, over a connection of its own. It also ends this process, stacks dumped, when the board tells of a
-failure and the main thread still waits for a transfer, as a rank may whose own neighbours are alive; and it sees to a SIGTERM
-that comes meanwhile (see `farewell`).
+Two threads serve it. One beats and reads, over a connection of its own. The other ends this process, stacks dumped, when the
+board tells of a failure and the main thread still waits for a transfer, as a rank may whose own neighbours are alive; and it
+sees to a SIGTERM that comes meanwhile (see `farewell`). It never waits for the store longer than it should, as the host of the
+store may have been stopped.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import math
 import os
@@ -21,19 +23,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 from ringattn.comm import process
-from ringattn.comm.blame import BEAT, IDLE, Failed, Notices, State, named
+from ringattn.comm.blame import BEAT, IDLE, SILENT, Failed, Notices, State, named
 from ringattn.comm.farewell import Farewell
 from ringattn.comm.journal import note
 from ringattn.errors import CommError, RingAttnError
 
+ANSWER = 2 * SILENT + 0.2  # seconds that whoever asks the board waits for an answer
 GRACE = 1.4  # seconds after which a rank that still waits, though another has failed, is ended
 LEAVING = 10.0  # in which a process that a CommError ends must have ended: other threads may wait for the same peer
 PATIENCE = 2.0  # in which a rank that is told to end may say whom it misses
@@ -90,19 +95,28 @@ class Board:
     doing: tuple[Any, ...] | None = None
     lost: bool = False
     beats: int = 0
+    _failure: bool = False  # whether the board told of one, at the last beat
+    _answering: bool = False  # a question, which may take its time
+    _answered: float = field(default_factory=time.monotonic)  # when the store did so last
     _leaves_at: float = math.inf
     _farewell: Farewell = field(default_factory=Farewell)
+    _questions: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue)
     _closed: threading.Event = field(default_factory=threading.Event)
+    _group: Any = field(default_factory=lambda: ref(dist.group.WORLD))
 
     def begin(self) -> None:
         os.register_at_fork(after_in_child=self._closed.set)  # a child has neither a rank nor a connection of its own
-        self._put("beat", self._state())
-        threading.Thread(target=self._live, name="ringattn board", daemon=True).start()
+        self.notices.put("beat", self._state())
+        for part in (self._write, self._watch):
+            threading.Thread(target=part, name="ringattn board", daemon=True).start()
         before = sys.excepthook
 
         def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if isinstance(error, CommError):  # which is of another rank's making
+            if isinstance(error, CommError):
                 self._leaves_at = time.monotonic() + LEAVING
+            elif _is_of_a_lost_peer(error):  # in a collective of somebody else's
+                self._leaves_at = time.monotonic() + LEAVING
+                print(f"rank {self.notices.rank}: {self.explain()}", file=sys.stderr, flush=True)
             else:
                 self.report(f"{kind.__name__}: {error}")
             before(kind, error, trace)
@@ -112,74 +126,107 @@ class Board:
 
     def end(self) -> None:
         """This rank leaves in good order; it is neither dead nor waited for."""
-        self._put("left")
+        said = {**self._state(), "how": "has left in good order and will not come"}
+        self._ask(partial(self.notices.put, "left", said), None)
         self._closed.set()
         self._farewell.forget()
 
     def report(self, cause: str) -> None:
         """This rank fails, for a reason of its own."""
         note("failed", error=cause)
-        self._put("failed", {**self._state(), "cause": cause})
-        self._open(lambda: self.notices.store.set("failure", "1"), None)
+        self._ask(partial(self.notices.fail, {**self._state(), "cause": cause}), None)
 
     def explain(self) -> str:
         """Which ranks have failed and why, in words; empty where it can't be told. Takes up to three seconds."""
         self.doing, self.lost = None, True
-        try:
-            return named(self.notices.find())
-        except RuntimeError:
-            return "the store is gone too, and with it the process that hosts it: torchrun's agent, or else rank 0"
+        gone = (
+            "the store does not answer: what hosts it (torchrun's agent, or else rank 0) has ended, is stopped or out of reach"
+        )
+        found: str = self._ask(lambda: named(self.notices.find()), gone)
+        return found
 
-    def _live(self) -> None:
-        waited, since = None, 0.0
-        while dist.is_initialized():  # then the job is done, and with it perhaps the store
-            self._farewell.wait(BEAT)
-            self.beats += 1
-            doing = self.doing
-            self._put("beat", self._state())
-            if doing is None or doing is not waited:
-                waited, since = doing, time.monotonic()
-            if self._farewell.told:
-                self._end_as_told(doing)
-            elif doing and time.monotonic() - since > GRACE and self._open(self.notices.failure, False):
-                self._leave(f"{_words(doing)} will not end: {self.explain()}")
-            elif time.monotonic() > self._leaves_at:
-                self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
+    def _write(self) -> None:
+        """The thread that beats, and alone touches the store: asks it what others want to know, and answers them."""
+        with contextlib.suppress(RuntimeError):  # the store's host has gone; whoever waits for a peer will say so
+            while self._in_group() and not self._closed.is_set():
+                try:
+                    question = self._questions.get(timeout=BEAT)
+                except Empty:
+                    self.beats += 1
+                    self.notices.put("beat", self._state())
+                    self._failure = self.doing is not None and self.notices.failure()
+                else:
+                    self._answering = True
+                    question()
+                    self._answering = False
+                self._answered = time.monotonic()
         self._closed.set()
-        self._farewell.forget()
+
+    def _watch(self) -> None:
+        waited, since = None, 0.0
+        try:
+            while self._in_group():
+                self._farewell.wait(BEAT)
+                doing = self.doing
+                if doing is None or doing is not waited:
+                    waited, since = doing, time.monotonic()
+                if self._farewell.told:
+                    self._end_as_told(doing)
+                elif doing and self._failure and time.monotonic() - since > GRACE:
+                    self._leave(f"{_words(doing)} will not end: {self.explain()}")
+                elif time.monotonic() > self._leaves_at:
+                    self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
+            if self._farewell.told:
+                self._farewell.take(f"rank {self.notices.rank}: told to end (SIGTERM)")
+        finally:
+            self._closed.set()
+            self._farewell.forget()
 
     def _end_as_told(self, doing: tuple[Any, ...] | None) -> None:
         """By SIGTERM; but if it comes because another rank has failed, with that rank's name."""
         said = f"told to end (SIGTERM) {_words(doing)}"
-        self._put("waits")  # for others: this rank does not end for a reason of its own
         nobody: Failed = {}
-        if not self.lost and (failed := self._open(self.notices.known, nobody)):
-            self._open(lambda: self.notices.heard(failed), None)
+        if not self.lost and (failed := self._ask(self.notices.known, nobody, PATIENCE / 2)):
+            self._ask(partial(self.notices.heard, failed), None)
             self._leave(f"{said}: {named(failed)}")
         waits = not self._closed.is_set() and (doing is not None or self.lost)
         if self._farewell.due(PATIENCE if waits else 0.0):
+            ended = {**self._state(), "how": "was told to end (SIGTERM)"}
+            self._ask(partial(self.notices.put, "ended", ended), None, PATIENCE / 2)
             self._farewell.take(f"rank {self.notices.rank}: {said}")
 
     def _leave(self, why: str) -> NoReturn:
-        said = f"rank {self.notices.rank}: {why}"
-        note("failed", error=said)
-        print(said, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(EXIT_CODE)
+        try:
+            said = f"rank {self.notices.rank}: {why}"
+            note("failed", error=said)
+            print(said, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        finally:  # also where stderr is gone
+            os._exit(EXIT_CODE)
 
     def _state(self) -> State:
         return {**process.own(), "beats": self.beats, "doing": _words(self.doing)}
 
-    def _put(self, kind: str, said: State | None = None) -> None:
-        self._open(lambda: self.notices.put(kind, said), None)
+    def _in_group(self) -> bool:
+        """Whether the job goes on, and so perhaps the store."""
+        return dist.is_initialized() and dist.group.WORLD is self._group()
 
-    def _open(self, action: Callable[[], Any], otherwise: Any) -> Any:
-        """What `action` finds on the board; `otherwise` if it is closed, or the store's host has gone."""
-        try:
-            return otherwise if self._closed.is_set() else action()
-        except RuntimeError:  # whoever waits for a peer will say so
-            self._closed.set()
-            return otherwise
+    def _ask(self, question: Callable[[], Any], otherwise: Any, seconds: float = ANSWER) -> Any:
+        """The board's answer; `otherwise` if it is closed, its store is gone, or none comes in time, which closes it."""
+        answers: list[Any] = []
+        self._questions.put(lambda: answers.append(question()))
+        until = time.monotonic() + seconds
+        while not answers and not self._closed.wait(0.01):
+            silent = not self._answering and time.monotonic() - self._answered > ANSWER  # not even a beat came through
+            if silent or time.monotonic() > until or not self._in_group():
+                self._closed.set()
+        return answers[0] if answers else otherwise
+
+
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Whether it is a backend's error that another rank has caused."""
+    lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
 
 
 def _words(doing: tuple[Any, ...] | None) -> str:

@@ -9,7 +9,6 @@ is made, and nobody has taken it over since.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -19,6 +18,8 @@ from typing import NoReturn
 
 from ringattn.comm.journal import note
 
+IMPATIENT = 0.1  # seconds between looks, once the signal has come
+
 
 class Farewell:
     """Whether this process has been told to end, where that is ours to see to. To be made in the main thread."""
@@ -27,9 +28,15 @@ class Farewell:
         self._heard = 0.0  # when; 0 if never
         self._over = True
         self._ear, self._mouth = socket.socketpair()
-        self._ear.setblocking(False)
         self._mouth.setblocking(False)
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGTERM)
+        former = getattr(handler, "__self__", None)  # that of an earlier group, which only the main thread can put away
+        if isinstance(former, Farewell) and former._over:
+            former._restore()
+            handler = signal.SIG_DFL
+        if handler is signal.SIG_DFL:
             before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
             if before == -1:
                 signal.signal(signal.SIGTERM, self._hear)
@@ -44,13 +51,16 @@ class Farewell:
 
     def wait(self, seconds: float) -> None:
         """Return when so much time has passed, or as soon as the signal comes."""
-        select.select([self._ear], [], [], min(seconds, 0.1) if self.told else seconds)
-        try:
-            numbers = self._ear.recv(64)
-        except BlockingIOError:
-            return
-        if signal.SIGTERM in numbers and not self._over and signal.getsignal(signal.SIGTERM) == self._hear:
-            self._heard = self._heard or time.monotonic()
+        until = time.monotonic() + (min(seconds, IMPATIENT) if self.told else seconds)
+        while (left := until - time.monotonic()) > 0:
+            self._ear.settimeout(left)
+            try:
+                numbers = self._ear.recv(64)
+            except TimeoutError:
+                return
+            if signal.SIGTERM in numbers and not self._over and signal.getsignal(signal.SIGTERM) == self._hear:
+                self._heard = self._heard or time.monotonic()
+                return
 
     def due(self, patience: float) -> bool:
         """Whether the signal came that many seconds ago."""
@@ -58,18 +68,23 @@ class Farewell:
 
     def take(self, said: str) -> NoReturn:
         """End this process, with the status that a shell gives to one that the signal has ended."""
-        note("told to end", said=said)
-        print(said, file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGTERM)
+        try:
+            note("told to end", said=said)
+            print(said, file=sys.stderr, flush=True)
+        finally:
+            os._exit(128 + signal.SIGTERM)
 
     def forget(self) -> None:
         """From now on the signal does what it does by default."""
         if not self._over:
             self._over = True
             if threading.current_thread() is threading.main_thread():
-                signal.set_wakeup_fd(-1)
-                if signal.getsignal(signal.SIGTERM) == self._hear:
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                self._restore()
+
+    def _restore(self) -> None:
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) == self._hear:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _hear(self, *_: object) -> None:
         """In the main thread, when it comes to it: after the board's thread, unless somebody has taken the socket away."""

@@ -1,7 +1,7 @@
 """What Linux tells of a process of this host: whether it lives, has ended, or has been stopped.
 
-A process is known by host, number and time of birth, since numbers are given to others in time. Of other hosts nothing is told,
-and nothing where there is no /proc.
+A process is known by host, container, number and time of birth, since numbers are given to others in time. Of others nothing is
+told, and nothing where there is no /proc.
 """
 
 from __future__ import annotations
@@ -18,17 +18,25 @@ BORN = 19  # where /proc/PID/stat has the time of birth, counted from the state
 
 def own() -> dict[str, Any]:
     """This process."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _stat("self")[BORN:][:1]}
+    return {"host": socket.gethostname(), "within": _within(), "pid": os.getpid(), "born": _stat("self")[BORN:][:1]}
 
 
 def state(one: Mapping[str, Any]) -> str:
     """The letter that Linux has for the state of a process, X if it is gone; where one has been noted, that."""
     if "state" in one:
         return str(one["state"])
-    if one["host"] != socket.gethostname() or not one["born"]:
+    if one["host"] != socket.gethostname() or one["within"] != _within() or not one["born"]:
         return UNKNOWN
     found = _stat(one["pid"])
     return found[0] if found[BORN:][:1] == one["born"] else "X"
+
+
+def _within() -> str:
+    """What numbers of processes are counted in: containers may share a host's name, but not these."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _stat(pid: int | str) -> list[str]:

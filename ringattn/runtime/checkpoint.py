@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
@@ -33,8 +33,10 @@ from ringattn.arguments import path as path_of
 from ringattn.comm.journal import note
 from ringattn.errors import CheckpointError
 from ringattn.runtime.folder import about as about_of
-from ringattn.runtime.folder import changed, clear, complete, publish
-from ringattn.runtime.ranks import all_fit, from_first_rank, of_all, on_first_rank, rank, together, world
+from ringattn.runtime.folder import changed, clear, complete, digests, publish
+from ringattn.runtime.ranks import agreed, from_first_rank, joined, of_all, on_first_rank, rank, together, world
+
+INSTEAD = "use the one before it, or start anew"
 
 
 def save(
@@ -59,7 +61,7 @@ def save(
         CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
         CommError: a rank died or stalled meanwhile; earlier checkpoints are untouched.
     """
-    all_fit(lambda: fit(directory, config, (model, optimizer), step=step, keep=keep))
+    agreed(lambda: fit(directory, config, (model, optimizer), step=step, keep=keep), step=step, keep=keep)
     state = state_of(model, optimizer)
     with together("saving a checkpoint", directory):
         return write(Path(directory), int(step), state, dict(config or {}), keep)
@@ -87,8 +89,10 @@ def write(
             f"cannot write checkpoint {partial}, {free / 1e6:,.1f} MB were left free there: {_reasons(error)}. What was saved "
             "before is untouched"
         ) from error
-    about = {"step": step, "world": world(), "config": dict(config)}
-    on_first_rank(lambda: publish(partial, final, about, keep), f"cannot complete checkpoint {final}", group)
+    wrong = f"cannot complete checkpoint {final}"
+    files = joined(lambda: digests(partial, rank()), wrong, group)
+    about = {"step": step, "world": world(), "config": dict(config), "files": files}
+    on_first_rank(lambda: publish(partial, final, about, keep), wrong, group)
     note("saved", checkpoint=final)
     return final
 
@@ -114,8 +118,8 @@ def resume(
     Raises:
         CheckpointError: there are checkpoints, but none is sound, or the newest sound one is of another `config` or model.
     """
-    all_fit(lambda: fit(directory, config, (model, optimizer), any_world=any_world))
-    found = from_first_rank(lambda: list(map(str, complete(Path(directory)))))
+    agreed(lambda: fit(directory, config, (model, optimizer), any_world=any_world))
+    found = from_first_rank(lambda: list(map(str, complete(Path(directory)))), f"cannot look into {directory}")
     for checkpoint in reversed(found):
         problem = damage(checkpoint)
         if problem is None:
@@ -128,13 +132,14 @@ def resume(
 
 def damage(checkpoint: str | Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; collective, and every rank reads its share of them."""
-    checkpoint = path_of("checkpoint", checkpoint, CheckpointError)
     try:
+        checkpoint = path_of("checkpoint", checkpoint, CheckpointError)
         noted = sorted(about_of(checkpoint)["files"].items())
         own = changed(checkpoint, dict(noted[rank() :: world()]))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         own = str(error)
-    return next((said for said in of_all(own) if said), None)
+    with together("comparing digests", checkpoint):
+        return next((said for said in of_all(own) if said), None)
 
 
 def load(
@@ -154,34 +159,42 @@ def load(
         CheckpointError: there is none at this path, it is incomplete, or it was made with another `config`, another model, or
             (without `any_world`) another number of ranks. Digests are compared by `resume` and `damage`, which read every byte.
     """
-    all_fit(lambda: fit(checkpoint, config, (model, optimizer), any_world=any_world))
+    agreed(lambda: fit(checkpoint, config, (model, optimizer), any_world=any_world))
     checkpoint = Path(checkpoint)
-    about = about_of(checkpoint)
-    _compare(checkpoint, json.loads(json.dumps(dict(config or {}))), about["config"])
-    if about["world"] != world() and not any_world:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} was made by {about['world']} ranks and this job has {world()}: what follows would "
-            "differ in its last bits. Start as many ranks, or pass any_world=True (to launch/train.py: --any-world)"
-        )
+    about = agreed(lambda: _loadable(checkpoint, model, dict(config or {}), any_world))
     state = state_of(model, optimizer, ranks=about["world"])
     try:
-        stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-        if unknown := [key for key in stored if key.startswith("model.") and key.removeprefix("model.") not in state["model"]]:
-            raise CheckpointError(
-                f"checkpoint {checkpoint} holds more than this model has: {unknown[0]} and {len(unknown) - 1} more"
-            )
         with together("loading a checkpoint", checkpoint):
             read_state(state, checkpoint_id=checkpoint)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} is incomplete: {error}; use the one before it, or start anew"
-        ) from error
+        raise CheckpointError(f"checkpoint {checkpoint} is incomplete: {error}; {INSTEAD}") from error
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {checkpoint} cannot be loaded into this model: {_reasons(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     _set_random(state["random"][_random_key(about["world"])])
     note("resumed", checkpoint=checkpoint)
     return int(about["step"])
+
+
+def _loadable(checkpoint: Path, model: torch.nn.Module, config: Mapping[str, Any], any_world: bool) -> dict[str, Any]:
+    """What is noted of a checkpoint that is of this `config`, world and model; raises `CheckpointError` of any other."""
+    about = about_of(checkpoint)
+    _compare(checkpoint, json.loads(json.dumps(config)), about["config"])
+    if about["world"] != world() and not any_world:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} was made by {about['world']} ranks and this job has {world()}: what follows would "
+            "differ in its last bits. Start as many ranks, or pass any_world=True (to launch/train.py: --any-world)"
+        )
+    try:
+        stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # pickle's own, and whatever a damaged pickle calls
+        raise CheckpointError(f"checkpoint {checkpoint} is incomplete: {shown(error)}; {INSTEAD}") from error
+    names = {f"model.{name}" for name in get_model_state_dict(model)}
+    if unknown := [key for key in stored if key.startswith("model.") and key not in names]:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} holds more than this model has: {unknown[0]} and {len(unknown) - 1} more"
+        )
+    return about
 
 
 def fit(

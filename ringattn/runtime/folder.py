@@ -7,41 +7,61 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
 from ringattn.errors import CheckpointError
 
-ABOUT = "ringattn.json"
+ABOUT, METADATA = "ringattn.json", ".metadata"
+BEFORE = ".before"  # of the same step, until the new one is in its place
 
 
 def clear(directory: Path) -> None:
     """Make `directory`, and remove what jobs that died have left in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    for left_over in directory.glob(".step_*"):
+    for left_over in {*directory.glob(".step_*")} - {*complete(directory)}:
         shutil.rmtree(left_over)
 
 
-def publish(partial: Path, final: Path, about: Mapping[str, Any], keep: int) -> None:
-    """Give a folder that is written its final name, and remove all but the `keep` newest."""
-    files = {path.name: digest(path) for path in sorted(partial.iterdir())}
+def publish(partial: Path, final: Path, noted: Mapping[str, Any], keep: int) -> None:
+    """Give a folder that is written its final name, and remove all but the `keep` newest, of which it is one.
+
+    Raises `OSError` if it lacks a file, or cannot be renamed.
+    """
+    if missing := [name for name in sorted(_needed(partial)) if not (partial / name).exists()]:
+        raise OSError(f"{missing[0]} is missing: all ranks must write into one directory, on a file system they share")
     with (partial / ABOUT).open("w") as file:
-        json.dump({**about, "files": files}, file, indent=1)
+        json.dump(noted, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():  # the same step again, after a resume from before it
-        shutil.rmtree(final)
+    if final.exists():  # the same step again, after a resume from before it: at no time is there neither
+        final.rename(partial.with_suffix(BEFORE))
     partial.rename(final)
-    for old in complete(final.parent)[:-keep]:
-        shutil.rmtree(old)
+    others = [path for path in complete(final.parent) if path != final]
+    for old in [*final.parent.glob(f".step_*{BEFORE}"), *others[: max(0, len(others) + 1 - keep)]]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            warnings.warn(f"old checkpoint {old} cannot be removed: {error}", stacklevel=2)
+
+
+def _needed(partial: Path) -> set[str]:
+    """The files that a checkpoint's metadata tells of, and that of the metadata."""
+    stored = FileSystemReader(partial).read_metadata().storage_data or {}
+    return {entry.relative_path for entry in stored.values()} | {METADATA}
 
 
 def complete(directory: Path) -> list[Path]:
-    """Those that have a final name, oldest first."""
-    return sorted(
-        path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and (path / ABOUT).exists()
-    )
+    """Those that have a final name, oldest first; and one that a job which died a moment before had just lost it to another."""
+    found = {path.name: path for path in directory.glob("step_*")}
+    for path in directory.glob(f".step_*{BEFORE}"):
+        found.setdefault(path.name[1:].removesuffix(BEFORE), path)
+    steps = {int(name[5:]): path for name, path in found.items() if re.fullmatch(r"step_\d{8,}", name)}
+    return [path for _, path in sorted(steps.items()) if (path / ABOUT).exists()]
 
 
 def about(checkpoint: Path) -> dict[str, Any]:
@@ -66,6 +86,12 @@ def changed(checkpoint: Path, files: Mapping[str, str]) -> str | None:
             how = "is missing" if found == "missing" else f"has digest {found}, {noted} when it was written"
             return f"checkpoint {checkpoint} is damaged: {name} {how}"
     return None
+
+
+def digests(partial: Path, rank: int) -> dict[str, str]:
+    """Of the files that `rank` has written: each reads its own."""
+    own = [*partial.glob(f"__{rank}_*"), *([partial / METADATA] if rank == 0 else [])]
+    return {path.name: digest(path) for path in own if path.exists()}
 
 
 def digest(path: Path) -> str:

@@ -27,10 +27,7 @@ def address() -> str:
     """IPv4 address that gloo will tell the others. Raises `LaunchError` if GLOO_SOCKET_IFNAME names no interface with one."""
     name = os.environ.get(INTERFACE, "").split(",")[0]
     if not name:
-        try:
-            return socket.gethostbyname(socket.gethostname())
-        except OSError:
-            return "127.0.0.1"  # so does gloo
+        return _of_name()
     there = [known for _, known in socket.if_nameindex()]
     if name not in there:
         raise LaunchError(f"{INTERFACE}={name}: this host ({socket.gethostname()}) has {', '.join(there)}; name one of these")
@@ -40,6 +37,17 @@ def address() -> str:
         except OSError as error:
             raise LaunchError(f"{INTERFACE}={name}: this interface has no IPv4 address; name one that has") from error
     return socket.inet_ntoa(found[20:24])
+
+
+def _of_name() -> str:
+    """What this host's name stands for; the loopback address where that is none of this host's, as gloo has it."""
+    try:
+        found = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as trying:
+            trying.bind((found, 0))
+    except OSError:
+        return "127.0.0.1"
+    return found
 
 
 def unreachable(store: Store, rank: int, peers: Iterable[int], timeout: float) -> dict[int, str]:

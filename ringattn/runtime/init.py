@@ -173,7 +173,7 @@ def _join(backend: str, env: Mapping[str, int], timeout: float) -> None:
             apart = cut_off(PrefixStore("ringattn/reach", store), env["RANK"], env["WORLD_SIZE"], min(timeout, REACH))
         if not apart:
             dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have come but could not connect to each "
             f"other within {timeout:.0f} s; `ringattn doctor` under the same torchrun says who cannot reach whom, and "

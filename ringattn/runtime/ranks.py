@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TypeVar
 
 import torch.distributed as dist
 
-from ringattn.arguments import complaint
+from ringattn.arguments import complaint, shown
 from ringattn.comm.board import transferring
 from ringattn.errors import CheckpointError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -26,23 +28,46 @@ def together(doing: str, about: object = "") -> AbstractContextManager[None]:
     return transferring(doing, f"rank {rank()}: {doing} {{about}} failed", about)
 
 
-def of_all(own: str | None) -> list[str | None]:
-    """What every rank says."""
-    everyone = [own]
-    if world() > 1:
-        everyone = [None] * world()
-        with together("comparing notes"):
-            dist.all_gather_object(everyone, own)
+def of_all(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What every rank has, by rank."""
+    if world() == 1:
+        return [own]
+    everyone: list[T] = [own] * world()
+    dist.all_gather_object(everyone, own, group=group)
     return everyone
 
 
-def all_fit(check: Callable[[], object]) -> None:
-    """Raise what `check` raises on any rank on all of them: the others would wait for it."""
-    everyone = of_all(complaint(check))
-    wrong = {number: said for number, said in enumerate(everyone) if said}
-    if wrong:
-        number, said = min(wrong.items())
-        raise CheckpointError(said if world() == 1 or len(set(everyone)) == 1 else f"on rank {number}: {said}")
+def agreed(action: Callable[[], T], **same: object) -> T:
+    """What `action` finds on this rank. What it raises on any rank is raised on all, which would wait for that one else; and so
+    is `CheckpointError` where the values of `same` differ."""
+    found: list[T] = []
+    problem = complaint(lambda: found.append(action()))
+    with together("comparing what ranks are to do"):
+        everyone = of_all((problem, {name: shown(value) for name, value in same.items()}))
+    problems = [said for said, _ in everyone]
+    for number, said in enumerate(problems):
+        if said:
+            raise CheckpointError(said if len(set(problems)) == 1 else f"on rank {number}: {said}")
+    for name in same:
+        first, *others = (values[name] for _, values in everyone)
+        for number, other in enumerate(others, start=1):
+            if other != first:
+                raise CheckpointError(f"{name} is {first} on rank 0 and {other} on rank {number}; pass the same on every rank")
+    return found[0]
+
+
+def joined(action: Callable[[], dict[str, T]], failure: str, group: dist.ProcessGroup | None = None) -> dict[str, T]:
+    """What all ranks find together. An `OSError` of any rank is a `CheckpointError` on all."""
+    found: dict[str, T] = {}
+    said = None
+    try:
+        found = action()
+    except OSError as error:
+        said = f"{failure}: {error}"
+    everyone = of_all((found, said), group)
+    if wrong := next((said for _, said in everyone if said), None):
+        raise CheckpointError(wrong)
+    return {name: one for of_rank, _ in everyone for name, one in sorted(of_rank.items())}
 
 
 def on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None = None) -> None:
@@ -59,10 +84,17 @@ def on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessG
         raise CheckpointError(said[0])
 
 
-def from_first_rank(action: Callable[[], Any]) -> Any:
+def from_first_rank(action: Callable[[], T], failure: str) -> T:
     """What rank 0 finds, on all ranks."""
-    found = [action() if rank() == 0 else None]
-    if world() > 1:
-        with together("hearing of checkpoints from rank 0"):
-            dist.broadcast_object_list(found, src=0)
-    return found[0]
+    found: list[T] = []
+    said: str | None = None
+    if rank() == 0:
+        try:
+            found.append(action())
+        except OSError as error:
+            said = f"{failure}: {error}"
+    with together("hearing from rank 0"):
+        told = of_all((said, found))[0]
+    if told[0]:
+        raise CheckpointError(told[0])
+    return told[1][0]

@@ -23,7 +23,7 @@ from ringattn.errors import InputError
 from ringattn.runtime.doctor import Finding
 
 SPOKEN_OF = ("CUDA", "GLOO", "KMP", "LOCAL", "MASTER", "MKL", "NCCL", "OMP", "RANK", "SLURM", "TORCH", "WORLD")
-SECRET = ("AUTH", "KEY", "PASS", "SECRET", "TOKEN")
+SECRET = ("AUTH", "CRED", "JWT", "KEY", "PASS", "PWD", "SECRET", "TOKEN")
 LOGS = (".err", ".json", ".jsonl", ".log", ".out", ".txt")
 DEEP = 3  # folders below one that was named
 END = 1 << 20  # bytes that are taken of a file, its last
@@ -70,9 +70,12 @@ def _logs(path: Path) -> list[Path]:
 
 
 def _end(log: Path) -> bytes:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - END))
-        return file.read()
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - END))
+            return file.read()
+    except OSError as error:
+        return f"cannot be read: {error}".encode()
 
 
 def _system() -> Iterator[str]:
@@ -89,5 +92,7 @@ def _system() -> Iterator[str]:
         if Path(folder).exists():
             yield f"{folder}: {shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
     if shutil.which("nvidia-smi"):
-        asked = subprocess.run(["nvidia-smi", "-q", "-d", "MEMORY,ECC,CLOCK"], capture_output=True, text=True, timeout=30)
-        yield asked.stdout
+        try:
+            yield subprocess.check_output(["nvidia-smi", "-q", "-d", "MEMORY,ECC,CLOCK"], text=True, timeout=30)
+        except (OSError, subprocess.SubprocessError) as error:  # as where a GPU hangs
+            yield f"nvidia-smi: {error}"

@@ -22,7 +22,7 @@ from ringattn.arguments import seconds
 from ringattn.comm.board import transferring
 from ringattn.errors import CheckpointError
 from ringattn.runtime.checkpoint import fit, state_of, write
-from ringattn.runtime.ranks import all_fit
+from ringattn.runtime.ranks import agreed
 
 
 class Saver:
@@ -48,7 +48,7 @@ class Saver:
             fit(directory, config, keep=keep)
             seconds("timeout", timeout, CheckpointError)
 
-        all_fit(check)
+        agreed(check, keep=keep)
         self.directory, self.config, self.keep = Path(directory), dict(config or {}), keep
         many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if many else None
@@ -64,7 +64,7 @@ class Saver:
             CommError: as `finish`.
         """
         self.finish()
-        all_fit(lambda: fit(self.directory, self.config, (model, optimizer), step=step))
+        agreed(lambda: fit(self.directory, self.config, (model, optimizer), step=step), step=step)
         state = copied(state_of(model, optimizer))
         self._writing = self._thread.submit(write, self.directory, int(step), state, self.config, self.keep, self._group)
 
