@@ -34,7 +34,7 @@ def alone(kind: str, faulty: int, file: Path, *, told: bool = False) -> tuple[fl
     ranks = [start([JOB, kind, str(faulty), str(file)], RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(4)]
     ended: dict[int, float] = {}
     until = time.monotonic() + 45
-    while told and not file.exists() and time.monotonic() < until:
+    while told and ranks[faulty].poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     for rank in range(4):
         if told and rank != faulty:
@@ -54,7 +54,7 @@ def alone(kind: str, faulty: int, file: Path, *, told: bool = False) -> tuple[fl
 
 
 def told_to_end(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
-    """The same, and at once SIGTERM to all survivors, which is what torchrun's agent does a moment later."""
+    """The same, and SIGTERM to all survivors as soon as it has died, which torchrun's agent does a moment later."""
     return alone(kind, faulty, file, told=True)
 
 
@@ -70,9 +70,7 @@ def under_torchrun(kind: str, faulty: int, file: Path) -> tuple[float, Said]:
     seconds = time.time() - float(file.read_text())
     code, _, err = finish(agent, timeout=3)
     assert code != 0 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
-    lines = [
-        line for line in err.splitlines() if any(words in line for words in ("CommError: ", "will not end: ", "told to end"))
-    ]
+    lines = [line for line in err.splitlines() if re.search("CommError: |will not end: |told to end", line)]
     said = {r: "\n".join(line for line in lines if re.search(rf"(CommError: |^)rank {r}[,:]", line)) for r in range(4)}
     return seconds, {rank: said[rank] for rank in range(4) if rank != faulty}
 
