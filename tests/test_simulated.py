@@ -18,6 +18,7 @@ def expected(e: Example) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.timeout(240)  # many cases in one test; none of them can hang, the simulated transport says when it is stuck
+@pytest.mark.timeout(120)  # hundreds of cases in one process, on a machine that runs other tests beside them
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("length", [37, 5], ids=["uneven", "some_ranks_empty"])
 def test_every_case_equals_dense_attention(world: int, length: int) -> None:
