@@ -18,7 +18,6 @@ def expected(e: Example) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.timeout(240)  # many cases in one test; none of them can hang, the simulated transport says when it is stuck
-@pytest.mark.timeout(120)  # hundreds of cases in one process, on a machine that runs other tests beside them
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("length", [37, 5], ids=["uneven", "some_ranks_empty"])
 def test_every_case_equals_dense_attention(world: int, length: int) -> None:
@@ -107,7 +106,5 @@ def test_a_lost_message_stalls_and_says_who_waits_for_what() -> None:
     case = Case("token_ring", "contiguous", "full", "mha", 3, 12)
     e = example(HEADS["mha"], 12, MASKS["full"])
     lossy = Simulated(3, drop=lambda m: (m.src, m.dst, m.depart) == (1, 2, 1))
-    with pytest.raises(
-        StalledError, match=r"rank 2 waits for Q0 from rank 1 to rank 2, departing in step 1.*\(forward \(given\)\)"
-    ):
+    with pytest.raises(StalledError, match=r"rank 2 waits for Q0 from rank 1 to rank 2, departing in step 1.*\(forward"):
         simulate(case.plan(), e.q, e.k, e.v, e.dout, transport=lossy)
