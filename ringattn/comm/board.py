@@ -215,10 +215,11 @@ class Board:
         """The board's answer; `otherwise` if it is closed, its store is gone, or none comes in time, which closes it."""
         answers: list[Any] = []
         self._questions.put(lambda: answers.append(question()))
-        until = time.monotonic() + seconds
+        now = time.monotonic()
+        stuck = not self._answering and now - self._answered > ANSWER  # not even a beat has come through
+        until = now + (min(seconds, 2 * BEAT) if stuck else seconds)
         while not answers and not self._closed.wait(0.01):
-            silent = not self._answering and time.monotonic() - self._answered > ANSWER  # not even a beat came through
-            if silent or time.monotonic() > until or not self._in_group():
+            if time.monotonic() > until or not self._in_group():
                 self._closed.set()
         return answers[0] if answers else otherwise
 
