@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.profiler import record_function
 
 from ringattn.comm.transport import Transport
-from ringattn.engine import Payload, run
+from ringattn.engine import Payload, profiling, run, span
 from ringattn.kernels import Options
+from ringattn.kernels.fused import row_statistics
 from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
@@ -71,7 +71,9 @@ class _Attend(torch.autograd.Function):
         inputs, results, kept = _by_rank(saved[:count]), saved[count : count + len(grads)], iter(saved[count + len(grads) :])
         if ctx.ghosts is not None:
             inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
-        found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
+        # Backward may be called inside of `torch.autocast`, which would round what is summed in fp32.
+        with torch.autocast(results[0].device.type, enabled=False):
+            found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
         return (None, None, None, *(grad for of_rank in found for grad in of_rank))
 
 
@@ -104,9 +106,10 @@ def run_backward(
     """Gradients of each rank's `inputs`. `sizes`: how many tensors of `kept` belong to each block that has stayed on it."""
     works, deltas = [], []
     for rank, i, dout, out, lse in zip(transport.ranks, inputs, douts, results[::2], results[1::2], strict=True):
-        delta = (dout.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # (batch, heads, rows)
+        dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+        delta, safe_lse = row_statistics(dout, out, lse)
         deltas.append(delta)
-        works.append(Backward(plan, rank, options, **engine_order(i), dout=dout.transpose(1, 2), lse=lse, delta=delta))
+        works.append(Backward(plan, rank, options, **engine_order(i), dout=dout, lse=safe_lse, delta=delta, out=out))
     held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
     made = _carried_out(plan, works, held, transport, backward=True)
     found: list[tuple[Tensor | None, ...]] = []
@@ -128,7 +131,7 @@ def _carried_out(
         run(plan.program(work.rank, backward=backward), work, port, blocks)
         for work, port, blocks in zip(works, transport.ports(name), held, strict=True)
     ]
-    with record_function(f"ringattn/{name}"):
+    with span(profiling(), name):
         return transport.drive(runs)
 
 

@@ -1,113 +1,156 @@
-"""Executes a program: take in what is due, post what departs, compute, let go. Forward and backward are this one function.
+"""Carries out one rank's program: receive what has arrived, send what departs, compute, release. Both passes are this function.
 
-It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how results merge is asked
-of `Work`; how bytes travel is asked of a `Port`. Waiting happens only for what is due, so everything else travels beside
-compute.
+It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how partial results merge is
+asked of `BlockOps`; how bytes travel is asked of a `Port`. It waits only for what is due, so everything else travels beside
+compute. Partial results of one accumulator are merged several at once, because merging is bound by memory: each merge reads and
+writes the fp32 sum, however many parts it adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from ringattn.comm.packing import Spec, pack, unpack
+from ringattn.comm.packing import Wire
 from ringattn.comm.transport import Port
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Message, Step
-from ringattn.schedule.program import Work as Tiles
+from ringattn.schedule.program import Work as TileBatch
 
 Payload = tuple[Tensor, ...]
 
+MERGED_AT_ONCE = 4  # partial results that may wait for each other; more of them would need more memory for little less traffic
 
-class Work(Protocol):
-    """One rank's part in one pass: what things are made of. An accumulator is a tuple of tensors too."""
+_NO_SPAN = nullcontext()
+
+
+class BlockOps(Protocol):
+    """One rank's part in one pass: what blocks are made of. A share is what some tiles add to an accumulator."""
 
     device: torch.device
 
     def own(self, item: Item) -> Payload:
         """The input block `item`, which this rank owns."""
 
-    def specs(self, item: Item) -> Sequence[Spec]:
-        """What `item` looks like on the wire, wherever it comes from."""
+    def wire(self, items: tuple[Item, ...]) -> Wire:
+        """The layout of a message that carries `items`, wherever it comes from."""
 
-    def compute(self, tiles: Tiles, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Any]:
-        """Some tiles at once, given their blocks: the share of each accumulator they add to."""
+    def operand(self, item: Item, payload: Payload) -> Payload:
+        """Input block `item` as `compute` takes it; asked once for each block that this rank computes with."""
 
-    def merge(self, total: Any, share: Any) -> Any:
-        """Both together; may reuse the memory of `total`."""
+    def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> Mapping[Item, Any]:
+        """Some tiles at once, given their blocks: the share of each accumulator that they add to."""
 
-    def unship(self, item: Item, payload: Payload) -> Any:
-        """The accumulator that came as `payload`."""
+    def merge(self, item: Item, shares: Sequence[Any]) -> Any:
+        """All `shares` of one accumulator as one. Does not write into any of them."""
+
+    def leaving(self, item: Item, shares: Sequence[Any]) -> Payload:
+        """All `shares` of one accumulator as the tensors that travel."""
+
+    def arrived(self, item: Item, payload: Payload) -> Any:
+        """The share that came as `payload`."""
+
+
+def span(profiled: bool, *name: object) -> AbstractContextManager[Any]:
+    """A named range in a profile. Where nobody profiles it costs nothing, its name is not even put together."""
+    return record_function("/".join(map(str, ("ringattn", *name)))) if profiled else _NO_SPAN
+
+
+def profiling() -> bool:
+    """Whether a profiler of torch is recording."""
+    return bool(torch.autograd._profiler_enabled())
 
 
 def run(
-    program: Sequence[Step], work: Work, port: Port, held: dict[Item, Payload] | None = None
-) -> Generator[None, None, dict[Item, Any]]:
-    """Carry out `program`; returns the accumulators left at home. Yields whenever it has to wait for a simulated peer.
+    program: Sequence[Step], ops: BlockOps, port: Port, resident: dict[Item, Payload] | None = None
+) -> Generator[None, None, dict[Item, list[Any]]]:
+    """Carry out `program`; returns the shares of every accumulator that ends here. Yields when a simulated peer must go first.
 
-    `held` are inputs that are here already, and afterwards those that have not been let go.
+    `resident` are inputs that are here already, and afterwards those that have not been released.
     """
-    held = {} if held is None else held
-    gathered: dict[Item, Any] = {}
+    resident = {} if resident is None else resident
+    profiled = profiling()
+    totals: dict[Item, list[Any]] = {}
     buffers: dict[Message, Tensor] = {}
+    operands: dict[Item, Payload] = {}
+    as_received: dict[Item, Tensor] = {}  # messages of a single input block, which travel on without being packed again
 
     def add(item: Item, share: Any) -> None:
-        gathered[item] = work.merge(gathered[item], share) if item in gathered else share
+        shares = totals.setdefault(item, [])
+        if len(shares) == MERGED_AT_ONCE:
+            shares[:] = [ops.merge(item, shares)]
+        shares.append(share)
 
     def read(item: Item) -> Payload:
-        if item not in held:
-            held[item] = work.own(item)
-        return held[item]
+        payload = resident.get(item)
+        if payload is None:
+            payload = resident[item] = ops.own(item)
+        return payload
+
+    def operand(item: Item) -> Payload:
+        payload = operands.get(item)
+        if payload is None:
+            payload = operands[item] = ops.operand(item, read(item))
+        return payload
 
     def outgoing(message: Message) -> Tensor:
-        tensors: list[Tensor] = []
-        specs: list[Spec] = []
+        if len(message.items) == 1 and message.items[0] in as_received:
+            return as_received[message.items[0]]
+        wire, tensors = ops.wire(message.items), []
         for item in message.items:
-            fields = work.specs(item)
-            payload = gathered.pop(item) if item.kind.moved else read(item._replace(new=False))
-            tensors += payload[len(payload) - len(fields) :]  # of what is new only the end, see `payload`
-            specs += fields
-        return pack(tensors, specs)
-
-    def take_in(message: Message, buffer: Tensor) -> None:
-        specs = [work.specs(item) for item in message.items]
-        tensors = unpack(buffer, [spec for group in specs for spec in group])
-        for item, group in zip(message.items, specs, strict=True):
-            payload, tensors = tuple(tensors[: len(group)]), tensors[len(group) :]
-            whole = item._replace(new=False)
             if item.kind.moved:
-                add(item, work.unship(item, payload))
+                tensors += ops.leaving(item, totals.pop(item))
             else:
-                before = len(work.specs(whole)) - len(payload)  # fields that have stayed here and do not come again
-                held[whole] = (*held[whole][:before], *payload) if item.new else payload
+                payload = read(item._replace(new=False))
+                # Of what is `new` since forward only the last fields travel, see `payload`.
+                tensors += payload[len(payload) - len(ops.wire((item,)).specs) :] if item.new else payload
+        return wire.pack(tensors)
+
+    def receive(message: Message, buffer: Tensor) -> None:
+        tensors = ops.wire(message.items).views(buffer)
+        alone = len(message.items) == 1
+        for item in message.items:
+            count = len(tensors) if alone else len(ops.wire((item,)).specs)
+            payload, tensors = tuple(tensors[:count]), tensors[count:]
+            if item.kind.moved:
+                add(item, ops.arrived(item, payload))
+                continue
+            if alone:
+                as_received[item] = buffer
+            if item.new:
+                whole = item._replace(new=False)
+                kept = len(ops.wire((whole,)).specs) - count  # fields that have stayed here since forward
+                resident[whole] = (*resident[whole][:kept], *payload)
+            else:
+                resident[item] = payload
 
     for step in program:
-        with record_function(f"ringattn/step{step.number}/wait"):
-            for message in step.due:
-                yield from port.wait(message)
-                buffer = buffers.pop(message)
-                if message.dst == port.rank:
-                    take_in(message, buffer)
-        with record_function(f"ringattn/step{step.number}/post"):
-            for message in step.post:
-                buffers[message] = outgoing(message) if message.src == port.rank else _room(message, work)
-            if step.post:
+        if step.due:
+            with span(profiled, step, "wait"):
+                for message in step.due:
+                    handed_over = yield from port.wait(message)
+                    buffer = buffers.pop(message)
+                    if message.dst == port.rank:
+                        receive(message, buffer if handed_over is None else handed_over)
+        if step.post:
+            with span(profiled, step, "post"):
+                for message in step.post:
+                    sends = message.src == port.rank
+                    buffers[message] = outgoing(message) if sends else port.room(ops.wire(message.items), ops.device)
                 port.post([(message, buffers[message]) for message in step.post])
         for tiles in step.tiles:
-            with record_function(f"ringattn/step{step.number}/{tiles}"):
-                q = [read(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
-                kv = [read(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
-                for item, share in work.compute(tiles, q, kv).items():
+            with span(profiled, step, tiles):
+                q = [operand(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
+                kv = [operand(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
+                for item, share in ops.compute(tiles, q, kv).items():
                     add(item, share)
         for item in step.release:
-            held.pop(item, None)
-    return gathered
-
-
-def _room(message: Message, work: Work) -> Tensor:
-    nbytes = sum(spec.nbytes for item in message.items for spec in work.specs(item))
-    return torch.empty(nbytes, dtype=torch.uint8, device=work.device)
+            for some in (resident, operands, as_received):
+                some.pop(item, None)
+            as_received.pop(item._replace(new=True), None)
+    return totals

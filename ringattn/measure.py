@@ -64,7 +64,7 @@ class _Idle(Kernel):
         return Grads(torch.empty_like(block.q), torch.empty_like(block.k), torch.empty_like(block.v), None)
 
 
-class _Nowhere:
+class _Nowhere(Port):
     """A port that delivers zeros at once and sends nothing."""
 
     def __init__(self, rank: int) -> None:
@@ -89,7 +89,7 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(process_group) else torch.device("cpu")
     transport = P2P(process_group)
     work = _work(plan, rank, batch, backward, device)
-    kernel = work.kernel
+    kernel, idle = work.kernel, _Idle()
 
     kept = _kept(plan, rank, batch, device, transport) if backward and plan.keep else {}
 
@@ -105,7 +105,7 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
 
     label = "backward" if backward else "forward"
     rounds = [
-        (once(kernel, *transport.ports(label)), once(kernel, _Nowhere(rank)), once(_Idle(), *transport.ports(label)))
+        (once(kernel, *transport.ports(label)), once(kernel, _Nowhere(rank)), once(idle, *transport.ports(label)))
         for _ in range(repeats + 1)
     ][1:]  # the first round pays for first touches
     seconds = torch.tensor([median(column) for column in zip(*rounds, strict=True)], dtype=torch.float64, device=device)

@@ -183,9 +183,7 @@ def _run_backward(
     options = options_for(known, scale, softcap)
     with torch.autocast(dout.device.type, enabled=False):
         (grads,) = run_backward([inputs], [out, lse], [dout], [sizes], iter(tensors), known, options, P2P(process_group))
-    dq, dk, dv, *more = grads
-    assert dq is not None and dk is not None and dv is not None
-    return [dq, dk, dv, *(grad.contiguous() for grad in more if grad is not None)]
+    return [grad.contiguous() for grad in grads if grad is not None]
 
 
 _backward = torch.library.custom_op("ringattn::attention_backward", _run_backward, mutates_args=(), schema=BACKWARD)
@@ -209,8 +207,7 @@ def _fake_backward(
     softcap: float | None,
 ) -> list[Tensor]:
     inputs = _or_ghosts(q, k, v, _plan(plan), rank, out, key_bias, sinks)
-    grads = [torch.empty_like(t.transpose(1, 2)).transpose(1, 2) for t in inputs[:3]]  # as `work.Backward.result` makes them
-    return [*grads, *(t.new_empty(t.shape) for t in (key_bias, sinks) if t is not None)]
+    return [t.new_empty(t.shape) for t in inputs if t is not None]
 
 
 def _or_ghosts(
@@ -235,7 +232,7 @@ def _kept_specs(plan: Plan, rank: int, out: Tensor, key_bias: Tensor | None) -> 
     """What `kept` consists of, in order. The numbers of `Options` do not matter here."""
     inputs = _or_ghosts(None, None, None, plan, rank, out, key_bias)
     work = Forward(plan, rank, Options(1.0), **engine_order(inputs))
-    return {item: work.specs(item) for item in rests(plan, rank)}
+    return {item: work.wire((item,)).specs for item in rests(plan, rank)}
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:

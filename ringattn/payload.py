@@ -5,7 +5,7 @@ forward     q                        k, v (, bias)   out, lse         nothing
 backward    q, dout, lse, delta      k, v (, bias)   dq               dk, dv (, dbias)
 
 Of inputs that have stayed since forward where they are needed only what is new comes: dout, lse and delta of Q, nothing of KV.
-delta = sum(dout * out) travels in place of out, one number instead of head_dim of them (see `kernels.fit`).
+delta = sum(dout * out) travels in place of out, one number instead of head_dim of them (see `kernels.fused`).
 
 Sums are kept in fp32 (fp64 for fp64). On the wire an accumulator that goes straight home travels in the dtype of q: rounded
 once, which the kernel's own result already was. One that gathers on its way stays wide, because rounding it at every hop would

@@ -1,13 +1,18 @@
 """The tensors behind a program: what one rank owns, computes, merges and keeps, in each pass.
 
-`payload` says what the four kinds of thing consist of; here that table meets a plan and this rank's tensors. Everything is in
-engine order, (batch, heads, rows, head_dim), and sliced by lane (heads) and block (rows). No communication here, and no choice.
+`payload` says what the four kinds of thing consist of and `shapes` how large they are; here both meet this rank's tensors.
+Everything is in engine order, (batch, heads, rows, head_dim), and sliced by lane (heads) and block (rows). No communication
+here, and no choice.
+
+A share, what some tiles add to an accumulator, is a list of rows of its block: `PartialRows` (out, lse) in forward, and in
+backward a tuple of `SumRows`, one for each gradient. A kernel computes, and a merge reads, only the rows that a tile touches.
 """
 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import ClassVar
 
 import torch
@@ -17,12 +22,18 @@ from ringattn.comm.packing import Spec
 from ringattn.engine import Payload
 from ringattn.errors import ScheduleError
 from ringattn.kernels import Grads, Operands, Options, Rows, get
-from ringattn.lanes import Block
-from ringattn.partial import Partial, accum_dtype, merge_
+from ringattn.kernels.fused import PartialRows, SumRows, add, merge, surrogate_out
+from ringattn.partial import Partial
 from ringattn.payload import Field, fields
 from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Work
+from ringattn.schedule.program import Item
+from ringattn.schedule.program import Work as TileBatch
+from ringattn.shapes import Inputs, Span, Touched, shapes_of
+
+Sums = tuple[SumRows, ...]
+
+_DOUT = fields(Kind.Q, backward=True, bias=False)[1]  # out is cut as dout is
 
 
 class _Pass(ABC):
@@ -35,17 +46,18 @@ class _Pass(ABC):
         self.lanes = plan.backward if self.backward else plan.forward
         self.kernel = get(plan.kernel)
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        self.device, self.dtype = self.tensors["q"].device, self.tensors["q"].dtype
-        self.accum = accum_dtype(self.dtype)
-        self._specs: dict[Item, Sequence[Spec]] = {}
+        q, v, bias = self.tensors["q"], self.tensors["v"], self.tensors.get("bias")
+        self.device, self.dtype = q.device, q.dtype
+        inputs = Inputs(q.shape[0], v.shape[-1], q.dtype, 0 if bias is None else bias.shape[1])
+        self.shapes = shapes_of(plan, inputs, backward=self.backward)
+        self.accum = self.shapes.accum
+        self.wire = self.shapes.wire
 
     def own(self, item: Item) -> Payload:
-        return tuple(self._cut(field, item) for field in self._fields(item.kind, new=item.new))
+        return tuple(self._cut(field, item, self.tensors[field.name]) for field in self.shapes.fields(item.kind, new=item.new))
 
-    def specs(self, item: Item) -> Sequence[Spec]:
-        if item not in self._specs:
-            self._specs[item] = [self._spec(field, item) for field in self._fields(item.kind, new=item.new)]
-        return self._specs[item]
+    def operand(self, item: Item, payload: Payload) -> Payload:
+        return payload
 
     def rests_here(self, item: Item) -> bool:
         """Whether input `item` stays on this rank from forward to backward."""
@@ -53,52 +65,17 @@ class _Pass(ABC):
 
     def owns(self, item: Item) -> bool:
         """Whether the rows of `item` are this rank's."""
-        return self._block(item).rank == self.rank
+        return self.shapes.block(item).rank == self.rank
 
-    def _fields(self, kind: Kind, *, new: bool = False) -> tuple[Field, ...]:
-        return fields(kind, backward=self.backward, bias="bias" in self.tensors, new=new)
-
-    def _spec(self, field: Field, item: Item) -> Spec:
-        like = self._heads(self.tensors[{"q": "q", "kv": "k", "bias": "bias"}[field.heads]], field, item.lane)
-        dims = () if field.dim is None else (self.tensors["q" if field.dim == "qk" else "v"].shape[-1],)
-        narrow = not item.kind.moved or self.plan.rounds(self.lanes[item.lane], item.kind)
-        dtype = self.dtype if narrow and not field.wide else self.accum
-        return Spec((like.shape[0], like.shape[1], self._block(item).rows, *dims), dtype)
-
-    def _block(self, item: Item) -> Block:
-        return self.lanes[item.lane].block(item.kind, item.index)
-
-    def _cut(self, field: Field, item: Item, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _cut(self, field: Field, item: Item, tensor: Tensor) -> Tensor:
         """Of one of this rank's tensors, the heads and rows that `item` is about."""
-        block = self._block(item)
+        block = self.shapes.block(item)
         if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
             raise ScheduleError(f"rank {self.rank} has {item} in hand, which belongs to rank {block.rank}")
-        tensor = (self.tensors if tensors is None else tensors)[field.name]
-        return self._heads(tensor, field, item.lane)[:, :, block.start : block.stop]
-
-    def _heads(self, tensor: Tensor, field: Field, lane: int) -> Tensor:
-        """This lane's heads of a tensor that has all query heads, all KV heads, or a single bias for all."""
-        heads = self.lanes[lane].heads
-        if field.heads == "q":
-            return tensor[:, heads.q_start : heads.q_stop]
-        return tensor if field.heads == "bias" and tensor.shape[1] == 1 else tensor[:, heads.kv_start : heads.kv_stop]
-
-    def _parts(self, tiles: Work, kind: Kind) -> list[tuple[Item, slice]]:
-        """The blocks of `tiles`, each with its place when they are put one behind another."""
-        found, start = [], 0
-        for index in tiles.i if kind.of_queries else tiles.j:
-            item = Item(tiles.lane, kind, index)
-            stop = start + self._block(item).rows
-            found.append((item, slice(start, stop)))
-            start = stop
-        return found
-
-    def _collect(self, gathered: Mapping[Item, Sequence[Tensor]], into: Mapping[str, Tensor]) -> None:
-        """Add the accumulators that ended here into whole tensors; lanes may share a KV head, or one bias."""
-        for item, payload in gathered.items():
-            for field, share in zip(self._fields(item.kind), payload, strict=True):
-                target = self._cut(field, item, into)
-                target.copy_(share) if field.heads == "q" or not self._shared else target.add_(share)
+        first, count = self.shapes.heads(field, item.lane)
+        if count != tensor.shape[1]:
+            tensor = tensor.narrow(1, first, count)
+        return tensor if block.rows == tensor.shape[2] else tensor.narrow(2, block.start, block.rows)
 
     @property
     def _shared(self) -> bool:
@@ -107,72 +84,160 @@ class _Pass(ABC):
         return several or self.tensors.get("bias", self.tensors["k"]).shape[1] == 1
 
 
-def _joined(payloads: Sequence[Payload]) -> Payload:
-    """The rows of several blocks, one behind another."""
-    return payloads[0] if len(payloads) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*payloads, strict=True))
-
-
 class Forward(_Pass):
     """out and lse of this rank's queries. Tensors: q, k, v and perhaps bias."""
 
     backward = False
 
-    def compute(self, tiles: Work, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Partial]:
-        pieces = self.lanes[tiles.lane].pieces(tiles)
-        out, lse = self.kernel.forward(_operands(_joined(q)[0], _joined(kv)), pieces, self.options)
-        return {item: Partial(out[:, :, rows], lse[:, :, rows]) for item, rows in self._parts(tiles, Kind.Q_ACC)}
+    def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, PartialRows]:
+        batch = self.shapes.batch(self.kernel, tiles)
+        (query,), keys = _touched(q, batch.rows), _touched(kv, batch.keys)
+        out, lse = self.kernel.forward(_operands(query, keys), batch.pieces, self.options)
+        return {s.item: PartialRows(s.start, s.stop, _part(out, s), _part(lse, s)) for s in batch.q_spans}
 
-    def merge(self, total: Partial, share: Partial) -> Partial:
-        total = Partial(total.out.to(self.accum), total.lse)
-        merge_(total, share)
-        return total
+    def merge(self, item: Item, shares: Sequence[PartialRows], dtype: torch.dtype | None = None) -> PartialRows:
+        rows = self.shapes.block(item).rows
+        batch, heads, _, dim = shares[0].out.shape
+        out = torch.empty(batch, rows, heads, dim, dtype=dtype or self.accum, device=self.device).transpose(1, 2)
+        lse = torch.empty(batch, heads, rows, dtype=self.accum, device=self.device)
+        merge(shares, out, lse)
+        return PartialRows(0, rows, out, lse)
 
-    def unship(self, item: Item, payload: Payload) -> Partial:
-        return Partial(*payload)
+    def leaving(self, item: Item, shares: Sequence[PartialRows]) -> Payload:
+        whole = len(shares) == 1 and shares[0].stop - shares[0].start == self.shapes.block(item).rows
+        return (shares[0] if whole else self.merge(item, shares, self.wire((item,)).specs[0].dtype))[2:]
 
-    def result(self, gathered: dict[Item, Partial]) -> Partial:
-        """All rows and heads of this rank: out in the dtype of q and in (batch, rows, heads, head_dim) memory order, lse."""
-        batch, heads, rows, _ = self.tensors["q"].shape
-        out = self.tensors["q"].new_zeros(batch, rows, heads, self.tensors["v"].shape[-1]).transpose(1, 2)
-        lse = torch.full((batch, heads, rows), -torch.inf, dtype=self.accum, device=self.device)
-        self._collect(gathered, {"out": out, "lse": lse})
+    def arrived(self, item: Item, payload: Payload) -> PartialRows:
+        return PartialRows(0, self.shapes.block(item).rows, *payload)
+
+    def result(self, gathered: Mapping[Item, Sequence[PartialRows]]) -> Partial:
+        """All rows and heads of this rank: out in the dtype of q, lying as (batch, rows, heads, head_dim), and lse."""
+        q, dim = self.tensors["q"], self.tensors["v"].shape[-1]
+        batch, heads, rows, _ = q.shape
+        if (alone := _only(gathered, rows)) and alone.out.shape[1] == heads and _lies_by_rows(alone.out, self.dtype) and alone.lse.dtype == self.accum:
+            return Partial(alone.out, alone.lse)
+        covered = sum(self.shapes.block(item).rows * self.lanes[item.lane].heads.of_queries for item in gathered)
+        new = torch.empty if covered == rows * heads else torch.zeros
+        out = new(batch, rows, heads, dim, dtype=self.dtype, device=self.device).transpose(1, 2)
+        lse = torch.empty(batch, heads, rows, dtype=self.accum, device=self.device)
+        if covered < rows * heads:
+            lse.fill_(-torch.inf)
+        out_field, lse_field = self.shapes.fields(Kind.Q_ACC)
+        for item, shares in gathered.items():
+            merge(shares, self._cut(out_field, item, out), self._cut(lse_field, item, lse))
         return Partial(out, lse)
 
 
 class Backward(_Pass):
-    """Gradients of this rank's q, k, v and bias. Tensors: as in forward, and dout, lse, delta of its rows."""
+    """Gradients of this rank's q, k, v and bias.
+
+    Tensors: as in forward, and dout, lse, delta of its rows; lse is +inf where a row sees no key, so that each of its
+    probabilities is exp(-inf) = 0. `out` too, where it is here: it spares its owner the surrogate.
+    """
 
     backward = True
 
-    def __init__(self, plan: Plan, rank: int, options: Options, *, lse: Tensor, **tensors: Tensor | None) -> None:
-        # A row that saw no key has no gradient: with lse = +inf each of its probabilities is exp(-inf) = 0.
-        super().__init__(plan, rank, options, lse=lse.masked_fill(lse == -torch.inf, torch.inf), **tensors)
+    def operand(self, item: Item, payload: Payload) -> Payload:
+        """Queries with an out, for kernels that ask for one: the true one at its owner, elsewhere a surrogate, made once."""
+        if item.kind is not Kind.Q or not self.kernel.needs_out:
+            return payload
+        if "out" in self.tensors and self.owns(item):
+            return (*payload, self._cut(_DOUT, item, self.tensors["out"]))
+        return (*payload, surrogate_out(payload[1], payload[3]))
 
-    def compute(self, tiles: Work, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Payload]:
-        query, dout, lse, delta = _joined(q)
-        pieces = self.lanes[tiles.lane].pieces(tiles)
-        grads = self.kernel.backward(_operands(query, _joined(kv)), Rows(dout, lse, delta), pieces, self.options)
-        of_keys = [grad for grad in grads[1:] if grad is not None]
-        shares: dict[Item, Payload] = {item: (grads.dq[:, :, rows],) for item, rows in self._parts(tiles, Kind.Q_ACC)}
-        for item, rows in self._parts(tiles, Kind.KV_ACC):
-            shares[item] = tuple(grad[:, :, rows] for grad in of_keys)
+    def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Sums]:
+        batch = self.shapes.batch(self.kernel, tiles)
+        query, dout, lse, delta, *out = _touched(q, batch.rows)
+        operands, rows = _operands(query, _touched(kv, batch.keys)), Rows(dout, lse, delta, *out)
+        dq, *others = self.kernel.backward(operands, rows, batch.pieces, self.options)
+        of_keys = [grad for grad in others if grad is not None]
+        shares: dict[Item, Sums] = {s.item: (SumRows(s.start, s.stop, _part(dq, s)),) for s in batch.q_spans}
+        for s in batch.kv_spans:
+            shares[s.item] = tuple(SumRows(s.start, s.stop, _part(grad, s)) for grad in of_keys)
         return shares
 
-    def merge(self, total: Payload, share: Payload) -> Payload:
-        return tuple(t.to(self.accum).add_(s) for t, s in zip(total, share, strict=True))
+    def merge(self, item: Item, shares: Sequence[Sums], specs: Sequence[Spec] = ()) -> Sums:
+        rows = self.shapes.block(item).rows
+        merged = []
+        for parts, spec in zip_longest(zip(*shares, strict=True), specs):
+            total = _by_rows(parts[0].values, rows, spec.dtype if spec else self.accum)
+            add(parts, total)
+            merged.append(SumRows(0, rows, total))
+        return tuple(merged)
 
-    def unship(self, item: Item, payload: Payload) -> Payload:
-        return payload
+    def leaving(self, item: Item, shares: Sequence[Sums]) -> Payload:
+        first = shares[0][0]
+        whole = len(shares) == 1 and first.stop - first.start == self.shapes.block(item).rows
+        return tuple(part.values for part in (shares[0] if whole else self.merge(item, shares, self.wire((item,)).specs)))
 
-    def result(self, gathered: dict[Item, Payload]) -> Grads:
-        """dq, dk, dv in the dtype and memory order of the inputs; dbias in the accumulation dtype."""
+    def arrived(self, item: Item, payload: Payload) -> Sums:
+        rows = self.shapes.block(item).rows
+        return tuple(SumRows(0, rows, values) for values in payload)
+
+    def result(self, gathered: Mapping[Item, Sequence[Sums]]) -> Grads:
+        """dq, dk, dv in the dtype of the inputs, lying as (batch, rows, heads, head_dim); dbias in the accumulation dtype."""
         names = [name for name in ("q", "k", "v", "bias") if name in self.tensors]
-        dtypes = {name: self.accum if self._shared and name in "kv" else self.tensors[name].dtype for name in names}
-        grads = {f"d{name}": torch.zeros_like(self.tensors[name], dtype=dtypes[name]) for name in names}
-        self._collect(gathered, grads)
-        dq, dk, dv = (grads[f"d{name}"].to(self.dtype) for name in "qkv")
-        return Grads(dq, dk, dv, grads.get("dbias"))
+        grads: dict[str, Tensor] = {}
+        for kind, some in ((Kind.Q_ACC, names[:1]), (Kind.KV_ACC, names[1:])):
+            items = {item: shares for item, shares in gathered.items() if item.kind is kind}
+            for n, (field, name) in enumerate(zip(self.shapes.fields(kind), some, strict=True)):
+                parts = {item: [share[n] for share in shares] for item, shares in items.items()}
+                grads[name] = self._gradient(field, self.tensors[name], parts)
+        return Grads(grads["q"], grads["k"], grads["v"], grads.get("bias"))
+
+    def _gradient(self, field: Field, like: Tensor, parts: Mapping[Item, Sequence[SumRows]]) -> Tensor:
+        """The gradient of one whole tensor, from the sums that ended here."""
+        dtype, heads, rows = (self.accum if field.dim is None else self.dtype), like.shape[1], like.shape[2]
+        alone = _only(parts, rows)
+        if alone and alone.values.shape[1] == heads and (field.dim is None or _lies_by_rows(alone.values, dtype)):
+            return alone.values
+        if field.heads != "q" and self._shared:
+            total = _by_rows(like, rows, self.accum).zero_()
+            for item, sums in parts.items():
+                target = self._cut(field, item, total)
+                for part in sums:
+                    target.narrow(2, part.start, part.stop - part.start).add_(part.values)
+            return total.to(dtype)
+        covered = sum(self.shapes.block(item).rows * self.shapes.heads(field, item.lane)[1] for item in parts)
+        total = _by_rows(like, rows, dtype)
+        if covered < rows * heads:
+            total.zero_()
+        for item, sums in parts.items():
+            add(sums, self._cut(field, item, total))
+        return total
 
 
 def _operands(query: Tensor, kv: Payload) -> Operands:
     return Operands(query, kv[0], kv[1], kv[2] if len(kv) > 2 else None)
+
+
+def _touched(payloads: Sequence[Payload], rows: Touched) -> Payload:
+    """Of several blocks, one behind another, the rows that are needed."""
+    joined = payloads[0] if len(payloads) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*payloads, strict=True))
+    return joined if rows.count is None else tuple(x.narrow(2, rows.start, rows.count) for x in joined)
+
+
+def _part(x: Tensor, span: Span) -> Tensor:
+    rows = span.stop - span.start
+    return x if rows == x.shape[2] else x.narrow(2, span.first, rows)
+
+
+def _only(gathered: Mapping[Item, Sequence[Iterable[Tensor | int]]], rows: int) -> PartialRows | SumRows | None:
+    """The one share there is, if it has all rows."""
+    if len(gathered) == 1:
+        (shares,) = gathered.values()
+        if len(shares) == 1 and shares[0].stop - shares[0].start == rows:
+            return shares[0]
+    return None
+
+
+def _lies_by_rows(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and x.transpose(1, 2).is_contiguous()
+
+
+def _by_rows(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor (batch, heads, rows[, dim]); one with head_dim lies as (batch, rows, heads, dim)."""
+    batch, heads, _, *dim = like.shape
+    if not dim:
+        return torch.empty(batch, heads, rows, dtype=dtype, device=like.device)
+    return torch.empty(batch, rows, heads, *dim, dtype=dtype, device=like.device).transpose(1, 2)

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringattn.kernels import Kernel, Operands, Options, Rows, aten, get, sdpa
-from ringattn.kernels.fit import stand_in
+from ringattn.kernels.fused import surrogate_out
 from ringattn.mask import END
 from ringattn.partial import Partial, merge_, nothing
 from ringattn.pieces import CAUSAL, FULL, Band, Piece
@@ -154,12 +154,12 @@ def test_a_wide_window_is_computed_in_strips(monkeypatch: pytest.MonkeyPatch) ->
     assert len(get("sdpa").refine(pieces)) == 10
 
 
-def test_stand_in_has_the_right_delta_and_size() -> None:
+def test_surrogate_out_has_the_right_delta_and_size() -> None:
     dout = torch.randn(50, 16, dtype=torch.float32)
     dout[0], dout[1], dout[2] = 0.0, dout[1] * 1e-30, dout[2] * 1e30
     out = torch.randn(50, 16)
     delta = (dout.double() * out).sum(-1).float()
-    made = stand_in(dout, delta)
+    made = surrogate_out(dout, delta)
     assert made.isfinite().all() and (made[0] == 0).all()
     ours = (dout.double() * made).sum(-1)
     scale = dout.double().norm(dim=-1) * out.norm(dim=-1)

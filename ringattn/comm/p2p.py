@@ -20,7 +20,7 @@ from torch import Tensor
 from ringattn.comm.board import transferring
 from ringattn.comm.duplex import prepare, receiving, sending, start
 from ringattn.comm.journal import kept, note
-from ringattn.comm.transport import Result
+from ringattn.comm.transport import Port, Result
 from ringattn.schedule.program import Message
 
 
@@ -63,7 +63,7 @@ class P2P:
         note("pass", name=self._label, seconds=round(seconds, 6), waited=round(waited, 6), **said, bytes_sent=sent)
 
 
-class P2PPort:
+class P2PPort(Port):
     """This rank's end during one pass."""
 
     def __init__(self, transport: P2P, rank: int, label: str) -> None:
@@ -78,7 +78,7 @@ class P2PPort:
                 ops.append(receiving(buffer, self._transport.group, self.rank, message.src))
             else:
                 ops.append(sending(buffer, self._transport.group, self.rank, message.dst))
-                self._transport.bytes_sent[message.src, message.dst] += buffer.numel()
+                self._transport.bytes_sent[message.src, message.dst] += buffer.nbytes
                 self._transport.messages_sent[message.src, message.dst] += 1
         with transferring(self._doing, self._failed, transfers[0][0]):
             works = start(ops)

@@ -1,12 +1,14 @@
-"""One message, one buffer: tensors of several shapes and dtypes packed to bytes and seen again as tensors.
+"""Lays tensors of several shapes and dtypes out in one message, and reads them back as views of it.
 
 Both ends know every shape beforehand, so nothing but the payload travels: the bytes on a link are exactly the closed form.
-Wider dtypes come first, which keeps every tensor aligned without padding.
+Wider dtypes come first, which keeps every tensor aligned without padding. Tensors of four dimensions, (batch, heads, rows,
+head_dim), lie in memory as (batch, rows, heads, head_dim), which is what attention kernels read and write; so what a kernel has
+written is copied as one run of bytes, and a message of a single tensor is that tensor's own memory, not copied at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -24,25 +26,97 @@ class Spec(NamedTuple):
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the tensor in the message, in elements."""
+        if len(self.shape) != 4:
+            return tuple(prod(self.shape[n + 1 :]) for n in range(len(self.shape)))
+        _, heads, rows, dim = self.shape
+        return heads * rows * dim, dim, heads * dim, 1
 
-def _widest_first(specs: Sequence[Spec]) -> list[int]:
-    return sorted(range(len(specs)), key=lambda n: -specs[n].dtype.itemsize)
+
+class Wire:
+    """The layout of one message: where in it each of `specs` lies.
+
+    A message is a contiguous tensor of one dimension and of dtype `unit`, the widest of its tensors' dtypes where its size is a
+    multiple of that, else uint8. Only its bytes matter; the unit saves the conversions.
+    """
+
+    def __init__(self, specs: Iterable[Spec]) -> None:
+        self.specs = tuple(specs)
+        self.nbytes = sum(spec.nbytes for spec in self.specs)
+        order = sorted(range(len(self.specs)), key=lambda n: -self.specs[n].dtype.itemsize)
+        widest = self.specs[order[0]].dtype if order else torch.uint8
+        self.unit = widest if self.nbytes % widest.itemsize == 0 else torch.uint8
+        self.length = self.nbytes // self.unit.itemsize
+        self._placed: list[_Placed] = []
+        start = 0
+        for n in order:
+            spec = self.specs[n]
+            # Wider ones come first, so a multiple of the spec's own size lies before it; its end bounds what may be viewed.
+            self._placed.append(_Placed(n, spec.dtype, spec.shape, spec.strides, start // spec.dtype.itemsize, start, spec.nbytes))
+            start += spec.nbytes
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """The tensors in `buffer`, a message, in the order of `specs`."""
+        found: list[Tensor] = [buffer] * len(self.specs)
+        dtype, typed = self.unit, buffer
+        for placed in self._placed:
+            first = placed.first
+            if placed.dtype != dtype:
+                if self.unit == torch.uint8:
+                    typed, first = buffer.narrow(0, placed.start, placed.nbytes).view(placed.dtype), 0
+                else:
+                    dtype, typed = placed.dtype, buffer.view(placed.dtype)
+            found[placed.n] = typed.as_strided(placed.shape, placed.strides, typed.storage_offset() + first)
+        return found
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A message that holds `tensors`, cast to `specs`. It may be the memory of the only one there is."""
+        runs = [_as_run(tensors[placed.n], placed, self.unit) for placed in self._placed]
+        ready = [run for run in runs if run is not None]
+        if len(ready) == len(runs):
+            return ready[0] if len(runs) == 1 else torch.cat(ready)
+        buffer = torch.empty(self.length, dtype=self.unit, device=tensors[0].device)
+        for slot, tensor in zip(self.views(buffer), tensors, strict=True):
+            slot.copy_(tensor)
+        return buffer
+
+
+class _Placed(NamedTuple):
+    """One tensor's place in a message; `first` counts its own elements, `start` bytes."""
+
+    n: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    first: int
+    start: int
+    nbytes: int
+
+
+def _as_run(tensor: Tensor, placed: _Placed, unit: torch.dtype) -> Tensor | None:
+    """The memory of `tensor` in units, if it lies there exactly as in the message, else None."""
+    if tensor.dtype != placed.dtype or placed.nbytes % unit.itemsize:
+        return None
+    if tensor.stride() != placed.strides and any(
+        have != want for have, want, size in zip(tensor.stride(), placed.strides, placed.shape, strict=True) if size > 1
+    ):
+        return None
+    first = tensor.storage_offset()
+    if first * placed.dtype.itemsize % unit.itemsize:
+        return None
+    run = tensor.as_strided((tensor.numel(),), (1,), first)
+    return run if placed.dtype == unit else run.view(unit)
 
 
 def pack(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> Tensor:
     """A new uint8 tensor holding `tensors`, cast to `specs`."""
-    buffer = torch.empty(sum(s.nbytes for s in specs), dtype=torch.uint8, device=tensors[0].device)
-    for slot, n in zip(unpack(buffer, specs), range(len(specs)), strict=True):
-        slot.copy_(tensors[n])
-    return buffer
+    packed = Wire(specs).pack(tensors).view(torch.uint8)
+    return packed.clone() if len(tensors) == 1 else packed
 
 
 def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
-    """Views into `buffer`, in the order of `specs`."""
-    views: dict[int, Tensor] = {}
-    start = 0
-    for n in _widest_first(specs):
-        stop = start + specs[n].nbytes
-        views[n] = buffer[start:stop].view(specs[n].dtype).view(specs[n].shape)
-        start = stop
-    return [views[n] for n in range(len(specs))]
+    """Views into `buffer`, what `pack` has made, in the order of `specs`."""
+    wire = Wire(specs)
+    return wire.views(buffer.view(wire.unit))

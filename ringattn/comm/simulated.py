@@ -11,9 +11,11 @@ import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from ringattn.comm.transport import Result
+from ringattn.comm.packing import Wire
+from ringattn.comm.transport import Port, Result
 from ringattn.errors import CommError, StalledError
 from ringattn.schedule.program import Message
 
@@ -21,7 +23,11 @@ PATIENCE = 1000  # rounds in which nobody gets anywhere before it counts as stal
 
 
 class Simulated:
-    """A transport that hosts every rank. `bytes_sent[src, dst]` and `messages_sent[src, dst]` count what has travelled."""
+    """A transport that hosts every rank. `bytes_sent[src, dst]` and `messages_sent[src, dst]` count what has travelled.
+
+    copy: whether messages are copied, as between real ranks. False: the receiver reads the sender's own memory, for timing what
+    is not the transport's.
+    """
 
     def __init__(
         self,
@@ -30,11 +36,12 @@ class Simulated:
         delay: Callable[[Message], int] = lambda message: 0,
         drop: Callable[[Message], bool] = lambda message: False,
         shuffle: int | None = None,
+        copy: bool = True,
     ) -> None:
         self.ranks = range(world)
         self.bytes_sent: Counter[tuple[int, int]] = Counter()
         self.messages_sent: Counter[tuple[int, int]] = Counter()
-        self.delay, self.drop = delay, drop
+        self.delay, self.drop, self.copy = delay, drop, copy
         self.waiting_for: dict[int, str] = {}
         self._order = random.Random(shuffle) if shuffle is not None else None
         self._progress = 0
@@ -74,12 +81,17 @@ class Simulated:
         return ranks
 
 
-class SimulatedPort:
+class SimulatedPort(Port):
     """One rank's end: sending copies into a queue per link, receiving takes from it in order."""
 
     def __init__(self, transport: Simulated, links: dict[tuple[int, int], deque[Tensor]], rank: int, label: str) -> None:
         self.rank, self._transport, self._links, self._label = rank, transport, links, label
         self._posted: dict[tuple[int, int], deque[tuple[Message, Tensor]]] = defaultdict(deque)
+        self._handed_over: dict[Message, Tensor] = {}
+
+    def room(self, wire: Wire, device: torch.device) -> Tensor:
+        # What is handed over needs no memory here, only a size that can be checked.
+        return super().room(wire, device if self._transport.copy else torch.device("meta"))
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         for message, buffer in transfers:
@@ -87,12 +99,12 @@ class SimulatedPort:
             if message.dst == self.rank:
                 self._posted[link].append((message, buffer))
             else:
-                self._transport.bytes_sent[link] += buffer.numel()
+                self._transport.bytes_sent[link] += buffer.nbytes
                 self._transport.messages_sent[link] += 1
                 if not self._transport.drop(message):
-                    self._links[link].append(buffer.clone())
+                    self._links[link].append(buffer.clone() if self._transport.copy else buffer)
 
-    def wait(self, message: Message) -> Generator[None, None, None]:
+    def wait(self, message: Message) -> Generator[None, None, Tensor | None]:
         link = (message.src, message.dst)
         asked = 0
         while message.dst == self.rank and any(pending is message for pending, _ in self._posted[link]):
@@ -103,11 +115,15 @@ class SimulatedPort:
                 self._transport.waiting_for[self.rank] = f"{message} ({self._label})"
                 yield
         self._transport.advanced(self.rank)
+        return self._handed_over.pop(message, None)
 
     def _deliver(self, link: tuple[int, int]) -> None:
         """The oldest message on the link goes into the oldest buffer posted for it, as on a real one."""
         message, buffer = self._posted[link].popleft()
         arrived = self._links[link].popleft()
-        if arrived.numel() != buffer.numel():
-            raise CommError(f"{self._label}: {arrived.numel()} bytes came where {message} has {buffer.numel()}")
-        buffer.copy_(arrived)
+        if arrived.nbytes != buffer.nbytes:
+            raise CommError(f"{self._label}: {arrived.nbytes} bytes came where {message} has {buffer.nbytes}")
+        if self._transport.copy:
+            buffer.copy_(arrived)
+        else:
+            self._handed_over[message] = arrived

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
+from ringattn.comm.packing import Wire
 from ringattn.schedule.program import Message
 
 Result = TypeVar("Result")
@@ -22,11 +24,22 @@ class Port(Protocol):
 
     rank: int
 
-    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
-        """Start sending (where `message.src` is this rank) or receiving each message from or into its byte buffer."""
+    def room(self, wire: Wire, device: torch.device) -> Tensor:
+        """A tensor into which a message of this layout can be received."""
+        return torch.empty(wire.length, dtype=wire.unit, device=device)
 
-    def wait(self, message: Message) -> Generator[None, None, None]:
-        """Return when `message` has been sent or received completely; its buffer may then be used."""
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        """Start sending (where `message.src` is this rank) or receiving each message from or into its buffer, a contiguous tensor.
+
+        What is sent may be the caller's own tensor: it is only read, and not kept after `wait`.
+        """
+
+    def wait(self, message: Message) -> Generator[None, None, Tensor | None]:
+        """Return when `message` has been sent or received completely; its buffer may then be used.
+
+        A received message is in the buffer that was posted for it, unless another is returned: one that a peer in the same
+        process hands over. It may only be read.
+        """
 
 
 class Transport(Protocol):

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from ringattn.comm.packing import Spec
+from ringattn.comm.packing import Spec, Wire
 from ringattn.comm.transport import Transport
 from ringattn.compress.pairing import best, energies
 from ringattn.compress.units import similarity
@@ -49,15 +50,14 @@ class Matching(ABC):
     def compare(self, rows: Tensor, others: Tensor, positions: Tensor) -> Tensor:
         """int64 (batch, rows, state): of these rows against these others."""
 
-    @abstractmethod
-    def merge(self, total: Payload, share: Payload) -> Payload:
-        """Both together."""
-
     def own(self, item: Item) -> Payload:
         block = self.plan.forward[item.lane].block(item.kind, item.index)
         return tuple(tensor[:, block.start : block.stop] for tensor in self.of[item.kind])
 
-    def specs(self, item: Item) -> Sequence[Spec]:
+    def wire(self, items: tuple[Item, ...]) -> Wire:
+        return Wire(spec for item in items for spec in self._specs(item))
+
+    def _specs(self, item: Item) -> Sequence[Spec]:
         count = self.plan.forward[item.lane].block(item.kind, item.index).rows
         if item.kind is Kind.Q_ACC:
             return [Spec((len(self.of[Kind.Q][0]), count, self.state), torch.int64)]
@@ -71,14 +71,27 @@ class Matching(ABC):
             found[Item(tiles.lane, Kind.Q_ACC, index)] = (torch.cat(parts, dim=1),)
         return found
 
-    def unship(self, item: Item, payload: Payload) -> Payload:
+    def operand(self, item: Item, payload: Payload) -> Payload:
         return payload
 
-    def result(self, gathered: dict[Item, Payload]) -> Tensor:
+    @abstractmethod
+    def both(self, total: Payload, share: Payload) -> Payload:
+        """Two answers to the same rows as one."""
+
+    def merge(self, item: Item, shares: Sequence[Payload]) -> Payload:
+        return reduce(self.both, shares)
+
+    def leaving(self, item: Item, shares: Sequence[Payload]) -> Payload:
+        return self.merge(item, shares)
+
+    def arrived(self, item: Item, payload: Payload) -> Payload:
+        return payload
+
+    def result(self, gathered: dict[Item, list[Payload]]) -> Tensor:
         """int64 (batch, rows, state), of this rank's rows in order."""
         blocks = sorted((self.plan.forward[item.lane].block(item.kind, item.index).start, item) for item in gathered)
         nothing = self.of[Kind.Q][0].new_empty(len(self.of[Kind.Q][0]), 0, self.state, dtype=torch.int64)
-        return torch.cat([nothing, *(gathered[item][0] for _, item in blocks)], dim=1)
+        return torch.cat([nothing, *(self.merge(item, gathered[item])[0] for _, item in blocks)], dim=1)
 
 
 class Best(Matching):
@@ -89,7 +102,7 @@ class Best(Matching):
     def compare(self, rows: Tensor, others: Tensor, positions: Tensor) -> Tensor:
         return torch.stack(best(rows, others, positions), dim=-1)
 
-    def merge(self, total: Payload, share: Payload) -> Payload:
+    def both(self, total: Payload, share: Payload) -> Payload:
         (a,), (b,) = total, share
         first = (a[..., 0] > b[..., 0]) | ((a[..., 0] == b[..., 0]) & (a[..., 1] <= b[..., 1]))
         return (a.where(first.unsqueeze(-1), b),)
@@ -109,7 +122,7 @@ class Energy(Matching):
             energies(similarity(rows, others), self.margin).masked_fill((positions < 0).unsqueeze(-2), 0).sum(-1, keepdim=True)
         )
 
-    def merge(self, total: Payload, share: Payload) -> Payload:
+    def both(self, total: Payload, share: Payload) -> Payload:
         return (total[0] + share[0],)
 
 

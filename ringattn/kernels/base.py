@@ -1,7 +1,7 @@
 """What a kernel is: attention of one block of queries to one block of keys on one device, over a list of pieces.
 
-    forward(Operands(q, k, v, bias), pieces, options)                             -> Partial(out, lse)
-    backward(Operands(q, k, v, bias), Rows(dout, lse, delta), pieces, options)    -> Grads(dq, dk, dv, dbias)
+    forward(Operands(q, k, v, bias), pieces, options)                                  -> Partial(out, lse)
+    backward(Operands(q, k, v, bias), Rows(dout, lse, delta, out), pieces, options)    -> Grads(dq, dk, dv, dbias)
 
 A kernel knows neither ranks nor masks nor schedules. Subclasses compute one piece; this module walks the list.
 """
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kernels.fused import surrogate_out
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype, merge_, nothing
 from ringattn.pieces import Piece
@@ -37,9 +38,10 @@ class Operands(NamedTuple):
     bias: Tensor | None  # (batch, kv_heads or 1, keys), added to the scaled logits
 
     def cut(self, piece: Piece) -> Operands:
-        keys = slice(piece.k_start, piece.k_stop)
-        bias = None if self.bias is None else self.bias[:, :, keys]
-        return Operands(self.q[:, :, piece.q_start : piece.q_stop], self.k[:, :, keys], self.v[:, :, keys], bias)
+        q, k, v, bias = self
+        k, v = (x.narrow(2, piece.k_start, piece.keys) for x in (k, v))
+        bias = None if bias is None else bias.narrow(2, piece.k_start, piece.keys)
+        return Operands(q.narrow(2, piece.q_start, piece.rows), k, v, bias)
 
 
 class Rows(NamedTuple):
@@ -48,10 +50,16 @@ class Rows(NamedTuple):
     dout: Tensor  # (batch, heads, rows, head_dim)
     lse: Tensor  # (batch, heads, rows); +inf where a row sees no key at all, so that its probabilities are exactly 0
     delta: Tensor  # (batch, heads, rows): sum(dout * out)
+    out: Tensor | None = None  # as dout: the true one, or any with the same delta, see `fused.surrogate_out`
 
     def cut(self, piece: Piece) -> Rows:
-        dout, lse, delta = (x[:, :, piece.q_start : piece.q_stop] for x in self)
-        return Rows(dout, lse, delta)
+        dout, lse, delta, out = (None if x is None else x.narrow(2, piece.q_start, piece.rows) for x in self)
+        return Rows(dout, lse, delta, out)  # type: ignore[arg-type]  # only out may be None
+
+    @property
+    def any_out(self) -> Tensor:
+        """An out that has this delta: the true one if it is here."""
+        return surrogate_out(self.dout, self.delta) if self.out is None else self.out
 
 
 class Grads(NamedTuple):
@@ -63,10 +71,23 @@ class Grads(NamedTuple):
     dbias: Tensor | None
 
 
+class Prepared(tuple[Piece, ...]):
+    """Pieces as one kernel wants them. Made once and used in every call, since with many documents there are thousands."""
+
+    rows_occur_once: bool
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Prepared:
+        prepared = cls(pieces)
+        prepared.rows_occur_once = _rows_occur_once(pieces)
+        return prepared
+
+
 class Kernel(ABC):
     """Walks over pieces; a subclass gives the arithmetic of a single one."""
 
     name: str
+    needs_out = False  # whether backward takes `Rows.out` and not delta
 
     @abstractmethod
     def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
@@ -88,16 +109,20 @@ class Kernel(ABC):
         """Every piece's share, in order."""
         return (self.piece_backward(block.cut(piece), rows.cut(piece), piece.band, options) for piece in pieces)
 
+    def prepare(self, pieces: Sequence[Piece]) -> Prepared:
+        """What `forward` and `backward` take in the place of `pieces`, to save them the same work in every call."""
+        return pieces if isinstance(pieces, Prepared) else Prepared.of(self.refine(pieces))
+
     def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
         block, options = _upright(block, options)
-        q, pieces = block.q, self.refine(pieces)
+        q, pieces = block.q, self.prepare(pieces)
         if _is_whole(pieces, block):
             return self.piece_forward(block, pieces[0].band, options)
         # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
-        once = _rows_occur_once(pieces)
+        once = pieces.rows_occur_once
         total = nothing(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
         for piece, part in zip(pieces, self.parts_forward(block, pieces, options), strict=True):
-            into = Partial(*(x[:, :, piece.q_start : piece.q_stop] for x in total))
+            into = Partial(*(x.narrow(2, piece.q_start, piece.rows) for x in total))
             if once:
                 into.out.copy_(part.out)
                 into.lse.copy_(part.lse)
@@ -110,17 +135,19 @@ class Kernel(ABC):
             block, options = _upright(block, options)
             grads = self.backward(block, rows, pieces, options)
             return grads._replace(dq=-grads.dq)
-        pieces = self.refine(pieces)
+        if self.needs_out and rows.out is None:
+            rows = rows._replace(out=rows.any_out)  # once for all pieces
+        pieces = self.prepare(pieces)
         if _is_whole(pieces, block):
             return self.piece_backward(block, rows, pieces[0].band, options)
         dtype = block.q.dtype if len(pieces) == 1 else accum_dtype(block.q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in block[:3])
         total = Grads(dq, dk, dv, None if block.bias is None else torch.zeros_like(block.bias))
         for piece, part in zip(pieces, self.parts_backward(block, rows, pieces, options), strict=True):
-            total.dq[:, :, piece.q_start : piece.q_stop] += part.dq
+            total.dq.narrow(2, piece.q_start, piece.rows).add_(part.dq)
             for whole, share in zip(total[1:], part[1:], strict=True):
                 if whole is not None and share is not None:
-                    whole[:, :, piece.k_start : piece.k_stop] += share
+                    whole.narrow(2, piece.k_start, piece.keys).add_(share)
         return total
 
 

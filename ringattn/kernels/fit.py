@@ -2,9 +2,6 @@
 
 - There is no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q a constant
   that undoes the scale); the scale stays that of the true head_dim, and the channel's gradient is that of the bias.
-- The backward wants `out` where a block elsewhere only has delta = sum(dout * out). Any out with that delta gives the same
-  gradients, so one is made from dout itself; a schedule that ships q, dout, lse and delta moves a third less than one that
-  ships out as well.
 - A row whose keys are all masked returns an lse of 0 or +inf instead of -inf, and would win every merge. Such rows are found
   and marked.
 - Head sizes are made equal, or multiples of 8, with zeros, which change neither logits nor outputs. CUDA operators read 16
@@ -38,17 +35,6 @@ def bias_grad(dk: Tensor, dim: int, bias: Tensor, scale: float) -> Tensor:
     wide = dk.select(-1, dim).to(accum_dtype(dk.dtype))
     summed: Tensor = wide.unflatten(1, (bias.shape[1], -1)).sum(2) / (scale * _unit(scale))
     return summed
-
-
-def stand_in(dout: Tensor, delta: Tensor) -> Tensor:
-    """A tensor in dout's shape and dtype whose row-wise product with dout sums to delta: the multiple of dout that does.
-
-    It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow. Norms are taken in fp64, where the
-    square of no fp32 number is lost; a row too small even so, or zero, has no gradient to speak of and gets a bounded factor.
-    """
-    norm: Tensor = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64)
-    factor = (delta / norm / norm).masked_fill_(norm == 0, 0.0).clamp_(-1e37, 1e37).to(delta.dtype)
-    return (dout * factor.unsqueeze(-1)).to(dout.dtype)
 
 
 def seen(out: Tensor, lse: Tensor, block: Operands, band: Band) -> Partial:

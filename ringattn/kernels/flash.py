@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.fit import bias_grad, seen, stand_in, up_to, widen, with_bias
+from ringattn.kernels.fit import bias_grad, seen, up_to, widen, with_bias
 from ringattn.kernels.package import Package
 from ringattn.kernels.reference import Reference
 from ringattn.mask import Band
@@ -62,6 +62,7 @@ class Call(NamedTuple):
 
 class Flash(Kernel):
     package: ClassVar[Package]
+    needs_out = True
     one_head_dim: ClassVar[bool] = True  # whether v must have as many channels as q and k
 
     def __init__(self) -> None:
@@ -115,7 +116,7 @@ class Flash(Kernel):
         call = self._call(blocks, bands, options)
         width = call.v.shape[-1]
         dout = _pack([widen(r.dout, width) for r in rows])
-        out = _pack([widen(stand_in(r.dout, r.delta), width) for r in rows])
+        out = _pack([widen(r.any_out, width) for r in rows])
         grads = self.call_backward(call, dout, out, _pack_lse([r.lse for r in rows]))
         dim, bias, value_dim = first.q.shape[-1], first.bias, first.v.shape[-1]
         sizes = ([b.q.shape[2] for b in blocks], [b.k.shape[2] for b in blocks], [b.k.shape[2] for b in blocks])

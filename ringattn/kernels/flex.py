@@ -57,7 +57,7 @@ class Flex(Kernel):
         leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in block))  # type: ignore[arg-type]
         with torch.enable_grad():
             out, lse = self._attend(leaves, band, options)
-        dout, whole, delta = rows
+        dout, whole, delta, _ = rows
         weight = torch.exp(lse.detach() - whole)
         dlse = weight * ((dout.to(delta.dtype) * out.detach()).sum(-1) - delta)
         wanted = [x for x in leaves if x is not None]

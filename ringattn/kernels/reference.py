@@ -35,7 +35,7 @@ class Reference(Kernel):
 
     def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, k, v, bias = block
-        dout, lse, delta = rows
+        dout, lse, delta, _ = rows
         logits, capped = _logits(q, k, bias, band, options)
         probs = torch.exp(logits - lse.unsqueeze(-1))
         dout = dout.to(probs.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ringattn.kernels.aten import CUDNN, HALF, Call, Fused, choose
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.fit import bias_grad, seen, stand_in, widen, with_bias
+from ringattn.kernels.fit import bias_grad, seen, widen, with_bias
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.mask import Band
 from ringattn.partial import Partial
@@ -27,6 +27,7 @@ ROWS_PER_MASK = 512
 
 class Sdpa(Kernel):
     name = "sdpa"
+    needs_out = True
 
     def operator(self, q: Tensor, *, needs_mask: bool) -> Fused | None:
         return choose(q, needs_mask=needs_mask)
@@ -45,13 +46,13 @@ class Sdpa(Kernel):
 
     def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, _, v, bias = block
-        dout, lse, delta = rows
+        dout, lse = rows.dout, rows.lse
         fused = self._fused(q, band, options)
         if fused is None:
             return Reference().piece_backward(block, rows, band, options)
         call = _call(block, band, options)
         width = call.q.shape[-1]
-        dq, dk, dv = fused.backward(call, widen(dout, width), widen(stand_in(dout, delta), width), lse)
+        dq, dk, dv = fused.backward(call, widen(dout, width), widen(rows.any_out, width), lse)
         dim = q.shape[-1]
         dbias = None if bias is None else bias_grad(dk, dim, bias, options.scale)
         return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)

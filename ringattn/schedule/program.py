@@ -63,6 +63,9 @@ class Step:
     tiles: tuple[Work, ...]
     release: tuple[Item, ...]  # foreign inputs not read again
 
+    def __str__(self) -> str:
+        return f"step{self.number}"
+
 
 def messages(lanes: Sequence[Schedule], *, backward: bool, keep: bool = False) -> tuple[Message, ...]:
     """All messages of all ranks in their one global order. Forward has no gradients of KV to move.

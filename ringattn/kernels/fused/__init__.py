@@ -1,0 +1,106 @@
+"""Merges partial results of attention and prepares row statistics, each in one pass over memory where a GPU is at hand.
+
+    merge(parts, out, lse)               several partial results of the same queries, by log-sum-exp
+    add(parts, total)                    several partial sums, as of gradients
+    surrogate_out(dout, delta)           an out that has the delta of the true one, for backward kernels that ask for out
+    row_statistics(dout, out, lse)       delta and lse of whole rows, as backward kernels want them
+
+Each is a Triton kernel on CUDA (`triton_ops`) and a few torch operators elsewhere (`eager_ops`), by the same formula: merging n
+parts with weights exp(lse_i - lse) reads every part once and writes the result once, where merging two at a time would read and
+write the sum n times. Sums are formed in the order of `parts`, so they are the same bits every time. The two forms differ only
+by their exp and log: by a few roundings of fp32.
+
+Parts cover rows [start, stop) of the block; rows that no part covers come out as those of queries that see no key.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringattn.kernels.fused import eager_ops
+
+
+class PartialRows(NamedTuple):
+    """Attention of rows [start, stop) of a block to some keys."""
+
+    start: int
+    stop: int
+    out: Tensor  # (batch, heads, stop - start, head_dim)
+    lse: Tensor  # (batch, heads, stop - start), natural log; -inf where no key was seen
+
+
+class SumRows(NamedTuple):
+    """Some of a sum over rows [start, stop) of a block."""
+
+    start: int
+    stop: int
+    values: Tensor  # (batch, heads, stop - start, head_dim), or (batch, heads, stop - start)
+
+
+def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
+    """Write the attention over all keys of `parts` to out and lse.
+
+    out: (batch, heads, rows, head_dim), of any floating-point dtype; sums are formed in fp32, or fp64 where lse is.
+    lse: (batch, heads, rows).
+    """
+    _ops(out, parts[0].out).merge(parts, out, lse)
+
+
+def add(parts: Sequence[SumRows], total: Tensor) -> None:
+    """Write the sum of `parts` to total: (batch, heads, rows[, head_dim]), of any floating-point dtype; 0 where there is none.
+
+    Sums are formed in fp32, or fp64 where a part is.
+    """
+    _ops(total, parts[0].values).add(parts, total)
+
+
+def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
+    """A tensor in dout's shape and dtype whose row-wise product with dout sums to delta: the multiple of dout that does.
+
+    A backward kernel that wants out only forms that sum with it, so it may have this in the place of the true one, which then
+    need not travel. It is never longer than the out it stands for (Cauchy-Schwarz), so it does not overflow.
+
+    dout: (batch, heads, rows, head_dim). delta: (batch, heads, rows), fp32 or fp64.
+    """
+    return _ops(dout, dout).surrogate_out(dout, delta)
+
+
+def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """delta = sum(dout * out) of each row, and lse with +inf where a row sees no key, which makes its probabilities exactly 0.
+
+    dout, out: (batch, heads, rows, head_dim). lse: (batch, heads, rows), fp32 or fp64; both results are like it.
+    """
+    return _ops(dout, out).row_statistics(dout, out, lse)
+
+
+def _ops(*tensors: Tensor) -> ModuleType:
+    """The module for these tensors: Triton's where it can run. It computes in fp32, so fp64 is left to torch's operators."""
+    if tensors[0].is_cuda and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs():
+        from ringattn.kernels.fused import triton_ops
+
+        return triton_ops
+    return eager_ops
+
+
+@cache
+def triton_runs() -> bool:
+    """Whether Triton's kernels can be compiled and launched here: it needs a C compiler, which some images of torch lack."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        return False
+    from ringattn.kernels.fused import triton_ops
+
+    try:
+        one = torch.ones(1, 1, 1, 16, device="cuda")
+        triton_ops.surrogate_out(one, one[..., 0])
+    except Exception as error:  # whatever the compiler, the linker or the driver raises
+        warnings.warn(f"Triton's kernels do not run here, merging takes torch's operators instead: {error}", stacklevel=2)
+        return False
+    return True
