@@ -40,14 +40,15 @@ from ringattn import kernels as kernel_registry
 from ringattn.autograd import Inputs, attend, run_backward, run_forward
 from ringattn.comm.p2p import P2P
 from ringattn.comm.simulated import Simulated
+from ringattn.comm.transport import Transport
 from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.fused import triton_ops
-from ringattn.comm.transport import Transport
 from ringattn.measure import _Nowhere
 from ringattn.partial import Partial, accum_dtype
 
 WORLD, ROWS, HEADS, HEAD_DIM = 4, 8192, 32, 128
-FREE = ("device", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh", "view")
+# Operators that start no work on the device.
+FREE = ("device", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "view")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ class Instant(Kernel):
     def piece_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
         if key not in self.made:
-            likes = [torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2) for b, h, s, d in (t.shape for t in block[:3])]
+            shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
+            likes = [torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes]
             self.made[key] = Grads(*likes, None)
         return self.made[key]
 

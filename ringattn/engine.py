@@ -1,7 +1,7 @@
 """Carries out one rank's program: receive what has arrived, send what departs, compute, release. Both passes are this function.
 
-It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how partial results merge is
-asked of `BlockOps`; how bytes travel is asked of a `Port`. It waits only for what is due, so everything else travels beside
+It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how partial results merge
+is asked of `BlockOps`; how bytes travel is asked of a `Port`. It waits only for what is due, so everything else travels beside
 compute. Partial results of one accumulator are merged several at once, because merging is bound by memory: each merge reads and
 writes the fp32 sum, however many parts it adds.
 """
@@ -19,12 +19,10 @@ from torch.profiler import record_function
 from ringattn.comm.packing import Wire
 from ringattn.comm.transport import Port
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Message, Step
+from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
 from ringattn.schedule.program import Work as TileBatch
 
 Payload = tuple[Tensor, ...]
-
-MERGED_AT_ONCE = 4  # partial results that may wait for each other; more of them would need more memory for little less traffic
 
 _NO_SPAN = nullcontext()
 
@@ -63,7 +61,7 @@ def span(profiled: bool, *name: object) -> AbstractContextManager[Any]:
 
 def profiling() -> bool:
     """Whether a profiler of torch is recording."""
-    return bool(torch.autograd._profiler_enabled())
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def run(
@@ -101,7 +99,7 @@ def run(
     def outgoing(message: Message) -> Tensor:
         if len(message.items) == 1 and message.items[0] in as_received:
             return as_received[message.items[0]]
-        wire, tensors = ops.wire(message.items), []
+        tensors: list[Tensor] = []
         for item in message.items:
             if item.kind.moved:
                 tensors += ops.leaving(item, totals.pop(item))
@@ -109,7 +107,7 @@ def run(
                 payload = read(item._replace(new=False))
                 # Of what is `new` since forward only the last fields travel, see `payload`.
                 tensors += payload[len(payload) - len(ops.wire((item,)).specs) :] if item.new else payload
-        return wire.pack(tensors)
+        return ops.wire(message.items).pack(tensors)
 
     def receive(message: Message, buffer: Tensor) -> None:
         tensors = ops.wire(message.items).views(buffer)

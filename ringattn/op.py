@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ringattn.autograd import Inputs, engine_order, rests, run_backward, run_forward
+from ringattn.autograd import Inputs, rests, run_backward, run_forward
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.p2p import P2P
 from ringattn.comm.packing import Spec, pack, unpack
@@ -40,7 +40,7 @@ from ringattn.kernels import Options
 from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
 from ringattn.schedule.program import Item
-from ringattn.work import Forward
+from ringattn.shapes import InputSizes, Shapes
 
 Check = Callable[..., dist.ProcessGroup | None]
 
@@ -229,10 +229,10 @@ def _or_ghosts(
 
 
 def _kept_specs(plan: Plan, rank: int, out: Tensor, key_bias: Tensor | None) -> dict[Item, Sequence[Spec]]:
-    """What `kept` consists of, in order. The numbers of `Options` do not matter here."""
-    inputs = _or_ghosts(None, None, None, plan, rank, out, key_bias)
-    work = Forward(plan, rank, Options(1.0), **engine_order(inputs))
-    return {item: work.wire((item,)).specs for item in rests(plan, rank)}
+    """What `kept` consists of, in order. Sizes may be symbols, which no cache can hold."""
+    bias_heads = 0 if key_bias is None else 1 if key_bias.ndim == 2 else key_bias.shape[1]
+    shapes = Shapes(plan, InputSizes(out.shape[0], out.shape[-1], out.dtype, bias_heads), backward=False)
+    return {item: shapes.specs(item) for item in rests(plan, rank)}
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Shapes of everything that one pass of a plan handles: blocks, messages, and the part of each that some tiles touch.
 
-They follow from the plan and from the shapes of its inputs alone, so they are worked out once and used in every call of the same
-kind, by every layer of a model. `work` has the tensors.
+They follow from the plan and from the shapes of its inputs alone, so they are worked out once and used in every call of the
+same kind, by every layer of a model. `work` has the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringattn.schedule.program import Item
 from ringattn.schedule.program import Work as TileBatch
 
 
-class Inputs(NamedTuple):
+class InputSizes(NamedTuple):
     """What shapes follow from, beside the plan."""
 
     batch: int
@@ -35,10 +35,10 @@ class Inputs(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """Rows [start, start + count) of some blocks put one behind another; `count` None stands for all of them."""
+    """Rows [start, start + length) of some blocks put one behind another; `length` None stands for all of them."""
 
     start: int
-    count: int | None
+    length: int | None
 
 
 class Span(NamedTuple):
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 class Shapes:
     """Of one pass. Made by `shapes_of`, which remembers it."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, *, backward: bool) -> None:
+    def __init__(self, plan: Plan, inputs: InputSizes, *, backward: bool) -> None:
         self.plan, self.inputs, self.backward = plan, inputs, backward
         self.lanes = plan.backward if backward else plan.forward
         self.accum = accum_dtype(inputs.dtype)
@@ -80,10 +80,12 @@ class Shapes:
         """The layout of a message that carries `items`."""
         wire = self._wires.get(items)
         if wire is None:
-            wire = self._wires[items] = Wire(
-                self._spec(field, item) for item in items for field in self.fields(item.kind, new=item.new)
-            )
+            wire = self._wires[items] = Wire(spec for item in items for spec in self.specs(item))
         return wire
+
+    def specs(self, item: Item) -> list[Spec]:
+        """What `item` looks like on the wire, wherever it comes from."""
+        return [self._spec(field, item) for field in self.fields(item.kind, new=item.new)]
 
     def heads(self, field: Field, lane: int) -> tuple[int, int]:
         """First head and number of heads that `field` of this lane has of the whole tensor."""
@@ -125,7 +127,7 @@ class Shapes:
 
 
 @lru_cache(maxsize=128)
-def shapes_of(plan: Plan, inputs: Inputs, *, backward: bool) -> Shapes:
+def shapes_of(plan: Plan, inputs: InputSizes, *, backward: bool) -> Shapes:
     """The shapes of one pass, worked out once for all ranks that this process hosts and all calls of this kind."""
     return Shapes(plan, inputs, backward=backward)
 

@@ -11,9 +11,9 @@ backward a tuple of `SumRows`, one for each gradient. A kernel computes, and a m
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item
 from ringattn.schedule.program import Work as TileBatch
-from ringattn.shapes import Inputs, Span, Touched, shapes_of
+from ringattn.shapes import InputSizes, Span, Touched, shapes_of
 
 Sums = tuple[SumRows, ...]
 
@@ -48,7 +48,7 @@ class _Pass(ABC):
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         q, v, bias = self.tensors["q"], self.tensors["v"], self.tensors.get("bias")
         self.device, self.dtype = q.device, q.dtype
-        inputs = Inputs(q.shape[0], v.shape[-1], q.dtype, 0 if bias is None else bias.shape[1])
+        inputs = InputSizes(q.shape[0], v.shape[-1], q.dtype, 0 if bias is None else bias.shape[1])
         self.shapes = shapes_of(plan, inputs, backward=self.backward)
         self.accum = self.shapes.accum
         self.wire = self.shapes.wire
@@ -114,8 +114,9 @@ class Forward(_Pass):
         """All rows and heads of this rank: out in the dtype of q, lying as (batch, rows, heads, head_dim), and lse."""
         q, dim = self.tensors["q"], self.tensors["v"].shape[-1]
         batch, heads, rows, _ = q.shape
-        if (alone := _only(gathered, rows)) and alone.out.shape[1] == heads and _lies_by_rows(alone.out, self.dtype) and alone.lse.dtype == self.accum:
-            return Partial(alone.out, alone.lse)
+        alone = _only(gathered, rows)
+        if alone and alone.out.shape[1] == heads and _lies_by_rows(alone.out, self.dtype) and alone.lse.dtype == self.accum:
+            return Partial(alone.out, alone.lse)  # of a single rank, say: the kernel's own tensors
         covered = sum(self.shapes.block(item).rows * self.lanes[item.lane].heads.of_queries for item in gathered)
         new = torch.empty if covered == rows * heads else torch.zeros
         out = new(batch, rows, heads, dim, dtype=self.dtype, device=self.device).transpose(1, 2)
@@ -214,7 +215,7 @@ def _operands(query: Tensor, kv: Payload) -> Operands:
 def _touched(payloads: Sequence[Payload], rows: Touched) -> Payload:
     """Of several blocks, one behind another, the rows that are needed."""
     joined = payloads[0] if len(payloads) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*payloads, strict=True))
-    return joined if rows.count is None else tuple(x.narrow(2, rows.start, rows.count) for x in joined)
+    return joined if rows.length is None else tuple(x.narrow(2, rows.start, rows.length) for x in joined)
 
 
 def _part(x: Tensor, span: Span) -> Tensor:
@@ -222,7 +223,10 @@ def _part(x: Tensor, span: Span) -> Tensor:
     return x if rows == x.shape[2] else x.narrow(2, span.first, rows)
 
 
-def _only(gathered: Mapping[Item, Sequence[Iterable[Tensor | int]]], rows: int) -> PartialRows | SumRows | None:
+_Share = TypeVar("_Share", PartialRows, SumRows)
+
+
+def _only(gathered: Mapping[Item, Sequence[_Share]], rows: int) -> _Share | None:
     """The one share there is, if it has all rows."""
     if len(gathered) == 1:
         (shares,) = gathered.values()

@@ -53,8 +53,8 @@ class Wire:
         start = 0
         for n in order:
             spec = self.specs[n]
-            # Wider ones come first, so a multiple of the spec's own size lies before it; its end bounds what may be viewed.
-            self._placed.append(_Placed(n, spec.dtype, spec.shape, spec.strides, start // spec.dtype.itemsize, start, spec.nbytes))
+            first = start // spec.dtype.itemsize  # a whole number, since wider ones come first
+            self._placed.append(_Placed(n, spec.dtype, spec.shape, spec.strides, first, start, spec.nbytes))
             start += spec.nbytes
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -63,11 +63,10 @@ class Wire:
         dtype, typed = self.unit, buffer
         for placed in self._placed:
             first = placed.first
-            if placed.dtype != dtype:
-                if self.unit == torch.uint8:
-                    typed, first = buffer.narrow(0, placed.start, placed.nbytes).view(placed.dtype), 0
-                else:
-                    dtype, typed = placed.dtype, buffer.view(placed.dtype)
+            if self.unit == torch.uint8:
+                typed, first = buffer.narrow(0, placed.start, placed.nbytes).view(placed.dtype), 0
+            elif placed.dtype != dtype:
+                dtype, typed = placed.dtype, buffer.view(placed.dtype)
             found[placed.n] = typed.as_strided(placed.shape, placed.strides, typed.storage_offset() + first)
         return found
 

@@ -29,7 +29,7 @@ class Port(Protocol):
         return torch.empty(wire.length, dtype=wire.unit, device=device)
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
-        """Start sending (where `message.src` is this rank) or receiving each message from or into its buffer, a contiguous tensor.
+        """Start sending (where `message.src` is this rank) or receiving each message from or into its contiguous buffer.
 
         What is sent may be the caller's own tensor: it is only read, and not kept after `wait`.
         """

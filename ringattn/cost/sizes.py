@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ringattn.payload import fields
 from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Message, Step
+from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -37,6 +37,7 @@ class Sizes:
         }
         self._rows = [([b.rows for b in lane.kv_blocks], [b.rows for b in lane.q_blocks]) for lane in self.lanes]
         self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
+        self._share = {key: self._per_row(*key, narrow, wide, bias_heads) for key in wire}
 
     def travelling(self, item: Item) -> int:
         """Bytes of `item` in a message."""
@@ -45,6 +46,10 @@ class Sizes:
     def held(self, item: Item) -> int:
         """Bytes of `item` between messages: sums are wide."""
         return self._rows[item.lane][item.kind.of_queries][item.index] * self._held[item.lane, item.kind]
+
+    def share(self, item: Item) -> int:
+        """Bytes of one kernel call's contribution to accumulator `item`, as the kernel gives it."""
+        return self._rows[item.lane][item.kind.of_queries][item.index] * self._share[item.lane, item.kind]
 
     def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
         """Of one row of all the lane's heads."""
@@ -65,27 +70,46 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
     return dict(links)
 
 
-def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
-    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
+def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes, *, results: bool = False) -> int:
+    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others.
+
+    results: count what its own rows' results take too, of which up to `MERGED_AT_ONCE` wait to be merged.
+    """
     held: dict[Item | Message, int] = {}
+    waiting: dict[Item, list[int]] = {}
     peak = 0
+
+    def wait(item: Item, nbytes: int) -> None:
+        shares = waiting.setdefault(item, [])
+        if len(shares) == MERGED_AT_ONCE:
+            shares[:] = [sizes.held(item)]
+        shares.append(nbytes)
+
     for step in program:
         for message in step.due:
             del held[message]
-            if message.dst == rank:
-                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
-                held.update((item, sizes.held(item)) for item in whole)
+            for item in message.items if message.dst == rank else ():
+                whole = item._replace(new=False)
+                if _home(sizes, item) != rank:
+                    held[whole] = sizes.held(whole)
+                elif item.kind.moved:
+                    wait(item, sizes.travelling(item))
         for message in step.post:
             held[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
                     held.pop(item, None)
         for work in step.tiles:
-            results = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
-            for item in results:
-                if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
+            made = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
+            for item in made:
+                if not sizes.backward and item.kind is Kind.KV_ACC:
+                    continue
+                if _home(sizes, item) != rank:
                     held[item] = sizes.held(item)
-        peak = max(peak, sum(held.values()))
+                else:
+                    wait(item, sizes.share(item))
+        own = sum(map(sum, waiting.values())) if results else 0
+        peak = max(peak, sum(held.values()) + own)
         for item in step.release:
             held.pop(item, None)
     return peak

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from ringattn.schedule.ir import Kind, Schedule
 
+# Partial results of one accumulator that may wait to be merged in one go; more would need more memory for little less traffic.
+MERGED_AT_ONCE = 4
+
 
 class Item(NamedTuple):
     """`kind[index]` of one lane; in messages of backward perhaps only what is `new` since forward, the rest being kept."""

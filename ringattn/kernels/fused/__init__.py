@@ -19,8 +19,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +69,8 @@ def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
 
     dout: (batch, heads, rows, head_dim). delta: (batch, heads, rows), fp32 or fp64.
     """
-    return _ops(dout, dout).surrogate_out(dout, delta)
+    made: Tensor = _ops(dout, dout).surrogate_out(dout, delta)
+    return made
 
 
 def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +78,11 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 
     dout, out: (batch, heads, rows, head_dim). lse: (batch, heads, rows), fp32 or fp64; both results are like it.
     """
-    return _ops(dout, out).row_statistics(dout, out, lse)
+    made: tuple[Tensor, Tensor] = _ops(dout, out).row_statistics(dout, out, lse)
+    return made
 
 
-def _ops(*tensors: Tensor) -> ModuleType:
+def _ops(*tensors: Tensor) -> Any:
     """The module for these tensors: Triton's where it can run. It computes in fp32, so fp64 is left to torch's operators."""
     if tensors[0].is_cuda and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs():
         from ringattn.kernels.fused import triton_ops

@@ -26,10 +26,10 @@ def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
     lses = torch.stack([_placed(part, rows) for part in parts])
     largest = lses.amax(0)
     # Where no part has seen a key, -inf minus -inf would be NaN; NaN from the inputs must survive.
-    weights = lses.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
-    total_weight = weights.sum(0).clamp_min_(1.0)  # the largest alone has weight 1, so this changes only rows that see nothing
-    torch.add(largest, total_weight.log(), out=lse)
-    weights = weights.div_(total_weight).unsqueeze(-1).unbind(0)
+    exps = lses.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
+    sum_of_exps = exps.sum(0).clamp_min_(1.0)  # the largest alone adds 1, so this changes only rows that see nothing
+    torch.add(largest, sum_of_exps.log(), out=lse)
+    weights: Sequence[Tensor] = exps.div_(sum_of_exps).unsqueeze(-1).unbind(0)
     if not _covers(parts[0], rows):  # a first part of all rows to which the others are added
         parts, weights = [_nothing(parts[0], rows, lse.dtype), *parts], [weights[0].new_zeros(()), *weights]
     total = parts[0].out * weights[0]

@@ -1,7 +1,7 @@
 """Launches the Triton kernels of `fused`: one launch for each merge, sum, surrogate out or row statistic.
 
-The kernels themselves are in `triton_kernels`. Here tensors become pointers and strides. Heads and rows may have any strides, as
-slices of messages and of fused projections do; head_dim must lie contiguous, and is made so where it does not.
+The kernels themselves are in `triton_kernels`. Here tensors become pointers and strides. Heads and rows may have any strides,
+as slices of messages and of fused projections do; head_dim must lie contiguous, and is made so where it does not.
 
 Nothing here has run on a GPU; Triton's interpreter runs it on CPU tensors in tests.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ringattn.kernels.fused import PartialRows, SumRows
 
 MOST_PARTS = 4  # that one launch merges; more are merged in several
-ELEMENTS = 4096  # of one part that a program holds at once: 16 KiB of fp32, in registers
+ELEMENTS = 2048  # of one part that a program holds at once: 8 KiB of fp32, in registers
 
 Launch = Callable[[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
