@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ringattn import full, make_plan
 from ringattn.comm.p2p import P2P, P2PPort
+from ringattn.comm.transport import Port
 from ringattn.engine import run
 from ringattn.kernels import Options
 from ringattn.measure import Overlap, overlap
@@ -20,7 +21,7 @@ from ringattn.work import Forward
 ROOT = Path(__file__).parent.parent
 
 
-class Diary:
+class Diary(Port):
     """A port that delivers zeros and notes what happens when."""
 
     def __init__(self, rank: int, notes: list[tuple[str, object]]) -> None:
