@@ -12,7 +12,7 @@ from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of
+from ringattn.comm.group import Group, cannot_move
 from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
@@ -140,11 +140,11 @@ def _checked(
     process_group, rank = meet(plan, group)
     q, k, v, key_bias, sinks = inputs
     problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
-    problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    problem = problem or cannot_move(process_group, "q", q) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     if problem is None and check_finite:
         problem = _not_finite(inputs, check_finite)
     if problem is not None:
-        agree(process_group, {"call": "attention"}, problem)
+        agree(process_group, {"call": "attention"}, problem, device=q.device if isinstance(q, Tensor) else None)
     fields = {
         "call": "attention",
         "plan": plan.digest,
@@ -161,7 +161,7 @@ def _checked(
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    agree(process_group, fields, every_call=every_call, behind=plan.facts)
+    agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.facts)
     return process_group
 
 
@@ -188,15 +188,6 @@ def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_ls
         if not isinstance(option, others):
             flag(name, option, InputError)
     flag("return_lse", return_lse, InputError)
-
-
-def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
-    if group is None or q.device.type == device_of(group).type:
-        return None
-    return (
-        f"q is on {q.device} and the {dist.get_backend(group)} group moves tensors on {device_of(group).type}; move q, k and v "
-        f"there, or start the group with another backend"
-    )
 
 
 def _problem(
