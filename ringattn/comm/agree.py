@@ -32,7 +32,7 @@ TAG = 1  # what is said here is never taken for what a call moves
 
 NO_AGREEMENT_IN_A_GRAPH = (
     "a CUDA graph is being captured, and ranks would have to agree on this call first, which a graph cannot repeat. Make the "
-    "same call once before the capture, and both with strict=False and check_finite=False where the function has these arguments"
+    "same call once before the capture, and both with strict=False and without check_finite where these are arguments"
 )
 
 Fields = tuple[tuple[str, str], ...]

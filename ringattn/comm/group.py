@@ -95,8 +95,8 @@ def is_asynchronous(device: torch.device) -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work on this device is being captured in a CUDA graph. Torch without CUDA can't be asked."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether work on this device is being captured in a CUDA graph. Torch without CUDA cannot be asked."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
