@@ -134,12 +134,17 @@ def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str
 
 
 def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    followed: list[object] = []
-    monkeypatch.setattr(collectives, "follow", lambda works, group, device: followed.append((works, group, device)))
-    work, tensor = Work(), SimpleNamespace(device=CUDA)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, async_op: work if async_op else None)
+    followed, tensor, event = [], SimpleNamespace(device=CUDA), SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(collectives, "follow", lambda works, group, device: followed.append((works, device)))
+    monkeypatch.setattr(collectives, "recorded", lambda device: event)
+    for name in ("all_reduce", "all_gather"):
+        monkeypatch.setattr(dist, name, lambda *tensors, group: None)
     collectives.all_reduce(tensor, None)
-    assert followed == [([work], None, CUDA)]
+    assert not followed, "there is no board"
+    monkeypatch.setattr(collectives, "board", lambda: board)
+    collectives.all_reduce(tensor, None)
+    collectives.all_gather([tensor], tensor, None)
+    assert followed == [([unfinished.Reached(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def journals_behind(rank: int, folder: Path) -> None:
     journal.begin(folder)
     board.watch()
     p2p.is_asynchronous = lambda device: True
-    p2p._mark = lambda device: Event()
+    p2p.recorded = lambda device, timed: Event()
     plan = make_plan(37, world=2, heads=2, head_dim=8, schedule="token_ring", topology="cpu")
     q = shard(torch.randn(1, 37, 2, 8), plan).requires_grad_()
     attention(q, q, q, plan).sum().backward()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_process_group_store
 
-from ringattn.comm.board import follow
+from ringattn.comm.board import follow, transferring
 from ringattn.comm.group import CPU, backends, is_asynchronous, timeout_of
 
 Group = dist.ProcessGroup | None
@@ -69,7 +69,8 @@ def connect(group: Group, device: torch.device) -> None:
     """
     if group is None or not is_asynchronous(device) or device.type in _connected.setdefault(group, set()):
         return
-    dist.all_reduce(torch.zeros(1, device=device), group=group)
+    with transferring("connecting GPUs", f"rank {dist.get_rank(group)}: the GPUs of the group could not be connected"):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
     _connected[group].add(device.type)
 
 

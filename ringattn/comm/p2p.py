@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from itertools import groupby
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from ringattn.comm.duplex import prepare, receiving, sending, start
 from ringattn.comm.group import capturing, is_asynchronous
 from ringattn.comm.journal import kept, note
 from ringattn.comm.transport import Result
+from ringattn.comm.unfinished import Reached, recorded
 from ringattn.schedule.program import Message
 
 
@@ -74,7 +75,7 @@ class P2P:
         if self.device is None:
             self.device = device
             if kept() and not capturing(device):
-                self._begin = _mark(device)
+                self._begin = recorded(device, timed=True)
 
     def waited(self, message: Message, seconds: float) -> None:
         self.seconds_waiting += seconds
@@ -91,30 +92,13 @@ class P2P:
         if self._begin is None or board() is None:  # captured in a graph, or nobody looks when it is complete
             note("pass", **facts, **({"captured": True} if capturing(device) else {}))
             return
-        begin, end = self._begin, _mark(device)
+        begin, end = self._begin, recorded(device, timed=True)
 
         def finished() -> None:
             note("pass", **facts, seconds=round(begin.elapsed_time(end) / 1e3, 6))
 
         with transferring(f"in {self._label}", ""):
-            follow([_Reached(end)], self.group, device, finished)
-
-
-def _mark(device: torch.device) -> Any:
-    """An event recorded on the device's current stream, with its time."""
-    module = getattr(torch, device.type)
-    event = module.Event(enable_timing=True)
-    event.record(module.current_stream(device))
-    return event
-
-
-class _Reached(NamedTuple):
-    """A stream's arrival at an event, in the form of a transfer's handle."""
-
-    event: Any
-
-    def is_completed(self) -> bool:
-        return bool(self.event.query())
+            follow([Reached(end)], self.group, device, finished)
 
 
 def _arrival(transfer: tuple[Message, Tensor]) -> int:

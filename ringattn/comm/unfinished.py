@@ -11,6 +11,7 @@ the watching thread first takes the capture mode in which captures of other thre
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 from collections import deque
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from ringattn.comm.group import capturing, timeout_of
 
 EARLY = 5.0  # seconds before the backend's own deadline, at which it would end the process without naming anybody
+MOST = 1 << 14  # posted and not looked at; more only if the watching thread has ended
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 
 
@@ -45,11 +47,28 @@ class Posted(NamedTuple):
         return self.since + max(timeout / 2, timeout - EARLY)
 
 
+class Reached(NamedTuple):
+    """A stream's arrival at an event, in the form of a transfer's handle."""
+
+    event: Any
+
+    def is_completed(self) -> bool:
+        return bool(self.event.query())
+
+
+def recorded(device: torch.device, *, timed: bool = False) -> Any:
+    """An event recorded on the device's current stream, with its time if it is `timed`."""
+    module = getattr(torch, device.type)
+    event = module.Event(enable_timing=timed)
+    event.record(module.current_stream(device))
+    return event
+
+
 class Unfinished:
     """What has been posted, oldest first."""
 
     def __init__(self) -> None:
-        self._posted: deque[Posted] = deque()
+        self._posted: deque[Posted] = deque(maxlen=MOST)
         self._paused = False
         self._first: Posted | None = None  # as last found, and since when it has been
         self._found = 0.0
@@ -91,7 +110,8 @@ class Unfinished:
                 return first
             self._posted.popleft()
             if first.finished is not None:
-                first.finished()
+                with contextlib.suppress(RuntimeError):  # of the device
+                    first.finished()
         return None
 
 
