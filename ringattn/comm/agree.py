@@ -106,6 +106,7 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
     said = f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call"
     with transferring("agreeing on a call", said):
         prepare(group)
+        connect(group, table.device)
         while distance < world:
             count = min(distance, world - distance)
             there, here = table[:count].clone(), table[distance : distance + count]

@@ -218,6 +218,7 @@ class Board:
         finally:
             self._closed.set()
             self._farewell.forget()
+            self.unfinished.clear()
 
     def _is_lost(self, oldest: Posted) -> bool:
         """Whether to give up what the GPU waits for. No error is raised for it before NCCL's own deadline ends the process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
@@ -100,5 +101,6 @@ def capturing(device: torch.device) -> bool:
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds after which the backend gives up a transfer of this device's tensors."""
-    return float(group._get_backend(device).options._timeout.total_seconds())
+    """Seconds after which the backend gives up a transfer of this device's tensors; infinite if it does not tell."""
+    options = getattr(group._get_backend(device), "options", None)
+    return float(options._timeout.total_seconds()) if options is not None else math.inf

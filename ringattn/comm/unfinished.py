@@ -94,6 +94,11 @@ class Unfinished:
             self._found = time.monotonic()
         return self._first
 
+    def clear(self) -> None:
+        """Nobody will look any more; what is kept here would keep its group."""
+        self._may_query = False
+        self._posted.clear()
+
     def seconds(self) -> float:
         """For how long `oldest` has found the same; 0 if there is none."""
         return time.monotonic() - self._found if self._first is not None else 0.0
