@@ -33,7 +33,7 @@ class Handle:
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Handle]]:
     """Those that have been posted."""
     made: list[Handle] = []
-    monkeypatch.setattr(p2p, "is_asynchronous", lambda device: True)
+    monkeypatch.setattr(p2p, "waits_on_stream", lambda tensor: True)
     monkeypatch.setattr(duplex, "_operation", lambda transfer: transfer)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda transfers: made.append(Handle(transfers)) or made[-1:])
     yield made

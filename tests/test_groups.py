@@ -149,7 +149,7 @@ def both_devices(rank: int, folder: Path) -> None:
     dist.all_reduce = lambda tensor, group: met.append(tensor.device)
     agreement._exchange = lambda *args: exchanged.append(rows := exchange(*args)) or rows
     duplex._operation = lambda transfer: transfer
-    zeros, on_gpu = torch.zeros, SimpleNamespace(device=CUDA)
+    zeros, on_gpu = torch.zeros, SimpleNamespace(device=CUDA, is_cpu=False)
     torch.zeros = lambda *shape, device=None: SimpleNamespace(device=device) if device else zeros(*shape)
     for _ in range(3):
         agreement.agree(members, {"call": "on GPUs"}, device=on_gpu.device)

@@ -191,7 +191,7 @@ def journals_behind(rank: int, folder: Path) -> None:
     """Passes whose transfers a stream waits for: their lines come from the watching thread."""
     journal.begin(folder)
     board.watch()
-    p2p.is_asynchronous = lambda device: True
+    p2p.waits_on_stream = lambda tensor: True
     p2p.recorded = lambda device, timed: Event()
     plan = make_plan(37, world=2, heads=2, head_dim=8, schedule="token_ring", topology="cpu")
     q = shard(torch.randn(1, 37, 2, 8), plan).requires_grad_()

@@ -77,10 +77,11 @@ def agree(
         return
     history = _histories.setdefault(group, _History())
     mine = tuple((name, str(value)) for name, value in fields.items())
-    device = device_of(group) if device is None else device
-    every_call = not is_asynchronous(device) if every_call is None else every_call
+    if every_call is None:
+        every_call = not is_asynchronous(device_of(group) if device is None else device)
     if problem is None and mine in history.agreed and not every_call:
         return
+    device = device_of(group) if device is None else device
     if capturing(device):  # on all ranks alike: none waits for another
         raise InputError(problem or NO_AGREEMENT_IN_A_GRAPH)
     history.calls += 1

@@ -20,8 +20,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -79,28 +79,35 @@ def board() -> Board | None:
     return None if world is None else _boards.get(world)
 
 
-@contextmanager
-def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
-    """Around whatever waits for other ranks.
+class transferring(AbstractContextManager[None]):
+    """Around whatever waits for other ranks. A class and no generator: it is entered for every transfer.
 
     doing, about: what the others can read while it lasts. failed: what the `CommError` says that an error of the backend
     becomes, with {about} filled in, followed by whose fault it is if the board tells.
     """
-    here = board()
-    if here:
-        here.doing = (doing, about)
-    try:
-        yield
-    except RingAttnError:
-        raise
-    except RuntimeError as error:
-        culprit = here.explain() if here else ""
-        said = f"{failed.format(about=about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
+
+    __slots__ = ("_about", "_doing", "_failed", "_here")
+
+    def __init__(self, doing: str, failed: str, about: object = "") -> None:
+        self._doing, self._failed, self._about, self._here = doing, failed, about, board()
+
+    def __enter__(self) -> None:
+        if self._here is not None:
+            self._here.doing = (self._doing, self._about)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, RuntimeError) and not isinstance(error, RingAttnError):
+                raise CommError(self._explained(error)) from error
+        finally:
+            if self._here is not None:
+                self._here.doing = None
+
+    def _explained(self, error: RuntimeError) -> str:
+        culprit = self._here.explain() if self._here is not None else ""
+        said = f"{self._failed.format(about=self._about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
         note("failed", error=said)
-        raise CommError(said) from error
-    finally:
-        if here:
-            here.doing = None
+        return said
 
 
 def follow(

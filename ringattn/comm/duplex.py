@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_process_group_store
 
 from ringattn.comm.board import follow, transferring
-from ringattn.comm.group import CPU, backends, is_asynchronous, timeout_of
+from ringattn.comm.group import CPU, backends, is_asynchronous, timeout_of, waits_on_stream
 
 Group = dist.ProcessGroup | None
 
@@ -76,14 +76,14 @@ def connect(group: Group, device: torch.device) -> None:
 
 def start(transfers: Sequence[Transfer]) -> list[list[dist.Work]]:
     """Post `transfers`, of one group and device, together; for each, what to wait for: its own handle, or the one for all."""
-    group, device = transfers[0].group, transfers[0].tensor.device
-    twin = _twins.get(group) if group is not None and device.type == "cpu" else None
+    tensor, group, *_ = transfers[0]
+    twin = _twins.get(group) if group is not None and tensor.is_cpu else None
     if twin is not None:
         works = [_one_way(transfer, group if transfer.src < transfer.dst else twin) for transfer in transfers]
     else:
         works = dist.batch_isend_irecv([_operation(transfer) for transfer in transfers])
-    if is_asynchronous(device):
-        follow(works, group, device)
+    if waits_on_stream(tensor):
+        follow(works, group, tensor.device)
     return [[work] for work in works] if len(works) == len(transfers) else [works] * len(transfers)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Sequence
-from itertools import groupby
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from ringattn.comm.board import board, follow, transferring
 from ringattn.comm.duplex import prepare, receiving, sending, start
-from ringattn.comm.group import capturing, is_asynchronous
+from ringattn.comm.group import capturing, waits_on_stream
 from ringattn.comm.journal import kept, note
 from ringattn.comm.transport import Result
 from ringattn.comm.unfinished import Reached, recorded
@@ -101,10 +100,6 @@ class P2P:
             follow([Reached(end)], self.group, device, finished)
 
 
-def _arrival(transfer: tuple[Message, Tensor]) -> int:
-    return transfer[0].due
-
-
 class P2PPort:
     """This rank's end during one pass."""
 
@@ -114,14 +109,13 @@ class P2PPort:
         self._doing, self._failed = f"in {label}, waiting for", f"rank {rank}, {label}: {{about}} failed"
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
-        if is_asynchronous(device := transfers[0][1].device):
-            self._transport.runs_on(device)
-            for _, batch in groupby(sorted(transfers, key=_arrival), key=_arrival):  # sorted keeps the order of equals
-                self._post(list(batch))
-        else:
-            self._post(transfers)
-
-    def _post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        if waits_on_stream(buffer := transfers[0][1]):
+            self._transport.runs_on(buffer.device)
+            arrivals = {message.due for message, _ in transfers}
+            if len(arrivals) > 1:
+                for due in sorted(arrivals):
+                    self.post([transfer for transfer in transfers if transfer[0].due == due])
+                return
         ops = []
         for message, buffer in transfers:
             if message.dst == self.rank:
