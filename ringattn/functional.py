@@ -12,7 +12,7 @@ from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of
+from ringattn.comm.group import Group, cannot_move, capturing
 from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
@@ -88,8 +88,9 @@ def attention(
             is said in the error. Reads all input once; not under torch.compile.
         strict: whether ranks agree on every call, and so on the order of calls, before it sends anything. False: on the first
             call of each kind alone, after which it costs nothing, and ranks that come to different known calls are found by
-            the deadline or not at all. None: on every call with gloo; with NCCL, which would stall the GPU, as False. A text,
-            as "layer 3": on every call, and on the text, so that layers in another order are found too.
+            the deadline or not at all. None: on every call where tensors are on the CPU; on GPUs, which the answer would stall,
+            as False. A text, as "layer 3": on every call, and on the text, so that layers in another order are found too.
+            A CUDA graph can capture a call that has been made before and on which ranks need not agree again; others refuse.
 
     Returns:
         out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
@@ -140,11 +141,11 @@ def _checked(
     process_group, rank = meet(plan, group)
     q, k, v, key_bias, sinks = inputs
     problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
-    problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    problem = problem or cannot_move(process_group, "q", q) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     if problem is None and check_finite:
-        problem = _not_finite(inputs, check_finite)
+        problem = _graph_cannot_check(check_finite) if capturing(q.device) else _not_finite(inputs, check_finite)
     if problem is not None:
-        agree(process_group, {"call": "attention"}, problem)
+        agree(process_group, {"call": "attention"}, problem, device=q.device if isinstance(q, Tensor) else None)
     fields = {
         "call": "attention",
         "plan": plan.digest,
@@ -161,7 +162,7 @@ def _checked(
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    agree(process_group, fields, every_call=every_call, behind=plan.facts)
+    agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.facts)
     return process_group
 
 
@@ -188,15 +189,6 @@ def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_ls
         if not isinstance(option, others):
             flag(name, option, InputError)
     flag("return_lse", return_lse, InputError)
-
-
-def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
-    if group is None or q.device.type == device_of(group).type:
-        return None
-    return (
-        f"q is on {q.device} and the {dist.get_backend(group)} group moves tensors on {device_of(group).type}; move q, k and v "
-        f"there, or start the group with another backend"
-    )
 
 
 def _problem(
@@ -238,6 +230,13 @@ def _problem(
     if softcap is not None and (real(softcap) or 0) <= 0:
         return f"softcap={shown(softcap)}: must be finite and positive; leave it out for none"
     return obstacle(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
+
+
+def _graph_cannot_check(check_finite: bool | str) -> str:
+    return (
+        f"check_finite={shown(check_finite)}: a CUDA graph is being captured, in which numbers cannot be read; pass "
+        "check_finite=False, and check inputs outside of the graph"
+    )
 
 
 def _not_finite(inputs: Inputs, where: bool | str) -> str | None:

@@ -20,7 +20,7 @@ from ringattn.arguments import complaint, count, flag
 from ringattn.autograd import Held, back, resting
 from ringattn.callers import meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group
+from ringattn.comm.group import Group, backends
 from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
 from ringattn.engine import run
@@ -84,9 +84,9 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     process_group, rank = meet(plan, group)
     said: dict[str, object] = {"call": "overlap"}
     problem = complaint(lambda: said.update(_asked(plan, batch, backward, repeats)))
-    agree(process_group, said, problem)
-    batch = int(batch)
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(process_group) else torch.device("cpu")
+    agree(process_group, said, problem, device=device)
+    batch = int(batch)
     transport = P2P(process_group)
     work = _work(plan, rank, batch, backward, device)
     kernel, idle = work.kernel, _Idle()
@@ -151,7 +151,7 @@ def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: P2
 
 
 def _on_gpu(group: dist.ProcessGroup | None) -> bool:
-    return torch.cuda.is_available() and (group is None or dist.get_backend(group) == "nccl")
+    return torch.cuda.is_available() and (group is None or "cuda" in backends(group))
 
 
 def _settle(group: dist.ProcessGroup | None, device: torch.device) -> None:

@@ -54,6 +54,11 @@ BACKWARD = (
     f"{WHERE}) -> Tensor[]"
 )
 
+# `mode="reduce-overhead"` captures CUDA graphs, which can repeat neither the agreement that a call begins with nor what the
+# host does between transfers. With this tag they end before these operators and begin after them; torch has it from 2.8 on.
+_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+OUTSIDE_GRAPHS: dict[str, Any] = {} if _unsafe is None else {"tags": (_unsafe,)}
+
 NOT_YET = -1  # the rank of a process that has none
 
 _plans: dict[str, Plan] = {}
@@ -108,7 +113,7 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
         return out.contiguous(), lse.contiguous(), kept
 
-    op = torch.library.custom_op("ringattn::attention", forward, mutates_args=(), schema=FORWARD)
+    op = torch.library.custom_op("ringattn::attention", forward, mutates_args=(), schema=FORWARD, **OUTSIDE_GRAPHS)
     op.register_fake(_fake_forward)
     op.register_autograd(_differentiate, setup_context=_remember)
     return op
@@ -186,7 +191,9 @@ def _run_backward(
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
-_backward = torch.library.custom_op("ringattn::attention_backward", _run_backward, mutates_args=(), schema=BACKWARD)
+_backward = torch.library.custom_op(
+    "ringattn::attention_backward", _run_backward, mutates_args=(), schema=BACKWARD, **OUTSIDE_GRAPHS
+)
 
 
 @_backward.register_fake

@@ -16,7 +16,8 @@ from ringattn.arguments import complaint, flag, instance, shown, whole
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
-from ringattn.comm.group import Group, device_of, group_and_rank
+from ringattn.comm.collectives import all_gather, all_reduce
+from ringattn.comm.group import Group, cannot_move, group_and_rank
 from ringattn.errors import InputError
 from ringattn.layout import Layout
 from ringattn.plan import Plan
@@ -67,7 +68,8 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
     if problem is None:
         others = [n for d, n in enumerate(x.shape) if d != dim % x.ndim]
         said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
-    agree(process_group, {"call": "unshard"} | said, problem, behind=plan.facts)
+    device = x.device if isinstance(x, Tensor) else None
+    agree(process_group, {"call": "unshard"} | said, problem, device=device, behind=plan.facts)
     gathered: Tensor = _Unshard.apply(x, plan, int(dim), process_group, rank, keys)
     return gathered
 
@@ -78,8 +80,8 @@ def _check_shard(x: Tensor, plan: Plan, dim: int, keys: bool, group: dist.Proces
         raise InputError(
             f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {shown(dim)}"
         )
-    if group is not None and x.device.type != device_of(group).type:
-        raise InputError(f"x is on {x.device} and the group moves tensors on {device_of(group).type}; move x there")
+    if problem := cannot_move(group, "x", x):
+        raise InputError(problem)
 
 
 def _layout(plan: Plan, keys: bool) -> Layout:
@@ -101,7 +103,7 @@ class _Unshard(torch.autograd.Function):
         grad = grad.contiguous().clone()
         if ctx.group is not None:
             with transferring("gathering gradients", f"rank {ctx.rank}: backward of unshard failed"):
-                dist.all_reduce(grad, group=ctx.group)
+                all_reduce(grad, ctx.group)
         return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank, keys=ctx.keys), None, None, None, None, None
 
 
@@ -114,7 +116,7 @@ def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> li
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(layout.world)]
     with transferring("gathering a sequence", f"rank {dist.get_rank(group)}: unshard failed"):
-        dist.all_gather(parts, padded, group=group)
+        all_gather(parts, padded, group)
     return [part[: layout.rows(r)] for r, part in enumerate(parts)]
 
 

@@ -55,7 +55,7 @@ def test_a_damaged_environment_is_named(changes: dict[str, object], text: str) -
     assert text in run(environment(**changes)).stderr
 
 
-@pytest.mark.parametrize("argument", ["backend", "timeout", "journal"])
+@pytest.mark.parametrize("argument", ["backend", "timeout", "journal", "high_priority_stream", "max_ctas"])
 def test_arguments_that_cannot_be_are_named(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that can be come as far as to miss torchrun's environment."""
     for name in environment():

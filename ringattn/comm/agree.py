@@ -5,8 +5,9 @@ moves anything, ranks exchange a number that stands for "this is what I am about
 are wrong". Only if the numbers differ do the words behind them travel, and then every rank raises the same error, naming who
 said what.
 
-With gloo every call is checked: eight bytes from each rank. With NCCL reading them would stall the GPU, so there a call is
-checked the first time its fields occur, unless the caller is `strict`; ranks that part ways later are then found by the
+A call that moves tensors of the CPU is checked every time: eight bytes from each rank. One that moves those of a GPU is checked
+the first time its fields occur, unless the caller is `strict`: reading the bytes back would stall the GPU, and where the group
+has gloo too, which then carries them, ranks would still wait for each other. Ranks that part ways later are found by the
 deadline of the group. Calls are counted where every one is checked, which tells a call that one rank has skipped.
 """
 
@@ -22,12 +23,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.board import transferring
-from ringattn.comm.duplex import finish, prepare, receiving, sending
-from ringattn.comm.group import device_of
+from ringattn.comm.duplex import connect, finish, prepare, receiving, sending
+from ringattn.comm.group import capturing, device_of, is_asynchronous
 from ringattn.errors import InputError, MismatchError
 
 REPORT_BYTES = 2048
 TAG = 1  # what is said here is never taken for what a call moves
+
+NO_AGREEMENT_IN_A_GRAPH = (
+    "a CUDA graph is being captured, and ranks would have to agree on this call first, which a graph cannot repeat. Make the "
+    "same call once before the capture, and both with strict=False and without check_finite where these are arguments"
+)
 
 Fields = tuple[tuple[str, str], ...]
 
@@ -49,16 +55,19 @@ def agree(
     problem: str | None = None,
     *,
     every_call: bool | None = None,
+    device: torch.device | None = None,
     behind: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
     """Raise on every rank unless no rank has a problem and all come to the same call with equal `fields`.
 
     fields: the first says which call it is; what differs is told in this order.
-    every_call: also if these fields have been agreed on before. None: with gloo yes, with NCCL no.
+    every_call: also if these fields have been agreed on before. None: yes where the call moves tensors of the CPU, else no.
+    device: whose tensors the call moves; that of `device_of(group)` by default. Ranks whose GPUs meet first here are connected.
     behind: what a digest among the fields stands for, by name; asked when ranks differ, and told before the fields.
 
     Raises:
-        InputError: some rank has a problem; says which and what.
+        InputError: some rank has a problem; says which and what. Or a CUDA graph is being captured, and ranks cannot agree
+            while it is.
         MismatchError: the ranks have different fields, or one of them has skipped a call.
         CommError: a rank has died, or is busy with something else.
     """
@@ -68,9 +77,13 @@ def agree(
         return
     history = _histories.setdefault(group, _History())
     mine = tuple((name, str(value)) for name, value in fields.items())
-    every_call = device_of(group).type == "cpu" if every_call is None else every_call
+    if every_call is None:
+        every_call = not is_asynchronous(device_of(group) if device is None else device)
     if problem is None and mine in history.agreed and not every_call:
         return
+    device = device_of(group) if device is None else device
+    if capturing(device):  # on all ranks alike: none waits for another
+        raise InputError(problem or NO_AGREEMENT_IN_A_GRAPH)
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))
     number = 0 if problem else int.from_bytes(sha256(ascii(said).encode()).digest()[:7], "big") + 1
@@ -80,6 +93,7 @@ def agree(
         reports = _words_of_all(group, f"!{problem}" if problem else "\n".join(f"{name}={value}" for name, value in told))
         _raise_problems(reports)
         _raise_differences(reports)
+    connect(group, device)
     if not every_call:
         history.agreed.add(mine)
 
@@ -93,13 +107,14 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
     said = f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call"
     with transferring("agreeing on a call", said):
         prepare(group)
+        connect(group, table.device)
         while distance < world:
             count = min(distance, world - distance)
             there, here = table[:count].clone(), table[distance : distance + count]
             to, come = (rank + distance) % world, (rank - distance) % world
             finish([sending(there, group, rank, to, TAG), receiving(here, group, rank, come, TAG)])
             distance *= 2
-    rows = table.cpu()
+        rows = table.cpu()  # where a GPU has exchanged them, this waits for it
     return [rows[(rank - n) % world] for n in range(world)]
 
 

@@ -70,6 +70,11 @@ class Notices:
         """Those that have said so themselves, or of which a host can tell."""
         return self._read("failed") or self._halted()
 
+    def died(self) -> Failed:
+        """Ranks whose process on this host has ended without a word."""
+        missing = self._missing(lambda one: True)
+        return {rank: one for rank, one in missing.items() if process.state(one) in process.ENDED}
+
     def heard(self, failed: Iterable[int]) -> None:
         """This rank has read what it needs. Rank 0 may host the store that the others still have to read: it waits for them."""
         self.store.set("failure", "1")

@@ -20,8 +20,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, ref
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
@@ -36,13 +37,29 @@ from ringattn.comm import process
 from ringattn.comm.blame import BEAT, IDLE, SILENT, Failed, Notices, State, named
 from ringattn.comm.farewell import Farewell
 from ringattn.comm.journal import note
+from ringattn.comm.unfinished import Posted, Unfinished
 from ringattn.errors import CommError, RingAttnError
 
 ANSWER = 2 * SILENT + 0.2  # seconds that whoever asks the board waits for an answer
 GRACE = 1.4  # seconds after which a rank that still waits, though another has failed, is ended
 LEAVING = 10.0  # in which a process that a CommError ends must have ended: other threads may wait for the same peer
+STUCK = 2.0  # after which a rank whose GPU waits for the same transfer looks whether another has died
 PATIENCE = 2.0  # in which a rank that is told to end may say whom it misses
 EXIT_CODE = 75  # of a process ended here; EX_TEMPFAIL: try again
+
+# Words of backends' errors that another rank has caused. gloo's come from its TCP transport; NCCL's from torch's
+# csrc/distributed/c10d (NCCLUtils.cpp, ProcessGroupNCCL.cpp) and from ncclGetErrorString.
+LOST = (
+    *("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe"),
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+    "remote process exited or there was a network error",
+    "unexpected exit of a remote peer",
+    "Watchdog caught collective operation timeout",
+    "Some NCCL operations have failed or timed out",
+    "NCCL watchdog thread terminated",
+    "retrieving ncclUniqueId from",  # a rank did not come where NCCL makes its communicator
+)
 
 _boards: WeakKeyDictionary[dist.ProcessGroup, Board] = WeakKeyDictionary()  # of the default group; ends with it
 
@@ -62,40 +79,62 @@ def board() -> Board | None:
     return None if world is None else _boards.get(world)
 
 
-@contextmanager
-def transferring(doing: str, failed: str, about: object = "") -> Iterator[None]:
-    """Around whatever waits for other ranks.
+class transferring(AbstractContextManager[None]):
+    """Around whatever waits for other ranks. A class and no generator: it is entered for every transfer.
 
     doing, about: what the others can read while it lasts. failed: what the `CommError` says that an error of the backend
     becomes, with {about} filled in, followed by whose fault it is if the board tells.
     """
-    here = board()
-    if here:
-        here.doing = (doing, about)
-    try:
-        yield
-    except RingAttnError:
-        raise
-    except RuntimeError as error:
-        culprit = here.explain() if here else ""
-        said = f"{failed.format(about=about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
+
+    __slots__ = ("_about", "_doing", "_failed", "_here")
+
+    def __init__(self, doing: str, failed: str, about: object = "") -> None:
+        self._doing, self._failed, self._about, self._here = doing, failed, about, board()
+
+    def __enter__(self) -> None:
+        if self._here is not None:
+            self._here.doing = (self._doing, self._about)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, RuntimeError) and not isinstance(error, RingAttnError):
+                raise CommError(self._explained(error)) from error
+        finally:
+            if self._here is not None:
+                self._here.doing = None
+
+    def _explained(self, error: RuntimeError) -> str:
+        culprit = self._here.explain() if self._here is not None else ""
+        said = f"{self._failed.format(about=self._about)}{f': {culprit}' if culprit else ''}. The backend says: {error}"
         note("failed", error=said)
-        raise CommError(said) from error
-    finally:
-        if here:
-            here.doing = None
+        return said
+
+
+def follow(
+    works: Sequence[Any], group: dist.ProcessGroup | None, device: torch.device, finished: Callable[[], None] | None = None
+) -> None:
+    """Watch transfers that have just been posted and whose `wait` returns at once, until their works are complete.
+
+    finished: called by the watching thread then. Nothing is watched where the rank is on no board.
+    """
+    if here := board():
+        here.unfinished.add(here.doing or ("in a transfer",), works, group, device, finished)
 
 
 @dataclass
 class Board:
     """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers.
+    unfinished: what it has posted and its GPU may still wait for; behind: the oldest of that, as the watching thread found it.
     lost: whether a transfer has failed, so that it now finds out whose fault that is, says so, and ends."""
 
     notices: Notices
     doing: tuple[Any, ...] | None = None
+    unfinished: Unfinished = field(default_factory=Unfinished)
+    behind: tuple[Any, ...] | None = None
     lost: bool = False
     beats: int = 0
     _failure: bool = False  # whether the board told of one, at the last beat
+    _died: set[int] = field(default_factory=set)  # ranks of this host, as of the last beat; looked for only when stuck
     _answering: bool = False  # a question, which may take its time
     _answered: float = field(default_factory=time.monotonic)  # when the store did so last
     _leaves_at: float = math.inf
@@ -154,7 +193,8 @@ class Board:
                 except Empty:
                     self.beats += 1
                     self.notices.put("beat", self._state())
-                    self._failure = self.doing is not None and self.notices.failure()
+                    self._failure = (self.doing or self.behind) is not None and self.notices.failure()
+                    self._died = set(self.notices.died()) if self.unfinished.seconds() > STUCK else set()
                 else:
                     self._answering = True
                     question()
@@ -167,13 +207,17 @@ class Board:
         try:
             while self._in_group():
                 self._farewell.wait(BEAT)
-                doing = self.doing
+                oldest = self.unfinished.oldest()
+                self.behind = oldest.doing if oldest else None
+                doing = self.doing or self.behind
                 if doing is None or doing is not waited:
                     waited, since = doing, time.monotonic()
                 if self._farewell.told:
                     self._end_as_told(doing)
                 elif doing and self._failure and time.monotonic() - since > GRACE:
                     self._leave(f"{_words(doing)} will not end: {self.explain()}")
+                elif oldest and self._is_lost(oldest):
+                    self._leave(f"{_words(oldest.doing)} will not end: {self.explain()}")
                 elif time.monotonic() > self._leaves_at:
                     self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
             if self._farewell.told:
@@ -181,6 +225,12 @@ class Board:
         finally:
             self._closed.set()
             self._farewell.forget()
+            self.unfinished.clear()
+
+    def _is_lost(self, oldest: Posted) -> bool:
+        """Whether to give up what the GPU waits for. No error is raised for it before NCCL's own deadline ends the process."""
+        members = self._died and set(dist.get_process_group_ranks(oldest.group))
+        return bool(members and members & self._died) or time.monotonic() > oldest.deadline
 
     def _end_as_told(self, doing: tuple[Any, ...] | None) -> None:
         """By SIGTERM; but if it comes because another rank has failed, with that rank's name."""
@@ -205,7 +255,7 @@ class Board:
             os._exit(EXIT_CODE)
 
     def _state(self) -> State:
-        return {**process.own(), "beats": self.beats, "doing": _words(self.doing)}
+        return {**process.own(), "beats": self.beats, "doing": _words(self.doing or self.behind)}
 
     def _in_group(self) -> bool:
         """Whether the job goes on, and so perhaps the store."""
@@ -226,8 +276,7 @@ class Board:
 
 def _is_of_a_lost_peer(error: BaseException) -> bool:
     """Whether it is a backend's error that another rank has caused."""
-    lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in lost)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
 
 
 def _words(doing: tuple[Any, ...] | None) -> str:

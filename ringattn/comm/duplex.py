@@ -3,7 +3,8 @@
 gloo joins two ranks with one TCP connection, and in it each direction's acknowledgements wait behind the other's data: on
 shaped links a pair that exchanges 1 MB both ways took 0.33 s where one way takes 0.17 s (docs/log.md). A second group over the
 same ranks has connections of its own; what goes to a higher rank travels in the first and what goes to a lower one in the
-second. NCCL has channels for both directions already and needs none of this.
+second. NCCL has channels for both directions already and needs none of this: there, what is posted together is one batch with
+one handle. A group may have both backends; the tensor decides which of them moves it.
 
 Every point-to-point transfer of the library is made here. What it does not do: check sizes, dtypes or order.
 """
@@ -11,6 +12,7 @@ Every point-to-point transfer of the library is made here. What it does not do: 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
@@ -19,8 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_process_group_store
 
+from ringattn.comm.board import follow, transferring
+from ringattn.comm.group import CPU, backends, is_asynchronous, timeout_of, waits_on_stream
+
 Group = dist.ProcessGroup | None
 
+_connected: WeakKeyDictionary[dist.ProcessGroup, set[str]] = WeakKeyDictionary()  # device types; ends with its group
 _twins: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupGloo] = WeakKeyDictionary()  # a twin ends with its group
 
 
@@ -46,21 +52,38 @@ def receiving(tensor: Tensor, group: Group, rank: int, peer: int, tag: int = 0) 
 
 
 def prepare(group: Group) -> None:
-    """Make the second connections of a gloo group, once. Collective: every rank of `group` calls it at the same point."""
-    if group is None or group in _twins or dist.get_backend(group) != "gloo":
+    """Make the second connections of a group that has gloo, once. Collective: all its ranks call it at the same point."""
+    if group is None or group in _twins or backends(group).get("cpu") != "gloo":
         return
     # Not by new_group: it names groups by how many a process has been in, which differs between ranks of subgroups.
     store = PrefixStore("ringattn/duplex", _get_process_group_store(group))
-    timeout = group._get_backend(torch.device("cpu")).options._timeout
+    timeout = timedelta(seconds=timeout_of(group, CPU))
     _twins[group] = ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
 
 
+def connect(group: Group, device: torch.device) -> None:
+    """Let all ranks of `group` meet once in the backend that moves tensors of `device`. Collective, like `prepare`.
+
+    NCCL makes its communicator when it is first used, and then all ranks must come. The first batch of a schedule may leave a
+    rank out, or reach it only after it has waited for others.
+    """
+    if group is None or not is_asynchronous(device) or device.type in _connected.setdefault(group, set()):
+        return
+    with transferring("connecting GPUs", f"rank {dist.get_rank(group)}: the GPUs of the group could not be connected"):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    _connected[group].add(device.type)
+
+
 def start(transfers: Sequence[Transfer]) -> list[list[dist.Work]]:
-    """Post `transfers` of one group together; for each, what to wait for: its own handle, or the one for all."""
-    group = transfers[0].group
-    if group is not None and group in _twins:
-        return [[_one_way(transfer, group if transfer.src < transfer.dst else _twins[group])] for transfer in transfers]
-    works = dist.batch_isend_irecv([_operation(transfer) for transfer in transfers])
+    """Post `transfers`, of one group and device, together; for each, what to wait for: its own handle, or the one for all."""
+    tensor, group, *_ = transfers[0]
+    twin = _twins.get(group) if group is not None and tensor.is_cpu else None
+    if twin is not None:
+        works = [_one_way(transfer, group if transfer.src < transfer.dst else twin) for transfer in transfers]
+    else:
+        works = dist.batch_isend_irecv([_operation(transfer) for transfer in transfers])
+    if waits_on_stream(tensor):
+        follow(works, group, tensor.device)
     return [[work] for work in works] if len(works) == len(transfers) else [works] * len(transfers)
 
 

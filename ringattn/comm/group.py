@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,6 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.errors import LaunchError, MismatchError
 
 Group = dist.ProcessGroup | DeviceMesh
+
+CPU = torch.device("cpu")
+
+_backends: WeakKeyDictionary[dist.ProcessGroup, Mapping[str, str]] = WeakKeyDictionary()  # an entry ends with its group
 
 LAUNCH_HINT = "start every rank with `torchrun --nproc-per-node N script.py` and call ringattn.init() first"
 
@@ -38,6 +46,66 @@ def group_and_rank(group: Group | None, world: int) -> tuple[dist.ProcessGroup |
     return process_group, dist.get_rank(process_group)
 
 
+def backends(group: dist.ProcessGroup) -> Mapping[str, str]:
+    """Which backend moves tensors of which device type between the ranks of `group`: {"cpu": "gloo", "cuda": "nccl"}.
+
+    Asked of the backends themselves, once per group: `get_backend` answers "undefined" where the group was started without a
+    name, and a pair of names where it has two. gloo registers for GPUs too, but sends no GPU tensors point to point.
+    """
+    found = _backends.get(group)
+    if found is None:
+        names = {device.type: group._get_backend(device).name() for device in group._device_types}
+        found = {device: name for device, name in names.items() if name != "gloo" or device == "cpu"}
+        _backends[group] = found
+    return found
+
+
+def moves(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether `group` can send tensors of this device."""
+    return device.type in backends(group)
+
+
+def cannot_move(group: dist.ProcessGroup | None, name: str, tensor: torch.Tensor) -> str | None:
+    """What is wrong, in words, where `group` moves no tensors of the device that `tensor` is on; else None."""
+    if group is None or moves(group, tensor.device):
+        return None
+    served, names = " and ".join(backends(group)), " and ".join(backends(group).values())
+    cure = {"cuda": "backend='nccl'", "cpu": "backend='gloo'"}.get(tensor.device.type, "another backend")
+    found = f"{name} is on {tensor.device} and the {names} group moves tensors on {served}"
+    return f"{found}; move it there, or start the group with {cure}"
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where tensors must be for this group to move them."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    """Where small tensors that belong to no device must be for `group` to exchange them: the CPU if it can be, since reading
+    what came then stalls no GPU; else the current GPU."""
+    served = backends(group)
+    if "cpu" in served or not served:
+        return CPU
+    device = next(iter(served))
+    return torch.device(device, getattr(torch, device).current_device())
+
+
+def device_type_of(group: dist.ProcessGroup) -> str:
+    """On which devices a model would be whose tensors `group` moves: GPUs where it moves those of GPUs, else the CPU."""
+    return next((device for device in backends(group) if device != "cpu"), "cpu")
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether waiting for a transfer of this device's tensors returns at once, and only makes the device's stream wait."""
+    return device.type != "cpu"
+
+
+def waits_on_stream(tensor: torch.Tensor) -> bool:
+    """`is_asynchronous` for the device of `tensor`; asked for every transfer, and quicker."""
+    return not tensor.is_cpu
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether work on this device is being captured in a CUDA graph. Torch without CUDA cannot be asked."""
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
+    """Seconds after which the backend gives up a transfer of this device's tensors; infinite if it does not tell."""
+    options = getattr(group._get_backend(device), "options", None)
+    return float(options._timeout.total_seconds()) if options is not None else math.inf

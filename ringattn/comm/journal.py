@@ -3,6 +3,10 @@
     {"time": 1764028800.1, "event": "pass", "name": "forward (token_ring)", "seconds": 0.081, "waited": 0.012,
      "longest": "Q2 from rank 2 to rank 1, departing in step 0, due in step 3", "longest_seconds": 0.009, "bytes_sent": 524288}
 
+A pass on a GPU has no waits, as its host is ahead: its line has "seconds" from its first transfer to its end on the GPU,
+written once it has ended, and "host_seconds" until all of it was issued; one that a CUDA graph has captured has
+"captured": true.
+
 There is none unless it was asked for, with `init(journal=)`. Lines are whole as soon as they are written: a process that is
 killed loses none. One that cannot be written costs a warning and the rest of the journal, not the job.
 """

@@ -1,8 +1,14 @@
 """The real transport: point-to-point over torch.distributed, gloo on CPUs and NCCL on GPUs.
 
-Everything that departs in a step is one `batch_isend_irecv`, in the global order of messages, so both directions of every link
-start together and both ends agree without tags. gloo moves the bytes in the background; each transfer is waited for on its own,
-when due. NCCL may return one handle for the whole batch; then waiting for its first message waits for all.
+Everything that departs in a step is posted at once, in the global order of messages, so both directions of every link start
+together and both ends agree without tags. gloo moves the bytes in the background; each transfer is waited for on its own, when
+due. NCCL has one handle for a batch, so there each arrival step is a batch of its own, and no wait waits for what is due later.
+
+Why these batches cannot block each other: NCCL runs the batches of a rank one after another, on one stream, and a batch ends
+when both ends of all its messages have begun. Both ends of a message know when it departs and when it is due, so both have it
+in the batch (depart, due), and every rank posts its batches in ascending order of these pairs. Take the least pair that some
+rank has not finished: all batches before it are finished everywhere, so it has begun, or will, on every rank that has it. What
+it sends was computed from messages due at its departure or before; they departed earlier, so they are in batches before it.
 
 gloo checks neither size nor dtype of what arrives. That is why shapes are agreed on before (see `agree`) and only bytes travel
 here. Where the rank keeps a journal, each pass is a line in it.
@@ -13,14 +19,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Sequence
 from time import perf_counter
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.board import transferring
+from ringattn.comm.board import board, follow, transferring
 from ringattn.comm.duplex import prepare, receiving, sending, start
+from ringattn.comm.group import capturing, waits_on_stream
 from ringattn.comm.journal import kept, note
 from ringattn.comm.transport import Port, Result
+from ringattn.comm.unfinished import Reached, recorded
 from ringattn.schedule.program import Message
 
 
@@ -36,6 +46,8 @@ class P2P:
         self.seconds_waiting = 0.0
         self._label = ""
         self._longest: tuple[float, Message | None] = (0.0, None)  # wait of this pass
+        self.device: torch.device | None = None  # on whose stream this pass runs, once it has posted something there
+        self._begin: Any = None
 
     def ports(self, label: str) -> list[P2PPort]:
         self._label = label
@@ -44,14 +56,25 @@ class P2P:
     def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
         (run,) = runs
         begin, waited, sent = perf_counter(), self.seconds_waiting, self.bytes_sent.total()
-        self._longest = (0.0, None)
+        self._longest, self.device, self._begin = (0.0, None), None, None
         while True:
             try:
                 next(run)
             except StopIteration as stop:
                 if kept():
-                    self._note(perf_counter() - begin, self.seconds_waiting - waited, self.bytes_sent.total() - sent)
+                    sent = self.bytes_sent.total() - sent
+                    if self.device is None:
+                        self._note(perf_counter() - begin, self.seconds_waiting - waited, sent)
+                    else:
+                        self._note_when_complete(self.device, perf_counter() - begin, sent)
                 return [stop.value]
+
+    def runs_on(self, device: torch.device) -> None:
+        """This pass posts to a stream of `device`, and the host will be through with it before it has run."""
+        if self.device is None:
+            self.device = device
+            if kept() and not capturing(device):
+                self._begin = recorded(device, timed=True)
 
     def waited(self, message: Message, seconds: float) -> None:
         self.seconds_waiting += seconds
@@ -61,6 +84,20 @@ class P2P:
         longest, message = self._longest
         said = {} if message is None else {"longest": str(message), "longest_seconds": round(longest, 6)}
         note("pass", name=self._label, seconds=round(seconds, 6), waited=round(waited, 6), **said, bytes_sent=sent)
+
+    def _note_when_complete(self, device: torch.device, host: float, sent: int) -> None:
+        """The line of a pass on a GPU: seconds from its first transfer to its end there, none of which the host has waited."""
+        facts = {"name": self._label, "host_seconds": round(host, 6), "bytes_sent": sent}
+        if self._begin is None or board() is None:  # captured in a graph, or nobody looks when it is complete
+            note("pass", **facts, **({"captured": True} if capturing(device) else {}))
+            return
+        begin, end = self._begin, recorded(device, timed=True)
+
+        def finished() -> None:
+            note("pass", **facts, seconds=round(begin.elapsed_time(end) / 1e3, 6))
+
+        with transferring(f"in {self._label}", ""):
+            follow([Reached(end)], self.group, device, finished)
 
 
 class P2PPort(Port):
@@ -72,6 +109,13 @@ class P2PPort(Port):
         self._doing, self._failed = f"in {label}, waiting for", f"rank {rank}, {label}: {{about}} failed"
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        if waits_on_stream(buffer := transfers[0][1]):
+            self._transport.runs_on(buffer.device)
+            arrivals = {message.due for message, _ in transfers}
+            if len(arrivals) > 1:
+                for due in sorted(arrivals):
+                    self.post([transfer for transfer in transfers if transfer[0].due == due])
+                return
         ops = []
         for message, buffer in transfers:
             if message.dst == self.rank:
@@ -90,5 +134,6 @@ class P2PPort(Port):
         with transferring(self._doing, self._failed, message):
             for work in self._pending.pop(message):
                 work.wait()
-        self._transport.waited(message, perf_counter() - begin)
+        if self._transport.device is None:  # else the stream waits, and this host has not
+            self._transport.waited(message, perf_counter() - begin)
         yield from ()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ringattn.arguments import complaint, one_of, real, shown, whole
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of
+from ringattn.comm.group import Group, cannot_move
 from ringattn.comm.p2p import P2P
 from ringattn.compress.chance import uniform
 from ringattn.compress.units import MOST_CHANNELS
@@ -72,7 +72,7 @@ def asked(
     process_group, rank = meet(layout, group, Layout)
     fields: dict[str, object] = {"call": "merging"}
     problem = complaint(lambda: fields.update(_fields(ask, metric, layout, rank, protected, process_group) | more()))
-    agree(process_group, fields, problem)
+    agree(process_group, fields, problem, device=metric.device if isinstance(metric, Tensor) else None)
     if protected is None:
         protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
     return P2P(process_group), protected
@@ -102,6 +102,4 @@ def _misfit(metric: Tensor, layout: Layout, rank: int, protected: Tensor | None,
         return "layout: queries and keys lie apart in it; give one whose rows are both"
     if protected is not None and (protected.dtype != torch.bool or protected.shape != metric.shape[:2]):
         return f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool {tuple(metric.shape[:2])}"
-    if group is not None and device_of(group).type != metric.device.type:
-        return f"metric is on {metric.device} and the group moves tensors on {device_of(group).type}; move it there"
-    return None
+    return cannot_move(group, "metric", metric)

@@ -169,10 +169,12 @@ class Short:
 
     def _agree(self, call: str, problem: str | None, x: Tensor, **said: object) -> Any:
         group, _ = group_and_rank(self.group, self.full.world)
-        fields = {"call": call, "merge": self.groups.digest, "plan": self.full.digest, "short plan": self.plan.digest}
+        plans = {"plan": self.full.digest, "short plan": self.plan.digest}
+        fields: dict[str, object] = {"call": call, "merge": self.groups.digest, **plans}
         if problem is not None:
             agree(group, fields, problem)
-        agree(group, fields | {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])} | said)
+        fields |= {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])}
+        agree(group, fields | said, device=x.device)
         return group
 
 

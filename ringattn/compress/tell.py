@@ -10,7 +10,7 @@ from torch import Tensor
 from ringattn.arguments import complaint
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group
+from ringattn.comm.group import Group, cannot_move
 from ringattn.comm.p2p import P2P
 from ringattn.comm.rows import everyone
 from ringattn.comm.transport import Transport
@@ -35,10 +35,10 @@ def tell_as(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: L
     """`tell` for an argument that is called `name` where it comes from."""
     process_group, rank = meet(layout, group, Layout)
     said: dict[str, object] = {"call": "tell"}
-    problem = complaint(lambda: _check(name, flags, dtypes, layout, rank))
+    problem = complaint(lambda: _check(name, flags, dtypes, layout, rank)) or cannot_move(process_group, name, flags)
     if problem is None:
         said |= {"layout": layout.digest, f"dtype of {name}": flags.dtype, "batch": flags.shape[0]}
-    agree(process_group, said, problem)
+    agree(process_group, said, problem, device=flags.device if isinstance(flags, Tensor) else None)
     return told([flags], layout, P2P(process_group))[0]
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm.group import LAUNCH_HINT
+from ringattn.comm.group import LAUNCH_HINT, device_type_of
 from ringattn.errors import InputError, LaunchError
 
 
@@ -33,9 +33,10 @@ def sequence_parallel(size: int) -> SequenceParallel:
     world = dist.get_world_size()
     if size < 1 or world % size:
         raise InputError(f"sequence_parallel_size={size} does not divide the {world} ranks of this job")
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    default = dist.group.WORLD
+    assert default is not None
     ranks = torch.arange(world).view(world // size, size, 1)
-    return SequenceParallel(DeviceMesh(device, ranks, mesh_dim_names=("data", "sequence", "model")))
+    return SequenceParallel(DeviceMesh(device_type_of(default), ranks, mesh_dim_names=("data", "sequence", "model")))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ringattn.arguments import complaint, shown
 from ringattn.callers import dense
 from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, device_of
+from ringattn.comm.group import Group, cannot_move
 from ringattn.errors import InputError
 from ringattn.nn.group import reduction_group, sum_over
 
@@ -58,8 +58,8 @@ def _trained(parameters: Iterable[Tensor], group: dist.ProcessGroup | None) -> l
     for p in trained:
         if p.grad is not None:
             dense("parameters: the gradient of one", p.grad)
-        if group is not None and p.device.type != device_of(group).type:
-            raise InputError(f"parameters: one is on {p.device} and the group moves tensors on {device_of(group).type}")
+        if problem := cannot_move(group, "parameters: one", p):
+            raise InputError(problem)
     return trained
 
 

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn.callers import check_group, told
 from ringattn.comm.board import transferring
+from ringattn.comm.collectives import all_reduce
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, MismatchError
 
@@ -29,5 +30,5 @@ def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tens
     if group is None:
         return tensor
     with transferring("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):
-        dist.all_reduce(tensor, group=group)
+        all_reduce(tensor, group)
     return tensor

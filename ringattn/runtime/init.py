@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,17 +22,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
-from ringattn.arguments import count, one_of, path, seconds, shown
+from ringattn.arguments import count, flag, one_of, path, seconds, shown
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
-from ringattn.comm.group import LAUNCH_HINT
+from ringattn.comm.group import LAUNCH_HINT, backends, device_type_of
 from ringattn.comm.journal import begin
 from ringattn.errors import LaunchError
+from ringattn.runtime.gpus import choose, nccl_options
 from ringattn.runtime.hosts import INTERFACE, address, cut_off
 
 AXIS = "sequence"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+MOST_CTAS = 64  # NCCL's channels
 MOST_RANKS = 1 << 20
 REACH = 5.0  # seconds in which a host must answer
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
@@ -40,46 +43,63 @@ LAST_BREATH = 0.05
 WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
-def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | Path | None = None) -> DeviceMesh:
+def init(
+    backend: str | None = None,
+    *,
+    timeout: float = 120.0,
+    journal: str | Path | None = None,
+    high_priority_stream: bool | None = None,
+    max_ctas: int | None = None,
+) -> DeviceMesh:
     """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
 
     A SIGTERM that nobody handles ends a rank as before; but one that waits for others first says whom it misses, and may take
     two seconds for it.
 
     Args:
-        backend: "nccl" or "gloo"; by default nccl where every local rank has a GPU of its own, else gloo.
+        backend: "nccl" or "gloo"; by default nccl where every rank has a GPU of its own, gloo where no rank sees a GPU.
         timeout: seconds that any single communication may take before it is an error.
         journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
+        high_priority_stream: whether NCCL's transfers go before compute that has not begun. None: yes, with nccl.
+        max_ctas: thread blocks (CTAs), and so at most SMs, that NCCL may take from compute; 1 to 64. None: as NCCL decides.
+
+    The last two are options of nccl. How many SMs attention leaves to transfers is an option of the kernel, which is the
+    plan's: see `make_plan(kernel=)`.
 
     Raises:
-        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, or there are too few GPUs.
+        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, GPUs are there but not one
+            for each rank, or the job uses gloo, or a process group that exists, and an option is for a new one with nccl.
     """
-    _check(backend, timeout, journal)
+    _check(backend, timeout, journal, high_priority_stream, max_ctas)
     env = environment()
-    if backend is None:
-        backend = "nccl" if torch.cuda.device_count() >= env["LOCAL_WORLD_SIZE"] else "gloo"
-    if backend == "nccl":
-        _take_gpu(env["LOCAL_RANK"])
-    if not dist.is_initialized():
+    options = {"high_priority_stream": high_priority_stream, "max_ctas": max_ctas}
+    if dist.is_initialized():
+        device = _device_of_existing(backend, env, options)
+    else:
         atexit.register(time.sleep, LAST_BREATH)
-        _join(backend, env, timeout)
-    device = "cuda" if backend == "nccl" else "cpu"
+        device = _join(backend, env, timeout, options)
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
     if journal is not None:
         attempt = int(os.environ.get(ATTEMPT, "0"))
         where = {"host": socket.gethostname(), "pid": os.getpid(), "world": env["WORLD_SIZE"], "attempt": attempt}
-        begin(journal, **where, backend=backend, ringattn=ringattn.__version__, torch=torch.__version__)
+        begin(
+            journal, **where, backend=backends(mesh.get_group())[device], ringattn=ringattn.__version__, torch=torch.__version__
+        )
     _warm_up(mesh)
     watch()
     return mesh
 
 
-def _check(backend: object, timeout: object, journal: object) -> None:
+def _check(backend: object, timeout: object, journal: object, high_priority_stream: object, max_ctas: object) -> None:
     if backend is not None:
         one_of("backend", backend, ("gloo", "nccl"), LaunchError)
     seconds("timeout", timeout, LaunchError)
     if journal is not None:
         path("journal", journal, LaunchError)
+    if high_priority_stream is not None:
+        flag("high_priority_stream", high_priority_stream, LaunchError)
+    if max_ctas is not None:
+        count("max_ctas", max_ctas, LaunchError, most=MOST_CTAS)
 
 
 def environment() -> dict[str, int]:
@@ -105,13 +125,26 @@ def environment() -> dict[str, int]:
     return env
 
 
-def _take_gpu(local_rank: int) -> None:
-    if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"local rank {local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
-            "lower --nproc-per-node, or use init(backend='gloo')"
-        )
-    torch.cuda.set_device(local_rank)
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Options of NCCL where they would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise LaunchError(f"{name}={shown(value)} is an option of NCCL, {why}; leave it out")
+
+
+def _device_of_existing(backend: str | None, env: Mapping[str, int], options: Mapping[str, object]) -> str:
+    """On which devices the tensors are that the default group moves, which somebody else has made."""
+    group = dist.group.WORLD
+    assert group is not None
+    _refuse(options, "given when a group is made, and the process group exists already")
+    served = backends(group)
+    if backend is not None and backend not in served.values():
+        found = ", ".join(f"{device}:{name}" for device, name in served.items())
+        raise LaunchError(f"backend={backend!r}, and the process group that exists has {found}; leave backend out")
+    device = device_type_of(group) if backend is None else next(one for one, name in served.items() if name == backend)
+    if device == "cuda" and group.bound_device_id is None and env["LOCAL_RANK"] < torch.cuda.device_count():
+        torch.cuda.set_device(env["LOCAL_RANK"])
+    return device
 
 
 def connect(env: Mapping[str, int], timeout: float) -> Store:
@@ -164,15 +197,24 @@ def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
         ) from error
 
 
-def _join(backend: str, env: Mapping[str, int], timeout: float) -> None:
+def _join(backend: str | None, env: Mapping[str, int], timeout: float, options: Mapping[str, Any]) -> str:
+    """Make the default group; returns the type of device it is for."""
     store = connect(env, timeout)
     roll_call(PrefixStore("ringattn/init", store), env, timeout)
-    apart, limit = "", timedelta(seconds=timeout)
+    apart, limit, more = "", timedelta(seconds=timeout), {}
     try:
+        backend, gpu = choose(PrefixStore("ringattn/gpus", store), env, backend, timeout)
+        if backend == "nccl":
+            torch.cuda.set_device(gpu)
+            more = {"pg_options": nccl_options(**options)}
+        else:
+            _refuse(options, "and this job uses gloo")
         if backend == "gloo":  # which would try for 30 s, whatever the timeout, and name nobody
             apart = cut_off(PrefixStore("ringattn/reach", store), env["RANK"], env["WORLD_SIZE"], min(timeout, REACH))
         if not apart:
-            dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit)
+            dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit, **more)
+    except LaunchError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have come but could not connect to each "
@@ -181,6 +223,7 @@ def _join(backend: str, env: Mapping[str, int], timeout: float) -> None:
         ) from error
     if apart:
         raise LaunchError(f"{apart}; set {INTERFACE} to the interface that joins the hosts (`ip address`), and open its ports")
+    return "cuda" if backend == "nccl" else "cpu"
 
 
 def _first_line(error: Exception) -> str:
