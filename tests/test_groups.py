@@ -144,11 +144,10 @@ def both_devices(rank: int, folder: Path) -> None:
     started("cpu:gloo,cuda:fake")(str(folder / "store"), rank, 0)
     members = dist.group.WORLD
     batches, met, exchanged = [], [], []
-    batch, all_reduce, exchange = dist.batch_isend_irecv, dist.all_reduce, agreement._exchange
-    dist.batch_isend_irecv = lambda ops: batches.append([op.tensor.device.type for op in ops]) or [SimpleNamespace(wait=bool)]
+    batch, all_reduce, exchange = duplex._as_batch, dist.all_reduce, agreement._exchange
+    duplex._as_batch = lambda ops, *_: batches.append([op.tensor.device.type for op in ops]) or [SimpleNamespace(wait=bool)]
     dist.all_reduce = lambda tensor, group: met.append(tensor.device)
     agreement._exchange = lambda *args: exchanged.append(rows := exchange(*args)) or rows
-    duplex._operation = lambda transfer: transfer
     zeros, on_gpu = torch.zeros, SimpleNamespace(device=CUDA, is_cpu=False)
     torch.zeros = lambda *shape, device=None: SimpleNamespace(device=device) if device else zeros(*shape)
     for _ in range(3):
@@ -163,7 +162,7 @@ def both_devices(rank: int, folder: Path) -> None:
         agreement.agree(members, {"call": "on CPUs"})
     assert len(exchanged) == 3, "tensors of the CPU are agreed on in every call"
     torch.zeros = zeros
-    dist.batch_isend_irecv, dist.all_reduce, agreement._exchange = batch, all_reduce, exchange
+    duplex._as_batch, dist.all_reduce, agreement._exchange = batch, all_reduce, exchange
 
 
 def test_the_tensor_decides_which_backend_of_a_group_moves_it(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, ref
 
@@ -83,13 +83,15 @@ class transferring(AbstractContextManager[None]):
     """Around whatever waits for other ranks. A class and no generator: it is entered for every transfer.
 
     doing, about: what the others can read while it lasts. failed: what the `CommError` says that an error of the backend
-    becomes, with {about} filled in, followed by whose fault it is if the board tells.
+    becomes, with {about} filled in, followed by whose fault it is if the board tells. here: what `board()` returns, for callers
+    that ask once and come often.
     """
 
     __slots__ = ("_about", "_doing", "_failed", "_here")
 
-    def __init__(self, doing: str, failed: str, about: object = "") -> None:
-        self._doing, self._failed, self._about, self._here = doing, failed, about, board()
+    def __init__(self, doing: str, failed: str, about: object = "", here: Board | EllipsisType | None = ...) -> None:
+        self._doing, self._failed, self._about = doing, failed, about
+        self._here = board() if isinstance(here, EllipsisType) else here
 
     def __enter__(self) -> None:
         if self._here is not None:

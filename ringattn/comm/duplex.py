@@ -77,11 +77,15 @@ def connect(group: Group, device: torch.device) -> None:
 def start(transfers: Sequence[Transfer]) -> list[list[dist.Work]]:
     """Post `transfers`, of one group and device, together; for each, what to wait for: its own handle, or the one for all."""
     tensor, group, *_ = transfers[0]
-    twin = _twins.get(group) if group is not None and tensor.is_cpu else None
+    group = dist.group.WORLD if group is None else group
+    assert group is not None
+    twin = _twins.get(group) if tensor.is_cpu else None
     if twin is not None:
         works = [_one_way(transfer, group if transfer.src < transfer.dst else twin) for transfer in transfers]
+    elif tensor.is_cpu:
+        works = [_one_way(transfer, group) for transfer in transfers]
     else:
-        works = dist.batch_isend_irecv([_operation(transfer) for transfer in transfers])
+        works = _as_batch(transfers, group, tensor.device)
     if waits_on_stream(tensor):
         follow(works, group, tensor.device)
     return [[work] for work in works] if len(works) == len(transfers) else [works] * len(transfers)
@@ -100,8 +104,14 @@ def _one_way(transfer: Transfer, way: Any) -> dist.Work:
     return cast(dist.Work, way.recv([transfer.tensor], transfer.src, transfer.tag))
 
 
-def _operation(transfer: Transfer) -> dist.P2POp:
-    sends = transfer.rank == transfer.src
-    peer = transfer.dst if sends else transfer.src
-    operation = dist.isend if sends else dist.irecv
-    return dist.P2POp(operation, transfer.tensor, group=transfer.group, tag=transfer.tag, group_peer=peer)
+def _as_batch(transfers: Sequence[Transfer], group: Any, device: torch.device) -> list[dist.Work]:
+    """Transfers that the backend starts together; NCCL gives one handle for all of them.
+
+    As `dist.batch_isend_irecv`, less its checks of arguments, which take the host longer than all else that is done here.
+    """
+    if type(group) is not dist.ProcessGroup or not group._get_backend(device).supports_coalescing:
+        return [_one_way(transfer, group) for transfer in transfers]
+    group._start_coalescing(device)
+    for transfer in transfers:
+        _one_way(transfer, group)
+    return [group._end_coalescing(device)]

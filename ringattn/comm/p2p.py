@@ -106,6 +106,7 @@ class P2PPort(Port):
     def __init__(self, transport: P2P, rank: int, label: str) -> None:
         self.rank, self._transport, self._label = rank, transport, label
         self._pending: dict[Message, list[dist.Work]] = {}
+        self._board = board()
         self._doing, self._failed = f"in {label}, waiting for", f"rank {rank}, {label}: {{about}} failed"
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
@@ -124,14 +125,14 @@ class P2PPort(Port):
                 ops.append(sending(buffer, self._transport.group, self.rank, message.dst))
                 self._transport.bytes_sent[message.src, message.dst] += buffer.nbytes
                 self._transport.messages_sent[message.src, message.dst] += 1
-        with transferring(self._doing, self._failed, transfers[0][0]):
+        with transferring(self._doing, self._failed, transfers[0][0], self._board):
             works = start(ops)
         for (message, _), work in zip(transfers, works, strict=True):
             self._pending[message] = work
 
     def wait(self, message: Message) -> Generator[None, None, None]:
         begin = perf_counter()
-        with transferring(self._doing, self._failed, message):
+        with transferring(self._doing, self._failed, message, self._board):
             for work in self._pending.pop(message):
                 work.wait()
         if self._transport.device is None:  # else the stream waits, and this host has not
