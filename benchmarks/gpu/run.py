@@ -63,8 +63,12 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     described = "\n".join(f"    {name:12} {SHARES[name]:4}  {what}" for name, what in WHAT.items())
     parser = argparse.ArgumentParser(description=f"{__doc__}{described}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="by default benchmarks/results/gpu/DATE-CARD; stages run again replace their JSON")
-    parser.add_argument("--stages", type=names, default=list(SHARES), help="names with commas between, in the order to run them")
+    parser.add_argument(
+        "--out", type=Path, help="by default benchmarks/results/gpu/DATE-CARD; stages run again replace their JSON"
+    )
+    parser.add_argument(
+        "--stages", type=names, default=list(SHARES), help="names with commas between, in the order to run them"
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="for all of them; what it leaves no time for is skipped")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
@@ -131,7 +135,9 @@ def one_stage(name: str, asked: argparse.Namespace, out: Path, share: float, lim
     if result["status"] == "running":
         end = f"killed at its limit of {limit:.0f} s" if code is None else ended(code)
         result |= {"status": "broken", "failures": [*result["failures"], end]}
-    return save(path, result | {"seconds": seconds, "share": round(share, 1), "limit": round(limit, 1), "output": output[-TAIL:]})
+    return save(
+        path, result | {"seconds": seconds, "share": round(share, 1), "limit": round(limit, 1), "output": output[-TAIL:]}
+    )
 
 
 def supervised(command: list[str], limit: float) -> tuple[int | None, str]:

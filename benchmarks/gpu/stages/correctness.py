@@ -9,16 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from common import SCHEDULES, TRANSPORT, Example, answer, dense, error, example, kernels_here, plan_for, visible
+from common import BOUNDS, SCHEDULES, TRANSPORT, Example, answer, dense, error, example, kernels_here, plan_for, visible
 from ringattn import Mask, causal, documents, full, sliding_window
 from stage import Stage
 
 HEADS, KV_HEADS, DIM, LENGTH = 8, 4, 64, 203
 NAMES = ("out", "dq", "dk", "dv", "dbias")
-# Inputs are given, so what counts is rounding on the way: bf16 rounds by up to 2^-9 = 0.2 %, and probabilities, the result, dout
-# and each partial that travels are rounded once, which adds up to 0.3 to 0.6 %; fp32 has 2^-24 and sums of some hundred terms. A
-# wrong mask, scale or order gives errors of 10 % and more.
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
 
 class Case(NamedTuple):

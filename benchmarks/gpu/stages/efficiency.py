@@ -109,7 +109,9 @@ def compare(stage: Stage, group: Group, e: Example) -> None:
         stage.row("efficiency", **where, **times, best_dense=best, of_best=round(fraction, 3), of_same_kernel=of_same)
         goal = GOALS.get((way.world, group.mask))
         if goal and way.kernel == "sdpa" and not stage.small and (way.world == 1 or group.length == 8 * 8192):
-            words = f"{way.world} ranks, {way.schedule}, {group.length} rows, {group.mask}: fraction of the best dense attention"
+            words = (
+                f"{way.world} ranks, {way.schedule}, {group.length} rows, {group.mask}: fraction of the best dense attention"
+            )
             stage.goal(words, round(fraction, 3), least=goal)
 
 

@@ -19,7 +19,9 @@ PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "flash_attn_3", "fla
 
 
 def run(stage: Stage) -> None:
-    stage.note(ringattn=ringattn.__version__, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
+    stage.note(
+        ringattn=ringattn.__version__, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda
+    )
     stage.note(cudnn=torch.backends.cudnn.version(), threads=torch.get_num_threads(), machine=platform.machine())
     stage.note(packages={name: version(name) for name in PACKAGES})
     if stage.device.type == "cuda":

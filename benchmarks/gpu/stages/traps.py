@@ -12,12 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import Example, answer, dense, error, example, kernels_here, plan_for, visible
+from common import BOUNDS, Example, answer, dense, error, example, kernels_here, plan_for, visible
 from ringattn import Mask, Plan, causal, full, sliding_window
 from stage import Stage
 
 WORLD = 4
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}  # as in `correctness`
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 Trap = Callable[[Stage, str, torch.dtype], str]
 
