@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,9 +23,9 @@ from ringattn.schedule.program import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
 WANTED = ("sdpa", "reference", "cudnn", "flash", "flash2", "flash3", "flash4")
-# Norms of errors relative to the exact result. Inputs are given, so what counts is rounding on the way: bf16 rounds by up to 2^-9
-# = 0.2 %, and probabilities, the result, dout and each partial that travels are rounded once, which adds up to 0.3 to 0.6 %; fp32
-# has 2^-24 and sums of some hundred terms. A wrong mask, scale or order gives errors of 10 % and more.
+# Norms of errors relative to the exact result. Inputs are given, so what counts is rounding on the way: bf16 rounds by up to
+# 2^-9 = 0.2 %, and probabilities, the result, dout and each partial that travels are rounded once, which adds up to 0.3 to
+# 0.6 %; fp32 has 2^-24 and sums of some hundred terms. A wrong mask, scale or order gives errors of 10 % and more.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2}
 
 # Whether the simulated transport hands buffers over. If not it copies each message twice, once when it is sent and once when it
@@ -166,32 +169,44 @@ def error(found: Tensor, exact: Tensor) -> float:
     return float(((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item())
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Kernels that give the same bits every time, or an error. Not `warn_only`, with which torch's kernels stay as they are."""
+    # cuBLAS needs this, which it reads when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(device: torch.device, *actions: Callable[[], object]) -> list[float]:
-    """Seconds of each of `actions`, run one after another: by CUDA events, which count what the device waits for the host too."""
+    """Seconds of each of `actions`, one after another: by CUDA events, in which waiting of the device for the host counts."""
     if device.type != "cuda":
         marks = [time.perf_counter()]
         for action in actions:
             action()
             marks.append(time.perf_counter())
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(actions) + 1)]
     events[0].record()
     for action, event in zip(actions, events[1:], strict=True):
         action()
         event.record()
     torch.cuda.synchronize(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in zip(events, events[1:], strict=False)]
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
 def interleaved(contenders: Mapping[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, list[float]]:
     """Medians of the seconds that each contender reports of itself, after one call that does not count.
 
-    All take their turn in each round, beginning with another one each time, so that a card that gets hot or slow does so for all.
+    All take their turn in each round, beginning with another one each time: a card that gets hot does so for all of them.
     """
     found: dict[str, list[Sequence[float]]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -215,8 +230,8 @@ def often(device: torch.device, action: Callable[[], object], calls: int = 20, r
 
 
 class OneRank(Simulated):
-    """Hosts one rank of many: what it sends is dropped, and what it receives is whatever lies in the buffer. So memory, launches
-    and host time are exactly those of one rank, and numbers mean nothing."""
+    """Hosts one rank of many: what it sends is dropped, and what it receives is whatever lies in the buffer. So memory,
+    launches and host time are exactly those of one rank, and numbers mean nothing."""
 
     def __init__(self, world: int, rank: int) -> None:
         super().__init__(world)

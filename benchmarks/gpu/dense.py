@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from common import Example
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-from common import Example
 
 PINS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -30,25 +30,31 @@ class Ended(NamedTuple):
     result: Any  # what its function returned
     error: str  # in words; empty if all went well
     seconds: float
+    output: str  # what it printed
+    at: float  # when it had ended, as time.time()
 
 
 def run_ranks(world: int, job: str, seconds: float, **environment: str) -> list[Ended]:
     """Run `job` ("module:function") in `world` processes; those that have not ended after `seconds` are killed."""
     host = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     shared = {**os.environ, "LOCAL_WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"} | host | environment
-    begin, processes = time.monotonic(), []
+    begin, processes, outputs = time.monotonic(), [], []
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.json" for rank in range(world)]
         try:
             for rank, path in enumerate(results):
                 command = [sys.executable, str(Path(__file__).resolve()), job, str(path)]
-                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "SCRATCH": folder}
-                processes.append(subprocess.Popen(command, env=own))
+                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                outputs.append(path.with_suffix(".txt"))
+                with outputs[-1].open("w") as output:
+                    processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
             return [ended(process, path, begin, seconds) for process, path in zip(processes, results, strict=True)]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
+            for rank, output in enumerate(outputs):
+                print(f"--- {job}, rank {rank}\n{output.read_text(errors='replace')}", flush=True)
 
 
 def ended(process: subprocess.Popen[bytes], path: Path, begin: float, seconds: float) -> Ended:
@@ -63,7 +69,9 @@ def ended(process: subprocess.Popen[bytes], path: Path, begin: float, seconds: f
             process.send_signal(6)  # prints the stacks of its threads
             time.sleep(0.3)
     found = json.loads(path.read_text()) if path.exists() else {}
-    return Ended(found.get("result"), found.get("error") or error, found.get("seconds", time.monotonic() - begin))
+    output = path.with_suffix(".txt").read_text(errors="replace")
+    seconds = found.get("seconds", time.monotonic() - begin)
+    return Ended(found.get("result"), found.get("error") or error, seconds, output, time.time())
 
 
 def free_port() -> int:

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu/run.py [--out DIR] [--stages a,b,c] [--minutes 10] [--device cpu]
 
-Needs torch, Triton and this repository; nothing is installed. Each stage is a process of its own with a time limit of its own and
-writes DIR/STAGE.json, so that one which breaks, hangs or dies costs only itself. The last step writes DIR/report.md and pictures.
+Needs torch, Triton and this repository; nothing is installed. Each stage is a process of its own with a time limit of its own
+and writes DIR/STAGE.json, so that one which breaks, hangs or dies costs only itself. The last step writes DIR/report.md.
 `--device cpu` runs every stage small on a CPU. Exit status 1 if any stage failed or broke, 2 if nothing could be started.
 
     stages, with their seconds of a ten minute run:
@@ -141,7 +141,7 @@ def one_stage(name: str, asked: argparse.Namespace, out: Path, share: float, lim
 
 
 def supervised(command: list[str], limit: float) -> tuple[int | None, str]:
-    """Exit code, None where it was killed after `limit` seconds, and what it and its children printed. None of them survives."""
+    """Exit code, None where it was killed after `limit` seconds, and what it and its children printed. None survives."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:  # a pipe would stay open as long as any child does

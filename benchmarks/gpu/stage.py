@@ -74,7 +74,7 @@ class Stage:
             traceback.print_exc()
 
     def goal(self, words: str, found: float, *, least: float | None = None, most: float | None = None) -> None:
-        """A speed or size that is wished for. A missed one is reported and is no failure: it says nothing about right or wrong."""
+        """A speed or size that is wished for. A missed one is reported and is no failure: nothing is wrong."""
         met = (least is None or found >= least) and (most is None or found <= most)
         self.goals.append({"goal": words, "least": least, "most": most, "found": found, "met": met})
         self.write("running")

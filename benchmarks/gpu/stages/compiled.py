@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import deterministic
+from dense import random_inputs
+from stage import Stage
 from torch import Tensor
 
 import ringattn
-from dense import random_inputs
-from stage import Stage
 
 
 def run(stage: Stage) -> None:
@@ -27,15 +28,15 @@ def run(stage: Stage) -> None:
         # Operations around the call give the compiler something to fuse up to it.
         return ringattn.attention(q * 2.0, k, v + 1.0, plan) * 0.5
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # or eager itself would differ from run to run
-    expected = both(layer, leaves, e.dout)
     # A CPU would compile C++ for most of a minute, and shows the same with the compiler's last part left out.
     ways: dict[str, dict[str, Any]] = {"aot_eager": {"backend": "aot_eager"}}
     if not stage.small:
         ways = {"default": {}, "reduce-overhead": {"mode": "reduce-overhead"}}
-    for name, how in ways.items():
-        with stage.guard(name):
-            one(stage, name, layer, how, leaves, e.dout, expected)
+    with deterministic():  # or eager itself would differ from run to run
+        expected = both(layer, leaves, e.dout)
+        for name, how in ways.items():
+            with stage.guard(name):
+                one(stage, name, layer, how, leaves, e.dout, expected)
 
 
 def one(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-
 from common import BOUNDS, SCHEDULES, TRANSPORT, Example, answer, dense, error, example, kernels_here, plan_for, visible
-from ringattn import Mask, causal, documents, full, sliding_window
 from stage import Stage
+
+from ringattn import Mask, causal, documents, full, sliding_window
 
 HEADS, KV_HEADS, DIM, LENGTH = 8, 4, 64, 203
 NAMES = ("out", "dq", "dk", "dv", "dbias")

@@ -6,12 +6,26 @@ import time
 from collections.abc import Callable
 
 import torch
+from common import (
+    BOUNDS,
+    HANDS_OVER,
+    SCHEDULES,
+    Example,
+    Shards,
+    backward,
+    cut,
+    deterministic,
+    error,
+    forward,
+    kernels_here,
+    plan_for,
+    simulated,
+)
+from dense import random_inputs
+from stage import NotApplicable, Stage
 from torch import Tensor
 
-from common import HANDS_OVER, SCHEDULES, Example, Shards, backward, cut, forward, kernels_here, plan_for, simulated
-from dense import random_inputs
 from ringattn import Plan, causal
-from stage import NotApplicable, Stage
 
 
 def run(stage: Stage) -> None:
@@ -41,21 +55,24 @@ def one(stage: Stage, e: Example, plan: Plan, kernel: str, schedule: str) -> Non
         outs = forward(plan, shards, transport=simulated(plan.world))
         return [*(out.detach() for out in outs), *backward(outs, shards)]
 
-    # Deterministic, or eager itself would differ from run to run in its atomic additions.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with deterministic():
         replay, results = captured(both)
         other_numbers(shards)
         replay()
-        found = [x.clone() for x in results]
-        expected = both()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    equal = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        found, expected, again = [x.clone() for x in results], both(), both()
     where = f"{kernel}, {plan.world} ranks, {schedule}"
-    stage.check(equal, f"{where}: a replayed graph gives other bits than an eager call")
+    equal = same_bits(found, expected)
+    if same_bits(expected, again):
+        stage.check(equal, f"{where}: a replayed graph gives other bits than an eager call")
+    else:  # a kernel that promises no equal bits is held to its rounding
+        off = max(error(a, b.double()) for a, b in zip(found, expected, strict=True))
+        stage.check(off <= BOUNDS[e.q.dtype], f"{where}: a replayed graph is off by {100 * off:.2g} % of an eager call")
     eager, graph = clocked(both), clocked(replay)
     stage.row("graphs", kernel=kernel, ranks=plan.world, schedule=schedule, equal=equal, eager_us=eager, graph_us=graph)
+
+
+def same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def captured(action: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Counts what one rank launches for each tile besides attention, and the host's time for each tile.
 
-On CUDA launches are counted by the profiler: kernels, copies and fills on the device. On a CPU they are the operators that would
-launch something: those that neither make a view nor only take memory.
+On CUDA launches are counted by the profiler: kernels, copies and fills on the device. On a CPU they are the operators that
+would launch something: those that neither make a view nor only take memory.
 Host time is that of a pass whose kernel returns at once; what that kernel itself takes is not in it.
 """
 
@@ -16,14 +16,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from common import Example, OneRank, Shards, backward, forward, kernels_here, one_rank, plan_for, synchronize, tiles
+from dense import random_inputs
+from stage import Stage
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import Example, OneRank, Shards, backward, forward, kernels_here, one_rank, plan_for, synchronize, tiles
-from dense import random_inputs
 from ringattn import Plan, causal, full
 from ringattn.kernels import get
-from stage import Stage
 
 WORLD, RANK = 4, 1
 SCHEDULES, MASKS = ("ring", "token_ring"), {"full": full(), "causal": causal()}
@@ -62,7 +63,7 @@ def launches(stage: Stage, e: Example, kernel: str, schedule: str, mask: str) ->
     outs: list[torch.Tensor] = []
     ahead = count(lambda: outs.extend(forward(plan, shards, transport=transport)))
     back = count(lambda: backward(outs, shards))
-    found = {}
+    found: dict[str, Any] = {}
     for name, counted, behind in (("forward", ahead, False), ("backward", back, True)):
         others = Counter({what: n for what, n in counted.items() if not ATTENTION.search(what)})
         number = tiles(plan, RANK, backward=behind)
@@ -78,7 +79,7 @@ def launched_on_cuda(action: Callable[[], Any]) -> Counter[str]:
         torch.cuda.synchronize()
     found: Counter[str] = Counter()
     for event in profiled.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.key.startswith(("ringattn/", "ProfilerStep")):
+        if event.device_type == DeviceType.CUDA and not event.key.startswith(("ringattn/", "ProfilerStep")):
             found[event.key] += event.count
     return found
 

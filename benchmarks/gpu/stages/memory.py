@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import SCHEDULES, OneRank, Shards, backward, forward, one_rank, plan_for
+from dense import random_inputs
+from stage import Stage
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from common import SCHEDULES, OneRank, Shards, backward, forward, one_rank, plan_for
-from dense import random_inputs
 from ringattn import Plan, full
 from ringattn.cost.sizes import ITEMSIZE, Sizes, peak_bytes
-from stage import Stage
 
 RANK = 1
 ALLOWED = 0.10

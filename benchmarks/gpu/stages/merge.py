@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from common import error, often
+from stage import Stage
 from torch import Tensor
 
 import ringattn.partial
-from common import error, often
 from ringattn.partial import Partial
-from stage import Stage
 
 try:
     from ringattn.kernels import fused
@@ -27,7 +27,7 @@ except ImportError:  # the eager form is all there is
 def run(stage: Stage) -> None:
     shape = (1, 4, 256, 32) if stage.small else (1, 32, 8192, 128)
     stage.note(
-        shape=list(shape), partials="bfloat16 into float32", fused="yes" if fused else "no: one by one, with torch's operators"
+        shape=str(shape), partials="bfloat16 into float32", fused="yes" if fused else "no: one by one, with torch's operators"
     )
     whole = torch.empty(2, *shape, dtype=torch.float32, device=stage.device).zero_()
     copied = 2 * whole[0].nbytes / often(stage.device, lambda: whole[1].copy_(whole[0]), calls=3 if stage.small else 20)
@@ -86,8 +86,8 @@ def ours_one_by_one(into: Partial, parts: Sequence[Partial]) -> None:
 
 
 def peers(into: Partial, parts: Sequence[Partial]) -> Partial:
-    """out - sigmoid(block_lse - lse) * (out - block_out), lse - logsigmoid(lse - block_lse): the update of ring-flash-attention,
-    https://github.com/zhuzilin/ring-flash-attention, in torch's operators. It makes new tensors, as theirs does."""
+    """out - sigmoid(block_lse - lse) * (out - block_out) and lse - logsigmoid(lse - block_lse): the update that
+    https://github.com/zhuzilin/ring-flash-attention makes, in torch's operators. It makes new tensors, as theirs does."""
     out, lse = into
     for part in parts:
         block = part.out.to(torch.float32)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-import ringattn
 from common import SCHEDULES
 from ranks import run_ranks
 from real import judge, schedules_are_right
 from stage import NotApplicable, Stage
+
+import ringattn
 
 try:
     from ringattn.comm.factory import TRANSPORTS

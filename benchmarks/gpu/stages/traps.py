@@ -10,20 +10,21 @@ import os
 from collections.abc import Callable
 
 import torch
+from common import BOUNDS, Example, answer, dense, deterministic, error, example, kernels_here, plan_for, visible
+from stage import Stage
 from torch import Tensor
 
-from common import BOUNDS, Example, answer, dense, error, example, kernels_here, plan_for, visible
 from ringattn import Mask, Plan, causal, full, sliding_window
-from stage import Stage
 
 WORLD = 4
+# torch takes cuDNN's attention for not deterministic, and leaves it out where determinism is asked for.
+NOT_PROMISED = ("cudnn",)
 NAMES = ("out", "dq", "dk", "dv", "dbias")
 Trap = Callable[[Stage, str, torch.dtype], str]
 
 
 def run(stage: Stage) -> None:
-    # cuBLAS, which `reference` calls, needs this to be deterministic, and reads it when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before its first use, see `deterministic`
     dtype = torch.bfloat16
     here, why = kernels_here(stage.device, dtype, 64)
     for words in why:
@@ -121,18 +122,19 @@ def equal_bits(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     """The same call twice under `torch.use_deterministic_algorithms`."""
     e = example(512, 8, 2, 64, device=stage.device, dtype=dtype)
     plan = planned(e, causal(), kernel)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with deterministic():
         first, second = answer(e, plan), answer(e, plan)
-    finally:
-        torch.use_deterministic_algorithms(False)
     off = [name for name, a, b in zip(NAMES, first, second, strict=False) if not torch.equal(a, b)]
-    return f"{', '.join(off)} differ from one run to the next" if off else ""
+    words = f"{', '.join(off)} differ from one run to the next" if off else ""
+    if words and kernel in NOT_PROMISED:
+        stage.omit(f"equal bits by {kernel}, which does not promise them: {words}")
+        return ""
+    return words
 
 
 def nan_is_kept(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
-    """NaN in a value must show in every row that sees the key, and on no rank before it. Rows of the same tile may show it, since
-    kernels multiply it by a probability of 0."""
+    """NaN in a value must show in every row that sees the key, and on no rank before it. Rows of the same tile may show it,
+    since kernels multiply it by a probability of 0."""
     e = example(40 * WORLD, 2, 2, 64, device=stage.device, dtype=dtype)
     at, first = 100, 80  # the first row of its rank
     e.v[0, at] = torch.nan
