@@ -8,7 +8,6 @@ The surrogate out of backward is timed too: what stands for out where only dout 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from common import error, often
@@ -22,6 +21,8 @@ try:
     from ringattn.kernels import fused
 except ImportError:  # the eager form is all there is
     fused = None  # type: ignore[assignment]
+
+Way = Callable[[Partial, Sequence[Partial]], Partial]  # (sum so far, partials) to the new sum, perhaps in the old one's memory
 
 
 def run(stage: Stage) -> None:
@@ -47,11 +48,11 @@ def partial(shape: Sequence[int], dtype: torch.dtype, seed: int, device: torch.d
     return Partial(out, torch.randn(*shape[:-1], generator=source, device=device))
 
 
-def one(stage: Stage, name: str, way: Callable[[Partial, Sequence[Partial]], Any], parts: list[Partial], copied: float) -> None:
+def one(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) -> None:
     """One row: how wrong it is, GB/s and the share of a copy's."""
     start = partial(parts[0].out.shape, torch.float32, 99, stage.device)
     into = Partial(start.out.clone(), start.lse.clone())
-    out, lse = way(into, parts) or into
+    out, lse = way(into, parts)
     exact_out, exact_lse = exactly([start, *parts])
     # fp32 has 2^-24; exp and log lose a digit, and each merge rounds once more.
     wrong = max(error(out, exact_out), error(lse, exact_lse))
@@ -71,18 +72,22 @@ def exactly(parts: Sequence[Partial]) -> tuple[Tensor, Tensor]:
     return sum(w.unsqueeze(-1) * p.out.double() for w, p in zip(weights, parts, strict=True)), lse.logsumexp(0)  # type: ignore
 
 
-def ours(into: Partial, parts: Sequence[Partial]) -> None:
-    """All at once where there is a fused kernel, else as the engine does: one by one."""
-    if fused is not None:
-        fused.merge_(into, parts)
-        return
-    for part in parts:
-        ringattn.partial.merge_(into, part)
+def ours(into: Partial, parts: Sequence[Partial]) -> Partial:
+    """All at once where the library can do so, else one by one as its engine does."""
+    if fused is None:
+        for part in parts:
+            ringattn.partial.merge_(into, part)
+        return into
+    rows = into.out.shape[2]
+    total = Partial(torch.empty_like(into.out), torch.empty_like(into.lse))
+    fused.merge([fused.PartialRows(0, rows, *part) for part in (into, *parts)], *total)
+    return total
 
 
-def ours_one_by_one(into: Partial, parts: Sequence[Partial]) -> None:
+def ours_one_by_one(into: Partial, parts: Sequence[Partial]) -> Partial:
     for part in parts:
-        ours(into, [part])
+        into = ours(into, [part])
+    return into
 
 
 def peers(into: Partial, parts: Sequence[Partial]) -> Partial:
@@ -96,7 +101,7 @@ def peers(into: Partial, parts: Sequence[Partial]) -> Partial:
     return Partial(out, lse)
 
 
-WAYS: dict[str, Callable[[Partial, Sequence[Partial]], Any]] = {
+WAYS: dict[str, Way] = {
     "ours": ours,
     "ours, one by one": ours_one_by_one,
     "ring-flash-attention's formula": peers,
