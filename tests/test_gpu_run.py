@@ -44,7 +44,7 @@ def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
         assert result["figures"] or name == "graphs"
         assert re.search(rf"^{name} +{expected} +[0-9.]+ s", said, re.MULTILINE)
     assert [stage["status"] for stage in results["run"]["stages"]].count("passed") == len(STAGES) - 1
-    assert results["correctness"]["figures"]["errors"] and results["nccl"]["figures"]["killed_peer"]["seconds"] < 20
+    assert results["correctness"]["figures"]["errors"] and results["nccl"]["figures"]["killed_peer"]["seconds"] < 25
 
     page = tmp_path / "gpu.md"
     page.write_text(PAGE.read_text())

@@ -26,7 +26,7 @@ from ringattn.comm.board import watch
 
 SEVERAL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 FROM = (2, 30)
-DEADLINE = 10.0  # seconds that a transfer may take before it is an error
+DEADLINE, PATIENCE = 15.0, 60.0  # seconds that a transfer may take where a peer dies, and where none does
 KILLED_IN = 3  # the call in which rank 1 ends itself
 
 
@@ -34,7 +34,7 @@ def run(stage: Stage) -> None:
     device, several = stage.device.type, several_allowed(stage)
     first = [1, 2] if device == "cuda" and several else [1] if device == "cuda" else [2]
     for world in first:
-        ended = run_ranks(world, f"stages.nccl:right_on_{device}", max(25.0, stage.left() / 3), **SEVERAL)
+        ended = run_ranks(world, f"stages.nccl:right_on_{device}", max(40.0, stage.left() / 3), **SEVERAL)
         judge(stage, "ranks", world, ended, backend="nccl" if device == "cuda" else "gloo")
         if any(one.error for one in ended):
             several = False
@@ -74,29 +74,29 @@ def killed(stage: Stage, device: str) -> None:
     stage.check(not late, f"a killed peer: the survivor ended after {seconds} s, and a transfer may take {DEADLINE:g} s")
 
 
-def join(device: str) -> torch.device:
+def join(device: str, timeout: float) -> torch.device:
     """This process's rank in a group over NCCL or gloo."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cpu":
         given = {"transport": "p2p"} if "transport" in ringattn.init.__kwdefaults__ else {}
-        ringattn.init(backend="gloo", timeout=DEADLINE, **given)
+        ringattn.init(backend="gloo", timeout=timeout, **given)
         return torch.device("cpu")
     if torch.cuda.device_count() >= world:
-        ringattn.init(backend="nccl", timeout=DEADLINE)
+        ringattn.init(backend="nccl", timeout=timeout)
         return torch.device("cuda", torch.cuda.current_device())
     # `init` refuses to give one GPU to two ranks, with good reason outside of a test.
     torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group("nccl", timeout=timedelta(seconds=DEADLINE))
+    dist.init_process_group("nccl", timeout=timedelta(seconds=timeout))
     watch()
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def right_on_cuda() -> dict[str, Any]:
-    return right(join("cuda"), torch.bfloat16, SCHEDULES)
+    return right(join("cuda", PATIENCE), torch.bfloat16, SCHEDULES)
 
 
 def right_on_cpu() -> dict[str, Any]:
-    return right(join("cpu"), torch.float32, ("ring", "token_ring"))
+    return right(join("cpu", PATIENCE), torch.float32, ("ring", "token_ring"))
 
 
 def right(device: torch.device, dtype: torch.dtype, schedules: tuple[str, ...]) -> dict[str, Any]:
@@ -107,11 +107,11 @@ def right(device: torch.device, dtype: torch.dtype, schedules: tuple[str, ...]) 
 
 
 def loses_a_peer_on_cuda() -> None:
-    loses_a_peer(join("cuda"))
+    loses_a_peer(join("cuda", DEADLINE))
 
 
 def loses_a_peer_on_cpu() -> None:
-    loses_a_peer(join("cpu"))
+    loses_a_peer(join("cpu", DEADLINE))
 
 
 def loses_a_peer(device: torch.device) -> None:

@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
     stage.note(transport=name)
     job = f"stages.symmetric:rank_on_{stage.device.type}"
     for world in (2,) if stage.small else (2, 4):
-        seconds = max(20.0, stage.left() / 2)
+        seconds = max(40.0, stage.left() / 2)
         ended = run_ranks(world, job, seconds, **(OVERLAPPING if stage.device.type == "cuda" else {}))
         judge(stage, "processes", world, ended, transport=name)
 
