@@ -24,7 +24,7 @@ def line_chart(
     span = (last - first) or 1.0
 
     def across_of(x: float) -> float:
-        return LEFT + (log2(x) - first) / span * (WIDTH - LEFT - RIGHT)
+        return float(LEFT + (log2(x) - first) / span * (WIDTH - LEFT - RIGHT))
 
     def up_of(y: float) -> float:
         return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)

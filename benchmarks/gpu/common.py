@@ -238,7 +238,7 @@ class OneRank(Simulated):
         self.rank, self.ranks = rank, range(rank, rank + 1)
 
     def ports(self, label: str) -> list[SimulatedPort]:
-        return [_OnePort(self, {}, self.rank, label)]  # type: ignore[arg-type]
+        return [_OnePort(self, {}, self.rank, label)]
 
 
 class _OnePort(SimulatedPort):
@@ -252,8 +252,8 @@ class _OnePort(SimulatedPort):
 def one_rank(e: Example, plan: Plan, rank: int) -> tuple[Shards, OneRank]:
     """The shards of `rank` alone, and the transport that runs it."""
     shards = cut(e, plan)
-    chosen = slice(rank, rank + 1)
-    return Shards(*(part[chosen] for part in shards)), OneRank(plan.world, rank)
+    inputs, douts, rows, keys = (part[rank : rank + 1] for part in shards)
+    return Shards(inputs, douts, rows, keys), OneRank(plan.world, rank)  # type: ignore[arg-type]
 
 
 def tiles(plan: Plan, rank: int, *, backward: bool) -> int:

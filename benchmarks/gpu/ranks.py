@@ -46,8 +46,8 @@ def run_ranks(world: int, job: str, seconds: float, **environment: str) -> list[
                 command = [sys.executable, str(Path(__file__).resolve()), job, str(path)]
                 own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 outputs.append(path.with_suffix(".txt"))
-                with outputs[-1].open("w") as output:
-                    processes.append(subprocess.Popen(command, env=own, stdout=output, stderr=subprocess.STDOUT))
+                with outputs[-1].open("w") as file:
+                    processes.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
             return [ended(process, path, begin, seconds) for process, path in zip(processes, results, strict=True)]
         finally:
             for process in processes:

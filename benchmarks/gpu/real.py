@@ -5,6 +5,7 @@ The simulated transport runs the same engine and kernel in the same order, so ou
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -49,6 +50,11 @@ def one_schedule(device: torch.device, schedule: str, dtype: torch.dtype) -> dic
     seconds = (time.perf_counter() - begin) / CALLS
     right = equal and off <= BOUNDS[dtype]
     return {"schedule": schedule, "equal": equal, "off": off, "right": right, "us": round(1e6 * seconds, 1)}
+
+
+def takes_transport() -> bool:
+    """Whether this version of the library lets `init` choose the transport."""
+    return "transport" in inspect.signature(ringattn.init).parameters
 
 
 def judge(stage: Any, table: str, world: int, ended: list[Any], **cells: Any) -> None:

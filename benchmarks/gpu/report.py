@@ -154,7 +154,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Json]], str]]] = {
 
 def draw(folder: Path, found: Mapping[str, Json]) -> list[str]:
     """SVG files for what there are figures of; their names."""
-    made = {}
+    made: dict[str, tuple[str, dict[str, list[tuple[float, float]]], str, dict[str, float] | None]] = {}
     for mask in ("full", "causal"):
         speeds: dict[str, list[tuple[float, float]]] = {}
         for row in rows_of(found, "baselines", "dense"):

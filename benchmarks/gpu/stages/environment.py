@@ -39,7 +39,7 @@ def card(stage: Stage) -> None:
     free, _ = torch.cuda.mem_get_info(stage.device)
     stage.note(free_gib=round(free / 2**30, 1))
     with stage.guard("the version of NCCL"):
-        stage.note(nccl=".".join(map(str, torch.cuda.nccl.version())))  # type: ignore[no-untyped-call]
+        stage.note(nccl=".".join(map(str, torch.cuda.nccl.version())))
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]
         said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()

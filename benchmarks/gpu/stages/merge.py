@@ -20,7 +20,7 @@ from ringattn.partial import Partial
 try:
     from ringattn.kernels import fused
 except ImportError:  # the eager form is all there is
-    fused = None  # type: ignore[assignment]
+    fused = None
 
 Way = Callable[[Partial, Sequence[Partial]], Partial]  # (sum so far, partials) to the new sum, perhaps in the old one's memory
 

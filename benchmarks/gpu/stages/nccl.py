@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from common import SCHEDULES, plan_for, synchronize
 from ranks import run_ranks
-from real import judge, schedules_are_right
+from real import judge, schedules_are_right, takes_transport
 from stage import Stage
 
 import ringattn
@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
 def several_allowed(stage: Stage) -> bool:
     if stage.device.type != "cuda":
         return True
-    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    version = torch.cuda.nccl.version()
     stage.note(nccl=".".join(map(str, version)), gpus=torch.cuda.device_count())
     if torch.cuda.device_count() == 1 and version[:2] < FROM:
         stage.omit("two ranks: NCCL before 2.30 refuses them on one GPU")
@@ -78,7 +78,7 @@ def join(device: str, timeout: float) -> torch.device:
     """This process's rank in a group over NCCL or gloo."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cpu":
-        given = {"transport": "p2p"} if "transport" in ringattn.init.__kwdefaults__ else {}
+        given = {"transport": "p2p"} if takes_transport() else {}
         ringattn.init(backend="gloo", timeout=timeout, **given)
         return torch.device("cpu")
     if torch.cuda.device_count() >= world:

@@ -6,14 +6,13 @@ CPU it is shared memory between processes, or point to point over gloo where the
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from common import SCHEDULES
 from ranks import run_ranks
-from real import judge, schedules_are_right
+from real import judge, schedules_are_right, takes_transport
 from stage import NotApplicable, Stage
 
 import ringattn
@@ -40,8 +39,7 @@ def run(stage: Stage) -> None:
 def transport(device: str) -> str:
     """The one to use, by what this version of the library has."""
     wanted = "symmetric_memory" if device == "cuda" else "shared_memory"
-    takes = "transport" in inspect.signature(ringattn.init).parameters
-    return wanted if takes and wanted in TRANSPORTS else "p2p"
+    return wanted if takes_transport() and wanted in TRANSPORTS else "p2p"
 
 
 def rank_on_cuda() -> dict[str, Any]:
