@@ -2,12 +2,14 @@
 
 import json
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from spawn import finish, start
+from spawn import descendants, finish, start
 
 GPU = Path(__file__).parent.parent / "benchmarks" / "gpu"
 PAGE = GPU.parent.parent / "docs" / "gpu.md"
@@ -88,6 +90,19 @@ def test_a_stage_that_dies_is_reported(tmp_path: Path) -> None:
     code, said, results = run(tmp_path, "--stages", "merge", "--minutes", "1", "--break", "merge:die", timeout=50)
     assert code == 1, said
     assert (results["merge"]["status"], results["merge"]["failures"]) == ("broken", ["died of SIGKILL"])
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_is_ended_leaves_no_process_and_keeps_what_it_had(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--stages", "merge", "--break", "merge:hang"]
+    running, until = start([str(GPU / "run.py"), *arguments]), time.monotonic() + 60
+    while not (found := descendants(running.pid)[1:]) and time.monotonic() < until:  # the stage, and the child it starts
+        time.sleep(0.2)
+    running.send_signal(signal.SIGTERM)
+    code, _, err = finish(running, timeout=20)
+    assert code == 128 + signal.SIGTERM, err
+    assert found and not any(map(alive, found))
+    assert json.loads((tmp_path / "merge.json").read_text())["status"] == "running"
 
 
 @pytest.mark.timeout(180)

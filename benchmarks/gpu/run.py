@@ -40,6 +40,7 @@ BAD = ("failed", "broken")
 
 def main() -> int:
     asked = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`, so that no stage lives on
     card = find_card(asked.device)
     if card is None:
         print("torch finds no CUDA device here; --device cpu runs every stage small on the CPU", file=sys.stderr)
@@ -105,6 +106,7 @@ def find_card(device: str) -> str | None:
         return "cpu"
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    print(asked.stderr[-TAIL:], end="", file=sys.stderr)
     name = (asked.stdout.strip().splitlines() or [""])[-1]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or None
 
@@ -153,7 +155,7 @@ def supervised(command: list[str], limit: float) -> tuple[int | None, str]:
         finally:
             end_all(process)
         output.seek(0)
-        return code, output.read()
+        return code, output.read().replace(f"{ROOT}{os.sep}", "").replace(sys.prefix, "PREFIX")
 
 
 def end_all(process: subprocess.Popen[bytes]) -> None:
