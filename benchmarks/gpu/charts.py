@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from math import ceil, floor, log2
+from math import ceil, floor, log2, log10
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 60, 190, 40, 50
@@ -18,8 +18,8 @@ def line_chart(
     """`lines` by name, each (x, y) with x doubling from point to point; `marks` are horizontal lines, a goal say."""
     every = [point for points in lines.values() for point in points]
     highest = max([y for _, y in every] + list((marks or {}).values()), default=1.0) or 1.0
-    step = 10 ** floor(log2(highest) / log2(10))
-    top = step * ceil(1.02 * highest / step)
+    tick = round_number(highest / 5)
+    top = tick * ceil(highest / tick - 1e-9)
     first, last = (log2(end(x for x, _ in every)) for end in (min, max)) if every else (0.0, 1.0)
     span = (last - first) or 1.0
 
@@ -36,8 +36,8 @@ def line_chart(
         text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, across, anchor="middle"),
         f'<g transform="translate(16,{(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)">{text(0, 0, up, anchor="middle")}</g>',
     ]
-    for n in range(6):
-        value = top * n / 5
+    for n in range(round(top / tick) + 1):
+        value = tick * n
         parts += [rule(up_of(value), "#dddddd"), text(LEFT - 6, up_of(value) + 4, f"{value:g}", anchor="end")]
     for x in sorted({x for x, _ in every}):
         parts.append(text(across_of(x), HEIGHT - BOTTOM + 18, short(x), anchor="middle"))
@@ -50,6 +50,12 @@ def line_chart(
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
         parts.append(text(WIDTH - RIGHT + 70, TOP + 8 + 16 * n, name, colour=colour))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def round_number(least: float) -> float:
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that is at least `least`."""
+    power = 10.0 ** floor(log10(least))
+    return next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= least * (1 - 1e-9))
 
 
 def text(x: float, y: float, words: str, *, anchor: str = "start", colour: str = "black", size: int = 12) -> str:

@@ -164,7 +164,7 @@ def draw(folder: Path, found: Mapping[str, Json]) -> list[str]:
         fractions: dict[str, list[tuple[float, float]]] = {}
         for row in rows_of(found, "efficiency", "efficiency"):
             if row["mask"] == mask and row["schedule"] == "token_ring" and row["kernel"] == "sdpa":
-                fractions.setdefault(f"{row['ranks']} ranks", []).append((row["rows"], row["of_best"]))
+                fractions.setdefault(f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}", []).append((row["rows"], row["of_best"]))
         words = "fraction of the best dense attention"
         made[f"efficiency-{mask}.svg"] = (f"token_ring, sdpa, {mask}", fractions, words, {"dense": 1.0})
     made = {name: what for name, what in made.items() if what[1]}
