@@ -39,7 +39,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Handle]]:
 
 def posted_by(plan: Plan, rank: int, backward: bool, batches: list[Handle]) -> list[tuple[list[Message], int]]:
     """The batches of a pass, each as its messages and the step it departs in; what is waited for is seen on the way."""
-    port, found = P2PPort(P2P(None), rank, "forward"), []
+    transport = P2P(None)
+    port, found = P2PPort(transport, rank, "forward"), []
     messages: dict[int, Message] = {}
     for step in plan.program(rank, backward=backward):
         for message in step.due:
@@ -58,6 +59,7 @@ def posted_by(plan: Plan, rank: int, backward: bool, batches: list[Handle]) -> l
             port.post(transfers)
             found += [([messages[id(t.tensor)] for t in handle.transfers], step.number) for handle in batches[count:]]
     assert all(handle.waited for handle in batches), "everything posted is waited for"
+    assert transport.seconds_waiting == 0, "the host has waited for nothing"
     return found
 
 
