@@ -127,6 +127,12 @@ def run(
             else:
                 resident[item] = payload
 
+    def compute(tiles: TileBatch) -> None:
+        q = [operand(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
+        kv = [operand(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
+        for item, share in ops.compute(tiles, q, kv).items():
+            add(item, share)
+
     for step in program:
         if step.due:
             with span(profiled, step, "wait"):
@@ -135,6 +141,7 @@ def run(
                     buffer = buffers.pop(message)
                     if message.dst == port.rank:
                         receive(message, buffer if handed_over is None else handed_over)
+                    del buffer, handed_over  # or they would keep its memory until the next message
         if step.post:
             with span(profiled, step, "post"):
                 for message in step.post:
@@ -143,10 +150,7 @@ def run(
                 port.post([(message, buffers[message]) for message in step.post])
         for tiles in step.tiles:
             with span(profiled, step, tiles):
-                q = [operand(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
-                kv = [operand(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
-                for item, share in ops.compute(tiles, q, kv).items():
-                    add(item, share)
+                compute(tiles)
         for item in step.release:
             for some in (resident, operands, as_received):
                 some.pop(item, None)

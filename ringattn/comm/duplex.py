@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,9 +99,9 @@ def finish(transfers: Sequence[Transfer]) -> None:
 
 
 def _one_way(transfer: Transfer, way: Any) -> dist.Work:
-    if transfer.rank == transfer.src:
-        return cast(dist.Work, way.send([transfer.tensor], transfer.dst, transfer.tag))
-    return cast(dist.Work, way.recv([transfer.tensor], transfer.src, transfer.tag))
+    tensor, _, rank, src, dst, tag = transfer
+    work: dist.Work = way.send([tensor], dst, tag) if rank == src else way.recv([tensor], src, tag)
+    return work
 
 
 def _as_batch(transfers: Sequence[Transfer], group: Any, device: torch.device) -> list[dist.Work]:

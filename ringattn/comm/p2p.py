@@ -78,7 +78,8 @@ class P2P:
 
     def waited(self, message: Message, seconds: float) -> None:
         self.seconds_waiting += seconds
-        self._longest = max(self._longest, (seconds, message), key=lambda wait: wait[0])
+        if seconds > self._longest[0]:
+            self._longest = seconds, message
 
     def _note(self, seconds: float, waited: float, sent: int) -> None:
         longest, message = self._longest

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ringattn.payload import fields
+from ringattn.payload import Field, fields
 from ringattn.plan import Plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
+from ringattn.schedule.program import Item, Message, Step
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
@@ -24,7 +24,7 @@ class Sizes:
     """
 
     def __init__(self, plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> None:
-        self.plan, self.batch, self.backward = plan, batch, backward
+        self.plan, self.batch, self.backward, self.bias_heads = plan, batch, backward, bias_heads
         self.lanes = plan.backward if backward else plan.forward
         narrow, wide = ITEMSIZE[plan.dtype], max(4, ITEMSIZE[plan.dtype])  # sums, lse, delta and biases are wide: fp32, or fp64
         wire = {
@@ -47,9 +47,13 @@ class Sizes:
         """Bytes of `item` between messages: sums are wide."""
         return self._rows[item.lane][item.kind.of_queries][item.index] * self._held[item.lane, item.kind]
 
-    def share(self, item: Item) -> int:
-        """Bytes of one kernel call's contribution to accumulator `item`, as the kernel gives it."""
-        return self._rows[item.lane][item.kind.of_queries][item.index] * self._share[item.lane, item.kind]
+    def fields(self, item: Item) -> tuple[Field, ...]:
+        """The tensors of `item` in a message."""
+        return fields(item.kind, backward=self.backward, bias=self.bias_heads > 0, new=item.new)
+
+    def share(self, item: Item, rows: int) -> int:
+        """Bytes of what one kernel call adds to `rows` rows of accumulator `item`, as the kernel gives it."""
+        return rows * self._share[item.lane, item.kind]
 
     def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
         """Of one row of all the lane's heads."""
@@ -70,46 +74,27 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
     return dict(links)
 
 
-def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes, *, results: bool = False) -> int:
-    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others.
-
-    results: count what its own rows' results take too, of which up to `MERGED_AT_ONCE` wait to be merged.
-    """
+def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
+    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
     held: dict[Item | Message, int] = {}
-    waiting: dict[Item, list[int]] = {}
     peak = 0
-
-    def wait(item: Item, nbytes: int) -> None:
-        shares = waiting.setdefault(item, [])
-        if len(shares) == MERGED_AT_ONCE:
-            shares[:] = [sizes.held(item)]
-        shares.append(nbytes)
-
     for step in program:
         for message in step.due:
             del held[message]
-            for item in message.items if message.dst == rank else ():
-                whole = item._replace(new=False)
-                if _home(sizes, item) != rank:
-                    held[whole] = sizes.held(whole)
-                elif item.kind.moved:
-                    wait(item, sizes.travelling(item))
+            if message.dst == rank:
+                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
+                held.update((item, sizes.held(item)) for item in whole)
         for message in step.post:
             held[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
                     held.pop(item, None)
         for work in step.tiles:
-            made = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
-            for item in made:
-                if not sizes.backward and item.kind is Kind.KV_ACC:
-                    continue
-                if _home(sizes, item) != rank:
+            results = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
+            for item in results:
+                if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
                     held[item] = sizes.held(item)
-                else:
-                    wait(item, sizes.share(item))
-        own = sum(map(sum, waiting.values())) if results else 0
-        peak = max(peak, sum(held.values()) + own)
+        peak = max(peak, sum(held.values()))
         for item in step.release:
             held.pop(item, None)
     return peak

@@ -1,18 +1,20 @@
 """Measures the most memory that one rank takes during a pass, beside what its plan says.
 
 One rank of several runs alone: what it receives are buffers that nobody fills, so its memory is that of a rank in a process of
-its own. The plan counts what is held for others (messages, foreign blocks, their partial results); to it comes what every rank
-has of its own, its results as they are gathered in fp32 and as they are returned. The kernel is emulated: scratch memory of a
-real one is its own affair, and is measured too, without a bound.
+its own. `ringattn.cost.memory` counts from the plan what the engine should hold. The kernel is emulated: scratch memory of a
+real one is its own affair, and is measured too, without a bound. On a CPU the fused kernels are stand-ins that take the memory
+they would take on a GPU, since torch's operators in their place need temporaries.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import SCHEDULES, OneRank, Shards, backward, forward, one_rank, plan_for
@@ -22,7 +24,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ringattn import Plan, full
-from ringattn.cost.sizes import ITEMSIZE, Sizes, peak_bytes
+from ringattn.cost.memory import pass_bytes
+from ringattn.kernels import fused
+from ringattn.kernels.fused import triton_ops
 
 RANK = 1
 ALLOWED = 0.10
@@ -47,35 +51,30 @@ def one(stage: Stage, e: Any, schedule: str, world: int) -> None:
     found = measured(stage, plan, *one_rank(e, plan, RANK))
     with_kernel = (0, 0) if stage.small else measured(stage, real, *one_rank(e, real, RANK))
     for name, peak, scratch, behind in zip(("forward", "backward"), found, with_kernel, (False, True), strict=True):
-        sizes = Sizes(plan, backward=behind)
-        buffers = peak_bytes(plan.program(RANK, backward=behind), RANK, sizes)
-        own = own_bytes(plan, backward=behind)
-        off = peak / (buffers + own) - 1
-        megabytes = {"peak_mb": peak, "buffers_mb": buffers, "own_mb": own, "with_sdpa_mb": scratch}
+        counted = pass_bytes(plan, RANK, backward=behind, surrogates=False)  # the emulated kernel asks for none
+        off = peak / counted - 1
+        megabytes = {"peak_mb": peak, "plan_mb": counted, "with_sdpa_mb": scratch}
         rounded = {key: round(value / 1e6, 3) for key, value in megabytes.items() if value}
         stage.row("memory", schedule=schedule, ranks=world, direction=name, **rounded, off=round(off, 3))
         words = f"{schedule}, {world} ranks, {name}: peak memory beside what the plan says"
         stage.goal(words, round(off, 3), least=-ALLOWED, most=ALLOWED)
 
 
-def own_bytes(plan: Plan, *, backward: bool) -> int:
-    """This rank's results, returned in the plan's dtype and gathered in fp32: out and lse, or dq, dk and dv."""
-    narrow = ITEMSIZE[plan.dtype]
-    numbers = plan.rows(RANK) * plan.heads * plan.head_dim
-    statistics = 4 * plan.rows(RANK) * plan.heads
-    if not backward:
-        return numbers * (narrow + 4) + 2 * statistics
-    numbers += 2 * plan.kv_rows(RANK) * plan.kv_heads * plan.head_dim
-    return numbers * (narrow + 4) + 2 * statistics  # lse with its empty rows marked, and delta
-
-
 def measured(stage: Stage, plan: Plan, shards: Shards, transport: OneRank) -> tuple[int, int]:
     """The most bytes taken at once beyond those before, in forward and in backward."""
     backward(forward(plan, shards, transport=transport), shards)
-    most = most_on_cuda if stage.device.type == "cuda" else most_on_cpu
-    outs: list[Tensor] = []
-    ahead = most(lambda: outs.extend(forward(plan, shards, transport=transport)))
-    return ahead, most(lambda: backward(outs, shards))
+    on_gpu, outs = stage.device.type == "cuda", list[Tensor]()
+    most = most_on_cuda if on_gpu else most_on_cpu
+    with nullcontext() if on_gpu else fused_stand_ins():
+        ahead = most(lambda: outs.extend(forward(plan, shards, transport=transport)))
+        return ahead, most(lambda: backward(outs, shards))
+
+
+@contextmanager
+def fused_stand_ins() -> Iterator[None]:
+    """The launches of the fused kernels, without the launching."""
+    with mock.patch.object(fused, "_ops", lambda *_: triton_ops), triton_ops.replaced(lambda name: None):
+        yield
 
 
 def most_on_cuda(action: Callable[[], Any]) -> int:
