@@ -3,7 +3,7 @@
 A stand-in takes what the package takes, refuses what it refuses, and answers in fp64, so that all of an adapter but the GPU
 runs on the CPU. The names and their order are facts; `test_flash` compares them with the packages' sources.
 
-Forward walks over blocks of keys as flash-attn 2 and 3 do (softmax.h in csrc/flash_attn/src and in hopper): from the last to the
+Forward walks over blocks of keys as flash-attn 2 and 3 do (softmax.h in csrc/flash_attn/src and in hopper): from last to the
 first, and only in blocks that the window or the end of the keys cuts it looks whether a maximum is -inf.
 """
 
