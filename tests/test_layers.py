@@ -15,6 +15,7 @@ ROOT = Path(ringattn.__file__).parent
 LAYERS = [
     ["errors"],
     ["arguments"],
+    ["kernel_names"],
     ["mask"],
     ["layout"],
     ["by_documents"],
@@ -41,6 +42,7 @@ LAYERS = [
 PURE = [
     "errors",
     "arguments",
+    "kernel_names",
     "mask",
     "layout",
     "by_documents",
