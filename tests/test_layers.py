@@ -37,7 +37,8 @@ LAYERS = [
     ["compress"],
     ["nn", "runtime"],
     ["integrations"],
-    ["cli", "selftest"],
+    ["selftest"],
+    ["cli"],
 ]
 PURE = [
     "errors",

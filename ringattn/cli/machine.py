@@ -1,4 +1,5 @@
-"""`ringattn doctor`, `probe` and `report`: what this machine is, how fast its links are, and what to tell others of both."""
+"""`ringattn doctor`, `selftest`, `probe` and `report`: what this machine is, whether kernels are right on it, how fast its
+links are, and what to tell others of it."""
 
 from __future__ import annotations
 
@@ -126,6 +127,29 @@ def report(paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out
     if _speaks():
         names = write(path("--out", out, InputError), findings, paths)
         console().print(f"{out}: {', '.join(names)}", highlight=False)
+
+
+def selftest(
+    *,
+    kernel: tuple[str, ...] = (),
+    device: Literal["cpu", "cuda"] | None = None,
+    worlds: tuple[int, ...] = (2, 4, 8),
+) -> None:
+    """Compare every kernel that runs here with dense attention in fp64, through every schedule (exit status 1 if one is wrong).
+
+    Ranks are simulated in this process; under torchrun (`torchrun ... -m ringattn.cli selftest`) they are real.
+    `python -m ringattn.selftest` is the same and needs nothing but torch.
+
+    Args:
+        kernel: Only these; one that cannot run here counts as a failure.
+        device: Where ranks are simulated; a GPU if there is one, by default.
+        worlds: Numbers of ranks to simulate.
+    """
+    _need_torch()
+    from ringattn.selftest.__main__ import main
+
+    given = [*(("--kernel", *kernel) if kernel else ()), *(("--device", device) if device else ())]
+    sys.exit(main([*given, "--worlds", *map(str, worlds)]))
 
 
 def _need_torch() -> None:

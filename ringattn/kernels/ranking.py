@@ -33,7 +33,7 @@ class Timing(NamedTuple):
     """How long one kernel takes for one block; or why it was not measured."""
 
     kernel: str
-    operator: str  # what computes, see `resolved`
+    operator: str  # what computes, see `resolved`; empty where nothing does
     forward: float  # seconds, median; inf where it failed or cannot run
     backward: float
     failed: str = ""
@@ -92,10 +92,10 @@ def rank(
             running[name] = passes
     seconds = _interleaved(running, device, repeats)
     asked = dict(bias=bias, softcap=softcap is not None)
-    named = {name: resolved(name, device, dtype, head_dim, value_dim, heads, **asked) for name in names}
+    named = {name: resolved(name, device, dtype, head_dim, value_dim, heads, **asked) for name in running}
     measured = [Timing(name, named[name], *seconds[name]) for name in running]
     measured.sort(key=lambda timing: timing.seconds)
-    return measured + [Timing(name, named[name], float("inf"), float("inf"), why) for name, why in failed.items()]
+    return measured + [Timing(name, "", float("inf"), float("inf"), why) for name, why in failed.items()]
 
 
 def _tensors(

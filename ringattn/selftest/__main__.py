@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _under_torchrun(kernels: list[str]) -> int:
     import torch.distributed as dist
 
-    from ringattn.runtime.init import init
+    from ringattn.runtime import init
     from ringattn.selftest.ranks import over_ranks
 
     mesh = init()
