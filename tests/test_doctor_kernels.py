@@ -104,10 +104,18 @@ def test_doctor_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     hopper = Facts((9, 0), 91900, (2, 11), (13, 0))
     monkeypatch.setattr(choice, "_of_gpu", lambda device: hopper)
     monkeypatch.setattr(doctor, "_devices_to_ask", lambda: [torch.device("cuda", 0)])
+    monkeypatch.setattr(doctor, "_torchs_own", lambda device, dtype, dim: "efficient" if dtype == torch.float32 else "cudnn")
     said = {finding.what: finding.found for finding in doctor._auto()}["sdpa on cuda:0"]
     assert said == (
-        "cudnn for bfloat16 64, cudnn for bfloat16 128, flash (efficient for bands) for bfloat16 256, efficient for float32 128"
+        "cudnn for bfloat16 64, cudnn for bfloat16 128, flash (efficient for bands, torch itself: cudnn) for bfloat16 256, "
+        "efficient for float32 128"
     )
+
+
+def test_what_torch_itself_takes_is_asked_of_torch() -> None:
+    """On the CPU its flash operator, for want of a GPU; the answer is a name of `choice`, or what went wrong."""
+    assert doctor._torchs_own(CPU, torch.float32, 64) == "flash"
+    assert doctor._torchs_own(torch.device("cuda", 0), BF16, 64).startswith("unknown, ") or torch.cuda.is_available()
 
 
 def test_kernels_are_ranked_by_measurement() -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 import ringattn
 from ringattn.kernels import KERNELS, Operands, Options, get
@@ -108,9 +109,22 @@ _ASKED = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (t
 
 
 def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """What computes a head size, and what a band of it, where that is another."""
+    """What computes a head size, and what a band of it or torch's own attention, where that is another."""
     plain, band = (resolved("sdpa", device, dtype, dim, dim, 1, bands=bands) for bands in (False, True))
-    return plain if plain == band else f"{plain} ({band} for bands)"
+    others = [] if plain == band else [f"{band} for bands"]
+    own = _torchs_own(device, dtype, dim) if device.type == "cuda" else plain
+    if own != plain:
+        others.append(f"torch itself: {own}")
+    return f"{plain} ({', '.join(others)})" if others else plain
+
+
+def _torchs_own(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """The operator that scaled_dot_product_attention takes here in training."""
+    try:
+        q = torch.empty(1, 1, 64, dim, device=device, dtype=dtype, requires_grad=True)
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # a private function, which may change
+        return f"unknown, {error}"
 
 
 def _devices_to_ask() -> list[torch.device]:
