@@ -11,8 +11,8 @@ have broken kernels before. Exit status 1 if anything failed.
 through all of it and gives plain data, for scripts.
 """
 
-from ringattn.selftest.cases import Case, cases, traps
-from ringattn.selftest.simulated import SCHEDULES, WORLDS, Outcome, equal_bits, kernels_here, simulated, simulated_error
+from ringattn.selftest.case import Case, cases, traps
+from ringattn.selftest.one_device import SCHEDULES, WORLDS, Outcome, equal_bits, kernels_here, simulated, simulated_error
 
 __all__ = [
     "SCHEDULES",

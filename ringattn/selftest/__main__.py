@@ -8,8 +8,8 @@ import sys
 
 import torch
 
+from ringattn.selftest.one_device import SCHEDULES, WORLDS, simulated
 from ringattn.selftest.report import shown
-from ringattn.selftest.simulated import SCHEDULES, WORLDS, simulated
 
 
 def main(arguments: list[str] | None = None) -> int:

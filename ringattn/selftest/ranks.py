@@ -11,8 +11,8 @@ from ringattn.errors import RingAttnError
 from ringattn.functional import attention
 from ringattn.kernels.pick import obstacle
 from ringattn.plan import Plan
-from ringattn.selftest.cases import ALLOWED, RESULTS, Case, cases, example, plan_for
-from ringattn.selftest.simulated import SCHEDULES, Outcome, _error, _through, kernels_here, short
+from ringattn.selftest.case import ALLOWED, RESULTS, Case, cases, example, plan_for
+from ringattn.selftest.one_device import SCHEDULES, Outcome, _error, _through, kernels_here, short
 from ringattn.sharding import shard
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ringattn.selftest.simulated import Outcome
+from ringattn.selftest.one_device import Outcome
 
 
 def table(outcomes: Iterable[Outcome]) -> tuple[list[str], list[list[str]]]:

@@ -13,7 +13,7 @@ from ringattn.comm.simulated import Simulated
 from ringattn.kernels import KERNELS, Options
 from ringattn.kernels.pick import obstacle
 from ringattn.plan import Plan
-from ringattn.selftest.cases import ALLOWED, RESULTS, Case, Example, cases, example, plan_for, traps
+from ringattn.selftest.case import ALLOWED, RESULTS, Case, Example, cases, example, plan_for, traps
 from ringattn.sharding import shard
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
