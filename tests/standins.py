@@ -2,6 +2,9 @@
 
 A stand-in takes what the package takes, refuses what it refuses, and answers in fp64, so that all of an adapter but the GPU
 runs on the CPU. The names and their order are facts; `test_flash` compares them with the packages' sources.
+
+Forward walks over blocks of keys as flash-attn 2 and 3 do (softmax.h in csrc/flash_attn/src and in hopper): from last to the
+first, and only in blocks that the window or the end of the keys cuts it looks whether a maximum is -inf.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from itertools import pairwise
 from types import ModuleType
 
 import torch
+
+BLOCK = 64  # keys that are looked at together
 
 # What each function takes, in order. A generation is a version of a package whose calls differ from the one before.
 WINDOW = "window_size_left window_size_right"
@@ -107,10 +112,32 @@ def _forward(generation: str, given: dict):
 
 def _attend(generation: str, given: dict, q, k, v):
     logits, _ = _logits(generation, given, q, k)
-    lse = logits.logsumexp(-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).nan_to_num(0.0), _repeat(v, q))
+    out, lse = _walk(generation, logits, _hidden(generation, given, *logits.shape[-2:]), _repeat(v, q).transpose(1, 2))
     empty = torch.inf if generation == "flash2" else -torch.inf
-    return out, lse.masked_fill(lse == -torch.inf, empty)
+    return out.transpose(1, 2), lse.masked_fill(lse == -torch.inf, empty)
+
+
+def _walk(generation: str, logits, hidden, v):
+    """Online softmax over blocks of `BLOCK` keys, the last one first. `hidden`: what the window leaves out of `logits`."""
+    keys = logits.shape[-1]
+    peak = logits.new_full(logits.shape[:-1], -torch.inf)
+    total, out = torch.zeros_like(peak), v.new_zeros(*logits.shape[:-1], v.shape[-1])
+    first = True
+    for start in reversed(range(0, keys, BLOCK)):
+        block = logits[..., start : start + BLOCK]
+        cut = hidden[:, start : start + BLOCK].any() or block.shape[-1] < BLOCK or generation == "flash4"
+        before, peak = peak, torch.maximum(peak, block.amax(-1))
+        above = torch.where(peak == -torch.inf, 0.0, peak) if cut else peak
+        shrink = torch.ones_like(peak) if first else torch.exp(before - above)
+        # The exponential of a block is always taken against a finite maximum; that of what came before is not.
+        weights = torch.exp(block - torch.where(peak == -torch.inf, 0.0, peak).unsqueeze(-1))
+        total, out = total * shrink + weights.sum(-1), out * shrink.unsqueeze(-1) + weights @ v[..., start : start + BLOCK, :]
+        first = False
+    # As the packages do at the end: a sum of 0 or NaN stands for a row without keys.
+    empty = (total == 0) | total.isnan()
+    lse = torch.where(empty, torch.inf if generation != "flash4" else -torch.inf, peak + total.log())
+    lse = torch.where(total == 0, -torch.inf, lse)
+    return out / torch.where(empty, 1.0, total).unsqueeze(-1), lse
 
 
 def _backward(generation: str, given: dict):
@@ -151,7 +178,11 @@ def _logits(generation: str, given: dict, q, k):
     assert given["softmax_scale"] > 0
     if given["softcap"]:
         logits = capped = given["softcap"] * torch.tanh(logits / given["softcap"])
-    rows, keys = logits.shape[-2:]
+    return logits.masked_fill(_hidden(generation, given, *logits.shape[-2:]), -torch.inf), capped
+
+
+def _hidden(generation: str, given: dict, rows: int, keys: int):
+    """(rows, keys) bool: what the window leaves out."""
     left, right = _sides(generation, given, rows, keys)
     offset = torch.arange(keys) - torch.arange(rows).unsqueeze(1) - (keys - rows)
     hidden = torch.zeros(rows, keys, dtype=torch.bool)
@@ -159,7 +190,7 @@ def _logits(generation: str, given: dict, q, k):
         hidden |= offset < -left
     if right is not None:
         hidden |= offset > right
-    return logits.masked_fill(hidden, -torch.inf), capped
+    return hidden
 
 
 def _sides(generation: str, given: dict, rows: int, keys: int):

@@ -15,6 +15,7 @@ ROOT = Path(ringattn.__file__).parent
 LAYERS = [
     ["errors"],
     ["arguments"],
+    ["kernel_names"],
     ["mask"],
     ["layout"],
     ["by_documents"],
@@ -36,11 +37,13 @@ LAYERS = [
     ["compress"],
     ["nn", "runtime"],
     ["integrations"],
-    ["cli", "selftest"],
+    ["selftest"],
+    ["cli"],
 ]
 PURE = [
     "errors",
     "arguments",
+    "kernel_names",
     "mask",
     "layout",
     "by_documents",

@@ -83,7 +83,7 @@ BAD = [
     ({"ulysses": 2, "schedule": ring(4)}, "schedule 'ring' is for 4 ranks and world=4, ulysses=2; build it for 2"),
     ({"ulysses": 0}, "ulysses=0"),
     ({"ulysses": "all"}, "ulysses='all'"),
-    ({"kernel": "flash"}, "kernel='flash'; choose one of auto, sdpa, reference"),
+    ({"kernel": "flash5"}, "kernel='flash5'; choose one of auto, sdpa, reference"),
     ({"topology": "infinband"}, "topology='infinband'; choose one of pcie, nvlink"),
     ({"topology": 3}, "topology=3"),
     ({"topology": Topology("six", "ring", 1e9, 0.0, 1e9, world=6)}, "topology 'six' describes 6 ranks and world=4"),

@@ -1,16 +1,17 @@
-"""`ringattn doctor`, `probe` and `report`: what this machine is, how fast its links are, and what to tell others of both."""
+"""`ringattn doctor`, `selftest`, `probe` and `report`: what this machine is, whether kernels are right on it, how fast its
+links are, and what to tell others of it."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.table import Table
 
-from ringattn.arguments import path
+from ringattn.arguments import count, path
 from ringattn.cli.console import console
 from ringattn.errors import InputError, LaunchError, PlanError
 from ringattn.topology import Topology
@@ -21,11 +22,27 @@ if TYPE_CHECKING:
 MOST_MEGABYTES, MOST_REPEATS = 10_000, 10_000
 
 
-def doctor() -> None:
+def doctor(
+    *,
+    rank_kernels: bool = False,
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    rows: int = 4096,
+) -> None:
     """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1).
 
     Under torchrun (`torchrun ... -m ringattn.cli doctor`) all ranks are examined together: who reaches whom, whether all run
     the same code, and how fast the links between neighbours are.
+
+    Args:
+        rank_kernels: Measure every kernel that runs here, for make_plan(kernel=...); forward and backward, causal.
+        heads: Query heads of what is measured.
+        kv_heads: Key and value heads of what is measured.
+        head_dim: Of q, k and v of what is measured.
+        dtype: Of what is measured.
+        rows: Queries and keys of what is measured.
     """
     _need_torch()
     findings = _examined()
@@ -35,8 +52,30 @@ def doctor() -> None:
     for finding in findings:
         table.add_row(*finding)
     console().print(table)
+    if rank_kernels:
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "rows": rows}
+        numbers = {name: count(f"--{name.replace('_', '-')}", value, InputError) for name, value in sizes.items()}
+        if heads % kv_heads:
+            raise InputError(f"--heads {heads} --kv-heads {kv_heads}: heads must be a multiple of kv_heads")
+        console().print(_ranking(dtype, numbers))
     if any(finding.cure for finding in findings):
         sys.exit(1)
+
+
+def _ranking(dtype: str, sizes: dict[str, int]) -> Table:
+    """Every kernel measured, the fastest first."""
+    import torch
+
+    from ringattn.kernels.ranking import rank
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    measured = rank(device, getattr(torch, dtype), **sizes)  # type: ignore[arg-type]
+    asked = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    table = Table("kernel", "operator", "forward ms", "backward ms", "", title=f"kernels on {device}, {dtype}, causal, {asked}")
+    for timing in measured:
+        times = ("", "") if timing.failed else (f"{timing.forward * 1e3:.3g}", f"{timing.backward * 1e3:.3g}")
+        table.add_row(timing.kernel, timing.operator, *times, timing.failed)
+    return table
 
 
 def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
@@ -88,6 +127,29 @@ def report(paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out
     if _speaks():
         names = write(path("--out", out, InputError), findings, paths)
         console().print(f"{out}: {', '.join(names)}", highlight=False)
+
+
+def selftest(
+    *,
+    kernel: tuple[str, ...] = (),
+    device: Literal["cpu", "cuda"] | None = None,
+    worlds: tuple[int, ...] = (2, 4, 8),
+) -> None:
+    """Compare every kernel that runs here with dense attention in fp64, through every schedule (exit status 1 if one is wrong).
+
+    Ranks are simulated in this process; under torchrun (`torchrun ... -m ringattn.cli selftest`) they are real.
+    `python -m ringattn.selftest` is the same and needs nothing but torch.
+
+    Args:
+        kernel: Only these; one that cannot run here counts as a failure.
+        device: Where ranks are simulated; a GPU if there is one, by default.
+        worlds: Numbers of ranks to simulate.
+    """
+    _need_torch()
+    from ringattn.selftest.__main__ import main
+
+    given = [*(("--kernel", *kernel) if kernel else ()), *(("--device", device) if device else ())]
+    sys.exit(main([*given, "--worlds", *map(str, worlds)]))
 
 
 def _need_torch() -> None:

@@ -60,7 +60,7 @@ def plan(
         schedule: auto, balanced, or a name from ringattn.schedule.named, as ring or token_ring.
         layout: auto, contiguous, zigzag, striped or documents.
         ulysses: Degree of head resharding.
-        kernel: auto, sdpa, reference or emulated:FLOPS.
+        kernel: auto, or a name from ringattn.kernel_names, as flash or flash3:sm_margin=8, or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
         training: Whether backward counts in the choice.

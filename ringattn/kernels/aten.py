@@ -1,29 +1,32 @@
 """The fused attention operators inside torch, which return lse and whose backward takes the whole row's lse.
 
-    cpu                     aten::_scaled_dot_product_flash_attention_for_cpu    bf16, fp16, fp32, fp64; GQA natively
-    cuda, bf16 and fp16     aten::_scaled_dot_product_flash_attention            full and causal pieces
-    cuda, everything else   aten::_scaled_dot_product_efficient_attention        fp32, bands, biases
-    cuda, fp64              the reference kernel
-    cuda, on request        aten::_scaled_dot_product_cudnn_attention            bf16 and fp16; what the kernel "cudnn" uses
+    cpu          aten::_scaled_dot_product_flash_attention_for_cpu    bf16, fp16, fp32, fp64; GQA natively
+    flash        aten::_scaled_dot_product_flash_attention            CUDA, bf16 and fp16, full and causal pieces; GQA natively
+    cudnn        aten::_scaled_dot_product_cudnn_attention            CUDA, bf16 and fp16; GQA natively from torch 2.8 on
+    efficient    aten::_scaled_dot_product_efficient_attention        CUDA, bf16, fp16, fp32; KV heads are repeated for it
 
-`Fused` is one of these rows: a forward, a backward, and what it can take. The kernel that chooses among them is in `sdpa`.
+`Fused` is one of these rows: a forward, a backward, and what it can take. Which one computes a call is decided in `choice`.
 The CUDA rows are checked for names, shapes and dtypes only (see docs/gpu.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ringattn.kernels.choice import version
+
 aten = torch.ops.aten
-HALF = (torch.float16, torch.bfloat16)
+ALIGNED_KEYS = 16  # rows of a mask begin at multiples of so many keys
+CUDNN_SHARES_HEADS = version(torch.__version__) >= (2, 8)  # since then torch hands fewer KV heads to cuDNN as they are
 
 
 class Call(NamedTuple):
-    """One fused call: q, k, v of equal head_dim; `mask` is additive, broadcastable to (batch, heads, rows, keys), or None."""
+    """One fused call: q, k, v of equal head_dim; `mask` is additive, (rows, keys), or None."""
 
     q: Tensor
     k: Tensor
@@ -56,7 +59,7 @@ def flash_forward(call: Call) -> tuple[Tensor, Tensor]:
 def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dim = call.q.shape[-1]
     q, k, v, dout, out = _pad_heads(8, call.q, call.k, call.v, dout, out)
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # read only under dropout
     grads = aten._scaled_dot_product_flash_attention_backward(
         dout,
         q,
@@ -79,17 +82,17 @@ def flash_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
 
 
 def efficient_forward(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v, mask = _expand(call)
+    q, k, v, mask = _repeated(call)
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, call.causal, scale=call.scale)
     # This operator pads lse to a multiple of 32 rows.
     return out.narrow(-1, 0, call.v.shape[-1]), lse.narrow(-1, 0, call.q.shape[2])
 
 
 def efficient_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, mask = _expand(call)
+    q, k, v, mask = _repeated(call)
     dout, out = _pad_heads(8, dout, out)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf).contiguous()
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    seed = _unused_seed(q)
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, mask, out, padded, seed, seed, 0.0, [True, True, True, False], call.causal, scale=call.scale
     )
@@ -97,22 +100,23 @@ def efficient_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tu
 
 
 def cudnn_forward(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v, mask = _expand(call)
+    q, k, v, mask = _shared(call)
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, mask, True, 0.0, call.causal, False, scale=call.scale)
-    return out.narrow(-1, 0, call.v.shape[-1]), lse.squeeze(-1)  # this operator gives (batch, heads, rows, 1)
+    return out.narrow(-1, 0, call.v.shape[-1]), lse.reshape(q.shape[:3])  # torch 2.9 and later: (batch, heads, rows, 1)
 
 
 def cudnn_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, mask = _expand(call)
-    dout, out = _pad_heads(8, dout, out)
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    q, k, v, mask = _shared(call)
+    dout, out = (_rows_first(x) for x in _pad_heads(8, dout, out))
+    dims = _dimensions_of_lse(aten._scaled_dot_product_cudnn_attention, q.device, q.dtype)
+    seed = _unused_seed(q)
     dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
         dout,
         q,
         k,
         v,
         out,
-        lse.contiguous().unsqueeze(-1),
+        lse.contiguous().reshape(*q.shape[:3], *[1] * (dims - 3)),
         seed,
         seed,
         mask,
@@ -127,30 +131,68 @@ def cudnn_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
     return _contract(call, dq, dk, dv)
 
 
+@cache
+def _dimensions_of_lse(operator: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> int:
+    """3 or 4, as the forward of this torch has it (torch 2.9 added one), which is what its backward takes. Asked once."""
+    x = torch.empty(1, 1, 64, 64, device=device, dtype=dtype)
+    return operator(x, x, x, None, True, 0.0, False, False, scale=1.0)[1].ndim  # type: ignore[no-any-return]
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """(batch, heads, rows, dim) in the memory order (batch, rows, heads, dim), whatever it was.
+
+    torch keeps a plan for each call of cuDNN's backward and finds it again by the strides of q, k and v, in many releases by no
+    others: out and dout of a later call are then read with the strides that those of the first call had (MHA.cpp,
+    `MHACacheKeyWrapper`).
+    """
+    by_row = x.transpose(1, 2)
+    return x if by_row.is_contiguous() else by_row.clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _unused_seed(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=like.device)  # read only under dropout
+
+
 def _pad_heads(multiple: int, *tensors: Tensor) -> list[Tensor]:
     """Pad head_dim with zeros, which changes neither logits nor outputs."""
     short = -tensors[0].shape[-1] % multiple
     return [torch.nn.functional.pad(t, (0, short)) if short else t for t in tensors]
 
 
-def _expand(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Head sizes padded, KV heads repeated to the query heads, the mask in full: all as aligned as these operators ask."""
+def _repeated(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Head sizes padded, KV heads repeated to the query heads, the mask for every head."""
     q, k, v = _pad_heads(8, call.q, call.k, call.v)
     repeats = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
-    if call.mask is None:
-        return q, k, v, None
-    batch, heads, rows, _ = q.shape
-    keys = k.shape[2]
-    padded = torch.nn.functional.pad(call.mask.expand(batch, heads, rows, keys), (0, -keys % 16))
-    return q, k, v, padded.narrow(-1, 0, keys)
+    if repeats > 1:
+        k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+    return q, k, v, _for_heads(call.mask, q.shape[0], q.shape[1])
+
+
+def _shared(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As cuDNN takes them: KV heads as they are, and one mask for all heads."""
+    if not CUDNN_SHARES_HEADS:
+        return _repeated(call)
+    q, k, v = _pad_heads(8, call.q, call.k, call.v)
+    return q, k, v, _for_heads(call.mask, q.shape[0], 1)
+
+
+def _for_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """(batch, heads, rows, keys) without memory of its own: rows are aligned first, so that no head needs a copy."""
+    if mask is None:
+        return None
+    keys = mask.shape[-1]
+    if mask.stride(-2) % ALIGNED_KEYS:
+        mask = torch.nn.functional.pad(mask, (0, -keys % ALIGNED_KEYS)).narrow(-1, 0, keys)
+    return mask.expand(batch, heads, *mask.shape)
 
 
 def _contract(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients without the padding, summed over the query heads that share a KV head."""
-    dim, groups = call.q.shape[-1], (call.k.shape[1], -1)
+    """The gradients without the padding, summed over the query heads that share a KV head where those were repeated."""
+    dim, kv_heads = call.q.shape[-1], call.k.shape[1]
     dq, dk, dv = (grad.narrow(-1, 0, dim) for grad in (dq, dk, dv))
-    return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
+    if dk.shape[1] != kv_heads:
+        dk, dv = (grad.unflatten(1, (kv_heads, -1)).sum(2) for grad in (dk, dv))
+    return dq, dk, dv
 
 
 class Fused(NamedTuple):
@@ -164,12 +206,4 @@ CPU = Fused(cpu_forward, cpu_backward)
 FLASH = Fused(flash_forward, flash_backward)
 EFFICIENT = Fused(efficient_forward, efficient_backward)
 CUDNN = Fused(cudnn_forward, cudnn_backward)
-
-
-def choose(q: Tensor, *, needs_mask: bool) -> Fused | None:
-    """The operator for these tensors, or None where torch has no fused one that returns lse."""
-    if q.device.type == "cpu":
-        return CPU
-    if q.device.type != "cuda" or q.dtype == torch.float64:
-        return None
-    return FLASH if q.dtype in HALF and not needs_mask and q.shape[-1] <= 256 else EFFICIENT
+FUSED = {"cpu": CPU, "flash": FLASH, "efficient": EFFICIENT, "cudnn": CUDNN}  # what else `choice` may say, reference, is none

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.constants import kept
 from ringattn.kernels.fit import bias_grad, seen, up_to, widen, with_bias
 from ringattn.kernels.package import Package
 from ringattn.kernels.reference import Reference
@@ -33,6 +34,7 @@ from ringattn.pieces import CAUSAL, FULL, Piece, strips
 
 ANY = -1  # a side of a window without bound
 ALIGNED = 8  # head sizes are multiples of this
+LENGTHS_KEPT = 1024  # one for each varlen call of a plan, one number for each sequence in it
 
 
 class Lengths(NamedTuple):
@@ -205,5 +207,6 @@ def _unpack_lse(packed: Tensor, sizes: Sequence[int], like: Operands) -> list[Te
     return [part.unflatten(1, (batch, -1)).transpose(0, 1) for part in parts]
 
 
+@kept(LENGTHS_KEPT)
 def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)

@@ -2,6 +2,9 @@
 
 It is on no package index under a name of its own, and two generations of its private calls are about: windows as a pair (as
 beside flash-attn 2.8.3.post2) or as two numbers (later). The signature tells which is there; a third is refused by name.
+
+`sm_margin` ("flash3:sm_margin=8") is how many multiprocessors its persistent kernels leave to others: NCCL's channels, which
+otherwise wait until a kernel that fills the GPU has ended.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.errors import InputError
 from ringattn.kernels.flash import Call, Flash
-from ringattn.kernels.package import Package
+from ringattn.kernels.package import Package, parameters
 
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NOT_NEEDED = (
@@ -40,6 +44,16 @@ class Flash3(Flash):
         ),
     )
 
+    def __init__(self, sm_margin: int = 0) -> None:
+        super().__init__()
+        self.sm_margin = sm_margin
+        without = [name for name in self.calls if "sm_margin" not in parameters(getattr(self.module, name))]
+        if sm_margin and without:
+            raise InputError(
+                f"sm_margin={sm_margin}; {', '.join(without)} of the flash-attn 3 that is installed does not take sm_margin: "
+                "make the plan with kernel='flash3', or install a later one"
+            )
+
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
         given = dict(q=call.q, k=call.k, v=call.v, softmax_scale=call.scale, causal=call.causal, softcap=call.softcap)
         out, lse, *_ = self._call_by_name("_flash_attn_forward", call, given)
@@ -60,4 +74,5 @@ class Flash3(Flash):
         given = given | dict(window_size=call.window, window_size_left=left, window_size_right=right)
         if call.lengths is not None:
             given |= dict(zip(_PACKED, call.lengths, strict=True))
-        return getattr(self.module, function)(**{keyword: given.get(keyword) for keyword in self.calls[function]})
+        margin = {"sm_margin": self.sm_margin} if self.sm_margin else {}
+        return getattr(self.module, function)(**{keyword: given.get(keyword) for keyword in self.calls[function]}, **margin)

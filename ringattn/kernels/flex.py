@@ -25,12 +25,14 @@ from torch import Tensor
 
 from ringattn.errors import InputError
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.constants import kept
 from ringattn.kernels.reference import Reference
 from ringattn.mask import Band
 from ringattn.partial import Partial, accum_dtype
 from ringattn.pieces import FULL
 
 BLOCK = 128
+MASKS_KEPT = 32  # each is two numbers for every two blocks
 
 
 class Flex(Kernel):
@@ -57,8 +59,8 @@ class Flex(Kernel):
         leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in block))  # type: ignore[arg-type]
         with torch.enable_grad():
             out, lse = self._attend(leaves, band, options)
-        dout, whole, delta, _ = rows
-        weight = torch.exp(lse.detach() - whole)
+        dout, delta = rows.dout, rows.delta
+        weight = torch.exp(lse.detach() - rows.lse)
         dlse = weight * ((dout.to(delta.dtype) * out.detach()).sum(-1) - delta)
         wanted = [x for x in leaves if x is not None]
         grads = torch.autograd.grad((out, lse), wanted, ((weight.unsqueeze(-1) * dout).to(out.dtype), dlse.to(lse.dtype)))
@@ -105,6 +107,7 @@ def _score_mod(bias: Tensor | None, heads: int, softcap: float | None) -> Callab
     return change
 
 
+@kept(MASKS_KEPT)
 def block_mask(rows: int, keys: int, band: Band, device: torch.device) -> Any:
     """The band as flex wants it: which blocks have work, and which of these need no look at single cells."""
     from torch.nn.attention.flex_attention import BlockMask

@@ -35,11 +35,10 @@ class Reference(Kernel):
 
     def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, k, v, bias = block
-        dout, lse, delta, _ = rows
         logits, capped = _logits(q, k, bias, band, options)
-        probs = torch.exp(logits - lse.unsqueeze(-1))
-        dout = dout.to(probs.dtype)
-        dlogits = probs * (dout @ _repeat(v, q).mT - delta.unsqueeze(-1))
+        probs = torch.exp(logits - rows.lse.unsqueeze(-1))
+        dout = rows.dout.to(probs.dtype)
+        dlogits = probs * (dout @ _repeat(v, q).mT - rows.delta.unsqueeze(-1))
         dbias = None if bias is None else _group_sum(dlogits.sum(2), bias)
         if capped is not None and options.softcap is not None:
             dlogits = dlogits * (1 - (capped / options.softcap) ** 2)

@@ -1,10 +1,10 @@
-"""torch's fused attention operators as a kernel: the default on every device, since they are always there.
+"""torch's fused attention operators as kernels: the default on every device, since they are always there.
 
 What they lack (bias, backward from delta, rows that see nothing) is made good by `fit`. A band needs an explicit mask, which is
 built for a few hundred rows at a time, so memory and work grow with rows * window; the flash-attn packages (`flash`) take bands
 as they are. Softcap no operator has: `reference` computes it, in memory that grows with rows * keys.
 
-`sdpa` lets `aten.choose` find the operator; `cudnn` insists on cuDNN's wherever it can be had.
+`sdpa` takes the operator that torch itself would, see `choice`; `cudnn`, `flash` and `efficient` prefer one on CUDA devices.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.kernels.aten import CUDNN, HALF, Call, Fused, choose
+from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.choice import CallShape, call_width, chosen
+from ringattn.kernels.constants import kept
 from ringattn.kernels.fit import bias_grad, seen, widen, with_bias
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.mask import Band
@@ -23,14 +25,16 @@ from ringattn.partial import Partial
 from ringattn.pieces import CAUSAL, FULL, Piece, strips
 
 ROWS_PER_MASK = 512
+MASKS_KEPT = 8  # the strips of a window need the same few again and again; each is rows * keys numbers
 
 
 class Sdpa(Kernel):
     name = "sdpa"
     needs_out = True
 
-    def operator(self, q: Tensor, *, needs_mask: bool) -> Fused | None:
-        return choose(q, needs_mask=needs_mask)
+    def operator(self, block: Operands, band: Band) -> Fused | None:
+        """The operator that computes a piece, or None where only plain mathematics can."""
+        return FUSED.get(chosen(self.name, block.q.device, _shape(block, band)))
 
     def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         return [
@@ -38,7 +42,7 @@ class Sdpa(Kernel):
         ]
 
     def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
-        fused = self._fused(block.q, band, options)
+        fused = self._fused(block, band, options)
         if fused is None:
             return Reference().piece_forward(block, band, options)
         out, lse = fused.forward(_call(block, band, options))
@@ -46,27 +50,44 @@ class Sdpa(Kernel):
 
     def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, _, v, bias = block
-        dout, lse = rows.dout, rows.lse
-        fused = self._fused(q, band, options)
+        fused = self._fused(block, band, options)
         if fused is None:
             return Reference().piece_backward(block, rows, band, options)
         call = _call(block, band, options)
         width = call.q.shape[-1]
-        dq, dk, dv = fused.backward(call, widen(dout, width), widen(rows.any_out, width), lse)
+        dq, dk, dv = fused.backward(call, widen(rows.dout, width), widen(rows.any_out, width), rows.lse)
         dim = q.shape[-1]
         dbias = None if bias is None else bias_grad(dk, dim, bias, options.scale)
         return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)
 
-    def _fused(self, q: Tensor, band: Band, options: Options) -> Fused | None:
-        return None if options.softcap is not None else self.operator(q, needs_mask=band not in (FULL, CAUSAL))
+    def _fused(self, block: Operands, band: Band, options: Options) -> Fused | None:
+        return None if options.softcap is not None else self.operator(block, band)
 
 
 class Cudnn(Sdpa):
     name = "cudnn"
 
-    def operator(self, q: Tensor, *, needs_mask: bool) -> Fused | None:
-        there = q.device.type == "cuda" and q.dtype in HALF
-        return CUDNN if there else super().operator(q, needs_mask=needs_mask)
+
+class TorchFlash(Sdpa):
+    name = "flash"
+
+
+class Efficient(Sdpa):
+    name = "efficient"
+
+
+def _shape(block: Operands, band: Band) -> CallShape:
+    q, k, v, bias = block
+    width = call_width(q.shape[-1], v.shape[-1], bias=bias is not None)
+    return CallShape(q.dtype, width, k.shape[2], band not in (FULL, CAUSAL), max(q.shape[:2]))
+
+
+@kept(MASKS_KEPT)
+def additive_mask(rows: int, keys: int, band: Band, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, keys) in `dtype`, 0 where the band keeps and -inf elsewhere, its rows aligned as the CUDA operators ask."""
+    short = 0 if device.type == "cpu" else -keys % ALIGNED_KEYS
+    keep = band_mask(rows, keys + short, band, device)
+    return torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill_(keep.logical_not_(), -torch.inf).narrow(-1, 0, keys)
 
 
 def _call(block: Operands, band: Band, options: Options) -> Call:
@@ -77,8 +98,7 @@ def _call(block: Operands, band: Band, options: Options) -> Call:
     width = max(q.shape[-1], v.shape[-1])
     mask = None
     if band not in (FULL, CAUSAL):
-        keep = band_mask(q.shape[2], k.shape[2], band, q.device)
-        mask = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(keep.logical_not(), -torch.inf)
+        mask = additive_mask(q.shape[2], k.shape[2], band, q.dtype, q.device)
     return Call(widen(q, width), widen(k, width), widen(v, width), mask, band == CAUSAL, options.scale)
 
 

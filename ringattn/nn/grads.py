@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -81,12 +82,24 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _reduce(bucket: list[Tensor], group: dist.ProcessGroup) -> None:
-    has_grad = bucket[0].new_tensor([p.grad is not None for p in bucket])
-    flat = torch.cat([has_grad, *(torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket)])
+    there = [p.grad is not None for p in bucket]
+    flat = torch.cat([*_flags(there, bucket[0]), *_flat_grads(bucket)])
     sum_over(group, flat, "gradients")
     counts, *sums = flat.split([len(bucket), *(p.numel() for p in bucket)])
-    for p, count, total in zip(bucket, counts, sums, strict=True):
+    # Where a gradient is missing here the host has to know whether another rank has one: one wait for the whole bucket.
+    elsewhere = there if all(there) else [count > 0 for count in counts.tolist()]
+    for p, wanted, total in zip(bucket, elsewhere, sums, strict=True):
         if p.grad is not None:
             p.grad.copy_(total.view_as(p))
-        elif count > 0:
+        elif wanted:
             p.grad = total.view_as(p).clone()
+
+
+def _flags(values: list[bool], like: Tensor) -> Iterator[Tensor]:
+    """1 or 0 for each, filled in on the device run by run: a tensor made of a list would be copied there, and waited for."""
+    for value, run in groupby(values):
+        yield like.new_full((len(list(run)),), float(value), requires_grad=False)
+
+
+def _flat_grads(bucket: list[Tensor]) -> Iterator[Tensor]:
+    return (torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket)

@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ringattn.kernel_names import KERNELS
 from ringattn.layout import Layout
 from ringattn.mask import Mask, causal
 from ringattn.plan import Plan
 from ringattn.planner.choose import Candidate, allowed, choose
-from ringattn.planner.request import KERNELS, request
+from ringattn.planner.request import request
 from ringattn.schedule import Schedule
 from ringattn.topology import Topology
 

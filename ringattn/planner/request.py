@@ -9,10 +9,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ringattn.arguments import count, flag, instance, one_of, shown, whole
+from ringattn.arguments import count, flag, instance, one_of, shown, text, whole
 from ringattn.by_documents import by_documents
 from ringattn.cost import ITEMSIZE
 from ringattn.errors import PlanError
+from ringattn.kernel_names import EMULATED as EMULATED_NAME
+from ringattn.kernel_names import KERNELS, parse
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.mask import Mask, causal, full
 from ringattn.schedule import Schedule, check
@@ -21,9 +23,8 @@ from ringattn.schedule.named import NAMES, Lanes
 from ringattn.schedule.ulysses import ulysses
 from ringattn.topology import PRESETS, Topology
 
-KERNELS = ("sdpa", "reference", "cudnn", "flex", "flash2", "flash3", "flash4")  # "auto" is the first
 SCHEDULES = ("auto", *NAMES, "balanced")
-EMULATED = "emulated:"  # and the flop/s, see `kernels.emulated`
+EMULATED = f"{EMULATED_NAME}:"  # and the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
 MOST_RANKS = 1 << 20  # of closed forms; plans end long before, see `choose`
@@ -102,8 +103,8 @@ def request(
 def _kernel(kernel: Any) -> str:
     """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
     if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
-        name = one_of("kernel", kernel, ("auto", *KERNELS, "emulated:FLOPS"), PlanError)
-        return KERNELS[0] if name == "auto" else name
+        name = text("kernel", kernel, PlanError)
+        return KERNELS[0] if name == "auto" else str(parse(name, PlanError))
     try:
         flops = float(kernel.removeprefix(EMULATED))
     except ValueError:

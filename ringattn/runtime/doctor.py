@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 import ringattn
 from ringattn.kernels import KERNELS, Operands, Options, get
-from ringattn.kernels.aten import choose
-from ringattn.kernels.pick import obstacle, pick
+from ringattn.kernels.pick import obstacle, pick, resolved
 from ringattn.pieces import CAUSAL, Piece
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,7 +42,7 @@ def examine() -> Iterator[Finding]:
     yield _devices()
     yield from _sdpa()
     yield from _other_kernels()
-    yield _auto()
+    yield from _auto()
     yield _gloo()
     yield _torchrun()
     for name in INTERFACES:
@@ -70,11 +70,10 @@ def _sdpa() -> Iterator[Finding]:
         what = f"sdpa kernel, {_short(dtype)}"
         try:
             off = _off("sdpa", dtype)
-            fused = choose(torch.empty(1, 2, 33, 16, dtype=dtype, device=_device()), needs_mask=False)
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
             yield Finding(what, f"fails: {error}", cure)
             continue
-        name = "the reference" if fused is None else fused.forward.__name__.replace("_", " ")
+        name = resolved("sdpa", _device(), dtype, 16, 16, 2)
         yield Finding(what, f"{name} on {_device().type}, within {off:.0e} of the reference", "" if off < tolerance else cure)
 
 
@@ -96,10 +95,41 @@ def _other_kernels() -> Iterator[Finding]:
         yield Finding(f"{name} kernel", found)
 
 
-def _auto() -> Finding:
+def _auto() -> Iterator[Finding]:
+    """Which operator the default takes on each device, and a kernel by name that is worth measuring."""
     name, why = pick(_device(), torch.bfloat16, 128)
-    better = "" if name == "sdpa" else f"; try kernel={name!r} ({why})"
-    return Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
+    better = "" if name == "sdpa" else f"; try kernel={name!r} ({why}), or measure with `ringattn doctor --rank-kernels`"
+    yield Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
+    for device in _devices_to_ask():
+        sizes = ", ".join(f"{_default(device, dtype, dim)} for {_short(dtype)} {dim}" for dtype, dim in _ASKED)
+        yield Finding(f"sdpa on {device}", sizes)
+
+
+_ASKED = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128))
+
+
+def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """What computes a head size, and what a band of it or torch's own attention, where that is another."""
+    plain, band = (resolved("sdpa", device, dtype, dim, dim, 1, bands=bands) for bands in (False, True))
+    others = [] if plain == band else [f"{band} for bands"]
+    own = _torchs_own(device, dtype, dim) if device.type == "cuda" else plain
+    if own != plain:
+        others.append(f"torch itself: {own}")
+    return f"{plain} ({', '.join(others)})" if others else plain
+
+
+def _torchs_own(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """The operator that scaled_dot_product_attention takes here in training."""
+    try:
+        q = torch.empty(1, 1, 64, dim, device=device, dtype=dtype, requires_grad=True)
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # a private function, which may change
+        return f"unknown, {error}"
+
+
+def _devices_to_ask() -> list[torch.device]:
+    gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return gpus or [torch.device("cpu")]
 
 
 def _off(name: str, dtype: torch.dtype) -> float:
