@@ -15,9 +15,11 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, cannot_move, capturing
 from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
-from ringattn.kernels.pick import obstacle
+from ringattn.kernels.pick import obstacle, resolved
 from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
+
+OPERATOR = "operator of kernel {!r} (where GPUs differ, give make_plan a kernel by name, such as 'flash')"
 
 
 @overload
@@ -153,6 +155,11 @@ def _checked(
         "value head_dim": v.shape[-1],
         "dtype": q.dtype,
         "device type": q.device.type,
+        OPERATOR.format(plan.kernel): resolved(
+            *(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], plan.heads),
+            bias=key_bias is not None,
+            softcap=softcap is not None,
+        ),
         "scale": scale,
         "softcap": softcap,
         "key_bias": key_bias is not None and key_bias.ndim,

@@ -12,7 +12,19 @@ from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+from ringattn import (
+    InputError,
+    LaunchError,
+    MismatchError,
+    Plan,
+    RingAttnError,
+    attention,
+    causal,
+    functional,
+    make_plan,
+    shard,
+    unshard,
+)
 from ringattn.autograd import Inputs, attend
 from ringattn.comm import agree
 from ringattn.comm.duplex import Transfer
@@ -444,3 +456,20 @@ def test_errors_share_a_base() -> None:
     for name in ringattn.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(ringattn, name), RingAttnError)
+
+
+def other_gpu(rank: int) -> str:
+    """As if the GPU of rank 1 were of another generation, for which torch takes another operator."""
+    functional.resolved = lambda *_, **__: "flash" if rank else "cudnn"
+    x = torch.zeros(1, 4, 2, 8)
+    try:
+        attention(x, x, x, make_plan(8, world=2, heads=2, head_dim=8))
+    except MismatchError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_whose_gpus_take_different_operators_hear_of_it() -> None:
+    for found in run_ranks(2, other_gpu):
+        assert "operator of kernel 'sdpa'" in found and "cudnn on rank 0, flash on rank 1" in found
+        assert "give make_plan a kernel by name" in found
