@@ -203,7 +203,7 @@ def test_a_mask_has_the_memory_of_one_head(name: str, keys: int, on_hopper) -> N
 
 
 def _flash(q, k, v, dropout_p, is_causal, return_debug_mask, *, scale):
-    assert dropout_p == 0.0 and return_debug_mask is False and q.shape[-1] % 8 == 0
+    assert dropout_p == 0.0 and return_debug_mask is False and q.shape[-1] % 8 == 0 and q.shape[1] == 3 * k.shape[1]
     out, lse = aten.cpu_forward(aten.Call(q, k, v, None, is_causal, scale))
     return out, lse, None, None, q.shape[2], k.shape[2], None, None, None
 
@@ -238,7 +238,7 @@ class _Cudnn:
 
     def forward(self, q, k, v, attn_bias, compute_log_sumexp, dropout_p, is_causal, return_debug_mask, *, scale):
         assert return_debug_mask is False and compute_log_sumexp is True and q.shape[-1] % 8 == 0 and dropout_p == 0.0
-        assert self.shares_heads or q.shape[1] == k.shape[1]
+        assert q.shape[1] == (3 if self.shares_heads else 1) * k.shape[1] or q.shape == k.shape == (1, 1, 64, 64)
         out, lse = aten.cpu_forward(aten.Call(q, k, v, attn_bias, is_causal, scale))
         lse = lse.contiguous()
         return out, lse.unsqueeze(-1) if self.dims == 4 else lse, None, None, q.shape[2], k.shape[2], None, None, None
