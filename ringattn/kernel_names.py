@@ -47,7 +47,10 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     if known is None:
         having = ", ".join(OPTIONS)
         raise error(f"kernel={shown(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
-    options = dict(_option(kernel, known, part, name, error) for part in text.split(","))
+    given = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(given)
+    if len(options) < len(given):
+        raise error(f"kernel={shown(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 
 

@@ -98,18 +98,18 @@ def test_doctor_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         assert "runs on CUDA and the tensors are on cpu" in found[f"{name} kernel"].found
         assert not found[f"{name} kernel"].cure
     assert found["kernel='auto'"].found == "means sdpa on every rank and machine"
-    assert found["sdpa on cpu"].found.startswith("cpu for bfloat16 64, cpu for bfloat16 128")
+    assert found["default on cpu, bfloat16"].found == "cpu"
     monkeypatch.setattr(doctor, "pick", lambda *_: pick.Pick("flash3", "it is there"))
     assert "; try kernel='flash3' (it is there)" in next(iter(doctor._auto())).found
     hopper = Facts((9, 0), 91900, (2, 11), (13, 0))
     monkeypatch.setattr(choice, "_of_gpu", lambda device: hopper)
     monkeypatch.setattr(doctor, "_devices_to_ask", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(doctor, "_torchs_own", lambda device, dtype, dim: "efficient" if dtype == torch.float32 else "cudnn")
-    said = {finding.what: finding.found for finding in doctor._auto()}["sdpa on cuda:0"]
-    assert said == (
-        "cudnn for bfloat16 64, cudnn for bfloat16 128, flash (efficient for bands, torch itself: cudnn) for bfloat16 256, "
-        "efficient for float32 128"
+    said = {finding.what: finding.found for finding in doctor._auto()}
+    assert (
+        said["default on cuda:0, bfloat16"] == "cudnn for 64 and 128, flash (efficient for bands, torch itself: cudnn) for 256"
     )
+    assert said["default on cuda:0, float32"] == "efficient"
 
 
 def test_what_torch_itself_takes_is_asked_of_torch() -> None:
@@ -138,6 +138,7 @@ def test_kernels_are_ranked_by_measurement() -> None:
         ("flash3:sm_margin=-1", "give sm_margin as a whole number: sm_margin=N \\(multiprocessors to leave"),
         ("flash3:sm_margin=99999999999", "give sm_margin as a whole number"),
         ("flash3:sm=8", "options of 'flash3' are sm_margin=N .*, not 'sm'"),
+        ("flash3:sm_margin=8,sm_margin=9", "an option is given twice"),
         ("flash3:", "options of 'flash3' are sm_margin=N"),
         ("flash2:sm_margin=8", "'flash2' has no options .only flash3 has.: pass kernel='flash2'"),
         ("nothing:sm_margin=8", "choose one of auto, sdpa"),

@@ -102,20 +102,33 @@ def chosen(kernel: str, device: torch.device, shape: CallShape) -> str:
     """`operator` for a device as it is now; "cpu" on the CPU, "reference" on devices that torch has no such operators for."""
     if device.type == "cpu":
         return "cpu"
-    return "reference" if device.type != "cuda" else _remembered(kernel, shape, facts(device))
+    return _remembered(kernel, shape, _of(device), _settings()) if device.type == "cuda" else "reference"
 
 
-_remembered = lru_cache(maxsize=4096)(operator)
+@lru_cache(maxsize=4096)
+def _remembered(kernel: str, shape: CallShape, gpu: Facts, settings: tuple[bool, bool, bool]) -> str:
+    return operator(kernel, shape, _with(gpu, settings))
 
 
 def facts(device: torch.device) -> Facts:
     """Of this device, and of torch's settings at this moment."""
-    index = torch.cuda.current_device() if device.index is None and torch.cuda.is_available() else device.index
-    return _of_gpu(torch.device("cuda", index))._replace(
-        cudnn_enabled=torch.backends.cuda.cudnn_sdp_enabled(),
-        flash_enabled=torch.backends.cuda.flash_sdp_enabled(),
-        deterministic=strictly_deterministic(),
-    )
+    return _with(_of(device), _settings())
+
+
+def _with(gpu: Facts, settings: tuple[bool, bool, bool]) -> Facts:
+    cudnn, flash, deterministic = settings
+    return gpu._replace(cudnn_enabled=cudnn, flash_enabled=flash, deterministic=deterministic)
+
+
+def _settings() -> tuple[bool, bool, bool]:
+    """Asked at every call, since a program may change them."""
+    return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(), strictly_deterministic()
+
+
+def _of(device: torch.device) -> Facts:
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return _of_gpu(device)
 
 
 def strictly_deterministic() -> bool:

@@ -50,7 +50,8 @@ def kept(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def _where(device: torch.device) -> Hashable:
-    fake = detect_fake_mode()
+    # Without any mode there is no fake one; looking for it takes ten times as long.
+    fake = detect_fake_mode() if torch._C._len_torch_dispatch_stack() else None
     if fake is not None or device.type != "cuda":
         return fake
     return torch.cuda.current_stream(device).cuda_stream

@@ -109,10 +109,11 @@ def obstacle(
 
 def _too_large(kernel: str, head_dim: int, value_dim: int, bias: bool) -> str | None:
     """By the width of the call: what a bias adds counts, and sizes are filled up to a multiple of 8."""
-    if call_width(head_dim, value_dim, bias=bias) <= LARGEST.get(kernel, head_dim + value_dim + 9):
+    largest = LARGEST.get(kernel)
+    if largest is None or call_width(head_dim, value_dim, bias=bias) <= largest:
         return None
     bias_too = " and 2 for the bias" if bias else ""
-    return f"kernel {kernel!r} takes head sizes up to {LARGEST[kernel]}, and there are {max(head_dim, value_dim)}{bias_too}"
+    return f"kernel {kernel!r} takes head sizes up to {largest}, and there are {max(head_dim, value_dim)}{bias_too}"
 
 
 def _unfit_operator(kernel: str, dtype: torch.dtype, head_dim: int, value_dim: int, bias: bool, found: Facts) -> str | None:

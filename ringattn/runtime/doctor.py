@@ -101,11 +101,15 @@ def _auto() -> Iterator[Finding]:
     better = "" if name == "sdpa" else f"; try kernel={name!r} ({why}), or measure with `ringattn doctor --rank-kernels`"
     yield Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
     for device in _devices_to_ask():
-        sizes = ", ".join(f"{_default(device, dtype, dim)} for {_short(dtype)} {dim}" for dtype, dim in _ASKED)
-        yield Finding(f"sdpa on {device}", sizes)
+        for dtype, dims in _ASKED.items():
+            sizes: dict[str, list[str]] = {}
+            for dim in dims:
+                sizes.setdefault(_default(device, dtype, dim), []).append(str(dim))
+            found = ", ".join(f"{operator} for {' and '.join(which)}" for operator, which in sizes.items())
+            yield Finding(f"default on {device}, {_short(dtype)}", found if len(sizes) > 1 else next(iter(sizes)))
 
 
-_ASKED = ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128))
+_ASKED = {torch.bfloat16: (64, 128, 256), torch.float32: (128,)}  # head sizes
 
 
 def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
