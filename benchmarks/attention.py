@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/attention.py --seq-len 4096 --dtype bfloat16
 
 All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the
-slowest rank are printed, and ratios to the first schedule. "hidden" compares the pass with compute alone and transfers alone
-(see `ringattn.measure`). The prediction beside it is the plan's own, for the topology given.
+slowest rank are printed, and ratios to the first row. "hidden" compares the pass with compute alone and transfers alone
+(see `ringattn.measure`). With `--transports p2p shared_memory` each schedule runs over both, in turn as well, and the last
+column says how much the transport gains: of the whole, and of the transfers alone.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, attention, make_plan
+from ringattn.comm.factory import choose
 from ringattn.cost import traffic
 from ringattn.measure import Overlap, overlap
 
@@ -48,6 +51,8 @@ class Config:
     topology: str | None = None
     """A preset's name or a file written by `ringattn probe`; what `auto` and the predictions go by."""
     rounds: int = 9
+    transports: tuple[str, ...] = ()
+    """Of p2p and shared_memory those to compare; by default the one that `init` takes."""
     json: Path | None = None
     """Also write the figures here."""
 
@@ -57,10 +62,13 @@ class Row:
     """Seconds are medians over rounds, of the slowest rank."""
 
     schedule: str
+    transport: str
     forward: float
     both: float
     hidden_forward: float
     hidden_backward: float
+    transfer_forward: float
+    transfer_backward: float
     sent_forward: int
     sent_backward: int
 
@@ -68,16 +76,32 @@ class Row:
 def main(config: Config) -> None:
     mesh = ringattn.init()
     plans = {name: _plan(config, name, mesh.size()) for name in config.schedules}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in plans}
+    groups = _groups(mesh, config.transports)
+    runs = [(name, transport) for name in plans for transport in groups]
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {run: [] for run in runs}
+    parts: dict[tuple[str, str], list[tuple[Overlap, Overlap]]] = {run: [] for run in runs}
     for round_number in range(config.rounds + 1):
-        for name, plan in plans.items():
-            seconds = _once(plan, config, mesh.get_local_rank(), mesh.device_type)
+        for name, transport in runs:
+            plan, group = plans[name], groups[transport]
+            seconds = _once(plan, config, group, mesh.device_type)
+            forward, backward = (overlap(plan, batch=config.batch, group=group, backward=b, repeats=1) for b in (False, True))
             if round_number:  # the first round pays for first touches
-                times[name].append(seconds)
-    rows = [_row(name, plans[name], times[name], config) for name in plans]
+                times[name, transport].append(seconds)
+                parts[name, transport].append((forward, backward))
+    rows = [_row(*run, plans[run[0]], times[run], parts[run], config) for run in runs]
     if mesh.get_local_rank() == 0:
         _print(rows, plans, config, mesh.size())
     dist.destroy_process_group()
+
+
+def _groups(mesh: DeviceMesh, transports: tuple[str, ...]) -> dict[str, dist.ProcessGroup]:
+    """A group of all ranks for each transport."""
+    if not transports:
+        return {"": mesh.get_group()}
+    groups = {name: dist.new_group() for name in transports}
+    for name, group in groups.items():
+        choose(group, name)
+    return groups
 
 
 def _plan(config: Config, schedule: str, world: int) -> Plan:
@@ -98,8 +122,9 @@ def _plan(config: Config, schedule: str, world: int) -> Plan:
     )
 
 
-def _once(plan: Plan, config: Config, rank: int, device: str) -> tuple[float, float]:
+def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float]:
     """Seconds of a forward pass, and of forward and backward together."""
+    rank = dist.get_rank(group)
 
     def some(heads: int) -> torch.Tensor:
         shape = (config.batch, plan.rows(rank), heads, config.head_dim)
@@ -108,10 +133,10 @@ def _once(plan: Plan, config: Config, rank: int, device: str) -> tuple[float, fl
     q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
     with torch.no_grad():
         begin = _now(device)
-        attention(q, k, v, plan)
+        attention(q, k, v, plan, group=group)
         forward = _now(device) - begin
     begin = _now(device)
-    out = attention(q, k, v, plan)
+    out = attention(q, k, v, plan, group=group)
     out.backward(torch.ones_like(out))
     return forward, _now(device) - begin
 
@@ -124,15 +149,25 @@ def _now(device: str) -> float:
     return perf_counter()
 
 
-def _row(name: str, plan: Plan, times: list[tuple[float, float]], config: Config) -> Row:
+def _row(
+    name: str,
+    transport: str,
+    plan: Plan,
+    times: list[tuple[float, float]],
+    parts: list[tuple[Overlap, Overlap]],
+    config: Config,
+) -> Row:
     medians = torch.tensor([median(column) for column in zip(*times, strict=True)], dtype=torch.float64)
-    passes: list[Overlap] = [overlap(plan, batch=config.batch, backward=b, repeats=config.rounds) for b in (False, True)]
+    passes = [
+        Overlap(*(median(getattr(part, what) for part in column) for what in ("together", "compute", "transfer")))
+        for column in zip(*parts, strict=True)
+    ]
     sent = [sum(traffic(plan, batch=config.batch, backward=b).values()) for b in (False, True)]
-    return Row(name, *medians.tolist(), *(p.hidden for p in passes), *sent)
+    return Row(name, transport, *medians.tolist(), *(p.hidden for p in passes), *(p.transfer for p in passes), *sent)
 
 
 def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) -> None:
-    base = rows[0]
+    base, named = rows[0], f"auto ({_names(plans['auto'])})" if "auto" in plans else ""
     table = Table(
         title=f"{config.seq_len} tokens on {world} ranks, {config.heads} heads over {config.kv_heads} of {config.head_dim}, "
         f"{config.dtype}, {config.mask}, {config.layout}"
@@ -143,19 +178,26 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         "forward+backward",
         f"ratio to {base.schedule}",
         "hidden fwd / bwd",
+        "transfers fwd / bwd",
         "MB sent fwd / bwd",
+        *[f"ratio to {base.transport}, transfers alone"] * bool(base.transport),
     ):
         table.add_column(head, justify="left" if head == "schedule" else "right")
     for row in rows:
+        other = next(one for one in rows if one.schedule == row.schedule)
+        gains = (other.forward / row.forward, other.both / row.both)
+        alone = (other.transfer_forward / row.transfer_forward, other.transfer_backward / row.transfer_backward)
         table.add_row(
-            row.schedule if row.schedule != "auto" else f"auto ({_names(plans['auto'])})",
+            f"{row.schedule if row.schedule != 'auto' else named} {row.transport}",
             f"{row.forward * 1e3:.1f} ms",
             f"{row.both * 1e3:.1f} ms",
             f"{base.forward / row.forward:.2f} x, {base.both / row.both:.2f} x",
             f"{row.hidden_forward:.0%} / {row.hidden_backward:.0%}",
+            f"{row.transfer_forward * 1e3:.1f} / {row.transfer_backward * 1e3:.1f} ms",
             f"{row.sent_forward / 1e6:.1f} / {row.sent_backward / 1e6:.1f}",
+            *["{:.2f} x, {:.2f} x; {:.2f} x, {:.2f} x".format(*gains, *alone)] * bool(row.transport),
         )
-    Console(width=130).print(table)
+    Console(width=170).print(table)
     if config.json:
         facts = dict(
             config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, rows=[asdict(row) for row in rows]

@@ -12,8 +12,8 @@ from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, device_of
-from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
 from ringattn.op import define, known_as, options_for
@@ -121,7 +121,7 @@ def attention(
         out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, named)
     else:
         process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
-        ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
+        ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), transport_for(process_group))
     return (out, lse) if return_lse else out
 
 

@@ -25,6 +25,7 @@ from ringattn.arguments import count, one_of, path, seconds, shown
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
+from ringattn.comm.factory import TRANSPORTS, choose
 from ringattn.comm.group import LAUNCH_HINT
 from ringattn.comm.journal import begin
 from ringattn.errors import LaunchError
@@ -40,7 +41,13 @@ LAST_BREATH = 0.05
 WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
-def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | Path | None = None) -> DeviceMesh:
+def init(
+    backend: str | None = None,
+    *,
+    timeout: float = 120.0,
+    journal: str | Path | None = None,
+    transport: str | None = None,
+) -> DeviceMesh:
     """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
 
     A SIGTERM that nobody handles ends a rank as before; but one that waits for others first says whom it misses, and may take
@@ -50,11 +57,15 @@ def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | P
         backend: "nccl" or "gloo"; by default nccl where every local rank has a GPU of its own, else gloo.
         timeout: seconds that any single communication may take before it is an error.
         journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
+        transport: how tensors on CPUs travel between ranks: "p2p" over the backend, "shared_memory" between processes of one
+            host; by default shared memory in each group whose ranks are all on one host, else p2p. The same on every rank.
 
     Raises:
-        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, or there are too few GPUs.
+        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, there are too few GPUs, or
+            "shared_memory" was asked for and is not possible.
+        CommError: a rank has died since all had come.
     """
-    _check(backend, timeout, journal)
+    _check(backend, timeout, journal, transport)
     env = environment()
     if backend is None:
         backend = "nccl" if torch.cuda.device_count() >= env["LOCAL_WORLD_SIZE"] else "gloo"
@@ -71,15 +82,18 @@ def init(backend: str | None = None, *, timeout: float = 120.0, journal: str | P
         begin(journal, **where, backend=backend, ringattn=ringattn.__version__, torch=torch.__version__)
     _warm_up(mesh)
     watch()
+    choose(mesh.get_group(), transport)
     return mesh
 
 
-def _check(backend: object, timeout: object, journal: object) -> None:
+def _check(backend: object, timeout: object, journal: object, transport: object) -> None:
     if backend is not None:
         one_of("backend", backend, ("gloo", "nccl"), LaunchError)
     seconds("timeout", timeout, LaunchError)
     if journal is not None:
         path("journal", journal, LaunchError)
+    if transport is not None:
+        one_of("transport", transport, TRANSPORTS, LaunchError)
 
 
 def environment() -> dict[str, int]:
