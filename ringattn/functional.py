@@ -12,7 +12,7 @@ from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
-from ringattn.comm.factory import transport_for
+from ringattn.comm.factory import moves, transport_for
 from ringattn.comm.group import Group, device_of
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle
@@ -191,7 +191,7 @@ def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_ls
 
 
 def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
-    if group is None or q.device.type == device_of(group).type:
+    if group is None or q.device.type == device_of(group).type or moves(group, q.device):
         return None
     return (
         f"q is on {q.device} and the {dist.get_backend(group)} group moves tensors on {device_of(group).type}; move q, k and v "

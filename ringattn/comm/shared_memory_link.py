@@ -244,7 +244,7 @@ class Link:
             except OSError as error:
                 return self._lose(str(error))
             if len(data) != LAYOUT.size:
-                return self._lose("it has ended or given up")
+                return self._lose()
             frame = Frame(*LAYOUT.unpack(data))
             if frame.kind == FREE:
                 self._used -= frame.size if frame.ring == self._out_number else 0
@@ -254,8 +254,8 @@ class Link:
                 os.close(descriptor)
         return None
 
-    def _lose(self, why: str) -> None:
-        self.lost = f"the connection to rank {self.peer} is closed: {why}"
+    def _lose(self, why: str = "") -> None:
+        self.lost = f"connection closed by peer: rank {self.peer} has ended or given up{why and f' ({why})'}"
 
     def _close_descriptor(self) -> None:
         if self._passed_on is not None:

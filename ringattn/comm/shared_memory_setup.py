@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from ringattn.comm.agree import ranks_named
 from ringattn.comm.shared_memory import Links
 from ringattn.comm.shared_memory_link import Link, mapped, shared_memory
 
 CONNECTING = 20.0  # seconds for ranks that have all come to connect to each other
 WORD = 16  # bytes of a secret
+MOST_PROBLEMS = 32  # that are told
 
 
 @dataclass
@@ -39,13 +41,19 @@ class Meeting:
         Costs each rank a handful of requests, however many ranks there are.
         """
         if mine:
-            self.store.set(f"{step}/problem/{self.store.add(f'{step}/problems', 1)}", f"rank {self.rank}: {mine}")
+            self.store.set(f"{step}/problem/{self.store.add(f'{step}/problems', 1)}", f"{self.rank}:{mine}")
         if self.store.add(f"{step}/ranks", 1) == self.world:
-            count = self.store.add(f"{step}/problems", 0)
-            found = [self.store.get(f"{step}/problem/{n + 1}").decode() for n in range(min(count, 4))]
-            self.store.set(f"{step}/answer", "; ".join([*found, *["and others"] * (count > 4)]) or "none")
+            count = min(self.store.add(f"{step}/problems", 0), MOST_PROBLEMS)
+            self.store.set(f"{step}/answer", self._told([f"{step}/problem/{n + 1}" for n in range(count)]) or "none")
         answer = str(self.store.get(f"{step}/answer").decode())
         return "" if answer == "none" else answer
+
+    def _told(self, keys: list[str]) -> str:
+        """Each problem once, with the ranks that have it."""
+        ranks: dict[str, list[int]] = {}
+        for rank, _, text in sorted(self.store.get(key).decode().partition(":") for key in keys):
+            ranks.setdefault(text, []).append(int(rank))
+        return "; ".join(f"{ranks_named(sorted(of), self.world)}: {text}" for text, of in ranks.items())
 
     def compare(self, step: str, what: str, value: str) -> str:
         """Empty on every rank if all have the same `value`; else, in words, which ranks differ from rank 0."""
@@ -57,7 +65,7 @@ class Meeting:
 
 def connect(meeting: Meeting, timeout: float) -> Links | str:
     """Links to all other ranks, on every rank; or on every rank why there are none. timeout: seconds, of later waits."""
-    problem = meeting.compare("place", "this host", _place())
+    problem = apart(meeting)
     if problem:
         return problem
     links: dict[int, Link] = {}
@@ -82,6 +90,11 @@ def connect(meeting: Meeting, timeout: float) -> Links | str:
             link.close()
         return problem
     return Links(links, timeout)
+
+
+def apart(meeting: Meeting) -> str:
+    """Which ranks are not on the host of rank 0, in words, the same on every rank; empty if all are. Collective."""
+    return meeting.compare("place", "this host", _place())
 
 
 def _place() -> str:

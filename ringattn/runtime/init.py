@@ -57,12 +57,13 @@ def init(
         backend: "nccl" or "gloo"; by default nccl where every local rank has a GPU of its own, else gloo.
         timeout: seconds that any single communication may take before it is an error.
         journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
-        transport: how tensors on CPUs travel between ranks: "p2p" over the backend, "shared_memory" between processes of one
-            host; by default shared memory in each group whose ranks are all on one host, else p2p. The same on every rank.
+        transport: how tensors travel between ranks: "p2p" over the backend; "shared_memory" for those on CPUs, between ranks of
+            one host; "symmetric_memory" for those on GPUs of one host, which has not run on GPUs yet. By default shared memory
+            in each group whose ranks are all on one host, else p2p. The same on every rank.
 
     Raises:
         LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, there are too few GPUs, or
-            "shared_memory" was asked for and is not possible.
+            the transport that was asked for is not possible.
         CommError: a rank has died since all had come.
     """
     _check(backend, timeout, journal, transport)
