@@ -92,8 +92,8 @@ SHARED, PLAIN = "shared_memory", "p2p"  # what `init` takes on one host, and wha
             run, kind, faulty, words, within, way, marks=pytest.mark.case(number), id=f"{kind} {faulty} {run.__name__} {way}"
         )
         for number, run, kind, faulty, words, within in (
-            (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring)"), DIES),
-            (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring)"), DIES + 3),
+            (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring"), DIES),
+            (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring"), DIES + 3),
             (1, told_to_end, "kill in forward", 2, ("rank 2 (", "has died"), DIES),
             (2, alone, "kill in backward", 1, ("rank 1 (", "has died"), DIES),
             (3, alone, "kill in reduction", 3, ("rank 3 (", "has died"), DIES),

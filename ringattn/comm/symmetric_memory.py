@@ -1,9 +1,10 @@
 """Transfers between GPUs of one host by copies into each other's memory, over torch's symmetric memory.
 
 Every rank allocates an arena of the same size, in it a few slots for each peer. Messages pass through the slots of their link
-in chunks, whatever their sizes. A slot is full or free; each of the two is a signal in the memory of the rank that waits for it:
-the sender waits for "free" (not in the first round), copies, and signals "full"; the receiver waits for "full", copies out,
-and signals "free". torch's signals are flags that only the rank that waits for them puts back: no epochs need to be counted.
+in chunks, whatever their sizes. A slot is full or free, and each of the two is a signal in the memory of the rank that waits
+for it: the sender waits for "free" (not in the first round), copies, and signals "full"; the receiver waits for "full", copies
+out, and signals "free". torch's signals are flags that only the rank that waits for them puts back: there are no epochs to
+count.
 
 Nothing of this stops the host: sends are queued on one side stream and receives on another, in the global order of messages,
 which both ends share, so no two ranks can wait for each other; `wait` orders the stream of the caller behind them. Two streams,
