@@ -34,8 +34,9 @@ class Links:
         self._failed = ""
         self._poller = select.epoll()
         self._by_socket = {link.socket.fileno(): link for link in links.values()}
-        for number in self._by_socket:
-            self._poller.register(number, select.EPOLLIN)
+        self._watched = dict.fromkeys(self._by_socket, select.EPOLLIN)
+        for number, events in self._watched.items():
+            self._poller.register(number, events)
 
     def begin_call(self) -> int:
         """The number of the next call. Every rank counts the same calls; what is left of an earlier one is dropped."""
@@ -48,6 +49,7 @@ class Links:
         self._check()
         if sends:
             link.send(transfer)
+            self._watch(link)
         else:
             link.receive(transfer)
 
@@ -77,15 +79,22 @@ class Links:
         self._poller.close()
 
     def _progress(self, link: Link) -> None:
-        was_blocked, was_lost, number = link.blocked, link.lost, link.socket.fileno()
         link.progress()
-        if link.lost:
-            if not was_lost:
-                self._poller.unregister(number)  # or the end of its connection would be news for ever
-            if link.pending:
-                raise RuntimeError(link.lost)
-        elif link.blocked != was_blocked:
-            self._poller.modify(number, select.EPOLLIN | (select.EPOLLOUT if link.blocked else 0))
+        self._watch(link)
+        if link.lost and link.pending:
+            raise RuntimeError(link.lost)
+
+    def _watch(self, link: Link) -> None:
+        """Wait for frames that come, and for room for those that could not be sent; not for a connection that has ended."""
+        number = link.socket.fileno()
+        wanted = 0 if link.lost else select.EPOLLIN | (select.EPOLLOUT if link.blocked else 0)
+        if wanted == self._watched[number]:
+            return
+        if wanted:
+            self._poller.modify(number, wanted)
+        else:
+            self._poller.unregister(number)
+        self._watched[number] = wanted
 
     def _check(self) -> None:
         if self._failed:

@@ -27,6 +27,7 @@ CHUNK = 1 << 20  # bytes copied per frame: a frame costs tens of microseconds, a
 SMALLEST, LARGEST = 1 << 20, 1 << 26  # bytes of a ring; it grows to what is under way at once
 DATA, FREE = 0, 1  # kinds of frames
 LAYOUT = struct.Struct("<8q")
+ROOM_FOR_DESCRIPTOR = socket.CMSG_SPACE(struct.calcsize("i"))
 
 
 class Frame(NamedTuple):
@@ -143,7 +144,7 @@ class Link:
 
     def _grow(self, wanted: int) -> None:
         """A ring for `wanted` bytes under way, at most `LARGEST`. If memory is short the one there is must do."""
-        if self._out is not None and (wanted <= len(self._out) or len(self._out) == LARGEST):
+        if self._out is not None and (wanted <= self._out.numel() or self._out.numel() == LARGEST):
             return
         size = min(LARGEST, max(SMALLEST, 1 << (wanted - 1).bit_length()))
         try:
@@ -179,11 +180,11 @@ class Link:
 
     def _room(self, ring: Tensor) -> int:
         """Bytes that can be written in one piece."""
-        if self._used == len(ring):
+        if self._used == ring.numel():
             self._read()
-        if self._used == 0 or self._at == len(ring):
+        if self._used == 0 or self._at == ring.numel():
             self._at = 0  # when all has been read, the same memory again: it is in the cache
-        return min(len(ring) - self._at, len(ring) - self._used)
+        return min(ring.numel() - self._at, ring.numel() - self._used)
 
     def _pull(self) -> None:
         while self._arrived and self._receives:
@@ -197,14 +198,13 @@ class Link:
             self._owed += frame.size
             if transfer.finished:
                 self._receives.popleft()
-            if self._owed >= CHUNK:
-                self._report_free()
+            self._report_free()
 
     def _copy_out(self, frame: Frame, transfer: Transfer) -> None:
         came = (frame.call, frame.number, frame.total, frame.start)
         expected = (transfer.call, transfer.number, transfer.total, transfer.done)
         ring = self._in
-        if came != expected or ring is None or frame.ring != self._in_number or frame.at + frame.size > len(ring):
+        if came != expected or ring is None or frame.ring != self._in_number or frame.at + frame.size > ring.numel():
             raise RuntimeError(
                 f"rank {self.peer} sent {_described(came)} where this rank expects {_described(expected)}: one of the two has "
                 "given up a call that the other still makes"
@@ -213,7 +213,9 @@ class Link:
         transfer.advance(frame.size)
 
     def _report_free(self) -> None:
-        if self._owed and not self.lost and self._write(Frame(FREE, self._in_number, self._owed)):
+        """Not for every little message: each frame wakes a peer that waits for another one."""
+        enough = self._in is not None and self._owed >= self._in.numel() // 4
+        if enough and not self.lost and self._write(Frame(FREE, self._in_number, self._owed)):
             self._owed = 0
 
     def _write(self, frame: Frame) -> bool:
@@ -238,7 +240,7 @@ class Link:
         """All frames that have come; data is left in the ring until its message is expected here."""
         while not self.lost:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self.socket, LAYOUT.size, 1)
+                data, passed, _, _ = self.socket.recvmsg(LAYOUT.size, ROOM_FOR_DESCRIPTOR)
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -249,9 +251,7 @@ class Link:
             if frame.kind == FREE:
                 self._used -= frame.size if frame.ring == self._out_number else 0
                 continue
-            self._arrived.append((frame, mapped(descriptors[0]) if descriptors else None))
-            for descriptor in descriptors:
-                os.close(descriptor)
+            self._arrived.append((frame, _received_ring(passed[0][2]) if passed else None))
         return None
 
     def _lose(self, why: str = "") -> None:
@@ -262,6 +262,14 @@ class Link:
             with contextlib.suppress(OSError):
                 os.close(self._passed_on)
             self._passed_on = None
+
+
+def _received_ring(passed: bytes) -> Tensor:
+    (descriptor,) = struct.unpack("i", passed[: struct.calcsize("i")])
+    try:
+        return mapped(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _described(what: tuple[int, int, int, int]) -> str:

@@ -118,7 +118,7 @@ class Arena:
             slot, reused = self._sent[peer] % self._slots, self._sent[peer] >= self._slots
             if reused:
                 self.memory.wait_signal(peer, FREE * self._slots + slot, self._timeout)
-            data, label = self._slot(peer, self.memory.rank, slot, len(chunk))
+            data, label = self._slot(peer, self.memory.rank, slot, chunk.numel())
             data.copy_(chunk, non_blocking=True)
             label.fill_(tag + index)
             self.memory.put_signal(peer, FULL * self._slots + slot, self._timeout)
@@ -129,7 +129,7 @@ class Arena:
         for index, chunk in enumerate(_chunks(buffer, self._slot_bytes)):
             slot = self._received[peer] % self._slots
             self.memory.wait_signal(peer, FULL * self._slots + slot, self._timeout)
-            data, label = self._slot(self.memory.rank, peer, slot, len(chunk))
+            data, label = self._slot(self.memory.rank, peer, slot, chunk.numel())
             torch._assert_async(label == tag + index, f"rank {peer} sent another message: a call was given up half-way")
             chunk.copy_(data, non_blocking=True)
             self.memory.put_signal(peer, FREE * self._slots + slot, self._timeout)
