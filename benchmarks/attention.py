@@ -5,7 +5,7 @@
 All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the
 slowest rank are printed, and ratios to the first row. "hidden" compares the pass with compute alone and transfers alone
 (see `ringattn.measure`). With `--transports p2p shared_memory` each schedule runs over both, in turn as well, and the last
-column says how much the transport gains: of the whole, and of the transfers alone.
+column says how many times less it takes: forward, both passes, CPU time; and forward and backward transfers alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,8 @@ class Config:
     topology: str | None = None
     """A preset's name or a file written by `ringattn probe`; what `auto` and the predictions go by."""
     rounds: int = 9
+    kernel: str = "auto"
+    """With emulated:1e15 nothing is computed, and a call takes as long as its transfers and the host's part in them."""
     transports: tuple[str, ...] = ()
     """Of p2p and shared_memory those to compare; by default the one that `init` takes."""
     json: Path | None = None
@@ -59,12 +61,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds are medians over rounds, of the slowest rank."""
+    """Seconds are medians over rounds, of the slowest rank; `cpu` is of forward and backward, of all ranks and their threads."""
 
     schedule: str
     transport: str
     forward: float
     both: float
+    cpu: float
     hidden_forward: float
     hidden_backward: float
     transfer_forward: float
@@ -78,7 +81,7 @@ def main(config: Config) -> None:
     plans = {name: _plan(config, name, mesh.size()) for name in config.schedules}
     groups = _groups(mesh, config.transports)
     runs = [(name, transport) for name in plans for transport in groups]
-    times: dict[tuple[str, str], list[tuple[float, float]]] = {run: [] for run in runs}
+    times: dict[tuple[str, str], list[tuple[float, float, float]]] = {run: [] for run in runs}
     parts: dict[tuple[str, str], list[tuple[Overlap, Overlap]]] = {run: [] for run in runs}
     for round_number in range(config.rounds + 1):
         for name, transport in runs:
@@ -119,11 +122,12 @@ def _plan(config: Config, schedule: str, world: int) -> Plan:
         schedule=schedule,
         layout=config.layout,
         topology=topology,
+        kernel=config.kernel,
     )
 
 
-def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float]:
-    """Seconds of a forward pass, and of forward and backward together."""
+def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float, float]:
+    """Seconds of a forward pass, of forward and backward together, and of the CPU for the latter."""
     rank = dist.get_rank(group)
 
     def some(heads: int) -> torch.Tensor:
@@ -135,10 +139,13 @@ def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> 
         begin = _now(device)
         attention(q, k, v, plan, group=group)
         forward = _now(device) - begin
-    begin = _now(device)
+    begin, cpu = _now(device), process_time()
     out = attention(q, k, v, plan, group=group)
     out.backward(torch.ones_like(out))
-    return forward, _now(device) - begin
+    both = _now(device) - begin
+    used = torch.tensor(process_time() - cpu, dtype=torch.float64, device=device)
+    dist.all_reduce(used)
+    return forward, both, used.item()
 
 
 def _now(device: str) -> float:
@@ -153,7 +160,7 @@ def _row(
     name: str,
     transport: str,
     plan: Plan,
-    times: list[tuple[float, float]],
+    times: list[tuple[float, float, float]],
     parts: list[tuple[Overlap, Overlap]],
     config: Config,
 ) -> Row:
@@ -176,6 +183,7 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         "schedule",
         "forward",
         "forward+backward",
+        "CPU, all ranks",
         f"ratio to {base.schedule}",
         "hidden fwd / bwd",
         "transfers fwd / bwd",
@@ -185,17 +193,18 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         table.add_column(head, justify="left" if head == "schedule" else "right")
     for row in rows:
         other = next(one for one in rows if one.schedule == row.schedule)
-        gains = (other.forward / row.forward, other.both / row.both)
+        gains = (other.forward / row.forward, other.both / row.both, other.cpu / row.cpu)
         alone = (other.transfer_forward / row.transfer_forward, other.transfer_backward / row.transfer_backward)
         table.add_row(
             f"{row.schedule if row.schedule != 'auto' else named} {row.transport}",
             f"{row.forward * 1e3:.1f} ms",
             f"{row.both * 1e3:.1f} ms",
+            f"{row.cpu * 1e3:.1f} ms",
             f"{base.forward / row.forward:.2f} x, {base.both / row.both:.2f} x",
             f"{row.hidden_forward:.0%} / {row.hidden_backward:.0%}",
             f"{row.transfer_forward * 1e3:.1f} / {row.transfer_backward * 1e3:.1f} ms",
             f"{row.sent_forward / 1e6:.1f} / {row.sent_backward / 1e6:.1f}",
-            *["{:.2f} x, {:.2f} x; {:.2f} x, {:.2f} x".format(*gains, *alone)] * bool(row.transport),
+            *["{:.2f}, {:.2f}, CPU {:.2f}; {:.2f}, {:.2f}".format(*gains, *alone)] * bool(row.transport),
         )
     Console(width=170).print(table)
     if config.json:
