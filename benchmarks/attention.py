@@ -61,7 +61,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds are medians over rounds, of the slowest rank; `cpu` is of forward and backward, of all ranks and their threads."""
+    """Seconds are medians over rounds, of the slowest rank; `cpu` is of both passes, of all ranks and their threads."""
 
     schedule: str
     transport: str
