@@ -75,7 +75,8 @@ def mapped(descriptor: int) -> Tensor:
     """The memory behind `descriptor` as a uint8 tensor; it stays mapped as long as the tensor is there."""
     size = os.fstat(descriptor).st_size
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # no page fault while copying
-    return torch.frombuffer(mmap.mmap(descriptor, size, flags=flags), dtype=torch.uint8)
+    with torch.inference_mode(False):  # a tensor made within it could not be written outside
+        return torch.frombuffer(mmap.mmap(descriptor, size, flags=flags), dtype=torch.uint8)
 
 
 class Link:

@@ -69,17 +69,16 @@ def connect(meeting: Meeting, timeout: float) -> Links | str:
     if problem:
         return problem
     links: dict[int, Link] = {}
+    mine, opened = "", None
     with ExitStack() as stack:
-        door = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         try:
-            memory = _open(meeting, door)
-            stack.callback(os.close, memory)
-            mine = ""
+            opened = _open(meeting, stack)
         except OSError as error:
             mine = f"no shared memory: {error}"
         problem = meeting.problems("open", mine)  # nobody waits for a rank that cannot be reached
-        if problem:
+        if problem or opened is None:
             return problem
+        door, memory = opened
         try:
             mine = _connect_all(meeting, door, memory, links, time.monotonic() + min(timeout, CONNECTING))
         except OSError as error:
@@ -106,17 +105,19 @@ def _place() -> str:
         return f"{socket.gethostname()}, about which Linux tells nothing ({error})"
 
 
-def _open(meeting: Meeting, door: socket.socket) -> int:
-    """Let `door` listen, tell the others its name and this rank's secret, and return memory that holds the secret."""
+def _open(meeting: Meeting, stack: ExitStack) -> tuple[socket.socket, int]:
+    """A socket that listens, whose name and this rank's secret the others are told; and memory that holds the secret."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no memory files (memfd_create)")
     name, secret = f"ringattn-{secrets.token_hex(WORD)}", secrets.token_bytes(WORD)
     memory = shared_memory(os.sysconf("SC_PAGE_SIZE"))
+    stack.callback(os.close, memory)
     mapped(memory)[:WORD] = torch.frombuffer(bytearray(secret), dtype=torch.uint8)
+    door = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     door.bind(f"\0{name}")
     door.listen(meeting.world)
     meeting.store.set(f"socket/{meeting.rank}", f"{name} {secret.hex()}")
-    return memory
+    return door, memory
 
 
 def _connect_all(meeting: Meeting, door: socket.socket, memory: int, links: dict[int, Link], deadline: float) -> str:
