@@ -97,24 +97,42 @@ def test_ranks_that_both_send_first_do_not_wait_for_each_other() -> None:
 
 
 def late_receiver(rank: int) -> None:
-    """More small messages than a socket holds frames, all posted before the first is received."""
+    """Rank 0 posts more small messages to rank 1 than a socket holds frames, before rank 1 receives the first. Then it waits
+    for rank 2, which waits for rank 1, which waits for all of them: those that had no room must go on meanwhile."""
     choose(dist.group.WORLD, "shared_memory")
     (port,) = transport_for(dist.group.WORLD).ports("a test")
     messages = [Message(0, 1, 0, 1, ()) for _ in range(2000)]
     buffers = [torch.full((n % 7,), n % 256 if rank == 0 else 0, dtype=torch.uint8) for n in range(2000)]
+    posted = list(zip(messages, buffers, strict=True))
+    then = [
+        (Message(1, 2, 0, 1, ()), torch.ones(1, dtype=torch.uint8)),
+        (Message(2, 0, 0, 1, ()), torch.ones(1, dtype=torch.uint8)),
+    ]
+
+    def finish(transfers: list[tuple[Message, torch.Tensor]]) -> None:
+        for message, _ in transfers:
+            for _ in port.wait(message):
+                pass
+
     if rank == 0:
-        port.post(list(zip(messages, buffers, strict=True)))
+        port.post([*posted, then[1]])
     dist.barrier()
+    if rank == 0:
+        finish([then[1], *posted])
     if rank == 1:
-        port.post(list(zip(messages, buffers, strict=True)))
-    for message in messages:
-        for _ in port.wait(message):
-            pass
-    assert all((buffer == n % 256).all() for n, buffer in enumerate(buffers))
+        port.post(posted)
+        finish(posted)
+        port.post(then[:1])
+        finish(then[:1])
+        assert all((buffer == n % 256).all() for n, buffer in enumerate(buffers))
+    if rank == 2:
+        for one in then:
+            port.post([one])
+            finish([one])
 
 
 def test_frames_wait_when_the_socket_is_full() -> None:
-    run_ranks(2, late_receiver)
+    run_ranks(3, late_receiver)
 
 
 def abandoned(rank: int) -> None:
