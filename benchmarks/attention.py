@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 benchmarks/attention.py --seq-len 4096 --dtype bfloat16
 
 All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the
-slowest rank are printed, and ratios to the first schedule. "hidden" compares the pass with compute alone and transfers alone
-(see `ringattn.measure`). The prediction beside it is the plan's own, for the topology given.
+slowest rank are printed, and ratios to the first row. "hidden" compares the pass with compute alone and transfers alone
+(see `ringattn.measure`). With `--transports p2p shared_memory` each schedule runs over both, in turn as well, and the last
+column says how many times less it takes: forward, both passes, CPU time; and forward and backward transfers alone.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, attention, make_plan
+from ringattn.comm.factory import choose
 from ringattn.cost import traffic
 from ringattn.measure import Overlap, overlap
 
@@ -48,19 +51,27 @@ class Config:
     topology: str | None = None
     """A preset's name or a file written by `ringattn probe`; what `auto` and the predictions go by."""
     rounds: int = 9
+    kernel: str = "auto"
+    """With emulated:1e15 nothing is computed, and a call takes as long as its transfers and the host's part in them."""
+    transports: tuple[str, ...] = ()
+    """Of p2p and shared_memory those to compare; by default the one that `init` takes."""
     json: Path | None = None
     """Also write the figures here."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds are medians over rounds, of the slowest rank."""
+    """Seconds are medians over rounds, of the slowest rank; `cpu` is of both passes, of all ranks and their threads."""
 
     schedule: str
+    transport: str
     forward: float
     both: float
+    cpu: float
     hidden_forward: float
     hidden_backward: float
+    transfer_forward: float
+    transfer_backward: float
     sent_forward: int
     sent_backward: int
 
@@ -68,16 +79,32 @@ class Row:
 def main(config: Config) -> None:
     mesh = ringattn.init()
     plans = {name: _plan(config, name, mesh.size()) for name in config.schedules}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in plans}
+    groups = _groups(mesh, config.transports)
+    runs = [(name, transport) for name in plans for transport in groups]
+    times: dict[tuple[str, str], list[tuple[float, float, float]]] = {run: [] for run in runs}
+    parts: dict[tuple[str, str], list[tuple[Overlap, Overlap]]] = {run: [] for run in runs}
     for round_number in range(config.rounds + 1):
-        for name, plan in plans.items():
-            seconds = _once(plan, config, mesh.get_local_rank(), mesh.device_type)
+        for name, transport in runs:
+            plan, group = plans[name], groups[transport]
+            seconds = _once(plan, config, group, mesh.device_type)
+            forward, backward = (overlap(plan, batch=config.batch, group=group, backward=b, repeats=1) for b in (False, True))
             if round_number:  # the first round pays for first touches
-                times[name].append(seconds)
-    rows = [_row(name, plans[name], times[name], config) for name in plans]
+                times[name, transport].append(seconds)
+                parts[name, transport].append((forward, backward))
+    rows = [_row(*run, plans[run[0]], times[run], parts[run], config) for run in runs]
     if mesh.get_local_rank() == 0:
         _print(rows, plans, config, mesh.size())
     dist.destroy_process_group()
+
+
+def _groups(mesh: DeviceMesh, transports: tuple[str, ...]) -> dict[str, dist.ProcessGroup]:
+    """A group of all ranks for each transport."""
+    if not transports:
+        return {"": mesh.get_group()}
+    groups = {name: dist.new_group() for name in transports}
+    for name, group in groups.items():
+        choose(group, name)
+    return groups
 
 
 def _plan(config: Config, schedule: str, world: int) -> Plan:
@@ -95,11 +122,13 @@ def _plan(config: Config, schedule: str, world: int) -> Plan:
         schedule=schedule,
         layout=config.layout,
         topology=topology,
+        kernel=config.kernel,
     )
 
 
-def _once(plan: Plan, config: Config, rank: int, device: str) -> tuple[float, float]:
-    """Seconds of a forward pass, and of forward and backward together."""
+def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float, float]:
+    """Seconds of a forward pass, of forward and backward together, and of the CPU for the latter."""
+    rank = dist.get_rank(group)
 
     def some(heads: int) -> torch.Tensor:
         shape = (config.batch, plan.rows(rank), heads, config.head_dim)
@@ -108,12 +137,15 @@ def _once(plan: Plan, config: Config, rank: int, device: str) -> tuple[float, fl
     q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
     with torch.no_grad():
         begin = _now(device)
-        attention(q, k, v, plan)
+        attention(q, k, v, plan, group=group)
         forward = _now(device) - begin
-    begin = _now(device)
-    out = attention(q, k, v, plan)
+    begin, cpu = _now(device), process_time()
+    out = attention(q, k, v, plan, group=group)
     out.backward(torch.ones_like(out))
-    return forward, _now(device) - begin
+    both = _now(device) - begin
+    used = torch.tensor(process_time() - cpu, dtype=torch.float64, device=device)
+    dist.all_reduce(used)
+    return forward, both, used.item()
 
 
 def _now(device: str) -> float:
@@ -124,15 +156,25 @@ def _now(device: str) -> float:
     return perf_counter()
 
 
-def _row(name: str, plan: Plan, times: list[tuple[float, float]], config: Config) -> Row:
+def _row(
+    name: str,
+    transport: str,
+    plan: Plan,
+    times: list[tuple[float, float, float]],
+    parts: list[tuple[Overlap, Overlap]],
+    config: Config,
+) -> Row:
     medians = torch.tensor([median(column) for column in zip(*times, strict=True)], dtype=torch.float64)
-    passes: list[Overlap] = [overlap(plan, batch=config.batch, backward=b, repeats=config.rounds) for b in (False, True)]
+    passes = [
+        Overlap(*(median(getattr(part, what) for part in column) for what in ("together", "compute", "transfer")))
+        for column in zip(*parts, strict=True)
+    ]
     sent = [sum(traffic(plan, batch=config.batch, backward=b).values()) for b in (False, True)]
-    return Row(name, *medians.tolist(), *(p.hidden for p in passes), *sent)
+    return Row(name, transport, *medians.tolist(), *(p.hidden for p in passes), *(p.transfer for p in passes), *sent)
 
 
 def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) -> None:
-    base = rows[0]
+    base, named = rows[0], f"auto ({_names(plans['auto'])})" if "auto" in plans else ""
     table = Table(
         title=f"{config.seq_len} tokens on {world} ranks, {config.heads} heads over {config.kv_heads} of {config.head_dim}, "
         f"{config.dtype}, {config.mask}, {config.layout}"
@@ -141,21 +183,30 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
         "schedule",
         "forward",
         "forward+backward",
+        "CPU, all ranks",
         f"ratio to {base.schedule}",
         "hidden fwd / bwd",
+        "transfers fwd / bwd",
         "MB sent fwd / bwd",
+        *[f"ratio to {base.transport}, transfers alone"] * bool(base.transport),
     ):
         table.add_column(head, justify="left" if head == "schedule" else "right")
     for row in rows:
+        other = next(one for one in rows if one.schedule == row.schedule)
+        gains = (other.forward / row.forward, other.both / row.both, other.cpu / row.cpu)
+        alone = (other.transfer_forward / row.transfer_forward, other.transfer_backward / row.transfer_backward)
         table.add_row(
-            row.schedule if row.schedule != "auto" else f"auto ({_names(plans['auto'])})",
+            f"{row.schedule if row.schedule != 'auto' else named} {row.transport}",
             f"{row.forward * 1e3:.1f} ms",
             f"{row.both * 1e3:.1f} ms",
+            f"{row.cpu * 1e3:.1f} ms",
             f"{base.forward / row.forward:.2f} x, {base.both / row.both:.2f} x",
             f"{row.hidden_forward:.0%} / {row.hidden_backward:.0%}",
+            f"{row.transfer_forward * 1e3:.1f} / {row.transfer_backward * 1e3:.1f} ms",
             f"{row.sent_forward / 1e6:.1f} / {row.sent_backward / 1e6:.1f}",
+            *["{:.2f}, {:.2f}, CPU {:.2f}; {:.2f}, {:.2f}".format(*gains, *alone)] * bool(row.transport),
         )
-    Console(width=130).print(table)
+    Console(width=170).print(table)
     if config.json:
         facts = dict(
             config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, rows=[asdict(row) for row in rows]

@@ -82,7 +82,7 @@ class Contender:
 
 
 def main(config: Config) -> None:
-    mesh = ringattn.init("gloo")
+    mesh = ringattn.init("gloo", transport="p2p")  # the links that the others use
     rank, world = mesh.get_local_rank(), mesh.size()
     topology = _topology(config)
     unable: dict[str, str] = {}

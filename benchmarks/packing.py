@@ -61,7 +61,7 @@ class Contender:
 
 
 def main(config: Config) -> None:
-    mesh = ringattn.init("gloo")
+    mesh = ringattn.init("gloo", transport="p2p")  # the links that the others use
     rank, world = mesh.get_local_rank(), mesh.size()
     lengths = _lengths(config)
     padded = [-(-length // (2 * world)) * 2 * world for length in lengths]

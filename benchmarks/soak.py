@@ -102,15 +102,15 @@ def _learned(out: Path) -> list[tuple[float, ...]]:
 
 def delayed() -> None:
     """The main job on a rank that sleeps at random before it waits."""
-    from ringattn.comm.p2p import P2PPort
+    from ringattn.comm.shared_memory import SharedMemoryPort  # what `init` takes on one host
 
-    sleep, wait = random.Random(os.environ["RANK"]), P2PPort.wait
+    sleep, wait = random.Random(os.environ["RANK"]), SharedMemoryPort.wait
 
     def late(port, message):
         time.sleep(sleep.choice((0, 0, 0, 0, 0.001, 0.003)))
         return wait(port, message)
 
-    P2PPort.wait = late
+    SharedMemoryPort.wait = late
     sys.argv = [str(TRAIN), *sys.argv[2:]]
     sys.path.insert(0, str(TRAIN.parent))
     runpy.run_path(str(TRAIN), run_name="__main__")

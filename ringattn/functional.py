@@ -12,8 +12,8 @@ from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import moves, transport_for
 from ringattn.comm.group import Group, cannot_move, capturing
-from ringattn.comm.p2p import P2P
 from ringattn.errors import InputError
 from ringattn.kernels.pick import obstacle, resolved
 from ringattn.op import define, known_as, options_for
@@ -124,7 +124,7 @@ def attention(
         out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, named)
     else:
         process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
-        ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), P2P(process_group))
+        ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), transport_for(process_group))
     return (out, lse) if return_lse else out
 
 
@@ -143,7 +143,7 @@ def _checked(
     process_group, rank = meet(plan, group)
     q, k, v, key_bias, sinks = inputs
     problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
-    problem = problem or cannot_move(process_group, "q", q) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
+    problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     if problem is None and check_finite:
         problem = _graph_cannot_check(check_finite) if capturing(q.device) else _not_finite(inputs, check_finite)
     if problem is not None:
@@ -244,6 +244,10 @@ def _graph_cannot_check(check_finite: bool | str) -> str:
         f"check_finite={shown(check_finite)}: a CUDA graph is being captured, in which numbers cannot be read; pass "
         "check_finite=False, and check inputs outside of the graph"
     )
+
+
+def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
+    return None if group is not None and moves(group, q.device) else cannot_move(group, "q", q)
 
 
 def _not_finite(inputs: Inputs, where: bool | str) -> str | None:

@@ -20,6 +20,7 @@ from ringattn.arguments import complaint, count, flag
 from ringattn.autograd import Held, back, resting
 from ringattn.callers import meet
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, backends
 from ringattn.comm.p2p import P2P
 from ringattn.comm.transport import Port
@@ -87,7 +88,7 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(process_group) else torch.device("cpu")
     agree(process_group, said, problem, device=device)
     batch = int(batch)
-    transport = P2P(process_group)
+    transport = transport_for(process_group)
     work = _work(plan, rank, batch, backward, device)
     kernel, idle = work.kernel, _Idle()
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ringattn.autograd import Inputs, rests, run_backward, run_forward
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, group_and_rank
-from ringattn.comm.p2p import P2P
 from ringattn.comm.packing import Spec, pack, unpack
 from ringattn.errors import LaunchError, MismatchError, PlanError
 from ringattn.kernels import Options
@@ -106,7 +106,7 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         keep = known.keep and gradient
         with torch.autocast(q.device.type, enabled=False):
             (out, lse), (held,) = run_forward(
-                [inputs], known, options_for(known, scale, softcap), P2P(process_group), keep=keep
+                [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
             )
         specs = _kept_specs(known, rank, out, key_bias) if keep else {}
         tensors = [tensor for item in specs for tensor in held[item]]
@@ -187,7 +187,9 @@ def _run_backward(
     sizes = {item: len(some) for item, some in specs.items()}
     options = options_for(known, scale, softcap)
     with torch.autocast(dout.device.type, enabled=False):
-        (grads,) = run_backward([inputs], [out, lse], [dout], [sizes], iter(tensors), known, options, P2P(process_group))
+        (grads,) = run_backward(
+            [inputs], [out, lse], [dout], [sizes], iter(tensors), known, options, transport_for(process_group)
+        )
     return [grad.contiguous() for grad in grads if grad is not None]
 
 

@@ -1,4 +1,5 @@
-"""A rank of a job that something happens to, for test_faults: KIND FAULTY_RANK FILE. Its attention runs until it fails.
+"""A rank of a job that something happens to, for test_faults: KIND FAULTY_RANK FILE TRANSPORT. Its attention runs until it
+fails.
 
 The faulty rank notes the time in FILE just before.
 """
@@ -15,8 +16,10 @@ import torch
 import ringattn
 import ringattn.nn.grads
 from ringattn.comm.p2p import P2PPort
+from ringattn.comm.shared_memory import SharedMemoryPort
 
-KIND, FAULTY, FILE = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+KIND, FAULTY, FILE, TRANSPORT = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+PORT = P2PPort if TRANSPORT == "p2p" else SharedMemoryPort
 RANK = int(os.environ["RANK"])
 DEADLINE = 5.0
 
@@ -32,7 +35,7 @@ def signalled(number: int) -> None:
 
 def when_waiting(word: str, action) -> None:
     """`action`, as soon as this rank waits for its second message of a pass whose label has `word`."""
-    wait, seen = P2PPort.wait, []
+    wait, seen = PORT.wait, []
 
     def waiting(port, message):
         if word in port._label:
@@ -41,7 +44,7 @@ def when_waiting(word: str, action) -> None:
                 action()
         return wait(port, message)
 
-    P2PPort.wait = waiting
+    PORT.wait = waiting
 
 
 def fail(error: Exception) -> None:
@@ -61,7 +64,7 @@ def sleep() -> None:
 
 
 def main() -> None:
-    mesh = ringattn.init(timeout=DEADLINE)
+    mesh = ringattn.init(timeout=DEADLINE, transport=TRANSPORT)
     how = dict(ulysses=4) if KIND == "kill in all-to-all" else dict(schedule="token_ring", ulysses=1)
     plan = ringattn.make_plan(512, world=4, heads=4, head_dim=16, topology="cpu", **how)
     q, k, v = (torch.randn(1, plan.rows(RANK), 4, 16, requires_grad=True) for _ in range(3))

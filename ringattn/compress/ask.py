@@ -12,6 +12,7 @@ from torch import Tensor
 from ringattn.arguments import complaint, one_of, real, shown, whole
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, cannot_move
 from ringattn.comm.p2p import P2P
 from ringattn.compress.chance import uniform
@@ -75,7 +76,7 @@ def asked(
     agree(process_group, fields, problem, device=metric.device if isinstance(metric, Tensor) else None)
     if protected is None:
         protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
-    return P2P(process_group), protected
+    return transport_for(process_group), protected
 
 
 def _fields(

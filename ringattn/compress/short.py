@@ -24,8 +24,8 @@ from torch import Tensor
 from ringattn.arguments import complaint, count, instance, shown
 from ringattn.callers import check_group, dense
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, group_and_rank
-from ringattn.comm.p2p import P2P
 from ringattn.compress.balance import Pay, placed
 from ringattn.compress.merge import Merge
 from ringattn.compress.placement import Placement, crosses, is_causal, seen, untimely
@@ -90,7 +90,7 @@ class Short:
             flat = torch.cat([flat * weights.unsqueeze(-1), weights.unsqueeze(-1)], dim=-1)
         elif how == "mean":
             flat = flat.to(accum_dtype(x.dtype))
-        (found,) = up([self._to_groups], [flat], P2P(group))
+        (found,) = up([self._to_groups], [flat], transport_for(group))
         if weights is not None:
             found, total = found[..., :-1], found[..., -1:]
             found = found / total.where(total > 0, 1) if how == "mean" else found
@@ -106,7 +106,7 @@ class Short:
         """
         group = self._agree("unmerge", self._misfit("y", y, self.plan.rows(self.rank)), y)
         flat = y.flatten(2) if y.ndim > 2 else y.unsqueeze(-1)
-        (found,) = down([self._from_groups], [flat], P2P(group))
+        (found,) = down([self._from_groups], [flat], transport_for(group))
         return found.unflatten(2, y.shape[2:]) if y.ndim > 2 else found.squeeze(-1)
 
     @cached_property

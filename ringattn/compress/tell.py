@@ -10,8 +10,8 @@ from torch import Tensor
 from ringattn.arguments import complaint
 from ringattn.callers import dense, meet
 from ringattn.comm.agree import agree
+from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, cannot_move
-from ringattn.comm.p2p import P2P
 from ringattn.comm.rows import everyone
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
@@ -39,7 +39,7 @@ def tell_as(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: L
     if problem is None:
         said |= {"layout": layout.digest, f"dtype of {name}": flags.dtype, "batch": flags.shape[0]}
     agree(process_group, said, problem, device=flags.device if isinstance(flags, Tensor) else None)
-    return told([flags], layout, P2P(process_group))[0]
+    return told([flags], layout, transport_for(process_group))[0]
 
 
 def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: Layout, rank: int) -> None:

@@ -26,6 +26,8 @@ from ringattn.arguments import count, flag, one_of, path, seconds, shown
 from ringattn.comm.agree import ranks_named
 from ringattn.comm.board import watch
 from ringattn.comm.duplex import finish, prepare, receiving, sending
+from ringattn.comm.factory import TRANSPORTS
+from ringattn.comm.factory import choose as choose_transport
 from ringattn.comm.group import LAUNCH_HINT, backends, device_type_of
 from ringattn.comm.journal import begin
 from ringattn.errors import LaunchError
@@ -50,6 +52,7 @@ def init(
     journal: str | Path | None = None,
     high_priority_stream: bool | None = None,
     max_ctas: int | None = None,
+    transport: str | None = None,
 ) -> DeviceMesh:
     """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
 
@@ -62,15 +65,20 @@ def init(
         journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
         high_priority_stream: whether NCCL's transfers go before compute that has not begun. None: yes, with nccl.
         max_ctas: thread blocks (CTAs), and so at most SMs, that NCCL may take from compute; 1 to 64. None: as NCCL decides.
+        transport: how tensors travel between ranks: "p2p" over the backend; "shared_memory" for those on CPUs, between ranks of
+            one host; "symmetric_memory" for those on GPUs of one host, which has not run on GPUs yet. By default shared memory
+            in each group whose ranks are all on one host, else p2p. The same on every rank.
 
-    The last two are options of nccl. How many SMs attention leaves to transfers is an option of the kernel, which is the
-    plan's: see `make_plan(kernel=)`.
+    `high_priority_stream` and `max_ctas` are options of nccl. How many SMs attention leaves to transfers is an option of the
+    kernel, which is the plan's: see `make_plan(kernel=)`.
 
     Raises:
         LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, GPUs are there but not one
-            for each rank, or the job uses gloo, or a process group that exists, and an option is for a new one with nccl.
+            for each rank, the job uses gloo, or a process group that exists, and an option is for a new one with nccl, or the
+            transport that was asked for is not possible.
+        CommError: a rank has died since all had come.
     """
-    _check(backend, timeout, journal, high_priority_stream, max_ctas)
+    _check(backend, timeout, journal, high_priority_stream, max_ctas, transport)
     env = environment()
     options = {"high_priority_stream": high_priority_stream, "max_ctas": max_ctas}
     if dist.is_initialized():
@@ -87,10 +95,13 @@ def init(
         )
     _warm_up(mesh)
     watch()
+    choose_transport(mesh.get_group(), transport)
     return mesh
 
 
-def _check(backend: object, timeout: object, journal: object, high_priority_stream: object, max_ctas: object) -> None:
+def _check(
+    backend: object, timeout: object, journal: object, high_priority_stream: object, max_ctas: object, transport: object
+) -> None:
     if backend is not None:
         one_of("backend", backend, ("gloo", "nccl"), LaunchError)
     seconds("timeout", timeout, LaunchError)
@@ -100,6 +111,8 @@ def _check(backend: object, timeout: object, journal: object, high_priority_stre
         flag("high_priority_stream", high_priority_stream, LaunchError)
     if max_ctas is not None:
         count("max_ctas", max_ctas, LaunchError, most=MOST_CTAS)
+    if transport is not None:
+        one_of("transport", transport, TRANSPORTS, LaunchError)
 
 
 def environment() -> dict[str, int]:
