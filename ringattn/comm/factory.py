@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 from ringattn.comm.board import transferring
+from ringattn.comm.group import described
 from ringattn.comm.p2p import P2P
 from ringattn.comm.shared_memory import Links, SharedMemory
 from ringattn.comm.shared_memory_setup import Meeting, apart, connect
@@ -98,7 +99,7 @@ def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
 def _shared(group: dist.ProcessGroup) -> Links | str:
     timeout = _timeout(group, "cpu")
     if timeout is None:  # so it is on all ranks
-        return f"it moves tensors on CPUs and the backend of this group, {dist.get_backend(group)}, none"
+        return f"it moves tensors on CPUs and the backend of this group, {described(group)}, none"
     return connect(_meeting(group), timeout)
 
 

@@ -60,6 +60,11 @@ def backends(group: dist.ProcessGroup) -> Mapping[str, str]:
     return found
 
 
+def described(group: dist.ProcessGroup) -> str:
+    """Its backends for people: "cpu:gloo", or "cpu:gloo,cuda:nccl"."""
+    return ",".join(f"{device}:{name}" for device, name in backends(group).items())
+
+
 def moves(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `group` can send tensors of this device."""
     return device.type in backends(group)

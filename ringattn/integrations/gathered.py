@@ -22,6 +22,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ringattn.comm.agree import agree
+from ringattn.comm.board import transferring
+from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.shards import Shards, documents_of, padding_of
@@ -160,9 +162,10 @@ def _of_all(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """`mine` of every rank; the last dimension may differ."""
     world = dist.get_world_size(group)
     counts = [torch.empty(1, dtype=torch.int64, device=mine.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([mine.shape[-1]], device=mine.device), group=group)
-    most = max(int(count) for count in counts)
-    padded = nn.functional.pad(mine, (0, most - mine.shape[-1])).contiguous()
-    whole = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(whole, padded, group=group)
+    with transferring("gathering whole sequences", f"rank {dist.get_rank(group)}: gathering whole sequences failed"):
+        all_gather(counts, torch.tensor([mine.shape[-1]], device=mine.device), group)
+        most = max(int(count) for count in counts)
+        padded = nn.functional.pad(mine, (0, most - mine.shape[-1])).contiguous()
+        whole = [torch.empty_like(padded) for _ in range(world)]
+        all_gather(whole, padded, group)
     return [part[..., : int(count)] for part, count in zip(whole, counts, strict=True)]

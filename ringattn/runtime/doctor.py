@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 import ringattn
+from ringattn.comm.group import described
 from ringattn.kernels import KERNELS, Operands, Options, get
 from ringattn.kernels.pick import obstacle, pick, resolved
 from ringattn.pieces import CAUSAL, Piece
@@ -154,8 +155,9 @@ def _short(dtype: torch.dtype) -> str:
 
 def _gloo() -> Finding:
     cure = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
-    if dist.is_initialized():
-        return Finding("gloo", f"in a group, {dist.get_backend()}")
+    members = dist.group.WORLD if dist.is_initialized() else None
+    if members is not None:
+        return Finding("gloo", f"in a group, {described(members)}")
     try:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

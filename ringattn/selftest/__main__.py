@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _under_torchrun(kernels: list[str]) -> int:
     import torch.distributed as dist
 
+    from ringattn.comm.group import described
     from ringattn.runtime import init
     from ringattn.selftest.ranks import over_ranks
 
@@ -49,7 +50,9 @@ def _under_torchrun(kernels: list[str]) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
-        print(shown(outcomes, f"ringattn selftest: {mesh.size()} ranks, {dist.get_backend()}, {device.type}"), flush=True)
+        print(
+            shown(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"), flush=True
+        )
     dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to have its say
     dist.destroy_process_group()
     return 0 if all(outcome.passed for outcome in outcomes) else 1
