@@ -12,6 +12,7 @@ is for eager mode; `op` wraps the same two functions, `run_forward` and `run_bac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,9 +45,14 @@ class Inputs(NamedTuple):
 def attend(inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport) -> list[tuple[Tensor, Tensor]]:
     """(out, lse) for each rank that `transport` hosts, in order; see `attention` for shapes."""
     flat = [tensor for rank_inputs in inputs for tensor in rank_inputs]
-    with torch.autocast(inputs[0].q.device.type, enabled=False):
+    with without_autocast(inputs[0].q.device.type):
         results = _Attend.apply(plan, options, transport, *flat)
     return list(zip(results[::2], results[1::2], strict=True))
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast switched off, if it is on: switching costs more than a small kernel."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Attend(torch.autograd.Function):
@@ -72,7 +78,7 @@ class _Attend(torch.autograd.Function):
         if ctx.ghosts is not None:
             inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
         # Backward may be called inside of `torch.autocast`, which would round what is summed in fp32.
-        with torch.autocast(results[0].device.type, enabled=False):
+        with without_autocast(results[0].device.type):
             found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
         return (None, None, None, *(grad for of_rank in found for grad in of_rank))
 
@@ -131,7 +137,7 @@ def _carried_out(
         run(plan.program(work.rank, backward=backward), work, port, blocks)
         for work, port, blocks in zip(works, transport.ports(name), held, strict=True)
     ]
-    with span(profiling(), name):
+    with span(name) if profiling() else nullcontext():
         return transport.drive(runs)
 
 

@@ -9,7 +9,7 @@ writes the fp32 sum, however many parts it adds.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -23,8 +23,6 @@ from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
 from ringattn.schedule.program import Work as TileBatch
 
 Payload = tuple[Tensor, ...]
-
-_NO_SPAN = nullcontext()
 
 
 class BlockOps(Protocol):
@@ -54,9 +52,9 @@ class BlockOps(Protocol):
         """The share that came as `payload`."""
 
 
-def span(profiled: bool, *name: object) -> AbstractContextManager[Any]:
-    """A named range in a profile. Where nobody profiles it costs nothing, its name is not even put together."""
-    return record_function("/".join(map(str, ("ringattn", *name)))) if profiled else _NO_SPAN
+def span(*name: object) -> AbstractContextManager[Any]:
+    """A named range in a profile."""
+    return record_function("/".join(map(str, ("ringattn", *name))))
 
 
 def profiling() -> bool:
@@ -127,32 +125,52 @@ def run(
             else:
                 resident[item] = payload
 
+    def arrive(step: Step) -> Generator[None, None, None]:
+        for message in step.due:
+            handed_over = yield from port.wait(message)
+            buffer = buffers.pop(message)
+            if message.dst == port.rank:
+                receive(message, buffer if handed_over is None else handed_over)
+            del buffer, handed_over  # or they would keep its memory until the next message
+
+    def depart(step: Step) -> None:
+        for message in step.post:
+            sends = message.src == port.rank
+            buffers[message] = outgoing(message) if sends else port.room(ops.wire(message.items), ops.device)
+        port.post([(message, buffers[message]) for message in step.post])
+
     def compute(tiles: TileBatch) -> None:
-        q = [operand(Item(tiles.lane, Kind.Q, i)) for i in tiles.i]
-        kv = [operand(Item(tiles.lane, Kind.KV, j)) for j in tiles.j]
+        lane, i, j = tiles
+        q = [operand(Item(lane, Kind.Q, n)) for n in i]
+        kv = [operand(Item(lane, Kind.KV, n)) for n in j]
         for item, share in ops.compute(tiles, q, kv).items():
             add(item, share)
 
     for step in program:
-        if step.due:
-            with span(profiled, step, "wait"):
-                for message in step.due:
-                    handed_over = yield from port.wait(message)
-                    buffer = buffers.pop(message)
-                    if message.dst == port.rank:
-                        receive(message, buffer if handed_over is None else handed_over)
-                    del buffer, handed_over  # or they would keep its memory until the next message
-        if step.post:
-            with span(profiled, step, "post"):
-                for message in step.post:
-                    sends = message.src == port.rank
-                    buffers[message] = outgoing(message) if sends else port.room(ops.wire(message.items), ops.device)
-                port.post([(message, buffers[message]) for message in step.post])
-        for tiles in step.tiles:
-            with span(profiled, step, tiles):
+        if profiled:
+            yield from _in_spans(step, arrive, depart, compute)
+        else:
+            if step.due:
+                yield from arrive(step)
+            if step.post:
+                depart(step)
+            for tiles in step.tiles:
                 compute(tiles)
         for item in step.release:
             for some in (resident, operands, as_received):
                 some.pop(item, None)
             as_received.pop(item._replace(new=True), None)
     return totals
+
+
+def _in_spans(step: Step, arrive: Any, depart: Any, compute: Any) -> Generator[None, None, None]:
+    """A step whose parts are seen in a profile."""
+    if step.due:
+        with span(step, "wait"):
+            yield from arrive(step)
+    if step.post:
+        with span(step, "post"):
+            depart(step)
+    for tiles in step.tiles:
+        with span(step, tiles):
+            compute(tiles)

@@ -281,4 +281,4 @@ def test_init_chooses(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     code, out, err = torchrun(str(tmp_path / "job.py"), ranks=2, PYTHONPATH=str(Path(ringattn.__file__).parent.parent))
     assert code == 0, err
-    assert sorted(out.split()) == ["P2P"] * 2 + ["SharedMemory"] * 4
+    assert (out.count("SharedMemory"), out.count("P2P")) == (4, 2)  # lines of two ranks may run into each other
