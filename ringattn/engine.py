@@ -18,7 +18,6 @@ from torch.profiler import record_function
 
 from ringattn.comm.packing import Wire
 from ringattn.comm.transport import Port
-from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
 from ringattn.schedule.program import Work as TileBatch
 
@@ -140,9 +139,7 @@ def run(
         port.post([(message, buffers[message]) for message in step.post])
 
     def compute(tiles: TileBatch) -> None:
-        lane, i, j = tiles
-        q = [operand(Item(lane, Kind.Q, n)) for n in i]
-        kv = [operand(Item(lane, Kind.KV, n)) for n in j]
+        q, kv = ([operand(item) for item in items] for items in tiles.inputs)
         for item, share in ops.compute(tiles, q, kv).items():
             add(item, share)
 

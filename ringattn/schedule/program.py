@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from ringattn.schedule.ir import Kind, Schedule
@@ -30,12 +31,21 @@ class Item(NamedTuple):
         return f"{self.kind.value}{self.index}{f' of lane {self.lane}' if self.lane else ''}"
 
 
-class Work(NamedTuple):
-    """Tiles of one lane that are computed together: every one there is among query blocks `i` and key blocks `j`."""
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Tiles of one lane that are computed together: every one there is among query blocks `i` and key blocks `j`.
+
+    Each is made once for a program, and is only equal to itself: what is remembered of it is looked up in every call.
+    """
 
     lane: int
     i: tuple[int, ...]
     j: tuple[int, ...]
+
+    @cached_property
+    def inputs(self) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+        """The query blocks and the key blocks."""
+        return tuple(Item(self.lane, Kind.Q, n) for n in self.i), tuple(Item(self.lane, Kind.KV, n) for n in self.j)
 
     def __str__(self) -> str:
         return f"tile({'+'.join(map(str, self.i))},{'+'.join(map(str, self.j))})"
@@ -149,8 +159,8 @@ def _last_reads(
             item = item._replace(new=False)
             last[item] = max(step, last.get(item, 0))
     for step, works in tiles.items():
-        for lane, some_i, some_j in works:
-            read = [Item(lane, Kind.Q, i) for i in some_i] + [Item(lane, Kind.KV, j) for j in some_j]
+        for work in works:
+            read = [item for items in work.inputs for item in items]
             for item in read:
                 last[item] = max(step, last.get(item, 0))
     release: dict[int, list[Item]] = defaultdict(list)

@@ -23,20 +23,21 @@ def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
         out.narrow(2, part.start, part.stop - part.start).copy_(part.out)
         lse.narrow(2, part.start, part.stop - part.start).copy_(part.lse)
         return
-    lses = torch.stack([_placed(part, rows) for part in parts])
+    whole = all(part.stop - part.start == rows for part in parts)
+    lses = torch.stack([part.lse if whole else _placed(part, rows) for part in parts])
     largest = lses.amax(0)
     # Where no part has seen a key, -inf minus -inf would be NaN; NaN from the inputs must survive.
     exps = lses.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
     sum_of_exps = exps.sum(0).clamp_min_(1.0)  # the largest alone adds 1, so this changes only rows that see nothing
     torch.add(largest, sum_of_exps.log(), out=lse)
-    weights: Sequence[Tensor] = exps.div_(sum_of_exps).unsqueeze(-1).unbind(0)
-    if not _covers(parts[0], rows):  # a first part of all rows to which the others are added
-        parts, weights = [_nothing(parts[0], rows, lse.dtype), *parts], [weights[0].new_zeros(()), *weights]
-    total = parts[0].out * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        if _covers(part, rows):
+    weights = exps.div_(sum_of_exps).unsqueeze(-1).unbind(0)
+    if whole:
+        total = parts[0].out * weights[0]
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
             total.addcmul_(part.out, weight)
-        else:
+    else:
+        total = lse.new_zeros(out.shape)
+        for part, weight in zip(parts, weights, strict=True):
             start, count = part.start, part.stop - part.start
             total.narrow(2, start, count).addcmul_(part.out, weight.narrow(2, start, count))
     out.copy_(total)
@@ -45,6 +46,9 @@ def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
 def add(parts: Sequence[SumRows], total: Tensor) -> None:
     first, *others = parts
     rows, dtype = total.shape[2], accum_dtype(first.values.dtype)
+    if len(parts) == 2 and dtype in (first.values.dtype, others[0].values.dtype) and all(_covers(part, rows) for part in parts):
+        torch.add(first.values, others[0].values, out=total)  # in `dtype`, since one of them is
+        return
     wide = total if not others or total.dtype == dtype else torch.empty_like(total, dtype=dtype)
     _clear_outside(wide, first.start, first.stop, 0.0)
     (wide if _covers(first, rows) else wide.narrow(2, first.start, first.stop - first.start)).copy_(first.values)
@@ -73,14 +77,7 @@ def _covers(part: PartialRows | SumRows, rows: int) -> bool:
 
 def _placed(part: PartialRows, rows: int) -> Tensor:
     """lse of the whole block, -inf outside of the part."""
-    if _covers(part, rows):
-        return part.lse
     return torch.nn.functional.pad(part.lse, (part.start, rows - part.stop), value=-torch.inf)
-
-
-def _nothing(like: PartialRows, rows: int, dtype: torch.dtype) -> PartialRows:
-    batch, heads, _, dim = like.out.shape
-    return like._replace(start=0, stop=rows, out=like.out.new_zeros(batch, heads, rows, dim, dtype=dtype))
 
 
 def _clear_outside(x: Tensor, start: int, stop: int, value: float) -> None:
