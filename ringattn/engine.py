@@ -44,8 +44,11 @@ class BlockOps(Protocol):
     def merge(self, item: Item, shares: Sequence[Any]) -> Any:
         """All `shares` of one accumulator as one. Does not write into any of them."""
 
-    def leaving(self, item: Item, shares: Sequence[Any]) -> Payload:
-        """All `shares` of one accumulator as the tensors that travel."""
+    def ready(self, item: Item, shares: Sequence[Any]) -> Payload | None:
+        """The tensors of an accumulator that travel, if they are there as they are; else they are written into the message."""
+
+    def write(self, item: Item, shares: Sequence[Any], slots: Sequence[Tensor]) -> None:
+        """Merge all `shares` of one accumulator into its place in a message."""
 
     def arrived(self, item: Item, payload: Payload) -> Any:
         """The share that came as `payload`."""
@@ -93,18 +96,30 @@ def run(
             payload = operands[item] = ops.operand(item, read(item))
         return payload
 
+    def leaving(item: Item) -> Payload:
+        payload = read(item._replace(new=False))
+        # Of what is `new` since forward only the last fields travel, see `payload`.
+        return payload[len(payload) - len(ops.wire((item,)).specs) :] if item.new else payload
+
     def outgoing(message: Message) -> Tensor:
         if len(message.items) == 1 and message.items[0] in as_received:
             return as_received[message.items[0]]
-        tensors: list[Tensor] = []
-        for item in message.items:
-            if item.kind.moved:
-                tensors += ops.leaving(item, totals.pop(item))
+        wire = ops.wire(message.items)
+        shares = {item: totals.pop(item) for item in message.items if item.kind.moved}
+        parts = [ops.ready(item, shares[item]) if item.kind.moved else leaving(item) for item in message.items]
+        tensors = [tensor for part in parts if part is not None for tensor in part]
+        if len(tensors) == len(wire.specs):
+            return wire.pack(tensors)
+        buffer = wire.empty(ops.device)
+        slots = wire.views(buffer)
+        for item, part in zip(message.items, parts, strict=True):
+            own, slots = slots[: len(ops.wire((item,)).specs)], slots[len(ops.wire((item,)).specs) :]
+            if part is None:
+                ops.write(item, shares[item], own)
             else:
-                payload = read(item._replace(new=False))
-                # Of what is `new` since forward only the last fields travel, see `payload`.
-                tensors += payload[len(payload) - len(ops.wire((item,)).specs) :] if item.new else payload
-        return ops.wire(message.items).pack(tensors)
+                for slot, tensor in zip(own, part, strict=True):
+                    slot.copy_(tensor)
+        return buffer
 
     def receive(message: Message, buffer: Tensor) -> None:
         tensors = ops.wire(message.items).views(buffer)

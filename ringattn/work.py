@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from ringattn.comm.packing import Spec
 from ringattn.engine import Payload
 from ringattn.errors import ScheduleError
 from ringattn.kernels import Grads, Operands, Options, Rows, get
@@ -95,17 +93,18 @@ class Forward(_Pass):
         out, lse = self.kernel.forward(_operands(query, keys), batch.pieces, self.options)
         return {s.item: PartialRows(s.start, s.stop, _part(out, s), _part(lse, s)) for s in batch.q_spans}
 
-    def merge(self, item: Item, shares: Sequence[PartialRows], dtype: torch.dtype | None = None) -> PartialRows:
+    def merge(self, item: Item, shares: Sequence[PartialRows]) -> PartialRows:
         rows = self.shapes.block(item).rows
-        batch, heads, _, dim = shares[0].out.shape
-        out = torch.empty(batch, rows, heads, dim, dtype=dtype or self.accum, device=self.device).transpose(1, 2)
-        lse = torch.empty(batch, heads, rows, dtype=self.accum, device=self.device)
+        out, lse = (_by_rows(x, rows, self.accum) for x in shares[0][2:])
         merge(shares, out, lse)
         return PartialRows(0, rows, out, lse)
 
-    def leaving(self, item: Item, shares: Sequence[PartialRows]) -> Payload:
+    def ready(self, item: Item, shares: Sequence[PartialRows]) -> Payload | None:
         whole = len(shares) == 1 and shares[0].stop - shares[0].start == self.shapes.block(item).rows
-        return (shares[0] if whole else self.merge(item, shares, self.wire((item,)).specs[0].dtype))[2:]
+        return shares[0][2:] if whole else None
+
+    def write(self, item: Item, shares: Sequence[PartialRows], slots: Sequence[Tensor]) -> None:
+        merge(shares, *slots)
 
     def arrived(self, item: Item, payload: Payload) -> PartialRows:
         return PartialRows(0, self.shapes.block(item).rows, *payload)
@@ -157,19 +156,20 @@ class Backward(_Pass):
             shares[s.item] = tuple(SumRows(s.start, s.stop, _part(grad, s)) for grad in of_keys)
         return shares
 
-    def merge(self, item: Item, shares: Sequence[Sums], specs: Sequence[Spec] = ()) -> Sums:
+    def merge(self, item: Item, shares: Sequence[Sums]) -> Sums:
         rows = self.shapes.block(item).rows
-        merged = []
-        for parts, spec in zip_longest(zip(*shares, strict=True), specs):
-            total = _by_rows(parts[0].values, rows, spec.dtype if spec else self.accum)
-            add(parts, total)
-            merged.append(SumRows(0, rows, total))
-        return tuple(merged)
+        totals = [_by_rows(part.values, rows, self.accum) for part in shares[0]]
+        self.write(item, shares, totals)
+        return tuple(SumRows(0, rows, total) for total in totals)
 
-    def leaving(self, item: Item, shares: Sequence[Sums]) -> Payload:
+    def ready(self, item: Item, shares: Sequence[Sums]) -> Payload | None:
         first = shares[0][0]
         whole = len(shares) == 1 and first.stop - first.start == self.shapes.block(item).rows
-        return tuple(part.values for part in (shares[0] if whole else self.merge(item, shares, self.wire((item,)).specs)))
+        return tuple(part.values for part in shares[0]) if whole else None
+
+    def write(self, item: Item, shares: Sequence[Sums], slots: Sequence[Tensor]) -> None:
+        for parts, slot in zip(zip(*shares, strict=True), slots, strict=True):
+            add(parts, slot)
 
     def arrived(self, item: Item, payload: Payload) -> Sums:
         rows = self.shapes.block(item).rows

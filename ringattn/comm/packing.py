@@ -57,6 +57,10 @@ class Wire:
             self._placed.append(_Placed(n, spec.dtype, spec.shape, spec.strides, first, start, spec.nbytes))
             start += spec.nbytes
 
+    def empty(self, device: torch.device) -> Tensor:
+        """A message that holds nothing yet."""
+        return torch.empty(self.length, dtype=self.unit, device=device)
+
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in `buffer`, a message, in the order of `specs`."""
         found: list[Tensor] = [buffer] * len(self.specs)
@@ -76,7 +80,7 @@ class Wire:
         ready = [run for run in runs if run is not None]
         if len(ready) == len(runs):
             return ready[0] if len(runs) == 1 else torch.cat(ready)
-        buffer = torch.empty(self.length, dtype=self.unit, device=tensors[0].device)
+        buffer = self.empty(tensors[0].device)
         for slot, tensor in zip(self.views(buffer), tensors, strict=True):
             slot.copy_(tensor)
         return buffer

@@ -26,7 +26,7 @@ class Port(Protocol):
 
     def room(self, wire: Wire, device: torch.device) -> Tensor:
         """A tensor into which a message of this layout can be received."""
-        return torch.empty(wire.length, dtype=wire.unit, device=device)
+        return wire.empty(device)
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         """Start sending (where `message.src` is this rank) or receiving each message from or into its contiguous buffer.

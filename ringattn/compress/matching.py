@@ -81,8 +81,12 @@ class Matching(ABC):
     def merge(self, item: Item, shares: Sequence[Payload]) -> Payload:
         return reduce(self.both, shares)
 
-    def leaving(self, item: Item, shares: Sequence[Payload]) -> Payload:
+    def ready(self, item: Item, shares: Sequence[Payload]) -> Payload:
         return self.merge(item, shares)
+
+    def write(self, item: Item, shares: Sequence[Payload], slots: Sequence[Tensor]) -> None:
+        for slot, tensor in zip(slots, self.merge(item, shares), strict=True):
+            slot.copy_(tensor)
 
     def arrived(self, item: Item, payload: Payload) -> Payload:
         return payload
