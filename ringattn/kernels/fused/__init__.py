@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ringattn.kernels.fused import eager_ops
 
+MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid: heads, and batch
+
 
 class PartialRows(NamedTuple):
     """Attention of rows [start, stop) of a block to some keys."""
@@ -84,7 +86,8 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 
 def _ops(*tensors: Tensor) -> Any:
     """The module for these tensors: Triton's where it can run. It computes in fp32, so fp64 is left to torch's operators."""
-    if tensors[0].is_cuda and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs():
+    fits = tensors[0].is_cuda and max(tensors[0].shape[:2]) <= MOST_PROGRAMS
+    if fits and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs():
         from ringattn.kernels.fused import triton_ops
 
         return triton_ops
