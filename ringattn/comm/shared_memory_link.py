@@ -232,6 +232,7 @@ class Link:
             self.blocked = True
             return False
         except OSError as error:
+            self._read()  # what the peer had sent before its end may be all that is still needed of it
             self._lose(str(error))
             return False
         self.blocked = False
@@ -244,6 +245,8 @@ class Link:
                 data, passed, _, _ = self.socket.recvmsg(LAYOUT.size, ROOM_FOR_DESCRIPTOR)
             except BlockingIOError:
                 return None
+            except ConnectionResetError:
+                continue  # reported once where the peer ended with frames unread; what it had sent comes after it
             except OSError as error:
                 return self._lose(str(error))
             if len(data) != LAYOUT.size:
