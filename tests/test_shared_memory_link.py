@@ -1,6 +1,7 @@
 """The end of a peer, as a link through shared memory sees it: what it had sent arrives, and then nothing more does."""
 
 import socket
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -66,3 +67,16 @@ def test_what_was_sent_arrives_although_an_answer_to_it_fails(pair: Pair) -> Non
     link._pull()
     assert link.lost and torch.equal(got.buffer, sent)
     assert torch.equal(last, pair.receive(1, SMALL))
+
+
+def test_a_link_that_nobody_has_any_more_is_closed() -> None:
+    """As those of a group that has ended are: no warning of an open socket, and its peer learns of it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link = Link(1, ours)
+    del ours
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        del link
+    assert not caught
+    with theirs:
+        assert theirs.recv(1) == b""

@@ -143,6 +143,9 @@ class Link:
         self._close_descriptor()
         self.socket.close()
 
+    def __del__(self) -> None:
+        self.close()  # a link ends with its group; a descriptor that the peer has not got yet would stay open
+
     def _grow(self, wanted: int) -> None:
         """A ring for `wanted` bytes under way, at most `LARGEST`. If memory is short the one there is must do."""
         if self._out is not None and (wanted <= self._out.numel() or self._out.numel() == LARGEST):
