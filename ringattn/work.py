@@ -114,8 +114,8 @@ class Forward(_Pass):
         q, dim = self.tensors["q"], self.tensors["v"].shape[-1]
         batch, heads, rows, _ = q.shape
         alone = _only(gathered, rows)
-        if alone and alone.out.shape[1] == heads and _lies_by_rows(alone.out, self.dtype) and alone.lse.dtype == self.accum:
-            return Partial(alone.out, alone.lse)  # of a single rank, say: the kernel's own tensors
+        if alone and alone.out.shape[1] == heads and _is_final(alone.out, self.dtype) and alone.lse.dtype == self.accum:
+            return Partial(alone.out, alone.lse.contiguous())  # of a single rank, say: the kernel's own tensors
         covered = sum(self.shapes.block(item).rows * self.lanes[item.lane].heads.of_queries for item in gathered)
         new = torch.empty if covered == rows * heads else torch.zeros
         out = new(batch, rows, heads, dim, dtype=self.dtype, device=self.device).transpose(1, 2)
@@ -190,7 +190,7 @@ class Backward(_Pass):
         """The gradient of one whole tensor, from the sums that ended here."""
         dtype, heads, rows = (self.accum if field.dim is None else self.dtype), like.shape[1], like.shape[2]
         alone = _only(parts, rows)
-        if alone and alone.values.shape[1] == heads and (field.dim is None or _lies_by_rows(alone.values, dtype)):
+        if alone and alone.values.shape[1] == heads and _is_final(alone.values, dtype):
             return alone.values
         if field.heads != "q" and self._shared:
             total = _by_rows(like, rows, self.accum).zero_()
@@ -235,8 +235,14 @@ def _only(gathered: Mapping[Item, Sequence[_Share]], rows: int) -> _Share | None
     return None
 
 
-def _lies_by_rows(x: Tensor, dtype: torch.dtype) -> bool:
-    return x.dtype == dtype and x.transpose(1, 2).is_contiguous()
+def _is_final(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `x` can be returned as it is: in `dtype`, (batch, rows, heads, head_dim) in memory, and alone in its storage.
+
+    What came in a message is not: out and lse, or dk and dv, share it. Results of an operator may not, and together they would
+    count as changed when one of them is.
+    """
+    by_rows = x.transpose(1, 2) if x.ndim == 4 else x
+    return x.dtype == dtype and by_rows.is_contiguous() and 0 < x.nbytes == x.untyped_storage().nbytes()
 
 
 def _by_rows(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

@@ -92,6 +92,14 @@ def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch
 
 
 @pytest.mark.parametrize("name", ON_CPU)
+def test_an_empty_batch_has_empty_results(name: str) -> None:
+    """Which not every operator gives: flex raises."""
+    q, k, v, bias = (None if x is None else x[:0] for x in block(bias_heads=3))
+    found = both_passes(name, (q, k, v, bias), [Piece(0, 37, 0, 37, CAUSAL)])
+    assert [x.shape for x in found] == [x.shape for x in (q, q[..., 0], q, k, v, bias)]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
 def test_pieces_of_a_tile_add_up(name: str) -> None:
     """A causal square cut into a triangle, a rectangle and a triangle; rows of one piece overlap with rows of another."""
     inputs = block(rows=20, bias_heads=1)

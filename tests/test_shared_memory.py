@@ -269,7 +269,7 @@ import ringattn, torch, torch.distributed as dist
 from ringattn.comm.factory import transport_for
 for arguments in ({}, {"transport": "p2p"}, {"transport": "shared_memory"}):
     mesh = ringattn.init(timeout=20, **arguments)
-    print(type(transport_for(mesh.get_group())).__name__)
+    print(type(transport_for(mesh.get_group())).__name__ + "\\n", end="", flush=True)  # one write: ranks share stdout
     plan = ringattn.make_plan(64, world=mesh, heads=2, head_dim=8)
     q = torch.ones(1, plan.rows(mesh.get_local_rank()), 2, 8, requires_grad=True)
     ringattn.attention(q, q, q, plan).sum().backward()

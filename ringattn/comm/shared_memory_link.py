@@ -143,6 +143,9 @@ class Link:
         self._close_descriptor()
         self.socket.close()
 
+    def __del__(self) -> None:
+        self.close()  # a link ends with its group; a descriptor that the peer has not got yet would stay open
+
     def _grow(self, wanted: int) -> None:
         """A ring for `wanted` bytes under way, at most `LARGEST`. If memory is short the one there is must do."""
         if self._out is not None and (wanted <= self._out.numel() or self._out.numel() == LARGEST):
@@ -232,6 +235,7 @@ class Link:
             self.blocked = True
             return False
         except OSError as error:
+            self._read()  # what the peer had sent before its end may be all that is still needed of it
             self._lose(str(error))
             return False
         self.blocked = False
@@ -244,6 +248,8 @@ class Link:
                 data, passed, _, _ = self.socket.recvmsg(LAYOUT.size, ROOM_FOR_DESCRIPTOR)
             except BlockingIOError:
                 return None
+            except ConnectionResetError:
+                continue  # reported once where the peer ended with frames unread; what it had sent comes after it
             except OSError as error:
                 return self._lose(str(error))
             if len(data) != LAYOUT.size:

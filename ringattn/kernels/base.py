@@ -113,9 +113,13 @@ class Kernel(ABC):
         """What `forward` and `backward` take in the place of `pieces`, to save them the same work in every call."""
         return pieces if isinstance(pieces, Prepared) else Prepared.of(self.refine(pieces))
 
+    def _pieces(self, pieces: Sequence[Piece], block: Operands) -> Prepared:
+        """Of an empty batch none: fused operators refuse it, each in its own way."""
+        return self.prepare(pieces if block.q.shape[0] else ())
+
     def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
         block, options = _upright(block, options)
-        q, pieces = block.q, self.prepare(pieces)
+        q, pieces = block.q, self._pieces(pieces, block)
         if _is_whole(pieces, block):
             return self.piece_forward(block, pieces[0].band, options)
         # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
@@ -137,7 +141,7 @@ class Kernel(ABC):
             return grads._replace(dq=-grads.dq)
         if self.needs_out and rows.out is None:
             rows = rows._replace(out=rows.any_out)  # once for all pieces
-        pieces = self.prepare(pieces)
+        pieces = self._pieces(pieces, block)
         if _is_whole(pieces, block):
             return self.piece_backward(block, rows, pieces[0].band, options)
         dtype = block.q.dtype if len(pieces) == 1 else accum_dtype(block.q.dtype)
