@@ -60,7 +60,7 @@ class Links:
         deadline = time.monotonic() + self.timeout
         try:
             for one in self.links.values():
-                if one is link or one.ready:
+                if one is link or one.ready or (one.lost and one.pending):
                     self._progress(one)
             while not transfer.finished:
                 left = deadline - time.monotonic()

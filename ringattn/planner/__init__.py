@@ -60,7 +60,10 @@ def make_plan(
         ulysses: how many neighbouring ranks trade sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
             need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. With a `Schedule` of world /
             ulysses ranks that one runs inside.
-        kernel: "auto" ("sdpa"), "sdpa", "reference", or "emulated:" and a number of flop/s: right timing, no right numbers.
+        kernel: "auto" ("sdpa": torch's own operators, chosen at the call by device, dtype and head sizes), one of these pinned
+            ("cudnn", "flash", "efficient"), "flex", "flash2", "flash3" (or "flash3:sm_margin=8", which leaves SMs to
+            transfers), "flash4", "reference" in plain mathematics, or "emulated:" and a number of flop/s: right timing, no
+            right numbers. What one of them cannot compute is told by the call.
         topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
         buffer_limit: bytes that a rank may hold beyond its own rows during a pass, for each sequence of a batch; None: any.
         training: whether backward counts in the choice. For inference say False: the plan is the best for forward alone, and

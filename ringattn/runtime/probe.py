@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.comm.duplex import Transfer, finish, prepare, receiving, sending
 from ringattn.cost import MERGE
 from ringattn.kernels import Operands, Options, get
-from ringattn.partial import Partial, merge_
+from ringattn.kernels.fused import PartialRows, merge
 from ringattn.pieces import FULL, Piece
+from ringattn.schedule.program import MERGED_AT_ONCE
 from ringattn.topology import Topology
 
 SHARED = 0.75  # of the sum of its links: a rank that gets less out of all of them at once has them behind one port
@@ -112,10 +113,11 @@ class Probe:
         return self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(1.0)), together=True)
 
     def _memory(self) -> float:
-        """Bytes/s touched in merging one partial result into another."""
-        out = torch.randn(1, 16, 1024, 64, device=self.device)
-        total, part = (Partial(out.clone(), torch.zeros(1, 16, 1024, device=self.device)) for _ in range(2))
-        return MERGE * total.out.nbytes / self._best(lambda: merge_(total, part), together=True)
+        """Bytes/s touched in merging partial results, as many at once as the engine does."""
+        out, lse = torch.randn(1, 16, 1024, 64, device=self.device), torch.zeros(1, 16, 1024, device=self.device)
+        parts, total = [PartialRows(0, 1024, out, lse)] * MERGED_AT_ONCE, torch.empty_like(out)
+        seconds = self._best(lambda: merge(parts, total, torch.empty_like(lse)), together=True)
+        return MERGE * total.nbytes * len(parts) / seconds
 
     def _best(self, action: Callable[[], object], *, repeats: int | None = None, together: bool = False) -> float:
         """Seconds of the fastest run after a first one that does not count. `together`: all ranks start at once."""
