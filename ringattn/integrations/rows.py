@@ -21,7 +21,6 @@ from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
-from ringattn.errors import InputError
 from ringattn.integrations.shards import Shards
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
@@ -29,8 +28,8 @@ from ringattn.sharding import held, in_order
 OF_OTHER_INPUTS = ("encoder_", "image_", "video_", "audio_", "vision_", "text_model_output")  # not of the rows of the sequence
 
 CURE = (
-    "Use ringattn.integrations.whole.forward_whole(model, batch, group), or ringattn.integrations.trainer, which return what one "
-    "process does; a mean loss over all ranks is ringattn.nn.cross_entropy(logits, targets, group)"
+    "Use ringattn.integrations.whole.forward_whole(model, batch, group), or ringattn.integrations.trainer, which return what "
+    "one process does; a mean loss over all ranks is ringattn.nn.cross_entropy(logits, targets, group)"
 )
 
 
@@ -43,8 +42,7 @@ def check_outputs() -> None:
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         shards = kwargs.get("ringattn")
-        outermost = isinstance(shards, Shards) and shards.check_outputs
-        if not outermost:
+        if not isinstance(shards, Shards) or not shards.check_outputs:
             return call(self, *args, **kwargs)
         shards.check_outputs = False  # models within this one return what they like to it
         try:
@@ -63,17 +61,16 @@ def check_outputs() -> None:
 
 def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
     """Which result is not of this rank's rows, or None."""
-    named = (
-        outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs if isinstance(outputs, tuple) else (outputs,))
-    )
-    for name, value in named:
+    if not isinstance(outputs, Mapping):
+        outputs = dict(enumerate(outputs if isinstance(outputs, tuple) else (outputs,)))
+    for name, value in outputs.items():
         if isinstance(name, str) and name.startswith(OF_OTHER_INPUTS):
             continue
         for tensor in value if isinstance(value, tuple | list) else (value,):
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_rows(tensor, shards):
                 return (
-                    f"{model} returned {name} of shape {tuple(tensor.shape)}, not a result for each of the rows of this rank: it "
-                    f"is pooled over one rank's rows and differs from that of the whole sequence. {CURE}"
+                    f"{model} returned {name} of shape {tuple(tensor.shape)}, not a result for each of this rank's rows: it is "
+                    f"pooled over one rank's rows and differs from that of the whole sequence. {CURE}"
                 )
     return None
 
@@ -163,7 +160,10 @@ class GatheredOutputs(dict[str, Any]):
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def pop(self, key: str, *default: Any) -> Any:
         if key in self:

@@ -3,10 +3,10 @@
     class MyTrainer(SequenceParallel, Trainer): ...
     MyTrainer(model, args, train_dataset=dataset, sequence_parallel_size=2).train()
 
-World rank = replica x sequence_parallel_size + place in the sequence. Everything that Trainer and its subclasses do to a batch is
-left to them: they are given a model that takes whole batches and returns the loss and logits of one process, while attention runs
-on shards (`ringattn.integrations.whole`). Only what depends on the number of ranks is corrected: which ranks are given which
-batch, how many ranks average gradients and count tokens, and from which ranks predictions are gathered.
+World rank = replica x sequence_parallel_size + place in the sequence. Everything that Trainer and its subclasses do to a batch
+is left to them: they are given a model that takes whole batches and returns the loss and logits of one process, while attention
+runs on shards (`ringattn.integrations.whole`). Only what depends on the number of ranks is corrected: which ranks are given
+which batch, how many ranks average gradients and count tokens, and from which ranks predictions are gathered.
 
 accelerate knows two ways of its own to cut a sequence and takes no third, so its `ParallelismConfig` stays empty. Under
 DeepSpeed the loss depends on the ZeRO stage, see `deepspeed`; that is refused here.
@@ -154,8 +154,8 @@ def _unfit_argument(trainer: Any) -> str | None:
     """Which argument of the trainer would mean something else on a part of a sequence, or None."""
     if trainer.neftune_noise_alpha is not None:
         return (
-            f"neftune_noise_alpha={trainer.neftune_noise_alpha} makes noise whose size depends on the rows of one rank; leave it "
-            "out, or add noise to inputs_embeds of the whole batch in a data collator"
+            f"neftune_noise_alpha={trainer.neftune_noise_alpha} makes noise whose size depends on the rows of one rank; leave "
+            "it out, or add noise to inputs_embeds of the whole batch in a data collator"
         )
     if getattr(trainer.args, "eval_use_gather_object", False):
         return "eval_use_gather_object gathers from every rank, also those that share a sequence; leave it out"
@@ -198,7 +198,7 @@ def _by_replica(loader: DataLoader[Any], mesh: DeviceMesh) -> DataLoader[Any]:
 
 
 def _of_replicas(trainer: Any, data: Any) -> Any:
-    """Predictions of all replicas in the order of the dataset, without the sequences that fill up the last batch; collective."""
+    """Predictions of all replicas in the dataset's order, without the sequences that fill up the last batch; collective."""
     data = recursively_apply(lambda tensor: _concatenated(tensor, trainer.mesh["data"]), data, error_on_other_type=True)
     state = trainer.accelerator.gradient_state
     if state.end_of_dataloader and state.remainder > 0:

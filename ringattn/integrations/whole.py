@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
-from ringattn.integrations.rows import CURE, OF_OTHER_INPUTS, GatheredOutputs, gathered, is_rows
+from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, gathered, is_rows
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.transformers import NAME, shard_batch
 from ringattn.nn.loss import IGNORE, cross_entropy
@@ -65,7 +65,7 @@ def forward_whole(
     return _head_on_the_whole(model, inner, given, group, averaged_over, sharding)
 
 
-def bare(model: nn.Module) -> Any:
+def bare(model: Any) -> Any:
     """The model of transformers inside DDP, FSDP, torch.compile and PEFT."""
     while True:
         if hasattr(model, "get_base_model"):  # PEFT
@@ -165,12 +165,11 @@ def _head_on_the_whole(
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
         if not isinstance(outputs, Mapping):
-            raise InputError(
-                f"{type(module).__name__} returned a {type(outputs).__name__}; a ModelOutput can be gathered. {CURE}"
-            )
+            raise InputError(f"{type(module).__name__} returned a {type(outputs).__name__}; only a ModelOutput can be gathered")
+        whole: Any = outputs
         for name, value in list(outputs.items()):
-            outputs[name] = _whole(name, value, cut[-1], size)
-        return outputs
+            whole[name] = _whole(name, value, cut[-1], size)
+        return whole
 
     hooks = [
         base.register_forward_pre_hook(before, with_kwargs=True),
