@@ -42,16 +42,25 @@ def text(step: int, micro: int) -> Tensor:
     return torch.randint(0, 61, (REPLICAS, LENGTH), generator=torch.Generator().manual_seed(100 * step + micro))
 
 
+def labels_of(ids: Tensor, micro: int) -> Tensor:
+    """Micro-batches with 36 and 5 targets a sequence, so that the mean of their means is not the mean."""
+    labels = ids.clone()
+    labels[:, : 32 * micro] = -100
+    return labels
+
+
 def one_process(accumulated: int) -> tuple[list[float], Tensor]:
-    """Losses of all micro-batches, and the parameters in the end."""
+    """Losses of all micro-batches, parts of the mean of their step, and the parameters in the end."""
     model = model_of("eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for step in range(STEPS):
+        count = sum(int((shift_labels(labels_of(text(step, m), m)) != -100).sum()) for m in range(accumulated))
         for micro in range(accumulated):
             ids = text(step, micro)
-            loss = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), shift_labels(ids).flatten())
-            (loss / accumulated).backward()
+            targets = shift_labels(labels_of(ids, micro)).flatten()
+            loss = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), targets, reduction="sum") / count
+            loss.backward()
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
@@ -78,16 +87,19 @@ def trained(rank: int, kind: str, accumulated: int) -> tuple[float, float, bool]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     replica, losses = mesh["data"].get_local_rank(), []
     for step in range(STEPS):
-        for micro in range(accumulated):
+        batches = [text(step, micro)[replica : replica + 1] for micro in range(accumulated)]
+        batches = [{"input_ids": ids, "labels": labels_of(ids, micro)} for micro, ids in enumerate(batches)]
+        cut = [shard_batch(one, config, mesh["sequence"], dtype=torch.float64, topology="cpu") for one in batches]
+        count = torch.stack([(targets != -100).sum() for _, targets in cut]).sum()
+        dist.all_reduce(count)
+        for micro, (inputs, targets) in enumerate(cut):
             last = micro == accumulated - 1
             if kind != "ddp":
                 model.set_requires_gradient_sync(last)
-            ids = text(step, micro)[replica : replica + 1]
-            batch = {"input_ids": ids, "labels": ids}
-            inputs, targets = shard_batch(batch, config, mesh["sequence"], dtype=torch.float64, topology="cpu")
             with model.no_sync() if kind == "ddp" and not last else contextlib.nullcontext():
-                loss = cross_entropy(model(**inputs).logits, targets, everyone, averaged_over=everyone.size())
-                (loss / accumulated).backward()
+                logits = model(**inputs).logits
+                loss = cross_entropy(logits, targets, everyone, averaged_over=everyone.size(), num_items=count)
+                loss.backward()
             losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()

@@ -144,7 +144,7 @@ class Gathered:
             raise InputError(problem)
         layout = Layout("contiguous", tuple((Span(end - n, n),) for n, end in zip(counts, ends, strict=True)))
         own = None if bias is None else bias[:, ends[rank] - counts[rank] : ends[rank]].to(position_ids.device)
-        mask = documents_of(positions.cpu()) if bias is None else causal()
+        mask = documents_of(positions.cpu(), tokens is not None) if bias is None else causal()
         return Shards(layout, mask, partial(self.make, length, layout=layout), self.group, own)
 
     def _wrong(self, parts: list[Tensor], length: int) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringattn.comm.group import Group
+from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.functional import attention, cast_dtype
 from ringattn.layout import Layout
@@ -32,6 +32,7 @@ class Shards:
     mask: of the whole sequence, windows of single layers excepted.
     make: `make_plan` with all that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
+    check_outputs: whether what the model returns is checked to be this rank's rows, see `ringattn.integrations.outputs`.
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class Shards:
     make: Callable[..., Plan]
     group: Group | None = None
     key_bias: Tensor | None = None
+    check_outputs: bool = True
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None) -> Plan:
         """The plan of layers with these heads that see `window` keys each, the query's own included, or all before them."""
@@ -48,8 +50,16 @@ class Shards:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
         """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks."""
         plan = self.plan(q.shape[2], k.shape[2], q.shape[3], cast_dtype(q), window)
+        surplus = q.shape[1] if self.rows == 0 else 0  # the row that `cut` gives to a rank without any
+        if surplus:
+            q, k, v = (x[:, :0] for x in (q, k, v))
         out: Tensor = attention(q, k, v, plan, key_bias=self.key_bias, group=self.group, **options)
-        return out
+        return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the sequence this rank holds."""
+        return self.layout.rows(group_and_rank(self.group, self.layout.world)[1])
 
 
 def windowed(mask: Mask, window: int | None) -> Mask:
@@ -57,12 +67,25 @@ def windowed(mask: Mask, window: int | None) -> Mask:
     return mask if window is None else mask & sliding_window(window - 1)
 
 
-def documents_of(position_ids: Tensor) -> Mask:
-    """The causal mask of documents that are packed one behind another; a new one begins where positions do not go on by one.
+def documents_of(position_ids: Tensor, masked: bool = False) -> Mask:
+    """The causal mask of documents packed one behind another: one begins where positions do not increase.
 
-    position_ids: int64 (batch or 1, seq_len), whole. Raises `InputError` where the rows of a batch are packed differently.
+    Args:
+        position_ids: int64 (batch or 1, seq_len), of the whole sequence.
+        masked: whether the batch has an attention_mask. Without one, transformers' own attention begins a document also where
+            positions jump forward, and with one it does not.
+
+    Raises:
+        InputError: the rows of a batch are packed differently, or positions jump forward without an attention_mask.
     """
-    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    step = position_ids[:, 1:] - position_ids[:, :-1]
+    if not masked and (step > 1).any():
+        raise InputError(
+            "position_ids jump forward by more than 1 and the batch has no attention_mask, which transformers' backends read "
+            "differently: pass attention_mask=torch.ones_like(input_ids) for one sequence with a gap in its positions, or let "
+            "positions begin anew at 0 where a document begins"
+        )
+    begins = step <= 0
     if (begins != begins[:1]).any():
         raise InputError(
             "position_ids: the sequences of this batch are packed differently, and one call has one mask; put one sequence "
@@ -73,28 +96,40 @@ def documents_of(position_ids: Tensor) -> Mask:
 
 
 def padding_of(attention_mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
-    """key_bias (batch, seq_len), fp32, -inf on padding; None where nothing is padded. attention_mask: 1 or True is a token."""
+    """key_bias (batch, seq_len), fp32, -inf on padding; None where nothing is padded. attention_mask: 1 or True is a token.
+
+    Raises `InputError` where a sequence has both padding and documents.
+    """
     tokens = attention_mask.bool()
     if tokens.all():
         return None
-    if position_ids is not None:
-        both = tokens[:, 1:] & tokens[:, :-1]
-        jumps = (position_ids[:, 1:] != position_ids[:, :-1] + 1) & both
-        if jumps.any():
-            raise InputError(
-                "attention_mask has padding and position_ids begin anew between tokens: a batch is either padded or packed; "
-                "leave the padding out of a packed batch, or give each document a sequence of its own"
-            )
+    if position_ids is not None and any(
+        _begins_anew(p, t) for p, t in zip(position_ids.expand_as(tokens), tokens, strict=True)
+    ):
+        raise InputError(
+            "attention_mask has padding and position_ids begin anew between tokens: a batch is either padded or packed; "
+            "leave the padding out of a packed batch, or give each document a sequence of its own"
+        )
     return torch.zeros(tokens.shape).masked_fill(~tokens.cpu(), float("-inf")).to(tokens.device)
+
+
+def _begins_anew(positions: Tensor, tokens: Tensor) -> bool:
+    """Whether positions of the tokens of one sequence, padding left out, ever do not increase."""
+    of_tokens = positions[tokens.to(positions.device)]
+    return bool((of_tokens[1:] <= of_tokens[:-1]).any())
 
 
 def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, Any], Tensor | None]:
     """The rows of `rank` of every tensor (batch, seq_len, ...), and its targets if the batch has labels.
 
     Positions are made where there are none, since a model that makes its own begins at 0 on every rank; padding is left out, it
-    is `Shards.key_bias`, and what stands on padding predicts nothing.
+    is `Shards.key_bias`, and what stands on padding predicts nothing. A rank without rows gets the first one, since models of
+    transformers fail on none: `Shards.attend` leaves it out, and its target is ignored.
     """
     rows = held(layout, rank)
+    empty = len(rows) == 0
+    if empty:
+        rows = torch.zeros(1, dtype=torch.int64)
     whole = {"position_ids": torch.arange(layout.length).unsqueeze(0)}
     whole |= {name: value for name, value in batch.items() if name != "attention_mask" and value is not None}
     if "labels" in whole:
@@ -103,7 +138,10 @@ def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, 
             whole["labels"] = whole["labels"].masked_fill(batch["attention_mask"] == 0, IGNORE)
     device = next(value.device for value in batch.values() if isinstance(value, Tensor))
     own = {
-        name: value.to(device).index_select(1, rows.to(device)) if isinstance(value, Tensor) else value
+        name: value.to(device).index_select(1, rows.to(device)) if isinstance(value, Tensor) and value.ndim > 1 else value
         for name, value in whole.items()
     }
+    for name in ("labels", "shift_labels"):
+        if empty and isinstance(own.get(name), Tensor):
+            own[name] = torch.full_like(own[name], IGNORE)
     return own, own.pop("labels", None)

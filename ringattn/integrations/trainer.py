@@ -3,10 +3,10 @@
     class MyTrainer(SequenceParallel, Trainer): ...
     MyTrainer(model, args, train_dataset=dataset, sequence_parallel_size=2).train()
 
-World rank = replica x sequence_parallel_size + place in the sequence. Three things differ from plain data parallelism, and
-they are all that is here: the ranks of a sequence are given the same batch, the batch is cut before the model sees it, and the
-loss is the mean over the tokens of all ranks. Gradients stay what Trainer makes of them, an average over all ranks by DDP or
-FSDP, so the loss is scaled for that.
+World rank = replica x sequence_parallel_size + place in the sequence. Everything that Trainer and its subclasses do to a batch
+is left to them: they are given a model that takes whole batches and returns the loss and logits of one process, while attention
+runs on shards (`ringattn.integrations.whole`). Only what depends on the number of ranks is corrected: which ranks are given
+which batch, how many ranks average gradients and count tokens, and from which ranks predictions are gathered.
 
 accelerate knows two ways of its own to cut a sequence and takes no third, so its `ParallelismConfig` stays empty. Under
 DeepSpeed the loss depends on the ZeRO stage, see `deepspeed`; that is refused here.
@@ -14,41 +14,50 @@ DeepSpeed the loss depends on the ZeRO stage, see `deepspeed`; that is refused h
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
+import transformers
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
+from accelerate.utils import recursively_apply
+from packaging import version
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
+from ringattn.comm.board import transferring
+from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
-from ringattn.functional import cast_dtype
-from ringattn.integrations.transformers import NAME, register, shard_batch
-from ringattn.nn.loss import cross_entropy
+from ringattn.integrations.on_shards import OnShards
+from ringattn.integrations.transformers import NAME, register
+from ringattn.nn.loss import IGNORE
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
     from transformers import Trainer as Base
 else:
     Base = object
 
+OLDEST = "5.23"  # of transformers: where this was tested
+_TRAINER_LOSS = transformers.Trainer.compute_loss
+
 
 class SequenceParallel(Base):
-    """A mixin for `transformers.Trainer` and its subclasses; name it first. Needs a causal language model of transformers.
+    """A mixin for `transformers.Trainer` and its subclasses; name it first. Needs a model of transformers.
 
     Args, beside those of the trainer:
         sequence_parallel_size: ranks that share each sequence; divides the number of ranks. Further keywords for `shard_batch`,
             as schedule and layout, go into `sharding`.
 
     Raises:
-        InputError: the number of ranks is not a multiple of it, or the job runs under DeepSpeed or one of accelerate's own ways
-            to cut a sequence.
+        InputError: the number of ranks is not a multiple of it, the job runs under DeepSpeed or one of accelerate's own ways to
+            cut a sequence, or an argument of the trainer cannot be honoured on shards. Raised on every rank.
 
-    Batches must be the same wherever a dataset is read, so an iterable dataset must yield the same on every rank. In `evaluate`
-    only the loss is meant: set `prediction_loss_only=True`, since logits are those of a rank's own rows.
+    Batches must be the same wherever a dataset is read, so an iterable dataset must yield the same on every rank. Losses,
+    gradients, predictions and metrics are those of Trainer with as many processes as there are replicas. Whoever reads logits
+    (compute_metrics, compute_loss_func, label smoothing) has them whole, (batch, seq_len, vocab_size), on every rank.
     """
-
-    loss_is_scaled_for_ga = False  # a mean of one micro-batch; Trainer divides by their number
 
     def __init__(self, *args: Any, sequence_parallel_size: int, sharding: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,23 +75,62 @@ class SequenceParallel(Base):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         return _by_replica(super().get_eval_dataloader(eval_dataset), self.mesh)
 
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Sequences in an optimizer step, over all replicas."""
-        ranks: int = super().get_total_train_batch_size(args)
-        return ranks // self.mesh["sequence"].size()
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        return _by_replica(super().get_test_dataloader(test_dataset), self.mesh)
+
+    def get_tp_size(self) -> int:
+        """Ranks that are given the same batch. Trainer divides by it where it counts batches, tokens and averaged gradients."""
+        size: int = super().get_tp_size()
+        return size * (self.mesh["sequence"].size() if hasattr(self, "mesh") else 1)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Counted targets of a step. Those on padding are left out, as `shard_batch` leaves them out of the loss."""
+        if self._loss_shifts_labels:
+            batch_samples = [_without_targets_on_padding(batch) for batch in batch_samples]
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is None or self.args.average_tokens_across_devices:
+            return items
+        return items * self.mesh["sequence"].size()  # Trainer divides what one rank has counted, too
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        step: Tensor = super().training_step(self._on_shards(model), *args, **kwargs)
+        return step
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        return super().prediction_step(
+            self._on_shards(model, prediction_loss_only), inputs, prediction_loss_only, *args, **kwargs
+        )
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The mean over the tokens of all ranks. inputs: a whole batch with labels, the same on the ranks of a sequence."""
-        if "labels" not in inputs:
+        """That of the trainer below, given a model on shards. inputs: a whole batch, the same on the ranks of a sequence."""
+        if self._needs_labels() and not {"labels", "shift_labels", "start_positions"} & set(inputs):
             raise InputError(f"the batch has no labels, only {', '.join(inputs)}; use a data collator that adds them")
-        config = self.accelerator.unwrap_model(model).config
-        # Not the config's dtype: the rank that saves a model writes into its own config what the model has become.
-        sharding = {"dtype": cast_dtype(next(model.parameters())), **self.sharding}
-        own, targets = shard_batch(inputs, config, self.mesh["sequence"], **sharding)
-        assert targets is not None  # there are labels
-        outputs = model(**own)
-        loss: Tensor = cross_entropy(outputs.logits, targets, averaged_over=dist.get_world_size())
-        return (loss, {"loss": loss, "logits": outputs.logits}) if return_outputs else loss
+        return super().compute_loss(self._on_shards(model), inputs, return_outputs, num_items_in_batch)
+
+    def _needs_labels(self) -> bool:
+        """Whether the loss is the model's own, which it makes of labels."""
+        below = super().compute_loss
+        return getattr(below, "__func__", None) is _TRAINER_LOSS and self.compute_loss_func is None
+
+    def _on_shards(self, model: Any, loss_only: bool = False) -> Any:
+        if type(model) is OnShards:
+            return model
+        return OnShards(model, self.mesh["sequence"], self.sharding, loss_only)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.gather_function = partial(_of_replicas, self)
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)  # sums over all ranks
+        counted = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + counted // self.mesh["sequence"].size()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """This rank's part: Trainer adds up all ranks."""
+        whole: int = super().floating_point_ops(inputs)
+        return whole // self.mesh["sequence"].size()
 
 
 def _unfit(trainer: Any, size: int) -> str | None:
@@ -99,7 +147,33 @@ def _unfit(trainer: Any, size: int) -> str | None:
         return "accelerate's ParallelismConfig cuts sequences or layers too; leave cp_size, sp_size and tp_size at 1"
     if trainer.accelerator.dispatch_batches or trainer.accelerator.split_batches:
         return "dispatch_batches and split_batches send parts of one batch to the ranks; leave both out of accelerator_config"
+    return _unfit_argument(trainer)
+
+
+def _unfit_argument(trainer: Any) -> str | None:
+    """Which argument of the trainer would mean something else on a part of a sequence, or None."""
+    if trainer.neftune_noise_alpha is not None:
+        return (
+            f"neftune_noise_alpha={trainer.neftune_noise_alpha} makes noise whose size depends on the rows of one rank; leave "
+            "it out, or add noise to inputs_embeds of the whole batch in a data collator"
+        )
+    if getattr(trainer.args, "eval_use_gather_object", False):
+        return "eval_use_gather_object gathers from every rank, also those that share a sequence; leave it out"
+    if version.parse(transformers.__version__) < version.parse(OLDEST):
+        return (
+            f"transformers {transformers.__version__} scales losses without regard to ranks that share a batch; install "
+            f"transformers {OLDEST} or later"
+        )
     return None
+
+
+def _without_targets_on_padding(batch: Any) -> Any:
+    labels, tokens = batch.get("labels"), batch.get("attention_mask")
+    if labels is None or tokens is None or "shift_labels" in batch or tokens.shape != labels.shape:
+        return batch
+    counted = labels.clone()
+    counted[:, 1:].masked_fill_(tokens[:, :-1] == 0, IGNORE)
+    return {**batch, "labels": counted}
 
 
 def _mesh(device: str, size: int) -> DeviceMesh:
@@ -110,6 +184,8 @@ def _by_replica(loader: DataLoader[Any], mesh: DeviceMesh) -> DataLoader[Any]:
     """accelerate has dealt batches out to all ranks; deal them out to replicas."""
     if isinstance(loader.batch_sampler, BatchSamplerShard):
         dealt: Any = loader.batch_sampler
+        # One replica has no batches to even out: its last one is as short as in one process.
+        dealt.even_batches = dealt.even_batches and mesh["data"].size() > 1
     elif isinstance(loader.dataset, IterableDatasetShard):
         dealt = loader.dataset
     else:
@@ -119,3 +195,20 @@ def _by_replica(loader: DataLoader[Any], mesh: DeviceMesh) -> DataLoader[Any]:
         )
     dealt.num_processes, dealt.process_index = mesh["data"].size(), mesh["data"].get_local_rank()
     return loader
+
+
+def _of_replicas(trainer: Any, data: Any) -> Any:
+    """Predictions of all replicas in the dataset's order, without the sequences that fill up the last batch; collective."""
+    data = recursively_apply(lambda tensor: _concatenated(tensor, trainer.mesh["data"]), data, error_on_other_type=True)
+    state = trainer.accelerator.gradient_state
+    if state.end_of_dataloader and state.remainder > 0:
+        data = recursively_apply(lambda tensor: tensor[: state.remainder], data)
+    return data
+
+
+def _concatenated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    tensor = (tensor.unsqueeze(0) if tensor.ndim == 0 else tensor).contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(mesh.size())]
+    with transferring("gathering predictions", f"rank {dist.get_rank()}: predictions of the replicas could not be gathered"):
+        all_gather(parts, tensor, mesh.get_group())
+    return torch.cat(parts)

@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
+from ringattn.integrations.rows import check_outputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
 from ringattn.layout import Layout
 from ringattn.mask import causal
@@ -53,6 +54,7 @@ def register(name: str = NAME) -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, seen)
+    check_outputs()
 
 
 def shard_batch(
@@ -174,7 +176,7 @@ def _shards(
     text = config.get_text_config()
     positions, tokens = batch.get("position_ids"), batch.get("attention_mask")
     bias = None if tokens is None else padding_of(tokens, positions)
-    mask = documents_of(positions) if bias is None and positions is not None else causal()
+    mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
     make = partial(make_plan, _ids(batch).shape[1], world=world, **choices)
     plan = make(
@@ -216,7 +218,7 @@ def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
             "told by position_ids, windows by the model's config"
         )
     for name, value in batch.items():
-        if isinstance(value, Tensor) and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
             return (
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"

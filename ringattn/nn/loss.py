@@ -38,7 +38,13 @@ def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, group: Group | None = None, ignore_index: int = IGNORE, *, averaged_over: int = 1
+    logits: Tensor,
+    targets: Tensor,
+    group: Group | None = None,
+    ignore_index: int = IGNORE,
+    *,
+    averaged_over: int = 1,
+    num_items: int | Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats over the rows of all ranks; collective over `group`.
 
@@ -50,6 +56,9 @@ def cross_entropy(
         ignore_index: targets with this value do not count. When none counts anywhere, the loss is 0 and so is its gradient.
         averaged_over: 1 where the parameters' gradients are summed over `group`; where they are averaged, the number they are
             divided by: with DDP or FSDP over all of `group` its size.
+        num_items: what the sum of losses is divided by instead of the counted targets of this call. Under gradient
+            accumulation: the counted targets of all micro-batches and all ranks, the same number on every rank. The losses of
+            the micro-batches then add up to the mean over all of them, and are not to be divided again. A tensor has one entry.
 
     Returns:
         A scalar, the same on every rank. Its gradient is this rank's share, times `averaged_over`.
@@ -58,14 +67,27 @@ def cross_entropy(
         InputError: targets do not fit the logits. Raised on every rank.
     """
     process_group = reduction_group(group)
-    problem = complaint(lambda: _check(logits, targets, ignore_index, averaged_over))
-    agree(process_group, {"call": "cross_entropy"} | ({"averaged_over": averaged_over} if problem is None else {}), problem)
+    problem = complaint(lambda: _check(logits, targets, ignore_index, averaged_over, num_items))
+    same = {"averaged_over": averaged_over, "num_items": _comparable(num_items)} if problem is None else {}
+    agree(process_group, {"call": "cross_entropy"} | same, problem)
     counted = (targets != ignore_index).sum()
-    return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over)
+    return mean_over(summed(logits, targets, ignore_index), counted, process_group, averaged_over, num_items)
 
 
-def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: int) -> None:
+def _comparable(num_items: int | Tensor | None) -> object:
+    """What ranks compare. The value of a tensor on a GPU is left out: reading it would stall the GPU."""
+    if isinstance(num_items, Tensor):
+        return "a tensor" if num_items.device.type != "cpu" else num_items.item()
+    return num_items
+
+
+def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: int, num_items: int | Tensor | None) -> None:
     """Raise `InputError` for what does not fit."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
+            raise InputError(f"num_items: {num_items.dtype} of shape {tuple(num_items.shape)}; give one number")
+    elif num_items is not None and (isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0):
+        raise InputError(f"num_items={shown(num_items)}: counts targets, 0 or more")
     count("ignore_index", ignore_index, InputError, least=-MOST)
     if not isinstance(averaged_over, int) or not 1 <= averaged_over <= MOST:
         raise InputError(f"averaged_over={shown(averaged_over)}: counts ranks, 1 or more")
@@ -92,24 +114,37 @@ def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tenso
     return F.cross_entropy(rows, targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
 
-def mean_over(local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None, averaged_over: int = 1) -> Tensor:
-    """Sum of all sums / sum of all counts; backward gives `local_sum` the gradient averaged_over / sum of all counts."""
-    mean: Tensor = _MeanOver.apply(local_sum, local_count, group, averaged_over)
+def mean_over(
+    local_sum: Tensor,
+    local_count: Tensor,
+    group: dist.ProcessGroup | None,
+    averaged_over: int = 1,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """Sum of all sums / sum of all counts, or / num_items; backward gives `local_sum` the gradient averaged_over / divisor."""
+    mean: Tensor = _MeanOver.apply(local_sum, local_count, group, averaged_over, num_items)
     return mean
 
 
 class _MeanOver(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, local_sum: Tensor, local_count: Tensor, group: dist.ProcessGroup | None, averaged_over: int
+        ctx: Any,
+        local_sum: Tensor,
+        local_count: Tensor,
+        group: dist.ProcessGroup | None,
+        averaged_over: int,
+        num_items: int | Tensor | None,
     ) -> Tensor:
         totals = torch.stack([local_sum.double(), local_count.double()])  # fp64 counts exactly up to 2^53
         total, count = sum_over(group, totals, "loss")
+        if num_items is not None:
+            count = torch.as_tensor(num_items, dtype=count.dtype, device=count.device).reshape(())
         count = count.clamp(min=1)
         ctx.share = averaged_over / count
         mean: Tensor = (total / count).to(local_sum.dtype)
         return mean
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return (grad * ctx.share).to(grad.dtype), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (grad * ctx.share).to(grad.dtype), None, None, None, None
