@@ -5,10 +5,10 @@
     surrogate_out(dout, delta)           an out that has the delta of the true one, for backward kernels that ask for out
     row_statistics(dout, out, lse)       delta and lse of whole rows, as backward kernels want them
 
-Each is a Triton kernel on CUDA (`triton_ops`) and a few torch operators elsewhere (`eager_ops`), by the same formula: merging n
-parts with weights exp(lse_i - lse) reads every part once and writes the result once, where merging two at a time would read and
-write the sum n times. Sums are formed in the order of `parts`, so they are the same bits every time. The two forms differ only
-by their exp and log: by a few roundings of fp32.
+Each is a Triton kernel on CUDA (`triton_ops`) and a few torch operators elsewhere (`eager_ops`). Merging n parts at once, with
+weights exp(lse_i - lse), reads every part once and writes the result once, where merging two at a time would read and write the
+sum n times. Results are formed in the order of `parts`, so they are the same bits every time. The two forms give equal sums,
+and merges that differ by a few roundings of fp32, from their exp and log.
 
 Parts cover rows [start, stop) of the block; rows that no part covers come out as those of queries that see no key.
 """

@@ -1,4 +1,7 @@
-"""The merges and row statistics of `fused` in torch's operators: on any device, in any floating-point dtype."""
+"""The merges and row statistics of `fused` in torch's operators: on any device, in any floating-point dtype.
+
+Parts are merged one after the other: on a CPU that is faster than forming the weights of all of them first.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ringattn.partial import accum_dtype
+from ringattn.partial import Partial, accum_dtype, merge_
 
 if TYPE_CHECKING:
     from ringattn.kernels.fused import PartialRows, SumRows
 
 
 def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
-    rows = lse.shape[2]
-    if len(parts) == 1:
-        (part,) = parts
-        _clear_outside(out, part.start, part.stop, 0.0)
-        _clear_outside(lse, part.start, part.stop, -torch.inf)
-        out.narrow(2, part.start, part.stop - part.start).copy_(part.out)
-        lse.narrow(2, part.start, part.stop - part.start).copy_(part.lse)
-        return
-    whole = all(part.stop - part.start == rows for part in parts)
-    lses = torch.stack([part.lse if whole else _placed(part, rows) for part in parts])
-    largest = lses.amax(0)
-    # Where no part has seen a key, -inf minus -inf would be NaN; NaN from the inputs must survive.
-    exps = lses.sub_(largest.masked_fill(largest == -torch.inf, 0.0)).exp_()
-    sum_of_exps = exps.sum(0).clamp_min_(1.0)  # the largest alone adds 1, so this changes only rows that see nothing
-    torch.add(largest, sum_of_exps.log(), out=lse)
-    weights = exps.div_(sum_of_exps).unsqueeze(-1).unbind(0)
-    if whole:
-        total = parts[0].out * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            total.addcmul_(part.out, weight)
-    else:
-        total = lse.new_zeros(out.shape)
-        for part, weight in zip(parts, weights, strict=True):
-            start, count = part.start, part.stop - part.start
-            total.narrow(2, start, count).addcmul_(part.out, weight.narrow(2, start, count))
-    out.copy_(total)
+    first, *others = parts
+    wide = out if not others or out.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
+    for whole, values, nothing in ((wide, first.out, 0.0), (lse, first.lse, -torch.inf)):
+        _clear_outside(whole, first.start, first.stop, nothing)
+        _rows(whole, first).copy_(values)
+    for part in others:
+        merge_(Partial(_rows(wide, part), _rows(lse, part)), Partial(part.out, part.lse))
+    if wide is not out:
+        out.copy_(wide)
 
 
 def add(parts: Sequence[SumRows], total: Tensor) -> None:
@@ -51,9 +37,9 @@ def add(parts: Sequence[SumRows], total: Tensor) -> None:
         return
     wide = total if not others or total.dtype == dtype else torch.empty_like(total, dtype=dtype)
     _clear_outside(wide, first.start, first.stop, 0.0)
-    (wide if _covers(first, rows) else wide.narrow(2, first.start, first.stop - first.start)).copy_(first.values)
+    _rows(wide, first).copy_(first.values)
     for part in others:
-        (wide if _covers(part, rows) else wide.narrow(2, part.start, part.stop - part.start)).add_(part.values)
+        _rows(wide, part).add_(part.values)
     if wide is not total:
         total.copy_(wide)
 
@@ -75,9 +61,9 @@ def _covers(part: PartialRows | SumRows, rows: int) -> bool:
     return part.stop - part.start == rows
 
 
-def _placed(part: PartialRows, rows: int) -> Tensor:
-    """lse of the whole block, -inf outside of the part."""
-    return torch.nn.functional.pad(part.lse, (part.start, rows - part.stop), value=-torch.inf)
+def _rows(whole: Tensor, part: PartialRows | SumRows) -> Tensor:
+    """The rows of a block that `part` has."""
+    return whole if _covers(part, whole.shape[2]) else whole.narrow(2, part.start, part.stop - part.start)
 
 
 def _clear_outside(x: Tensor, start: int, stop: int, value: float) -> None:
