@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, documents, full, make_plan, sliding_window
-from ringattn.by_documents import EVEN, _dealt, by_documents
+from ringattn.by_documents import EVEN, Unit, _dealt, by_documents
 from ringattn.cost import traffic
 from ringattn.layout import contiguous
 from ringattn.planner import Candidate, candidates
@@ -51,7 +51,7 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
     done = work(layout, bounds)
     assert max(done) <= EVEN * sum(done) / world
     assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are whole"
-    every = [(b - a, a) for a, b in pairwise(bounds)]
+    every = [Unit(b - a, a, b - a) for a, b in pairwise(bounds)]
     cut = Layout("all cut", tuple(map(tuple, _dealt(every, world, 0)[2])))
     plans = [
         make_plan(16384, world=world, **MODEL, mask=documents(bounds), layout=chosen, schedule="ring_direct")
