@@ -336,7 +336,7 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
             (
                 0,
                 _different_grad_mode,
-                "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, and on rank 2 gradients are off",
+                "MismatchError: ranks disagree on needs gradient: True on ranks 0, 1, and on rank 2 gradients",
             ),
             (0, _wrong_device, "InputError: on rank 0: q is on meta and the gloo group moves tensors on cpu"),
             (
