@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringattn.comm.transport import Transport
 from ringattn.engine import Payload, profiling, run, span
+from ringattn.errors import InputError
+from ringattn.first_order import only_once, unsupported_gradient, unsupported_transform
 from ringattn.kernels import Options
 from ringattn.kernels.fused import row_statistics
 from ringattn.partial import accum_dtype
@@ -45,6 +46,8 @@ class Inputs(NamedTuple):
 def attend(inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport) -> list[tuple[Tensor, Tensor]]:
     """(out, lse) for each rank that `transport` hosts, in order; see `attention` for shapes."""
     flat = [tensor for rank_inputs in inputs for tensor in rank_inputs]
+    if problem := unsupported_transform(*flat):
+        raise InputError(problem)
     with without_autocast(inputs[0].q.device.type):
         results = _Attend.apply(plan, options, transport, *flat)
     return list(zip(results[::2], results[1::2], strict=True))
@@ -70,17 +73,20 @@ class _Attend(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if problem := unsupported_gradient(*grads):
+            raise InputError(problem)
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
         count = len(Inputs._fields) * len(ctx.transport.ranks)
         inputs, results, kept = _by_rank(saved[:count]), saved[count : count + len(grads)], iter(saved[count + len(grads) :])
         if ctx.ghosts is not None:
             inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
         # Backward may be called inside of `torch.autocast`, which would round what is summed in fp32.
-        with without_autocast(results[0].device.type):
+        with torch.no_grad(), without_autocast(results[0].device.type):
             found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
-        return (None, None, None, *(grad for of_rank in found for grad in of_rank))
+        # Every out depends on all inputs, also on those that were not saved.
+        flat = only_once([grad for of_rank in found for grad in of_rank], *results[::2], *grads[::2])
+        return (None, None, None, *flat)
 
 
 def run_forward(

@@ -7,8 +7,9 @@ crumbs. This is in between. It knows where documents begin and end and nothing e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from ringattn.layout import Layout, Span
 
@@ -21,10 +22,11 @@ def by_documents(bounds: Sequence[int], world: int) -> Layout:
     Those up to a certain length stay whole, each with the rank that has the fewest rows so far, the longest first. Of all
     halvings of an even share, down to no document at all, that length is the first at which neither rows nor causal work of any
     rank are more than `EVEN` times the mean. Parts of cut documents stand before whole ones, which need not travel with them.
+    Documents of one row each that stand one behind another, as padding may, are dealt out as one: any cut through them is free.
     """
-    documents = sorted(((b - a, a) for a, b in pairwise(bounds) if a < b), key=lambda found: (-found[0], found[1]))
+    documents = sorted(_units(bounds), key=lambda unit: (-unit.length, unit.start))
     share, limit = bounds[-1] / world, bounds[-1] // world
-    work = sum(length * length for length, _ in documents) / world
+    work = sum(unit.work for unit in documents) / world
     while True:
         rows, squares, shards = _dealt(documents, world, limit)
         if limit == 0 or (max(rows) <= EVEN * share and max(squares) <= EVEN * work):
@@ -32,16 +34,40 @@ def by_documents(bounds: Sequence[int], world: int) -> Layout:
         limit //= 2
 
 
-def _dealt(documents: Sequence[tuple[int, int]], world: int, limit: int) -> tuple[list[int], list[float], list[list[Span]]]:
+class Unit(NamedTuple):
+    """A document, or several of one row each."""
+
+    length: int
+    start: int
+    each: int  # rows of one document
+
+    @property
+    def work(self) -> int:
+        """What it costs to compute, as the square of a document's rows."""
+        return self.length * self.each
+
+
+def _units(bounds: Sequence[int]) -> Iterator[Unit]:
+    lengths = ((b - a, a) for a, b in pairwise(bounds) if a < b)
+    for one_row, some in groupby(lengths, key=lambda document: document[0] == 1):
+        documents = list(some)
+        if one_row:
+            yield Unit(len(documents), documents[0][1], 1)
+        else:
+            yield from (Unit(length, start, length) for length, start in documents)
+
+
+def _dealt(documents: Sequence[Unit], world: int, limit: int) -> tuple[list[int], list[float], list[list[Span]]]:
     """Rows, causal work and spans of every rank, when documents of at most `limit` rows stay whole."""
     shards: list[list[Span]] = [[] for _ in range(world)]
     rows, squares, turn = [0] * world, [0.0] * world, 0
-    for length, start in documents:
+    for unit in documents:
+        length, start, _ = unit
         if length <= limit:
             rank = min(range(world), key=rows.__getitem__)
             shards[rank].append(Span(start, length))
             rows[rank] += length
-            squares[rank] += length * length
+            squares[rank] += unit.work
             continue
         # 2 * world chunks, of which those that are one longer come round in turn: over all documents ranks stay even.
         base, longer = divmod(length, 2 * world)
@@ -53,5 +79,5 @@ def _dealt(documents: Sequence[tuple[int, int]], world: int, limit: int) -> tupl
                 rows[rank] += size
             start += size
         turn += longer
-        squares = [square + length * length / world for square in squares]
+        squares = [square + unit.work / world for square in squares]
     return rows, squares, shards

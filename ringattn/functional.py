@@ -11,10 +11,12 @@ from torch import Tensor
 from ringattn.arguments import complaint, flag, real, shown
 from ringattn.autograd import Inputs, attend
 from ringattn.callers import dense, meet
-from ringattn.comm.agree import agree
+from ringattn.comm.agree import Gradient, agree
 from ringattn.comm.factory import moves, transport_for
 from ringattn.comm.group import Group, cannot_move, capturing
 from ringattn.errors import InputError
+from ringattn.first_order import outside_transforms, unsupported_transform
+from ringattn.joint_backward import gradient_of, in_backward
 from ringattn.kernels.pick import obstacle, resolved
 from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
@@ -92,20 +94,22 @@ def attention(
             call of each kind alone, after which it costs nothing, and ranks that come to different known calls are found by
             the deadline or not at all. None: on every call where tensors are on the CPU; on GPUs, which the answer would stall,
             as False. A text, as "layer 3": on every call, and on the text, so that layers in another order are found too.
+            With gradients on and none needed, they agree on every call in any case: use torch.no_grad().
             A CUDA graph can capture a call that has been made before and on which ranks need not agree again; others refuse.
 
     Returns:
         out: (batch, rows, heads, head_dim) in q's dtype; with `return_lse` also lse: (batch, heads, rows), fp32 (fp64 for fp64
         input), natural log. A row that sees no key gives out 0, lse -inf and zero gradients.
 
-    Differentiable in q, k, v, key_bias and sinks (once). Under autocast, q, k and v are cast to the autocast dtype, as SDPA
-    does, and the plan must be for that dtype.
+    Differentiable in q, k, v, key_bias and sinks, once: a second derivative raises `InputError`. If any rank needs a gradient,
+    out requires one on every rank, and every rank has to call backward. Under autocast, q, k and v are cast to the autocast
+    dtype, as SDPA does, and the plan must be for that dtype.
 
     Raises:
         InputError: a tensor does not fit the plan. Raised on every rank, before anything else is sent. (Rows that belong to
             another rank are found when their number is wrong; no library can tell from the numbers in them.)
-        MismatchError: ranks came with different plans, shapes, dtypes or options, or one skipped a call. Raised on every rank.
-            See `strict`, and `comm.agree`.
+        MismatchError: ranks came with different plans, shapes, dtypes or options, or one skipped a call, or has gradients off
+            where others need them. Raised on every rank. See `strict`, and `comm.agree`.
         CommError: a transfer failed.
         LaunchError: the plan needs a process group and there is none.
 
@@ -114,16 +118,18 @@ def attention(
     """
     q, k, v = _autocast(q, k, v)
     inputs = Inputs(q, k, v, key_bias, sinks)
-    gradient = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    gradient = gradient_of(*inputs)
     if torch.compiler.is_compiling():
         if check_finite:
             raise InputError(
                 "check_finite needs the numbers, which a compiled graph does not have; leave it out of what is compiled"
             )
         named = None if strict is None else str(strict)  # an operator takes no argument that is one or the other
-        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient, named)
+        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient == Gradient.NEEDED, named)
     else:
-        process_group = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
+        process_group, needed = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
+        if needed and gradient == Gradient.NONE:
+            inputs = inputs._replace(q=in_backward(q))
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), transport_for(process_group))
     return (out, lse) if return_lse else out
 
@@ -134,12 +140,13 @@ def _checked(
     group: Group | None,
     scale: float | None,
     softcap: float | None,
-    gradient: bool,
+    gradient: Gradient,
     strict: bool | str | None,
     check_finite: bool | str = False,
     return_lse: bool = False,
-) -> dist.ProcessGroup | None:
-    """The process group to use, when all of its ranks have come with arguments that fit the plan and each other."""
+) -> tuple[dist.ProcessGroup | None, bool]:
+    """The process group to use, when all of its ranks have come with arguments that fit the plan and each other; and whether
+    any of them needs a gradient."""
     process_group, rank = meet(plan, group)
     q, k, v, key_bias, sinks = inputs
     problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
@@ -147,7 +154,8 @@ def _checked(
     if problem is None and check_finite:
         problem = _graph_cannot_check(check_finite) if capturing(q.device) else _not_finite(inputs, check_finite)
     if problem is not None:
-        agree(process_group, {"call": "attention"}, problem, device=q.device if isinstance(q, Tensor) else None)
+        with outside_transforms():
+            agree(process_group, {"call": "attention"}, problem, device=q.device if isinstance(q, Tensor) else None)
     fields = {
         "call": "attention",
         "plan": plan.digest,
@@ -164,13 +172,12 @@ def _checked(
         "softcap": softcap,
         "key_bias": key_bias is not None and key_bias.ndim,
         "sinks": sinks is not None,
-        "needs gradient": gradient,
         "check_finite": check_finite,
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.facts)
-    return process_group
+    needed = agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.facts, gradient=gradient)
+    return process_group, needed
 
 
 _compiled = define(_checked)
@@ -196,6 +203,8 @@ def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_ls
         if not isinstance(option, others):
             flag(name, option, InputError)
     flag("return_lse", return_lse, InputError)
+    if problem := unsupported_transform(*inputs):
+        raise InputError(problem)
 
 
 def _problem(

@@ -64,12 +64,12 @@ class Mask:
         )
 
     def near(self, start: int, stop: int) -> tuple[Rect, ...]:
-        """The rectangles that may hold queries of [start, stop): with thousands of documents, a few of them."""
+        """Rectangles for all that queries of [start, stop) see: with thousands of documents, a few of them."""
         start, stop = whole("start", start, PlanError), whole("stop", stop, PlanError)
         if not self._one_after_another:
             return self.rects
-        first = bisect_right(self.rects, start, key=lambda r: r.q_stop)
-        return self.rects[first : bisect_left(self.rects, stop, key=lambda r: r.q_start)]
+        rects, starts, stops = self._in_order
+        return rects[bisect_right(stops, start) : bisect_left(starts, stop)]
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -86,6 +86,20 @@ class Mask:
     @cached_property
     def _one_after_another(self) -> bool:
         return all(a.q_stop <= b.q_start for a, b in pairwise(self.rects))
+
+    @cached_property
+    def _in_order(self) -> tuple[tuple[Rect, ...], list[int], list[int]]:
+        """The same pairs in fewer rectangles, and where each begins and ends. Documents of one row each, one behind another,
+        are one diagonal: padding whose positions all begin anew comes as thousands of them."""
+        rects: list[Rect] = []
+        for rect in self.rects:
+            before = rects[-1] if rects else None
+            if before and (before.q_stop, before.k_stop) == rect[0:4:2] and _is_diagonal(before) and _is_diagonal(rect):
+                shift = rect.k_start - rect.q_start
+                rects[-1] = before._replace(q_stop=rect.q_stop, k_stop=rect.k_stop, band=Band(shift, shift))
+            else:
+                rects.append(rect)
+        return tuple(rects), [r.q_start for r in rects], [r.q_stop for r in rects]
 
     def __and__(self, other: Mask) -> Mask:
         """Keep what both keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""
@@ -106,6 +120,12 @@ def _is_rect(rect: object) -> bool:
         and isinstance(rect.band, Band)
         and all(isinstance(number, int) for number in (*rect[:4], *rect.band))
     )
+
+
+def _is_diagonal(rect: Rect) -> bool:
+    """Whether the rectangle is square, and each row sees the one key that stands where it does."""
+    rows, keys, shift = rect.q_stop - rect.q_start, rect.k_stop - rect.k_start, rect.k_start - rect.q_start
+    return rows == keys and (rect.band == (shift, shift) or (rows == 1 and rect.band.left <= shift <= rect.band.right))
 
 
 def _meet(a: Rect, b: Rect) -> Rect | None:

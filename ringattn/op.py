@@ -32,17 +32,19 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ringattn.autograd import Inputs, rests, run_backward, run_forward
+from ringattn.comm.agree import Gradient
 from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.comm.packing import Spec, pack, unpack
 from ringattn.errors import LaunchError, MismatchError, PlanError
+from ringattn.first_order import only_once
 from ringattn.kernels import Options
 from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
 from ringattn.schedule.program import Item
 from ringattn.shapes import InputSizes, Shapes
 
-Check = Callable[..., dist.ProcessGroup | None]
+Check = Callable[..., tuple[dist.ProcessGroup | None, bool]]
 
 WHERE = "str plan, str group, int rank, float? scale, float? softcap"
 FORWARD = (
@@ -100,7 +102,9 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
         how = {"True": True, "False": False}.get(strict or "", strict)
-        process_group = check(inputs, known, _group(group), scale, softcap, gradient, how)
+        # The graph is made, with or without a backward pass: a rank without one cannot take part in that of others.
+        asked = Gradient.NEEDED if gradient else Gradient.OFF
+        process_group, _ = check(inputs, known, _group(group), scale, softcap, asked, how)
         if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
             raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
         keep = known.keep and gradient
@@ -160,7 +164,7 @@ def _differentiate(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Any, ...]:
     dq, dk, dv, *more = _backward(dout, *inputs, out, lse, kept, *ctx.where)
     given = [tensor is not None for tensor in inputs[3:]]
     dbias, dsinks = (more.pop(0) if there else None for there in given)
-    return (dq, dk, dv, dbias, dsinks, *[None] * (len(ctx.where) + 2))
+    return (*only_once([dq, dk, dv, dbias, dsinks], dout, out), *[None] * (len(ctx.where) + 2))
 
 
 def _run_backward(

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ringattn.arguments import complaint, flag, instance, shown, whole
 from ringattn.callers import dense, meet
-from ringattn.comm.agree import agree
+from ringattn.comm.agree import Gradient, agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather, all_reduce
 from ringattn.comm.group import Group, cannot_move, group_and_rank
 from ringattn.errors import InputError
+from ringattn.joint_backward import gradient_of, in_backward
 from ringattn.layout import Layout
 from ringattn.plan import Plan
 
@@ -69,7 +70,10 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
         others = [n for d, n in enumerate(x.shape) if d != dim % x.ndim]
         said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
     device = x.device if isinstance(x, Tensor) else None
-    agree(process_group, {"call": "unshard"} | said, problem, device=device, behind=plan.facts)
+    gradient = gradient_of(x)
+    fields = {"call": "unshard"} | said
+    if agree(process_group, fields, problem, device=device, behind=plan.facts, gradient=gradient) and gradient == Gradient.NONE:
+        x = in_backward(x)
     gathered: Tensor = _Unshard.apply(x, plan, int(dim), process_group, rank, keys)
     return gathered
 
@@ -100,11 +104,25 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        own: Tensor = _SumAndCut.apply(grad, ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys)
+        return own, None, None, None, None, None
+
+
+class _SumAndCut(torch.autograd.Function):
+    """Backward of `_Unshard`, whose own backward is `_Unshard`: what is linear can be differentiated any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *how: Any) -> Tensor:
+        plan, dim, group, rank, keys = ctx.how = how
         grad = grad.contiguous().clone()
-        if ctx.group is not None:
-            with transferring("gathering gradients", f"rank {ctx.rank}: backward of unshard failed"):
-                all_reduce(grad, ctx.group)
-        return shard(grad, ctx.plan, dim=ctx.dim, rank=ctx.rank, keys=ctx.keys), None, None, None, None, None
+        if group is not None:
+            with transferring("gathering gradients", f"rank {rank}: backward of unshard failed"):
+                all_reduce(grad, group)
+        return shard(grad, plan, dim=dim, rank=rank, keys=keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return (_Unshard.apply(*grads, *ctx.how), *[None] * len(ctx.how))
 
 
 def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Packed documents: a layout that keeps them whole as far as balance allows, and what that saves."""
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from random import Random
 from time import perf_counter
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, documents, full, make_plan, sliding_window
-from ringattn.by_documents import EVEN, _dealt, by_documents
+from ringattn.by_documents import EVEN, Unit, _dealt, by_documents
 from ringattn.cost import traffic
 from ringattn.layout import contiguous
 from ringattn.planner import Candidate, candidates
@@ -51,7 +52,7 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
     done = work(layout, bounds)
     assert max(done) <= EVEN * sum(done) / world
     assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are whole"
-    every = [(b - a, a) for a, b in pairwise(bounds)]
+    every = [Unit(b - a, a, b - a) for a, b in pairwise(bounds)]
     cut = Layout("all cut", tuple(map(tuple, _dealt(every, world, 0)[2])))
     plans = [
         make_plan(16384, world=world, **MODEL, mask=documents(bounds), layout=chosen, schedule="ring_direct")
@@ -76,7 +77,7 @@ def test_the_planner_takes_it_where_contiguous_is_uneven() -> None:
 @pytest.mark.parametrize("causally", [True, False])
 @pytest.mark.parametrize("schedule", ["ring", "token_ring", "mesh", "all_gather"])
 def test_it_is_exact(schedule: str, causally: bool) -> None:
-    mask = documents((0, 3, 4, 20, 37, 37, 61), causal=causally)
+    mask = documents((0, 3, 4, 5, 6, 20, 37, 37, 60, 61), causal=causally)
     for windowed in (mask, mask & sliding_window(6)):
         e = example((4, 2), 61, windowed)
         for world in (2, 3, 5):
@@ -84,6 +85,28 @@ def test_it_is_exact(schedule: str, causally: bool) -> None:
             plan = make_plan(61, layout="documents", **given)
             found = simulate(plan, e.q, e.k, e.v, e.dout)
             assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
+
+
+@pytest.mark.parametrize("bounds", [(0, *range(1500, 4097)), (*range(2597), 4096)], ids=["right", "left"])
+def test_padding_is_planned_as_one_document(bounds: tuple[int, ...]) -> None:
+    """4,096 tokens, 2,596 of which are padding and documents of one row each. As thousands of rectangles they took seconds to
+    plan, and thousands of calls of a kernel to compute."""
+    for layout in ("contiguous", "documents", "zigzag"):
+        plan = make_plan(4096, world=2, **MODEL, mask=documents(bounds), layout=layout, schedule="ring")
+        assert max(map(len, plan.layout.shards)) <= 4
+        (lane,) = plan.forward
+        assert sum(len(lane.tiles.pieces((i,), (j,))) for i, j in lane.areas) <= 16
+    even = make_plan(4096, world=2, **MODEL, mask=documents(bounds), layout="documents", schedule="ring")
+    assert even.balance < 1.01 and abs(even.rows(0) - even.rows(1)) <= 1
+
+
+@given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=12), causally=st.booleans())
+def test_documents_of_one_row_see_what_they_saw(rows: list[int], causally: bool) -> None:
+    bounds = (0, *accumulate(rows))
+    mask, every = documents(bounds, causal=causally), range(bounds[-1])
+    near = {(q, k) for q in every for k in every for r in mask.near(q, q + 1) if replace(mask, rects=(r,)).keeps(q, k)}
+    assert near == {(q, k) for q in every for k in every if mask.keeps(q, k)}
+    assert sum(r.q_stop - r.q_start for r in mask.near(0, bounds[-1])) == bounds[-1], "each row once"
 
 
 def test_planning_a_thousand_documents_again_takes_no_time() -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     ["planner"],
     ["forecast"],
     ["partial", "comm", "kernels"],
-    ["callers", "engine"],
+    ["callers", "engine", "first_order", "joint_backward"],
     ["sharding"],
     ["work"],
     ["autograd"],

@@ -223,3 +223,15 @@ def test_under_autocast_attention_is_in_its_dtype() -> None:
     """Everything around attention is the same, so the error may be 1.5 times that of one process, as for attention alone."""
     for own, alone in run_ranks(2, in_bfloat16):
         assert 0 < own < 1.5 * alone
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", "padded left"), ("gemma2", "packed")])
+def test_a_compiled_model_is_one_graph(name: str, kind: str) -> None:
+    """Plans are made with the batch, so that the compiler meets no planner, in which it would break the graph."""
+    torch._dynamo.reset()
+    register()
+    model = model_of(name)
+    model.set_attn_implementation("ringattn")
+    inputs, _ = shard_batch(batch_of(kind), model.config, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs).logits, model(**inputs).logits)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from hashlib import sha256
 from weakref import WeakKeyDictionary
 
@@ -32,10 +33,19 @@ TAG = 1  # what is said here is never taken for what a call moves
 
 NO_AGREEMENT_IN_A_GRAPH = (
     "a CUDA graph is being captured, and ranks would have to agree on this call first, which a graph cannot repeat. Make the "
-    "same call once before the capture, and both with strict=False and without check_finite where these are arguments"
+    "same call once before the capture, and both with strict=False and without check_finite where these are arguments; under "
+    "torch.no_grad() if no tensor needs a gradient"
 )
 
 Fields = tuple[tuple[str, str], ...]
+
+
+class Gradient(IntEnum):
+    """What a rank says of its part in the backward pass of a call."""
+
+    NONE = 0  # its tensors need no gradient, but it can take part if those of other ranks do
+    NEEDED = 1
+    OFF = 2  # it can take no part: gradients are off, or it runs code that was compiled without a backward pass
 
 
 @dataclass
@@ -43,7 +53,7 @@ class _History:
     """What the ranks of one group have been through together."""
 
     calls: int = 0
-    agreed: set[Fields] = field(default_factory=set)
+    agreed: dict[tuple[Fields, Gradient], bool] = field(default_factory=dict)  # and whether a rank needs a gradient
 
 
 _histories: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()  # a history ends with its group
@@ -57,45 +67,67 @@ def agree(
     every_call: bool | None = None,
     device: torch.device | None = None,
     behind: Callable[[], Mapping[str, object]] = dict,
-) -> None:
+    gradient: Gradient = Gradient.OFF,
+) -> bool:
     """Raise on every rank unless no rank has a problem and all come to the same call with equal `fields`.
+
+    Returns whether any rank needs a gradient; then all ranks have to take part in backward.
 
     fields: the first says which call it is; what differs is told in this order.
     every_call: also if these fields have been agreed on before. None: yes where the call moves tensors of the CPU, else no.
     device: whose tensors the call moves; that of `device_of(group)` by default. Ranks whose GPUs meet first here are connected.
     behind: what a digest among the fields stands for, by name; asked when ranks differ, and told before the fields.
+    gradient: of this rank. Ranks may differ in it, unless one needs a gradient where another has gradients off. A call in which
+        no rank needs one though gradients are on is agreed on every time: the next one of its kind may be another.
 
     Raises:
         InputError: some rank has a problem; says which and what. Or a CUDA graph is being captured, and ranks cannot agree
             while it is.
-        MismatchError: the ranks have different fields, or one of them has skipped a call.
+        MismatchError: the ranks have different fields, or one of them has skipped a call, or can take no part in backward.
         CommError: a rank has died, or is busy with something else.
     """
     if group is None:
         if problem:
             raise InputError(problem)
-        return
+        return gradient == Gradient.NEEDED
     history = _histories.setdefault(group, _History())
     mine = tuple((name, str(value)) for name, value in fields.items())
     if every_call is None:
         every_call = not is_asynchronous(device_of(group) if device is None else device)
-    if problem is None and mine in history.agreed and not every_call:
-        return
+    if problem is None and not every_call and (mine, gradient) in history.agreed:
+        return history.agreed[mine, gradient]
     device = device_of(group) if device is None else device
     if capturing(device):  # on all ranks alike: none waits for another
         raise InputError(problem or NO_AGREEMENT_IN_A_GRAPH)
     history.calls += 1
     said = (*mine, ("number of calls so far", str(history.calls)))
     number = 0 if problem else int.from_bytes(sha256(ascii(said).encode()).digest()[:7], "big") + 1
-    numbers = [int(n) for n in _exchange(group, torch.tensor([number], dtype=torch.int64))]
-    if number == 0 or set(numbers) != {number}:
+    of_ranks = [divmod(int(n), 4) for n in _exchange(group, torch.tensor([4 * number + gradient], dtype=torch.int64))]
+    if number == 0 or {n for n, _ in of_ranks} != {number}:
         told = [*said[:1], *((name, str(value)) for name, value in behind().items()), *said[1:]]
         reports = _words_of_all(group, f"!{problem}" if problem else "\n".join(f"{name}={value}" for name, value in told))
         _raise_problems(reports)
         _raise_differences(reports)
+    gradients = [of_rank for _, of_rank in of_ranks]
+    needed = Gradient.NEEDED in gradients
+    if needed and Gradient.OFF in gradients:
+        raise MismatchError(_gradients_off(gradients))
     connect(group, device)
-    if not every_call:
-        history.agreed.add(mine)
+    # What is kept must be the same on all ranks, whatever each of them has said, or some would skip what others wait for.
+    if not every_call and (needed or set(gradients) == {Gradient.OFF}):
+        for of_rank in (Gradient.NEEDED, Gradient.NONE) if needed else (Gradient.OFF,):
+            history.agreed[mine, of_rank] = needed
+    return needed
+
+
+def _gradients_off(gradients: list[int]) -> str:
+    need, off = ([rank for rank, said in enumerate(gradients) if said == one] for one in (Gradient.NEEDED, Gradient.OFF))
+    return (
+        f"ranks disagree on needs gradient: True on {ranks_named(need, len(gradients))}, and on "
+        f"{ranks_named(off, len(gradients))} gradients are off (torch.no_grad(), inference mode, or a graph compiled for "
+        "inputs that need none), so that it could take no part in backward. Call with gradients on, on every rank, or "
+        "off on every rank; under torch.compile call q.requires_grad_() on every rank first"
+    )
 
 
 def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:

@@ -46,7 +46,7 @@ class _Swap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_swapped(grads, ctx.taken, ctx.sent, ctx.transport)
+        return None, None, None, *_Swap.apply(ctx.taken, ctx.sent, ctx.transport, *grads)  # linear: differentiable again
 
 
 def _swapped(

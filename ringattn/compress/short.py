@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ringattn.arguments import complaint, count, instance, shown
 from ringattn.callers import check_group, dense
-from ringattn.comm.agree import agree
+from ringattn.comm.agree import Gradient, agree
 from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.compress.balance import Pay, placed
@@ -31,6 +31,7 @@ from ringattn.compress.merge import Merge
 from ringattn.compress.placement import Placement, crosses, is_causal, seen, untimely
 from ringattn.compress.route import Route, down, up
 from ringattn.errors import InputError
+from ringattn.joint_backward import gradient_of, in_backward
 from ringattn.partial import accum_dtype
 from ringattn.plan import Plan
 from ringattn.sharding import held
@@ -81,7 +82,8 @@ class Short:
             problem = complaint(lambda: _real("weights", weights))
         if problem is None and weights is not None and (how == "last" or tuple(weights.shape) != (batch, rows)):
             problem = f"weights has shape {tuple(weights.shape)}; give {(batch, rows)}, with how='mean' or 'sum'"
-        group = self._agree("merge", problem, x, how=how, weights=weights is not None)
+        gradient = gradient_of(x, weights)
+        group, together = self._agree("merge", problem, x, gradient, how=how, weights=weights is not None)
         flat = x.flatten(2) if x.ndim > 2 else x.unsqueeze(-1)
         if how == "last":
             flat = flat.where(self._own(self.groups.leads).unsqueeze(-1), 0)
@@ -90,6 +92,7 @@ class Short:
             flat = torch.cat([flat * weights.unsqueeze(-1), weights.unsqueeze(-1)], dim=-1)
         elif how == "mean":
             flat = flat.to(accum_dtype(x.dtype))
+        flat = in_backward(flat) if together else flat
         (found,) = up([self._to_groups], [flat], transport_for(group))
         if weights is not None:
             found, total = found[..., :-1], found[..., -1:]
@@ -104,8 +107,9 @@ class Short:
         y: (batch, slots, ...), this rank's groups. Returns (batch, rows, ...); 0 for rows that are deleted, or before the first
         group is ready. Collective, differentiable. Raises as `merge` does.
         """
-        group = self._agree("unmerge", self._misfit("y", y, self.plan.rows(self.rank)), y)
+        group, together = self._agree("unmerge", self._misfit("y", y, self.plan.rows(self.rank)), y, gradient_of(y))
         flat = y.flatten(2) if y.ndim > 2 else y.unsqueeze(-1)
+        flat = in_backward(flat) if together else flat
         (found,) = down([self._from_groups], [flat], transport_for(group))
         return found.unflatten(2, y.shape[2:]) if y.ndim > 2 else found.squeeze(-1)
 
@@ -167,15 +171,15 @@ class Short:
             return f"{name} is on {x.device} and the merge on {self.groups.into.device}; make both on this rank's device"
         return None
 
-    def _agree(self, call: str, problem: str | None, x: Tensor, **said: object) -> Any:
+    def _agree(self, call: str, problem: str | None, x: Tensor, gradient: Gradient, **said: object) -> tuple[Any, bool]:
+        """The group, and whether any of its ranks needs a gradient."""
         group, _ = group_and_rank(self.group, self.full.world)
         plans = {"plan": self.full.digest, "short plan": self.plan.digest}
         fields: dict[str, object] = {"call": call, "merge": self.groups.digest, **plans}
         if problem is not None:
             agree(group, fields, problem)
         fields |= {"dtype": x.dtype, "shape beside the rows": tuple(x.shape[2:])}
-        agree(group, fields | said, device=x.device)
-        return group
+        return group, agree(group, fields | said, device=x.device, gradient=gradient)
 
 
 def _real(name: str, x: Tensor) -> None:

@@ -9,7 +9,7 @@ layer has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,11 +41,15 @@ class Shards:
     group: Group | None = None
     key_bias: Tensor | None = None
     check_outputs: bool = True
+    plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)  # made so far, which torch.compile finds here
 
     def plan(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None) -> Plan:
         """The plan of layers with these heads that see `window` keys each, the query's own included, or all before them."""
-        mask = windowed(self.mask, window)
-        return self.make(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mask=mask)
+        key = (heads, kv_heads, head_dim, dtype, window)
+        if key not in self.plans:
+            mask = windowed(self.mask, window)
+            self.plans[key] = self.make(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mask=mask)
+        return self.plans[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
         """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks."""

@@ -179,23 +179,27 @@ def _shards(
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
     make = partial(make_plan, _ids(batch).shape[1], world=world, **choices)
-    plan = make(
+    kind: dict[str, Any] = dict(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         dtype=dtype or getattr(text, "dtype", None) or torch.float32,
-        mask=windowed(mask, _first_window(text)),
-        layout=layout,
     )
+    first, *others = _windows(text)
+    plan = make(**kind, mask=windowed(mask, first), layout=layout)
     _, rank = group_and_rank(group, world)
     own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
-    return Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own), plan
+    shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own)
+    for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
+        shards.plan(**kind, window=window)
+    return shards, plan
 
 
-def _first_window(text: PretrainedConfig) -> int | None:
-    """The window of the first layer: of all layers where the config names no kinds, as Mistral's."""
+def _windows(text: PretrainedConfig) -> list[int | None]:
+    """Of each kind of layer, the first layer's first: of all layers alike where the config names no kinds, as Mistral's."""
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
-    return getattr(text, "sliding_window", None) if kinds[0] == "sliding_attention" else None
+    size = getattr(text, "sliding_window", None)
+    return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
 def _ids(batch: Mapping[str, Any]) -> Tensor:
