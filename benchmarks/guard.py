@@ -21,7 +21,7 @@ import ringattn
 from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 
-FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False, "needs gradient": False}
+FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False}
 
 
 @dataclass(frozen=True)

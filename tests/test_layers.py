@@ -30,6 +30,7 @@ LAYERS = [
     ["partial", "comm", "kernels"],
     ["callers", "engine", "first_order", "joint_backward"],
     ["sharding"],
+    ["shapes"],
     ["work"],
     ["autograd"],
     ["op"],
