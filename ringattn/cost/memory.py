@@ -44,14 +44,14 @@ class _Walk:
 
     def step(self, step: Step) -> None:
         for message in step.due:
-            nbytes = self.messages.pop(message)
+            del self.messages[message]
             for item in message.items if message.dst == self.rank else ():
                 part = self.sizes.travelling(item)
                 if item.kind.moved:
                     self.add(item, part)
                 else:
                     self.blocks[item._replace(new=False)] = self.blocks.get(item._replace(new=False), 0) + part
-            self.seen(nbytes * (message.dst == self.rank and any(item.kind.moved for item in message.items)))
+            self.seen()
         for message in step.post:
             self.post(message)
         for tiles in step.tiles:
