@@ -5,6 +5,7 @@ factor of sp, or a rank left out, is 10^4 times that.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ JITS = 300  # the first use of DeepSpeed on a machine compiles its CPU collectiv
 
 
 def job(kind: str, ranks: int, out: Path, *more: str) -> dict[str, object]:
-    code, _, err = torchrun(str(JOB), kind, str(out), *more, ranks=ranks, timeout=JITS, DS_ACCELERATOR="cpu")
+    # Compiled in a folder of this run, which its workers share: in that of the user a process that was killed while it compiled
+    # leaves a lock, for which every later one would wait without end.
+    compiled = str(out.parents[1 if "PYTEST_XDIST_WORKER" not in os.environ else 2] / "torch_extensions")
+    more_environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": compiled}
+    code, _, err = torchrun(str(JOB), kind, str(out), *more, ranks=ranks, timeout=JITS, **more_environment)
     assert code == 0, err
     return json.loads(out.read_text())
 

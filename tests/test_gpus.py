@@ -180,4 +180,4 @@ def test_a_group_that_exists_is_used_as_it_is() -> None:
 
 def test_init_only_gained_arguments() -> None:
     names = list(inspect.signature(ringattn.init).parameters)
-    assert names == ["backend", "timeout", "journal", "high_priority_stream", "max_ctas"]
+    assert names == ["backend", "timeout", "journal", "high_priority_stream", "max_ctas", "transport"]
