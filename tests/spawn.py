@@ -92,6 +92,15 @@ def torchrun(*command: str, ranks: int, timeout: float = 50, **more: str) -> tup
     return finish(start([*launch, *command], **more), timeout)
 
 
+JITS = 300  # seconds: the first use of DeepSpeed in a run compiles its CPU collectives
+
+
+def torch_extensions(tmp_path: Path) -> str:
+    """Where C++ is compiled: a folder of this run, which its workers share. In that of the user a process that was killed while
+    it compiled leaves a lock, for which every later one would wait without end."""
+    return str(tmp_path.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "torch_extensions")
+
+
 def _main(rank: int, world: int, scratch: str, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     with open(f"{scratch}/stacks{rank}", "w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)

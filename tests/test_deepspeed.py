@@ -5,24 +5,19 @@ factor of sp, or a rank left out, is 10^4 times that.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from spawn import torchrun
+from spawn import JITS, torch_extensions, torchrun
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
 JOB = Path(__file__).parent / "deepspeed_job.py"
-JITS = 300  # the first use of DeepSpeed on a machine compiles its CPU collectives
 
 
 def job(kind: str, ranks: int, out: Path, *more: str) -> dict[str, object]:
-    # Compiled in a folder of this run, which its workers share: in that of the user a process that was killed while it compiled
-    # leaves a lock, for which every later one would wait without end.
-    compiled = str(out.parents[1 if "PYTEST_XDIST_WORKER" not in os.environ else 2] / "torch_extensions")
-    more_environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": compiled}
+    more_environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": torch_extensions(out.parent)}
     code, _, err = torchrun(str(JOB), kind, str(out), *more, ranks=ranks, timeout=JITS, **more_environment)
     assert code == 0, err
     return json.loads(out.read_text())

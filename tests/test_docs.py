@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from spawn import torchrun
+from spawn import JITS, torch_extensions, torchrun
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = [
@@ -14,11 +14,12 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.timeout(JITS + 10)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_example_runs(block: str, tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
+    script, limit = tmp_path / "example.py", JITS if "deepspeed" in block else 50
     script.write_text(block)
-    code, _, err = torchrun(str(script), ranks=4)
+    code, _, err = torchrun(str(script), ranks=4, timeout=limit, TORCH_EXTENSIONS_DIR=torch_extensions(tmp_path))
     assert code == 0, err
 
 
