@@ -63,7 +63,7 @@ def item() -> None:
 
 
 def main() -> None:
-    ringattn.init(timeout=DEADLINE)
+    ringattn.init(timeout=DEADLINE, transport="p2p")
     plan = ringattn.make_plan(512, world=4, heads=4, head_dim=16, topology="cpu", schedule="token_ring", ulysses=1)
     q, k, v = (torch.randn(1, plan.rows(RANK), 4, 16, requires_grad=True) for _ in range(3))
     for step in range(1000):

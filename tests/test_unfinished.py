@@ -167,7 +167,7 @@ def test_the_rank_that_failed_is_named_by_ranks_that_run_ahead(
     for _ in range(ATTEMPTS):
         if wrong:
             (tmp_path / "fault").unlink(missing_ok=True)
-            seconds, said = test_faults.alone(kind, 2, tmp_path / "fault")
+            seconds, said = test_faults.alone(kind, 2, tmp_path / "fault", test_faults.PLAIN)
             wrong = [problem for rank, err in said.items() for problem in unlike(rank, err, words)]
             wrong += [f"{seconds:.1f} s"] if seconds > within else []
     assert not wrong, wrong
