@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from random import Random
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -115,14 +115,14 @@ def test_planning_a_thousand_documents_again_takes_no_time() -> None:
     while len(bounds) < 1001:
         bounds = tuple(sorted({*bounds, *(a + (b - a) // 2 for a, b in pairwise(bounds) if b - a > 30)}))
     given = dict(world=8, **MODEL, topology="nvswitch")
-    first = make_plan(65536, **given, mask=documents(bounds))
-    seconds = []
-    for _ in range(9):
-        begin = perf_counter()
-        again = make_plan(65536, **given, mask=documents(bounds))
-        seconds.append(perf_counter() - begin)
-    assert again is first
-    assert min(seconds) < 0.005
+    seconds, plans = [], []
+    for _ in range(10):
+        begin = process_time()
+        plans.append(make_plan(65536, **given, mask=documents(bounds)))
+        seconds.append(process_time() - begin)
+    first, *again = seconds
+    assert all(plan is plans[0] for plan in plans)
+    assert min(again) < first / 50, "hashing a mask of a thousand documents is not planning; both on this machine, as it is"
 
 
 def test_bytes_of_a_window_grow_with_the_window_and_not_with_the_sequence() -> None:

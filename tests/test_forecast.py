@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
@@ -120,9 +120,9 @@ def test_thousands_of_ranks_are_priced_in_few_steps(world: int, shared: bool, mo
 
     monkeypatch.setattr(Clock, "_post", counted)
     topology = replace(PRESETS["infiniband"], uplink_shared=shared)
-    begin = perf_counter()
+    begin = process_time()
     found = rank_families(world * 1024, **model(world, "gqa") | {"heads": 32}, mask=causal(), topology=topology)
-    assert perf_counter() - begin < 2 * 2, "2 seconds, and as much again for a busy machine"
+    assert process_time() - begin < 2 * 2, "2 seconds, and as much again for a busy machine"
     assert steps < 400 * len(found), "rather few steps of one rank than all steps of all"
     grids = {(one.family.ulysses, one.family.a, one.family.b) for one in found}
     assert {u * a * b for u, a, b in grids} == {world} and len(grids) > 60

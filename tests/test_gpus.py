@@ -3,6 +3,8 @@
 import inspect
 import os
 import re
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from test_init import environment, free_port, run
 
 import ringattn
 from ringattn import LaunchError
+from ringattn.runtime import gpus
 from ringattn.runtime.gpus import Seen, choose, decide
 
 
@@ -87,12 +90,19 @@ def test_every_rank_comes_to_the_same_answer(
     assert all(want in got for want, got in zip(expected, said, strict=True)), said
 
 
+def slow_timedelta(**given: float) -> timedelta:
+    time.sleep(0.5)
+    return timedelta(**given)
+
+
 def shares(rank: int, port: int) -> str:
-    """What `init` raises on this rank of two, both shown the same GPU."""
+    """What `init` raises on this rank of two, both shown the same GPU. Rank 1 is slow to read what rank 0 has found."""
     dist.destroy_process_group()
     os.environ |= {name: str(value) for name, value in environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2).items()}
     os.environ["MASTER_PORT"] = str(port)
     show_gpus(["u0"])
+    if rank == 1:
+        gpus.timedelta = slow_timedelta
     try:
         ringattn.init(timeout=10)
     except LaunchError as error:

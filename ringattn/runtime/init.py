@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 MOST_CTAS = 64  # NCCL's channels
 MOST_RANKS = 1 << 20
 REACH = 5.0  # seconds in which a host must answer
+LEAVING = 5.0  # seconds for which a rank with an error waits for the others to come to it
 # gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
 # process aborts instead of exiting.
 LAST_BREATH = 0.05
@@ -227,6 +229,7 @@ def _join(backend: str | None, env: Mapping[str, int], timeout: float, options: 
         if not apart:
             dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit, **more)
     except LaunchError:
+        _leave_together(PrefixStore("ringattn/left", store), env, min(timeout, LEAVING))
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise LaunchError(
@@ -237,6 +240,14 @@ def _join(backend: str | None, env: Mapping[str, int], timeout: float, options: 
     if apart:
         raise LaunchError(f"{apart}; set {INTERFACE} to the interface that joins the hosts (`ip address`), and open its ports")
     return "cuda" if backend == "nccl" else "cpu"
+
+
+def _leave_together(store: Store, env: Mapping[str, int], timeout: float) -> None:
+    """Wait until every rank is about to raise. Rank 0 may host the store: if it left at once, the others would lose the store
+    while they read what is wrong, and would raise that instead."""
+    with suppress(RuntimeError):  # a rank that does not come has its own error; this one keeps its own
+        store.set(str(env["RANK"]), "")
+        store.wait([str(rank) for rank in range(env["WORLD_SIZE"])], timedelta(seconds=timeout))
 
 
 def _first_line(error: Exception) -> str:
