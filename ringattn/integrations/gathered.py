@@ -27,7 +27,8 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.shards import Shards, documents_of, padding_of
-from ringattn.integrations.transformers import Seen, attend, seen, unfit_model
+from ringattn.integrations.transformers import MaskInfo, attend, describe_mask
+from ringattn.integrations.unsupported import unsupported_model
 from ringattn.layout import Layout, Span
 from ringattn.mask import causal
 from ringattn.plan import Plan
@@ -58,7 +59,7 @@ def take_place(
         raise InputError(
             f"core_attn_implementation={name!r} is none of {', '.join(sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))}"
         )
-    problem = unfit_model(config.get_text_config(), 0)
+    problem = unsupported_model(config.get_text_config(), 0)
     if name == "eager":
         problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
     if problem:
@@ -71,7 +72,7 @@ def take_place(
             mask = attention_mask() if isinstance(attention_mask, partial) else attention_mask
             return core(module, query, key, value, mask, **rest)
         shards = whole.shards(rest.get("position_ids"), attention_mask, len(query), query.shape[2])
-        return attend(module, query, key, value, _seen(attention_mask), ringattn=shards, **rest)
+        return attend(module, query, key, value, _info(attention_mask), ringattn=shards, **rest)
 
     def mask(**asked: Any) -> Any:  # which of both is known only in the layer, where the module says whether it trains
         return partial(mask_of_core, **asked)
@@ -80,12 +81,12 @@ def take_place(
     ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
 
 
-def _seen(asked: Any) -> Any:
+def _info(asked: Any) -> Any:
     """What a layer's mask says, and None or what was made by hand as they are: `attend` refuses those."""
     if not isinstance(asked, partial):
         return asked
     tokens = asked.keywords.get("attention_mask")
-    return seen(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens)
+    return describe_mask(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens)
 
 
 @dataclass
@@ -104,8 +105,8 @@ class Gathered:
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def shards(self, position_ids: Tensor | None, asked: Any, batch: int, rows: int) -> Shards:
-        told = _seen(asked)
-        tokens = told.tokens if isinstance(told, Seen) else None
+        told = _info(asked)
+        tokens = told.tokens if isinstance(told, MaskInfo) else None
         if position_ids is not None and position_ids in self.known:
             version, before, shards = self.known[position_ids]
             same = before is tokens or (before is not None and tokens is not None and torch.equal(before, tokens))
@@ -139,7 +140,7 @@ class Gathered:
         positions, real = torch.cat(parts, dim=2)
         length, rank = ends[-1], dist.get_rank(self.group)
         bias = padding_of(real, positions)
-        problem = self._wrong(parts, length) or unfit_model(self.text, length)
+        problem = self._wrong(parts, length) or unsupported_model(self.text, length)
         if problem:  # of what all ranks know alike
             raise InputError(problem)
         layout = Layout("contiguous", tuple((Span(end - n, n),) for n, end in zip(counts, ends, strict=True)))

@@ -27,6 +27,7 @@ from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.rows import check_outputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
+from ringattn.integrations.unsupported import sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
 from ringattn.nn.group import reduction_group
@@ -36,11 +37,9 @@ from ringattn.sharding import held
 from ringattn.topology import Topology
 
 NAME = "ringattn"
-SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
-TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
 
 
-class Seen(NamedTuple):
+class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
@@ -53,7 +52,7 @@ class Seen(NamedTuple):
 def register(name: str = NAME) -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, seen)
+    AttentionMaskInterface.register(name, describe_mask)
     check_outputs()
 
 
@@ -92,13 +91,13 @@ def shard_batch(
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
-    problem = _unfit(batch, config)
+    problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
         try:
             choices = dict(schedule=schedule, topology=topology, training=training)
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
-            said = {"shape": tuple(_ids(batch).shape), "plan": plan.digest}
+            said = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
         except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)
     agree(process_group, {"call": "shard_batch", **said}, problem)
@@ -132,7 +131,7 @@ def attend(
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
-    problem = _unheard(module, attention_mask, dropout, sliding_window, rest)
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
     if problem:
         raise InputError(problem)
     sinks = None if s_aux is None else s_aux.to(query.dtype)
@@ -141,13 +140,13 @@ def attend(
     return out, None
 
 
-def seen(
+def describe_mask(
     *,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
     **rest: Any,
-) -> Seen:
+) -> MaskInfo:
     """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
 
     Raises:
@@ -160,7 +159,7 @@ def seen(
             "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
             "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
         )
-    return Seen(local_size)
+    return MaskInfo(local_size)
 
 
 def _shards(
@@ -178,7 +177,7 @@ def _shards(
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
-    make = partial(make_plan, _ids(batch).shape[1], world=world, **choices)
+    make = partial(make_plan, sequence_of(batch).shape[1], world=world, **choices)
     kind: dict[str, Any] = dict(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -202,71 +201,7 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _ids(batch: Mapping[str, Any]) -> Tensor:
-    ids: Tensor = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
-    return ids
-
-
-def _unfit(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
-    """Why this batch or this model cannot be cut, or None."""
-    text = config.get_text_config()
-    if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
-        return f"the batch has neither input_ids nor inputs_embeds, only {', '.join(batch) or 'nothing'}"
-    ids = _ids(batch)
-    if ids.ndim < 2:
-        return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
-        return (
-            f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
-            "told by position_ids, windows by the model's config"
-        )
-    for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
-            return (
-                f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
-                f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
-            )
-    if batch.get("past_key_values") is not None or batch.get("use_cache"):
-        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
-    return unfit_model(text, ids.shape[1])
-
-
-def unfit_model(text: PretrainedConfig, length: int) -> str | None:
-    """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
-    if not hasattr(text, "num_attention_heads"):
-        return f"{text.model_type} has no attention heads; what it carries along the sequence would end at each rank's rows"
-    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
-    if kinds:
-        return (
-            f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
-            "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
-        )
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
-        return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
-    if getattr(text, "output_router_logits", False):
-        return (
-            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
-            "False, and balance experts by another means"
-        )
-    return _unfit_rope(text, length)
-
-
-def _unfit_rope(text: PretrainedConfig, length: int) -> str | None:
-    """Why the rotary tables of this model would differ between ranks, or None. Some models have tables by kind of layer."""
-    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
-    most = getattr(text, "max_position_embeddings", None) or length
-    for tables in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-        original = tables.get("original_max_position_embeddings") or most
-        if tables.get("rope_type") in TABLES_BY_LENGTH and length > original:
-            return (
-                f"rope_type={tables['rope_type']!r} makes its tables from the longest position it has seen; {original} is "
-                "passed here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
-            )
-    return None
-
-
-def _unheard(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
+def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
     """What the layer asks for and would not get, or None."""
     name = type(module).__name__
     if mask is None:
@@ -274,7 +209,7 @@ def _unheard(module: nn.Module, mask: Any, dropout: float, window: int | None, r
             "attention came without its mask: the mask interface does not know this attention; register both with "
             "ringattn.integrations.transformers.register(name)"
         )
-    if not isinstance(mask, Seen):
+    if not isinstance(mask, MaskInfo):
         return (
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"

@@ -1,0 +1,80 @@
+"""Says why a batch or a model of transformers cannot be cut over ranks, from its tensors' shapes and its config.
+
+What only shows when the model runs is found where it runs: what a layer asks of attention in `transformers.attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
+
+
+def sequence_of(batch: Mapping[str, Any]) -> Tensor:
+    """What the batch has a row of for each token: input_ids (batch, seq_len) or inputs_embeds (batch, seq_len, hidden)."""
+    ids: Tensor = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    return ids
+
+
+def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
+    """Why this batch or this model cannot be cut, or None."""
+    text = config.get_text_config()
+    if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
+        return f"the batch has neither input_ids nor inputs_embeds, only {', '.join(batch) or 'nothing'}"
+    ids = sequence_of(batch)
+    if ids.ndim < 2:
+        return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        return (
+            f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
+            "told by position_ids, windows by the model's config"
+        )
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+            return (
+                f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
+                f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
+            )
+    if batch.get("past_key_values") is not None or batch.get("use_cache"):
+        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
+    return unsupported_model(text, ids.shape[1])
+
+
+def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
+    """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
+    if not hasattr(text, "num_attention_heads"):
+        return f"{text.model_type} has no attention heads; what it carries along the sequence would end at each rank's rows"
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
+    if kinds:
+        return (
+            f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
+            "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
+        )
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+        return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
+    if getattr(text, "output_router_logits", False):
+        return (
+            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
+            "False, and balance experts by another means"
+        )
+    return _unsupported_rope(text, length)
+
+
+def _unsupported_rope(text: PretrainedConfig, length: int) -> str | None:
+    """Why the rotary tables of this model would differ between ranks, or None. Some models have tables by kind of layer."""
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    most = getattr(text, "max_position_embeddings", None) or length
+    for tables in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        original = tables.get("original_max_position_embeddings") or most
+        if tables.get("rope_type") in TABLES_BY_LENGTH and length > original:
+            return (
+                f"rope_type={tables['rope_type']!r} makes its tables from the longest position it has seen; {original} is "
+                "passed here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
+            )
+    return None
