@@ -22,6 +22,7 @@ from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.towers import minding_towers
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
 
@@ -56,7 +57,7 @@ def check_outputs() -> None:
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
-    PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
+    PreTrainedModel.__call__ = minding_towers(checked)  # type: ignore[method-assign]
 
 
 def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
@@ -185,3 +186,16 @@ class GatheredOutputs(dict[str, Any]):
         if not isinstance(value, Tensor) or name.startswith(OF_OTHER_INPUTS):
             return value
         return gathered(value, self._shards, self._factor)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied by `factor` on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

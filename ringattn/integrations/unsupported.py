@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
 
 
@@ -35,8 +36,14 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
+    if text is not config and (others := _of_other_towers(batch)):
+        return (
+            f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
+            "whole sequence: call ringattn.integrations.whole.forward_whole(model, batch, group), or merge images into "
+            "inputs_embeds first and leave the rest out"
+        )
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+        if isinstance(value, Tensor) and value.ndim and not _is_of_rows(name, value, ids.shape[1]):
             return (
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
@@ -44,6 +51,18 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     if batch.get("past_key_values") is not None or batch.get("use_cache"):
         return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
     return unsupported_model(text, ids.shape[1])
+
+
+def _of_other_towers(batch: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in batch.items() if name not in OF_TEXT and _has_tensors(value)]
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(map(_has_tensors, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.ndim > 0
+
+
+def _is_of_rows(name: str, value: Tensor, length: int) -> bool:
+    return value.ndim > 1 and value.shape[-1 if name == "position_ids" else 1] == length
 
 
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
