@@ -42,8 +42,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
     ),
     "qwen3_vl": (
         MROPE,
-        QWEN
-        | dict(intermediate_size=24, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
+        QWEN | dict(intermediate_size=24, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
         IDS,
         4,
     ),

@@ -30,7 +30,8 @@ def compared(name: str, kind: str, world: int, averaged: bool) -> list[float] | 
     try:
         got = forward_whole(model, batch, averaged_over=world if averaged else 1, **PLAIN)
     except InputError as error:
-        print("REFUSED", error, flush=True); return str(error)
+        print("REFUSED", error, flush=True)
+        return str(error)
     got.loss.backward()
     reduce_gradients(model.parameters())
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()

@@ -2,8 +2,8 @@
 
 Embeddings, towers and whatever the model makes of them (positions of images, masks, embeddings merged into the text) are
 computed of the whole batch, alike on every rank. What the text decoder is given is cut, and what it returns is rows. In
-backward only a rank's part of the embeddings has a gradient, so that summed over the ranks parameters of the towers have that of
-one process, as those of the decoder have.
+backward only a rank's part of the embeddings has a gradient: summed over the ranks, parameters of the towers have that of one
+process, as those of the decoder have.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -53,7 +54,10 @@ def cut_for_decoder(
     shape = tuple(_sequence(given).shape[:2])
     marked = {name: value for name, value in given.items() if name != "attention_mask" and _of_marked(name, value, shape)}
     rest = {name: value for name, value in given.items() if name not in marked}
-    own, _ = shard_batch(rest, decoder.config.get_text_config(), group, **sharding)  # type: ignore[union-attr, operator]
+    text = copy(decoder.config.get_text_config())  # type: ignore[union-attr, operator]
+    if blocks and all(blocks.values()) and getattr(text, "use_bidirectional_attention", None) is True:
+        text.use_bidirectional_attention = False  # PaliGemma's says so, and means the blocks of its masks
+    own, _ = shard_batch(rest, text, group, **sharding)
     shards: Shards = own[NAME]
     shards.check_outputs = False
     shards.blocks = blocks

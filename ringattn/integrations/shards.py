@@ -129,7 +129,7 @@ def with_blocks(mask: Mask, window: int | None, bounds: Bounds, under_window: bo
     return bidirectional_blocks(bounds, mask) & before
 
 
-def text_positions(position_ids: Tensor | None) -> Tensor | None:
+def text_positions(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
     """The positions (batch or 1, seq_len) that tell documents apart, or None where there are none.
 
     Models whose rotary positions count frames, rows and columns of images take (3, batch, seq_len), which say nothing of
@@ -147,7 +147,10 @@ def text_positions(position_ids: Tensor | None) -> Tensor | None:
             "frames, rows and columns (3, batch, seq_len), or (4, batch, seq_len) with positions in the text first"
         )
     before, after = position_ids[..., :-1], position_ids[..., 1:]
-    if ((after == 0).all(0) & (before > 0).any(0)).any():  # an image begins behind what came before it in all three
+    begins = (after == 0).all(0) & (before > 0).any(0)  # an image begins behind what came before it in all three
+    if attention_mask is not None:
+        begins = begins & (attention_mask[:, 1:] * attention_mask[:, :-1]).bool().to(begins.device)
+    if begins.any():
         raise InputError(
             "position_ids of shape (3, batch, seq_len) begin anew at 0, and models read no documents from them: put positions "
             "in the text, which begin anew with each document, in front, as (4, batch, seq_len)"

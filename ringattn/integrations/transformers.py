@@ -142,7 +142,10 @@ def attend(
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
+    two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
+    if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
+        two_ways = False
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, two_ways, rest)
     if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
         agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
     sinks = None if s_aux is None else s_aux.to(query.dtype)
@@ -172,7 +175,8 @@ def _shards(
 ) -> tuple[Shards, Plan]:
     """How the batch is cut, and the plan that settled its layout: that of the model's first kind of layer."""
     text = config.get_text_config()
-    positions, tokens = text_positions(batch.get("position_ids")), batch.get("attention_mask")
+    tokens = batch.get("attention_mask")
+    positions = text_positions(batch.get("position_ids"), tokens)
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
@@ -200,7 +204,9 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
+def _unsupported_call(
+    module: nn.Module, mask: Any, dropout: float, window: int | None, two_ways: bool, rest: Mapping[str, Any]
+) -> str | None:
     """What the layer asks for and would not get, or None."""
     name = type(module).__name__
     if mask is None:
@@ -229,7 +235,7 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if rest.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if two_ways:
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None
 

@@ -75,7 +75,7 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
             f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
             "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
         )
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
     if getattr(text, "output_router_logits", False):
         return (
