@@ -187,7 +187,7 @@ def bidirectional_blocks(bounds: Sequence[tuple[int, int]], base: Mask | None = 
     blocks = [counts("a block of bounds", block, PlanError) for block in bounds]
     ends = [edge for block in blocks for edge in block]
     length = END if base.length is None else base.length
-    if any(len(block) != 2 for block in blocks) or any(a > b for a, b in pairwise([*ends, length])):
+    if any(len(block) != 2 for block in blocks) or any(a > b for a, b in pairwise([0, *ends, length])):
         raise PlanError(
             f"bidirectional_blocks(bounds={shown(bounds)}): pass (start, stop) of each block, in order, none over another"
             + ("" if base.length is None else f", within {base.length} tokens")

@@ -132,10 +132,10 @@ def refusals() -> list[str]:
     text = {"input_ids": batch["input_ids"]}
     inputs, _ = shard_batch(text, model.config, dtype=torch.float64, **PLAIN)
     types = batch["token_type_ids"][:, : inputs["input_ids"].shape[1]]
-    split = batch | {"token_type_ids": torch.arange(37)[None].remainder(3).expand(2, -1).clamp(max=1)}
     again = torch.cat([torch.arange(20), torch.arange(17)]).expand(3, 2, -1)
     pali, prefix = model_of("paligemma of gemma2"), batch_of("paligemma of gemma2")
     pali.set_attn_implementation("ringattn")
+    torn = prefix | {"token_type_ids": torch.arange(37).expand(2, -1).remainder(3).clamp(max=1)}
     del prefix["token_type_ids"]
     encoder = AutoConfig.for_model("bert", vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     two_ways = AutoModel.from_config(encoder, attn_implementation="ringattn").double()
@@ -150,7 +150,7 @@ def refusals() -> list[str]:
         lambda: forward_whole(pali, prefix, **PLAIN),
         lambda: two_ways(**text),
         lambda: two_ways(**{k: v for k, v in inputs.items() if k != "use_cache"}),
-        lambda: forward_whole(model, split, **PLAIN),
+        lambda: forward_whole(pali, torn, **PLAIN),
     ]
     return [refused(call) for call in calls]
 
@@ -159,14 +159,14 @@ CURES = [
     "call model(**inputs) with the inputs of ringattn.integrations.transformers.shard_batch",
     "call model(**inputs) with the inputs of ringattn.integrations.transformers.shard_batch",
     "pixel_values, token_type_ids, of which",
-    "needs the whole sequence described",
+    "stands beside the text decoder",
     "made of one rank's rows: call ringattn.integrations.whole.forward_whole",
     "as (4, batch, seq_len)",
     "pass (batch, seq_len), or",
     "attention in both directions",
     "needs the whole sequence described",
     "attention in both directions",
-    "",
+    "number the parts differently",
 ]
 
 
@@ -202,3 +202,49 @@ def test_padded_batches_on_three_ranks_and_what_is_refused() -> None:
             assert cure in text
         for name, value in found.items():
             assert all(x < CLOSE for x in value), (name, value)
+
+
+def registered(rank: int) -> dict[str, float | str]:
+    """How far models are from one process when another's "sdpa" was replaced, and what those that were given get."""
+    shape = dict(vocab_size=61, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    config, other = (AutoConfig.for_model("llama", hidden_size=size, **shape) for size in (32, 16))
+    model, copy, small = (
+        AutoModelForCausalLM.from_config(c, attn_implementation="sdpa").double() for c in (config, config, other)
+    )
+    seeing, two_ways = (
+        model_of("llava"),
+        AutoModel.from_config(AutoConfig.for_model("bert", hidden_size=36, **shape)).double().eval(),
+    )
+    seeing.set_attn_implementation("sdpa")
+    ids, images = torch.arange(1, 31).view(2, 15), batch_of("llava")
+    mask = torch.ones_like(ids).index_fill(1, torch.arange(12, 15), 0)
+    calls = {
+        "a smaller one": lambda: small(ids).logits,
+        "a two-way one, padded": lambda: two_ways(ids, mask).last_hidden_state,
+        "another with images": lambda: seeing(**images).logits,
+    }
+    meant = {name: call() for name, call in calls.items()}
+    wanted = {"model": model(ids[:1]).logits, "copy": copy(ids[:1]).logits}
+    group = dist.group.WORLD
+
+    def make(*args: object, **kwargs: object) -> object:
+        return make_plan(*args, world=2, schedule="ring", topology="cpu", **kwargs)
+
+    take_place(small, "sdpa", group, make, (7, None), False, lambda: None)  # another job's: this one's layers pass it
+    take_place(model, "sdpa", group, make, (1, None), False, lambda: None)
+    calls.pop("a smaller one")
+    found: dict[str, float | str] = {name: (call() - meant[name]).abs().max().item() for name, call in calls.items()}
+    own = slice(8 * rank, 8 * rank + 8)
+    part = {"input_ids": ids[:1, own], "position_ids": torch.arange(15)[None, own], "use_cache": False}
+    for name, net in (("model", model), ("copy", copy)):
+        found[f"rows of the {name}"] = (net(**part).logits - wanted[name][:, own]).abs().max().item()
+    found["refused"] = refused(lambda: model(ids[:1, own]))
+    found["as before"] = (copy(ids[:1]).logits - wanted["copy"]).abs().max().item()  # whole, without positions
+    return found
+
+
+def test_registration_serves_the_model_it_was_given() -> None:
+    for found in run_ranks(2, registered):
+        assert "begin at 0 on every rank" in found.pop("refused")
+        assert all(off < CLOSE for off in found.values()), found

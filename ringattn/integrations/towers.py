@@ -75,6 +75,16 @@ def _given_shards(model: Any) -> Iterator[None]:
             attributes[OWN] = own
 
 
+def misplaced(module: nn.Module) -> str | None:
+    """Why a tower cannot run within a call on shards, or None for what is no tower."""
+    if vars(module).get(OWN) is not False:
+        return None
+    return (
+        f"{type(module).__name__} stands beside the text decoder, and the model was called with the inputs of shard_batch and "
+        "images: call ringattn.integrations.whole.forward_whole(model, batch, group) with the whole batch"
+    )
+
+
 def keeps_its_own(module: nn.Module) -> bool:
     """Whether it stands beside the text decoder of a model that has run, or belongs to what sees no text at all."""
     own = vars(module).get(OWN)

@@ -29,7 +29,7 @@ from ringattn.errors import InputError, PlanError
 from ringattn.integrations.mask_functions import MaskReading, read_mask
 from ringattn.integrations.rows import check_outputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, text_positions, windowed
-from ringattn.integrations.towers import keeps_its_own
+from ringattn.integrations.towers import keeps_its_own, misplaced
 from ringattn.integrations.unsupported import sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
@@ -138,7 +138,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **asked)
     if ringattn is None:
         raise InputError(
-            'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
+            misplaced(module)
+            or 'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
