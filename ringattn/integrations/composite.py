@@ -41,7 +41,7 @@ def cut_for_decoder(
         InputError: an argument cannot be cut. Raised on every rank.
     """
     given = {name: value for name, value in arguments_of(decoder, args, kwargs).items() if value is not None}
-    if "labels" in given:
+    if given.pop("labels", None) is not None and "labels" in inspect.signature(decoder.forward).parameters:
         raise InputError(f"{type(decoder).__name__}, the text decoder, is given labels and makes a loss of its rows alone")
     cache = given.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length():
@@ -158,7 +158,7 @@ def rows_to_the_loss(
     """
     loss = _LossOfRows(batch.get("labels"), batch.get("attention_mask"), averaged_over)
     with _on_rows(decoder, inner.get_output_embeddings(), loss, group, sharding), loss_function(inner, loss):
-        outputs = model(**batch, return_dict=True)
+        outputs = model(**{**batch, "return_dict": True})
     if not loss.is_that_of(outputs):
         return None
     shards, rows = loss.shards, {}
@@ -168,10 +168,12 @@ def rows_to_the_loss(
         if name == "loss" or value is None:
             continue
         tensors = [x for x in _listed(value) if isinstance(x, Tensor) and x.is_floating_point()]
-        if name.startswith(OF_OTHER_INPUTS) or not tensors:
-            of_whole[name] = _map(value, lambda x: ScaledGradient.apply(x, averaged_over / size)) if tensors else value
-        elif all(is_rows(x, shards) for x in tensors):
+        if name == "logits" or name in loss.decoder_outputs:
             rows[name] = value
+            if not all(is_rows(x, shards) for x in tensors):
+                return None
+        elif name.startswith(OF_OTHER_INPUTS) or not tensors:
+            of_whole[name] = _map(value, lambda x: ScaledGradient.apply(x, averaged_over / size)) if tensors else value
         else:
             return None
     gathered = GatheredOutputs(rows, shards, averaged_over, loss.value)
@@ -187,6 +189,7 @@ class _LossOfRows:
         self.labels, self.tokens, self.averaged_over = labels, tokens, averaged_over
         self.shards: Shards | None = None
         self.decoded: Tensor | None = None
+        self.decoder_outputs: frozenset[str] = frozenset()
         self.value: Tensor | None = None
         self.calls = self.decoder_calls = self.head_calls = 0
 
@@ -237,7 +240,7 @@ def _on_rows(
 
     def after(module: nn.Module, args: Any, outputs: Any) -> None:
         loss.decoder_calls += 1
-        loss.decoded = outputs[0]
+        loss.decoded, loss.decoder_outputs = outputs[0], frozenset(outputs)
         loss.head_calls += head in within
 
     def head_before(module: nn.Module, args: tuple[Any, ...]) -> None:

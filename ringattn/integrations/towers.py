@@ -28,9 +28,9 @@ def text_decoder(model: Any) -> Any:
         return None
     try:
         text = config.get_text_config()
-    except ValueError:  # several texts
+        decoder = model.get_decoder()
+    except (AttributeError, ValueError):  # several texts, or none
         return None
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if text is config or decoder is model or type(getattr(decoder, "config", None)) is not type(text):
         return None
     return decoder
@@ -77,7 +77,7 @@ def _given_shards(model: Any) -> Iterator[None]:
 
 def misplaced(module: nn.Module) -> str | None:
     """Why a tower cannot run within a call on shards, or None for what is no tower."""
-    if vars(module).get(OWN) is not False:
+    if getattr(module, OWN, None) is not False:
         return None
     return (
         f"{type(module).__name__} stands beside the text decoder, and the model was called with the inputs of shard_batch and "
@@ -87,5 +87,5 @@ def misplaced(module: nn.Module) -> str | None:
 
 def keeps_its_own(module: nn.Module) -> bool:
     """Whether it stands beside the text decoder of a model that has run, or belongs to what sees no text at all."""
-    own = vars(module).get(OWN)
+    own: bool | None = getattr(module, OWN, None)
     return own if own is not None else getattr(getattr(module, "config", None), "base_config_key", "") in NO_TEXT
