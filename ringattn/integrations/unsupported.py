@@ -36,7 +36,7 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
-    if text is not config and (others := _of_other_towers(batch)):
+    if text is not config and not config.is_encoder_decoder and (others := _of_other_towers(batch)):
         return (
             f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
             "whole sequence: call ringattn.integrations.whole.forward_whole(model, batch, group), or merge images into "
