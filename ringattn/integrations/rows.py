@@ -7,6 +7,7 @@ Results are told apart by their shape: a floating-point tensor (batch, rows, ...
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
@@ -21,6 +22,8 @@ from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
+from ringattn.errors import InputError
+from ringattn.integrations.rowwise import check_rowwise, joined_rows_of
 from ringattn.integrations.shards import Shards
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
@@ -33,8 +36,11 @@ CURE = (
 )
 
 
-def check_outputs() -> None:
-    """Let every model of transformers that is given `Shards` check that it returns its rows. Idempotent."""
+def check_models() -> None:
+    """Let models of transformers that are given `Shards` check that rows meet in ringattn alone, and that they return rows.
+
+    Idempotent.
+    """
     call: Callable[..., Any] = PreTrainedModel.__call__
     if getattr(call, "checks_rows", False):
         return
@@ -42,7 +48,13 @@ def check_outputs() -> None:
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         shards = kwargs.get("ringattn")
-        if not isinstance(shards, Shards) or not shards.check_outputs:
+        if not isinstance(shards, Shards):
+            return call(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            check_rowwise(self, inspect.signature(self.forward).bind_partial(*args).arguments | kwargs, shards)
+        elif problem := joined_rows_of(id(self)):
+            raise InputError(problem)
+        if not shards.check_outputs:
             return call(self, *args, **kwargs)
         shards.check_outputs = False  # models within this one return what they like to it
         try:

@@ -32,6 +32,8 @@ from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
 from ringattn.integrations.on_shards import OnShards
 from ringattn.integrations.transformers import NAME, register
+from ringattn.integrations.unsupported import without_interface
+from ringattn.integrations.whole import bare
 from ringattn.nn.loss import IGNORE
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
@@ -67,7 +69,13 @@ class SequenceParallel(Base):
         self.sharding = sharding or {}
         self.mesh = _mesh(self.args.device.type, sequence_parallel_size)
         register()
-        self.accelerator.unwrap_model(self.model).set_attn_implementation(NAME)
+        model = self.accelerator.unwrap_model(self.model)
+        if without_interface(bare(model)):  # set_attn_implementation only warns, and ranks would attend to their own rows
+            raise InputError(
+                f"the layers of {type(bare(model)).__name__} do not use transformers' attention interface, so ringattn cannot "
+                "be their attention; use another model"
+            )
+        model.set_attn_implementation(NAME)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return _by_replica(super().get_train_dataloader(), self.mesh)
