@@ -69,13 +69,7 @@ class SequenceParallel(Base):
         self.sharding = sharding or {}
         self.mesh = _mesh(self.args.device.type, sequence_parallel_size)
         register()
-        model = self.accelerator.unwrap_model(self.model)
-        if without_interface(bare(model)):  # set_attn_implementation only warns, and ranks would attend to their own rows
-            raise InputError(
-                f"the layers of {type(bare(model)).__name__} do not use transformers' attention interface, so ringattn cannot "
-                "be their attention; use another model"
-            )
-        model.set_attn_implementation(NAME)
+        self.accelerator.unwrap_model(self.model).set_attn_implementation(NAME)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         return _by_replica(super().get_train_dataloader(), self.mesh)
@@ -150,6 +144,12 @@ def _unfit(trainer: Any, size: int) -> str | None:
         return "there is one process and no process group: start the script with torchrun --nproc-per-node N"
     if trainer.is_deepspeed_enabled:
         return "this job runs under DeepSpeed, whose gradients depend on the ZeRO stage: see ringattn.integrations.deepspeed"
+    model = bare(trainer.model)
+    if without_interface(model):  # set_attn_implementation would only warn, and each rank attend to its own rows
+        return (
+            f"the layers of {type(model).__name__} do not use transformers' attention interface, so ringattn cannot be their "
+            "attention; use another model"
+        )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
         return "accelerate's ParallelismConfig cuts sequences or layers too; leave cp_size, sp_size and tp_size at 1"
