@@ -7,7 +7,7 @@ Results are told apart by their shape: a floating-point tensor (batch, rows, ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
@@ -129,12 +129,13 @@ class _Unread:
 class GatheredOutputs(dict[str, Any]):
     """A model's outputs of this rank's rows, each gathered to the whole sequence when it is first read; collective.
 
-    Read as a `ModelOutput`: by name, attribute or number. loss: that of the whole already.
+    Read as a `ModelOutput`: by name, attribute or number. Those that `of_whole` names are of the whole sequence already.
     """
 
-    def __init__(self, outputs: Mapping[str, Any], shards: Shards, factor: int, loss: Tensor | None) -> None:
-        rows = {name: value for name, value in outputs.items() if value is not None and name != "loss"}
-        super().__init__(({} if loss is None else {"loss": loss}) | {name: _Unread() for name in rows})
+    def __init__(self, outputs: Mapping[str, Any], shards: Shards, factor: int, of_whole: Collection[str]) -> None:
+        present = {name: value for name, value in outputs.items() if value is not None}
+        rows = {name: value for name, value in present.items() if name not in of_whole}
+        super().__init__({name: _Unread() if name in rows else value for name, value in present.items()})
         vars(self).update(_rows=rows, _shards=shards, _factor=factor)
 
     def __getitem__(self, key: Any) -> Any:

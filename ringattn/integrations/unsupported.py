@@ -43,7 +43,19 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             )
     if batch.get("past_key_values") is not None or batch.get("use_cache"):
         return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
-    return unsupported_model(text, ids.shape[1])
+    return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
+
+
+def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:
+    """Why the load-balancing loss of this model would not be that of the batch, or None."""
+    asked = batch.get("output_router_logits")
+    if getattr(text, "output_router_logits", False) if asked is None else asked:
+        return (
+            "output_router_logits adds a load-balancing loss of this rank's tokens alone, which is not that of the batch: use "
+            "ringattn.integrations.whole.forward_whole(model, batch, group) or ringattn.integrations.trainer, which gather "
+            "router logits, or set config.output_router_logits = False"
+        )
+    return None
 
 
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
@@ -58,11 +70,6 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
         )
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
-    if getattr(text, "output_router_logits", False):
-        return (
-            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
-            "False, and balance experts by another means"
-        )
     return _unsupported_rope(text, length)
 
 
