@@ -84,7 +84,7 @@ def gathering(decoder: Any, shards: Shards, factor: int) -> Iterator[Balance]:
     def after(module: Any, args: Any, outputs: Any) -> Any:
         logits = outputs.get(LOGITS) if isinstance(outputs, Mapping) else None
         if logits is not None:
-            outputs[LOGITS] = tuple(whole_logits(LOGITS, x, shards, factor) for x in logits)  # type: ignore[index]
+            outputs[LOGITS] = tuple(whole_logits(LOGITS, x, shards, factor) for x in logits)
             balance.gathered = True
         return outputs
 

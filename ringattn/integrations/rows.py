@@ -49,17 +49,22 @@ def check_outputs() -> None:
             outputs = call(self, *args, **kwargs)
         finally:
             shards.check_outputs = True
-        problem = _unlike_rows(outputs, shards, type(self).__name__)
-        if problem is not None or not torch.compiler.is_compiling():  # ranks that hold few rows may find no fault alone
-            group, _ = group_and_rank(shards.group, shards.layout.world)
-            agree(group, {"call": "outputs of a model"}, problem)
+        agree_on_rows(outputs, shards, type(self).__name__, CURE)
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
 
 
-def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
+def agree_on_rows(outputs: Any, shards: Shards, model: str, cure: str) -> None:
+    """Raise `InputError` on every rank if on some rank a result of `model` is not of its rows; collective."""
+    problem = _unlike_rows(outputs, shards, model, cure)
+    if problem is not None or not torch.compiler.is_compiling():  # ranks that hold few rows may find no fault alone
+        group, _ = group_and_rank(shards.group, shards.layout.world)
+        agree(group, {"call": "outputs of a model"}, problem)
+
+
+def _unlike_rows(outputs: Any, shards: Shards, model: str, cure: str) -> str | None:
     """Which result is not of this rank's rows, or None."""
     if not isinstance(outputs, Mapping):
         outputs = dict(enumerate(outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -70,7 +75,7 @@ def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_rows(tensor, shards):
                 return (
                     f"{model} returned {name} of shape {tuple(tensor.shape)}, not a result for each of this rank's rows: it is "
-                    f"pooled over one rank's rows and differs from that of the whole sequence. {CURE}"
+                    f"pooled over one rank's rows and differs from that of the whole sequence. {cure}"
                 )
     return None
 

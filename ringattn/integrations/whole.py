@@ -141,11 +141,11 @@ class _CausalLoss:
 
     def is_that_of(self, outputs: Mapping[str, Any]) -> bool:
         """Whether the model returned this loss as it is, and asked for it once."""
-        found = outputs.get("loss")
+        found: Tensor | None = outputs.get("loss")
         if self.calls != 1 or self.of_tokens is None or found is None:
             return False
         if found is self.value and self.version is not None:
-            return found._version == self.version  # without waiting for a GPU
+            return bool(found._version == self.version)  # without waiting for a GPU
         return bool(torch.equal(found.detach(), self.of_tokens))
 
     def is_part_of(self, outputs: Mapping[str, Any], model: Any, balance: routers.Balance | None) -> bool:
