@@ -44,6 +44,8 @@ def check_outputs() -> None:
         shards = kwargs.get("ringattn")
         if not isinstance(shards, Shards) or not shards.check_outputs:
             return call(self, *args, **kwargs)
+        if problem := _unlike_cut(kwargs, shards, type(self).__name__):  # the others hear of it in their first attention
+            agree(group_and_rank(shards.group, shards.layout.world)[0], {"call": "inputs of a model"}, problem)
         shards.check_outputs = False  # models within this one return what they like to it
         try:
             outputs = call(self, *args, **kwargs)
@@ -54,6 +56,22 @@ def check_outputs() -> None:
 
     checked.checks_rows = True  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
+
+
+def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | None:
+    """What was put before this rank's rows after the cut, and so stands before those of every rank; or None."""
+    embeds, rows = inputs.get("inputs_embeds"), max(shards.rows, 1)
+    if isinstance(embeds, Tensor) and embeds.ndim > 1 and embeds.shape[1] != rows:
+        return (
+            f"{model} was given inputs_embeds of {embeds.shape[1]} rows, and this rank holds {rows}: tokens that are added "
+            f"after the cut, as by prompt tuning, stand on every rank. {CURE}"
+        )
+    if inputs.get("past_key_values") is not None:
+        return (
+            f"{model} was given past_key_values after the cut, as by prefix tuning: keys before the sequence cannot be cut "
+            "over ranks; use LoRA, or prompt tuning with ringattn.integrations.whole.forward_whole"
+        )
+    return None
 
 
 def agree_on_rows(outputs: Any, shards: Shards, model: str, cure: str) -> None:

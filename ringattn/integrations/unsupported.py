@@ -29,6 +29,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     ids = sequence_of(batch)
     if ids.ndim < 2:
         return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
+    if batch.get("past_key_values") is not None or batch.get("use_cache"):
+        return (
+            "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out (prefix tuning makes one: use LoRA "
+            "or prompt tuning)"
+        )
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         return (
@@ -41,8 +46,6 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
-    if batch.get("past_key_values") is not None or batch.get("use_cache"):
-        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
     return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
 
 

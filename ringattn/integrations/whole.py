@@ -60,7 +60,7 @@ def forward_whole(
     inner = bare(model)
     sharding = {"dtype": cast_dtype(next(model.parameters()))} | sharding
     given = {name: value for name, value in batch.items() if value is not None}
-    if _is_causal_lm(inner) and not _keeps_some_logits(given):
+    if _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
         outputs = _rows_throughout(model, inner, given, group, averaged_over, sharding)
         if outputs is not None:
             return outputs
@@ -83,6 +83,13 @@ def bare(model: Any) -> Any:
 def _is_causal_lm(model: Any) -> bool:
     """Whether it has one result for each row over a vocabulary; whether its loss is the causal one shows when it runs."""
     return model.get_output_embeddings() is not None and model.loss_function is ForCausalLMLoss
+
+
+def _adds_tokens(model: Any) -> bool:
+    """Whether PEFT puts tokens before the sequence, which has to be cut after that."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
 
 
 def _keeps_some_logits(batch: Mapping[str, Any]) -> bool:
