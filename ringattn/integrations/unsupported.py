@@ -64,6 +64,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     ids = sequence_of(batch)
     if ids.ndim < 2:
         return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
+    if batch.get("past_key_values") is not None or batch.get("use_cache"):
+        return (
+            "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out (prefix tuning makes one: use LoRA "
+            "or prompt tuning)"
+        )
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         return (
@@ -76,9 +81,19 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
-    if batch.get("past_key_values") is not None or batch.get("use_cache"):
-        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
-    return unsupported_model(text, ids.shape[1])
+    return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
+
+
+def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:
+    """Why the load-balancing loss of this model would not be that of the batch, or None."""
+    asked = batch.get("output_router_logits")
+    if getattr(text, "output_router_logits", False) if asked is None else asked:
+        return (
+            "output_router_logits adds a load-balancing loss of this rank's tokens alone, which is not that of the batch: use "
+            "ringattn.integrations.whole.forward_whole(model, batch, group) or ringattn.integrations.trainer, which gather "
+            "router logits, or set config.output_router_logits = False"
+        )
+    return None
 
 
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
@@ -93,11 +108,6 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
         )
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
-    if getattr(text, "output_router_logits", False):
-        return (
-            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
-            "False, and balance experts by another means"
-        )
     dropped = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
     if dropped:
         return (
