@@ -25,6 +25,7 @@ from ringattn.comm.group import group_and_rank
 from ringattn.errors import InputError
 from ringattn.integrations.rowwise import check_rowwise, joined_rows_of
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.towers import minding_towers
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
 
@@ -67,7 +68,7 @@ def check_models() -> None:
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
-    PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
+    PreTrainedModel.__call__ = minding_towers(checked)  # type: ignore[method-assign]
 
 
 def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | None:
@@ -221,3 +222,16 @@ class GatheredOutputs(dict[str, Any]):
         if not isinstance(value, Tensor) or name.startswith(OF_OTHER_INPUTS):
             return value
         return gathered(value, self._shards, self._factor)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied by `factor` on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

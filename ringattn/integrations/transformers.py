@@ -13,21 +13,24 @@ sequence) is refused with what to do instead. Interfaces: https://huggingface.co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
+from ringattn.integrations.mask_functions import MaskReading, read_mask
 from ringattn.integrations.rows import check_models
 from ringattn.integrations.rowwise import Probe
-from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
+from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, text_positions, windowed
+from ringattn.integrations.towers import keeps_its_own, misplaced
 from ringattn.integrations.unsupported import refuse_without_interface, sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
@@ -44,10 +47,14 @@ class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
+    reading: what the mask function means; None where a compiled graph cannot ask.
+    own: makes the mask for transformers' sdpa, for layers that keep their own attention.
     """
 
     window: int | None
     tokens: Tensor | None = None
+    reading: MaskReading | None = None
+    own: Callable[[], Any] | None = None
 
 
 def register(name: str = NAME) -> None:
@@ -128,43 +135,41 @@ def attend(
     Raises:
         InputError: called without `shard_batch`, or for what shards cannot do.
     """
+    if ringattn is None and keeps_its_own(module):
+        asked = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux} | rest
+        mask = attention_mask.own() if isinstance(attention_mask, MaskInfo) and attention_mask.own else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **asked)
     if ringattn is None:
         raise InputError(
-            'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
+            misplaced(module)
+            or 'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
-    if problem:
-        raise InputError(problem)
+    two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
+    if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
+        two_ways = False
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, two_ways, rest)
     if isinstance(ringattn, Probe):
+        if problem:
+            raise InputError(problem)  # which the probe tells all ranks
         return ringattn.attend(module, query, key, value), None
+    if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
+        agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
     return out, None
 
 
-def describe_mask(
-    *,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    **rest: Any,
-) -> MaskInfo:
-    """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
-
-    Raises:
-        InputError: padding that did not go through `shard_batch`, or a mask function of the model's own.
-    """
-    if use_vmap:
-        raise InputError("this model adds a mask function of its own to the causal mask, which ringattn cannot cut over ranks")
-    if attention_mask is not None and not attention_mask.all():
-        raise InputError(
-            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
-            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
-        )
-    return MaskInfo(local_size)
+def describe_mask(**asked: Any) -> MaskInfo:
+    """The mask interface's side: no mask is made, what it says is known to `Shards`, or made by a layer that needs it."""
+    tokens, window, function = asked.get("attention_mask"), asked.get("local_size"), asked.get("mask_function")
+    if torch.compiler.is_compiling() or function is None:
+        reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
+    else:
+        reading = read_mask(function)
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked))
 
 
 def _shards(
@@ -178,7 +183,8 @@ def _shards(
 ) -> tuple[Shards, Plan]:
     """How the batch is cut, and the plan that settled its layout: that of the model's first kind of layer."""
     text = config.get_text_config()
-    positions, tokens = batch.get("position_ids"), batch.get("attention_mask")
+    tokens = batch.get("attention_mask")
+    positions = text_positions(batch.get("position_ids"), tokens)
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
@@ -206,7 +212,9 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
+def _unsupported_call(
+    module: nn.Module, mask: Any, dropout: float, window: int | None, two_ways: bool, rest: Mapping[str, Any]
+) -> str | None:
     """What the layer asks for and would not get, or None."""
     name = type(module).__name__
     if mask is None:
@@ -219,6 +227,13 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
+    if mask.tokens is not None and not mask.tokens.all():
+        return (
+            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
+            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
+        )
+    if mask.reading is not None and (problem := _unsupported_mask(mask.reading, name)):
+        return problem
     if mask.window != window:
         return (
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
@@ -228,6 +243,23 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if rest.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if two_ways:
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
+    return None
+
+
+def _unsupported_mask(reading: MaskReading, name: str) -> str | None:
+    """What a mask that a model made of one rank's rows says and `Shards` does not, or None."""
+    if reading.unknown:
+        return (
+            f"the mask of {name} has a function of the model's own beside the causal mask ({reading.unknown}), which ringattn "
+            "cannot cut over ranks"
+        )
+    if reading.block_ids is not None:
+        return (
+            f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
+            "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
+        )
+    if not reading.causal:
+        return f"the mask of {name} is for attention in both directions; ringattn runs causal decoders here"
     return None
