@@ -14,13 +14,13 @@ https://arxiv.org/abs/1910.10683 section 2.1. The merge: https://arxiv.org/abs/2
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.autograd import Inputs, run_backward, run_forward, without_autocast
+from ringattn.callers import meet
 from ringattn.comm.agree import Gradient, agree
 from ringattn.comm.factory import transport_for
 from ringattn.comm.group import Group
@@ -48,13 +48,12 @@ class Bucket(NamedTuple):
         return Mask(f"distances({self.left}..{self.right})", (Rect(0, END, 0, END, Band(self.left, self.right)),))
 
 
-def buckets(index_of: Sequence[int], first: int) -> tuple[Bucket, ...]:
-    """The runs of equal index in `index_of`, whose entries are for the distances first, first + 1, ..."""
-    found, distance = [], first
-    for index, run in groupby(index_of):
-        count = len(list(run))
-        found.append(Bucket(int(index), distance, distance + count - 1))
-        distance += count
+def runs(indices: Sequence[int], counts: Sequence[int], first: int) -> tuple[Bucket, ...]:
+    """Buckets one behind another: `counts` distances each, the lowest of them `first`."""
+    found = []
+    for index, count in zip(indices, counts, strict=True):
+        found.append(Bucket(index, first, first + count - 1))
+        first += count
     return tuple(found)
 
 
@@ -114,8 +113,6 @@ def _checked(
     group: Group | None,
 ) -> tuple[Transport, bool]:
     """The transport, when all ranks have come with what fits; and whether q has to take part in backward for other ranks."""
-    from ringattn.callers import meet
-
     process_group, rank = meet(plans[0].plan, group)
     gradient = gradient_of(q, k, v, table)
     fields = {

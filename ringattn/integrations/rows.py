@@ -22,6 +22,7 @@ from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.stacks import on_stacks
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
 
@@ -46,7 +47,8 @@ def check_outputs() -> None:
             return call(self, *args, **kwargs)
         shards.check_outputs = False  # models within this one return what they like to it
         try:
-            outputs = call(self, *args, **kwargs)
+            with on_stacks(self, shards):
+                outputs = call(self, *args, **kwargs)
         finally:
             shards.check_outputs = True
         problem = _unlike_rows(outputs, shards, type(self).__name__)

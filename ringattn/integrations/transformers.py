@@ -26,7 +26,9 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.rows import check_outputs
+from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
+from ringattn.integrations.stacks import StackShards
 from ringattn.integrations.unsupported import sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
@@ -43,10 +45,12 @@ class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
+    function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
     """
 
     window: int | None
     tokens: Tensor | None = None
+    function: Any = None
 
 
 def register(name: str = NAME) -> None:
@@ -91,6 +95,8 @@ def shard_batch(
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
+    if getattr(config, "is_encoder_decoder", False):
+        return _shard_two(batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training))
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
@@ -106,6 +112,33 @@ def shard_batch(
     return {**inputs, "use_cache": False, NAME: shards}, targets
 
 
+def _shard_two(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None,
+    world: int,
+    dtype: torch.dtype | None,
+    layout: str | Layout,
+    choices: dict[str, Any],
+) -> tuple[dict[str, Any], Tensor | None]:
+    """`shard_batch` of an encoder-decoder model, see `seq2seq`."""
+    said: dict[str, object] = {}
+    problem, cut_batch = None, None
+    try:
+        batch = with_decoder_inputs(batch, config)
+        problem = unsupported_seq2seq(batch, config)
+        if problem is None:
+            *cut_batch, plan = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
+            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+            said = {"shapes": shapes, "plan": plan.digest}
+    except (InputError, PlanError) as error:
+        problem = str(error)
+    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
+    assert cut_batch is not None  # else all ranks have raised
+    shards, inputs, targets = cut_batch
+    return {**inputs, "use_cache": False, NAME: shards}, targets
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -117,7 +150,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ringattn: Shards | None = None,
+    ringattn: Shards | StackShards | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
@@ -131,11 +164,16 @@ def attend(
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
+    stack = ringattn if isinstance(ringattn, StackShards) else None
+    position_bias = None if stack is None else rest.pop("position_bias", None)
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest, two_ways=stack is not None)
     if problem:
         raise InputError(problem)
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if stack is not None:
+        options = dict(scale=scaling, softcap=softcap, sinks=sinks)
+        return stack.attend(module, q, k, v, attention_mask, position_bias, **options), None
     out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
     return out, None
 
@@ -145,6 +183,7 @@ def describe_mask(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
+    mask_function: Any = None,
     **rest: Any,
 ) -> MaskInfo:
     """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
@@ -159,7 +198,7 @@ def describe_mask(
             "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
             "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
         )
-    return MaskInfo(local_size)
+    return MaskInfo(local_size, function=mask_function)
 
 
 def _shards(
@@ -201,8 +240,10 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
-    """What the layer asks for and would not get, or None."""
+def _unsupported_call(
+    module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any], two_ways: bool = False
+) -> str | None:
+    """What the layer asks for and would not get, or None. two_ways: whether it may ask for attention in both directions."""
     name = type(module).__name__
     if mask is None:
         return (
@@ -219,10 +260,10 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
         )
     if dropout:
-        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0"
+        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0 (config.dropout_rate of T5)"
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if rest.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if not two_ways and (rest.get("is_causal") is False or not getattr(module, "is_causal", True)):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None
