@@ -21,6 +21,7 @@ from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
+from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import on_stacks
 from ringattn.layout import Layout
@@ -75,6 +76,13 @@ def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
                     f"pooled over one rank's rows and differs from that of the whole sequence. {CURE}"
                 )
     return None
+
+
+def rows_of(name: str, shards: Shards) -> Shards | None:
+    """The shards that a result called `name` has rows of; None where it is of other inputs, which were not cut."""
+    if isinstance(shards, DecoderShards):
+        return shards.of(name)
+    return None if name.startswith(OF_OTHER_INPUTS) else shards
 
 
 def is_rows(tensor: Tensor, shards: Shards) -> bool:
@@ -184,6 +192,7 @@ class GatheredOutputs(dict[str, Any]):
     def _whole(self, name: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return tuple(self._whole(name, one) for one in value)
-        if not isinstance(value, Tensor) or name.startswith(OF_OTHER_INPUTS):
+        shards = rows_of(name, self._shards)
+        if not isinstance(value, Tensor) or shards is None:
             return value
-        return gathered(value, self._shards, self._factor)
+        return gathered(value, shards, self._factor)

@@ -151,7 +151,7 @@ def cut_seq2seq(
 def _kind(config: PretrainedConfig, dtype: torch.dtype | None) -> dict[str, Any]:
     """Heads of the decoder, as far as the config tells them: for the choice of the layout, layers say their own."""
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "decoder_attention_heads", None) or text.num_attention_heads
+    heads = text.num_attention_heads
     return dict(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -179,14 +179,15 @@ def _rows(value: Any, shards: Shards) -> Any:
 def with_decoder_inputs(
     batch: Mapping[str, Any], config: PretrainedConfig, model: type[nn.Module] | None = None
 ) -> Mapping[str, Any]:
-    """The batch with the decoder_input_ids that the model's own forward makes of the labels, if it has none.
+    """The batch with the decoder_input_ids that the model's own forward makes of labels, or of input_ids, if it has none.
 
     model: the class of the model; by default that of transformers' AutoModelForSeq2SeqLM for this config.
     """
-    if batch.get("labels") is None or _one(batch, DECODER) is not None:
+    if _one(batch, DECODER) is not None:
         return batch
     kind = model or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
-    ids = None if kind is None else _shifted(kind, config, batch["labels"])
+    made_of = next((name for name in ("labels", "input_ids") if batch.get(name) is not None), None)
+    ids = None if kind is None or made_of is None else _shifted(kind, config, {made_of: batch[made_of]})
     return batch if ids is None else {**batch, "decoder_input_ids": ids}
 
 
@@ -201,8 +202,8 @@ class _Catch(nn.Module):
         raise _GivenToDecoder(kwargs.get("decoder_input_ids", kwargs.get("input_ids")))
 
 
-def _shifted(kind: type[nn.Module], config: PretrainedConfig, labels: Tensor) -> Tensor | None:
-    """The decoder_input_ids that a model without any weights makes of `labels`; None if it makes none."""
+def _shifted(kind: type[nn.Module], config: PretrainedConfig, given: Mapping[str, Tensor]) -> Tensor | None:
+    """The decoder_input_ids that a model without any weights makes of what it is given; None if it makes none."""
     model: Any = kind.__new__(kind)
     nn.Module.__init__(model)
     model.config = config
@@ -210,13 +211,13 @@ def _shifted(kind: type[nn.Module], config: PretrainedConfig, labels: Tensor) ->
         if name:
             setattr(model, name, _Catch())
     try:
-        model.forward(labels=labels, encoder_outputs=(torch.zeros(1, 1, 1),))
-    except _GivenToDecoder as given:
-        ids: Tensor | None = given.args[0]
+        model.forward(**given, encoder_outputs=(torch.zeros(1, 1, 1),))
+    except _GivenToDecoder as caught:
+        ids: Tensor | None = caught.args[0]
         return ids
     except ValueError as error:  # of the model's own about its config, as for a missing decoder_start_token_id
         raise InputError(f"decoder_input_ids cannot be made of labels: {error}") from error
     except (AttributeError, TypeError):  # another kind of forward
         prepare: Callable[[Tensor], Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        return None if prepare is None else prepare(labels)
+        return None if prepare is None or "labels" not in given else prepare(given["labels"])
     return None

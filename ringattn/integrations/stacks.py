@@ -32,11 +32,18 @@ from ringattn.plan import Plan
 MAKES_POSITIONS = ("position_ids", "past_key_values_length")  # arguments of a forward that embeds positions
 
 
+PADDED_BY_ITSELF = (
+    "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
+    "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
+)
+
+
 @dataclass
 class StackShards:
     """What the layers of one stack attend to: the stack's own rows, and those of the encoder if it is a decoder.
 
     ids: the whole input_ids, if the batch has any.
+    padded: whether the whole ids of (this stack, the encoder) hold padding, which a model may hide by itself.
     buckets: of the relative position bias of its layers, once the first of them has been called.
     """
 
@@ -44,6 +51,7 @@ class StackShards:
     cross: Shards | None
     ids: Tensor | None
     name: str
+    padded: tuple[bool, bool] = (False, False)
     buckets: tuple[Bucket, ...] = ()
     calls: set[str] = field(default_factory=set)  # kinds of attention that have come here
     plans: dict[tuple[object, ...], Any] = field(default_factory=dict)
@@ -61,15 +69,16 @@ class StackShards:
         self.calls.add("cross" if crosses else "self")
         q, surplus = _without_surplus(q, shards.layout, shards)
         k, v = (_without_surplus(x, shards.layout.of_keys, shards)[0] for x in (k, v))
+        key_bias = _key_bias(shards, mask.padding, self.padded[crosses], k)
         if position_bias is None or not position_bias.numel():
             plan = self._plan(shards, q, k, crosses, Mask(str(band), (Rect(0, END, 0, END, band),)))
-            out: Tensor = attention(q, k, v, plan, key_bias=shards.key_bias, group=shards.group, **options)
+            out: Tensor = attention(q, k, v, plan, key_bias=key_bias, group=shards.group, **options)
         else:
             plans = self._plans(shards, q, k, band)
             scale = options.pop("scale")
             if crosses or any(option is not None for option in options.values()):
                 raise InputError(f"{type(module).__name__} has a position bias together with {', '.join(options)} or across stacks")
-            out = relative_attention(q, k, v, position_bias, plans, key_bias=shards.key_bias, scale=scale, group=shards.group)
+            out = relative_attention(q, k, v, position_bias, plans, key_bias=key_bias, scale=scale, group=shards.group)
         return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
 
     def _problem(self, module: nn.Module, band: Band, crosses: bool, q: Tensor, k: Tensor) -> str | None:
@@ -104,6 +113,19 @@ class StackShards:
             self.plans[key] = plans_for(within, lambda mask: self._plan(shards, q, k, False, mask, schedule="ring"))
         plans: tuple[BiasedPlan, ...] = self.plans[key]
         return plans
+
+
+def _key_bias(shards: Shards, padding: Tensor | None, padded: bool, k: Tensor) -> Tensor | None:
+    """What hides padding: the batch's attention_mask, or without one a mask that the model has made of ids on its own.
+
+    padded: known to all ranks alike, so that all have a bias or none.
+    """
+    if shards.key_bias is not None or not padded:
+        if padding is not None:
+            raise InputError(PADDED_BY_ITSELF)
+        return shards.key_bias
+    bias = torch.zeros(k.shape[:2], device=k.device)
+    return bias if padding is None else bias.masked_fill(~padding[:, : k.shape[1]].to(k.device), -torch.inf)
 
 
 def _without_surplus(x: Tensor, layout: Any, shards: Shards) -> tuple[Tensor, int]:
@@ -145,9 +167,10 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
     group, _ = group_and_rank(shards.group, shards.layout.world)
     if problem or not torch.compiler.is_compiling():
         agree(group, {"call": "an encoder-decoder model"}, problem)
+    source, target = (_has(ids, stack) for ids, stack in zip(shards.ids, (encoder, decoder), strict=True))
     stacks = (
-        (encoder, StackShards(shards.encoder, None, shards.ids[0], "encoder")),
-        (decoder, StackShards(shards, shards.cross, shards.ids[1], "decoder")),
+        (encoder, StackShards(shards.encoder, None, shards.ids[0], "encoder", (source, source))),
+        (decoder, StackShards(shards, shards.cross, shards.ids[1], "decoder", (target, source))),
     )
     handles: list[Any] = []
     for stack, its in stacks:
@@ -162,11 +185,22 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
     return handles
 
 
+def _has(ids: Tensor | None, stack: Any) -> bool:
+    """Whether the whole ids hold the stack's padding."""
+    padding = getattr(stack.config.get_text_config(), "pad_token_id", None)
+    return ids is not None and padding is not None and bool((ids == padding).any())
+
+
 def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
     """Why the stacks of this model cannot run on a part of their rows, or None."""
     name = type(model).__name__
     if model in (encoder, decoder) or encoder is decoder:
         return f"{name} has no encoder and decoder of its own that ringattn could hand their rows to"
+    if model.base_model is not model and model.get_output_embeddings() is None:
+        return (
+            f"{name} has a head of another kind than a vocabulary's, which may pool over rows of which a rank has only its own. Use "
+            "ringattn.integrations.whole.forward_whole(model, batch, group), which runs it on the whole sequence"
+        )
     for stack in (encoder, decoder):
         dropped = getattr(stack, "layerdrop", 0.0)
         if stack.training and dropped:
@@ -174,6 +208,12 @@ def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
                 f"{type(stack).__name__} leaves out layers at random (layerdrop={dropped}), on each rank others; set "
                 "config.encoder_layerdrop and config.decoder_layerdrop to 0"
             )
+        for module in stack.modules():
+            if hasattr(module, "expert_capacity"):
+                return (
+                    f"{type(module).__name__} has experts of a limited capacity, which the tokens of the whole sequence fill up in "
+                    "order: which of this rank's tokens still find room depends on those of other ranks. Use a model without"
+                )
     return None
 
 

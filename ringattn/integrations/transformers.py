@@ -28,7 +28,7 @@ from ringattn.errors import InputError, PlanError
 from ringattn.integrations.rows import check_outputs
 from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
-from ringattn.integrations.stacks import StackShards
+from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.unsupported import sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
@@ -46,11 +46,20 @@ class MaskInfo(NamedTuple):
 
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
     function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
+    padding: as tokens, of a mask that came to the model by itself; None where it hides nothing.
     """
 
     window: int | None
     tokens: Tensor | None = None
     function: Any = None
+    padding: Tensor | None = None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "a layer of this model computes with its attention mask by itself, so its attention does not come to ringattn and would "
+            "see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
+        )
 
 
 def register(name: str = NAME) -> None:
@@ -189,16 +198,12 @@ def describe_mask(
     """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
 
     Raises:
-        InputError: padding that did not go through `shard_batch`, or a mask function of the model's own.
+        InputError: a mask function of the model's own.
     """
     if use_vmap:
         raise InputError("this model adds a mask function of its own to the causal mask, which ringattn cannot cut over ranks")
-    if attention_mask is not None and not attention_mask.all():
-        raise InputError(
-            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
-            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
-        )
-    return MaskInfo(local_size, function=mask_function)
+    padding = None if attention_mask is None or attention_mask.all() else attention_mask
+    return MaskInfo(local_size, function=mask_function, padding=padding)
 
 
 def _shards(
@@ -255,6 +260,8 @@ def _unsupported_call(
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
+    if mask.padding is not None and not two_ways:
+        return PADDED_BY_ITSELF
     if mask.window != window:
         return (
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"

@@ -22,9 +22,12 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
-from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, gathered, is_rows
+from ringattn.integrations.rows import GatheredOutputs, gathered, is_rows, rows_of
+from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.stacks import place
 from ringattn.integrations.transformers import NAME, shard_batch
+from ringattn.integrations.whole_seq2seq import seq2seq_rows_throughout
 from ringattn.nn.loss import IGNORE, cross_entropy
 
 
@@ -58,7 +61,12 @@ def forward_whole(
     inner = bare(model)
     sharding = {"dtype": cast_dtype(next(model.parameters()))} | sharding
     given = {name: value for name, value in batch.items() if value is not None}
-    if _is_causal_lm(inner) and not _keeps_some_logits(given):
+    if getattr(inner.config, "is_encoder_decoder", False):
+        if inner.get_output_embeddings() is not None:
+            outputs = seq2seq_rows_throughout(model, inner, given, group, averaged_over, sharding)
+            if outputs is not None:
+                return outputs
+    elif _is_causal_lm(inner) and not _keeps_some_logits(given):
         outputs = _rows_throughout(model, inner, given, group, averaged_over, sharding)
         if outputs is not None:
             return outputs
@@ -150,6 +158,7 @@ def _head_on_the_whole(
     """Hooks cut what the decoder is given and gather what it returns; the head around it sees the whole."""
     base, size = inner.base_model, _size(group)
     cut: list[Shards] = []
+    hooks: list[Any] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
@@ -158,9 +167,13 @@ def _head_on_the_whole(
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
         given = {name: value for name, value in given.items() if value is not None and name not in ("use_cache", "return_dict")}
+        if getattr(inner.config, "is_encoder_decoder", False):
+            given = dict(with_decoder_inputs(given, inner.config, type(module)))
         own, _ = shard_batch(given, inner.config, group, **sharding)
         own[NAME].check_outputs = False
         cut.append(own[NAME])
+        if isinstance(own[NAME], DecoderShards):
+            hooks.extend(place(module, own[NAME]))
         return (), own | {"return_dict": True}
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
@@ -171,10 +184,8 @@ def _head_on_the_whole(
             whole[name] = _whole(name, value, cut[-1], size)
         return whole
 
-    hooks = [
-        base.register_forward_pre_hook(before, with_kwargs=True),
-        base.register_forward_hook(after, with_kwargs=True),
-    ]
+    hooks.append(base.register_forward_pre_hook(before, with_kwargs=True))
+    hooks.append(base.register_forward_hook(after, with_kwargs=True))
     try:
         outputs = model(**batch)
     finally:
@@ -188,14 +199,15 @@ def _head_on_the_whole(
 def _whole(name: str, value: Any, shards: Shards, size: int) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_whole(name, one, shards, size) for one in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or name.startswith(OF_OTHER_INPUTS):
+    of = rows_of(name, shards)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or of is None:
         return value
-    if not is_rows(value, shards):
+    if not is_rows(value, of):
         raise InputError(
             f"the decoder of this model returned {name} of shape {tuple(value.shape)}, which is not of rows: it is pooled over "
             "one rank's rows, and what it is for the whole sequence is not known; leave it out of the outputs"
         )
-    return gathered(value, shards, size)
+    return gathered(value, of, size)
 
 
 def _size(group: Group | None) -> int:
