@@ -1,7 +1,7 @@
 """Encoder-decoder models on shards against the same models in one process, with their own eager attention.
 
-Everything is in fp64, but norms of T5, and rotary tables and the eager softmax of T5Gemma, are computed in fp32: a difference in
-the last bit of fp64 may become one of fp32, and 6 units of fp32's rounding were seen in a gradient of T5Gemma. 16 are allowed; a
+Everything is in fp64, but T5's norms, and rotary tables and the eager softmax of T5Gemma, are computed in fp32: a difference in
+the last bit of fp64 may become one of fp32, and 6 units of its rounding were seen in a gradient of T5Gemma. 16 are allowed; a
 bucket of the relative position bias that is off by one distance is 10^4 of them.
 """
 
@@ -65,7 +65,7 @@ GEMMA = dict(
     head_dim=8,
     query_pre_attn_scalar=8,
     attn_logit_softcapping=5.0,
-    sliding_window=5,
+    sliding_window=9,  # more than is padded: a row that sees nothing is NaN in eager attention
     layer_types=["sliding_attention", "full_attention"],
     dropout_rate=0.0,
     attention_dropout=0.0,
@@ -130,7 +130,7 @@ def alone(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, lis
 
 
 def on_rows(name: str, batch: dict[str, Tensor], layout: str, reentrant: bool | None = None) -> list[float]:
-    """How far loss and gradients on this rank's rows are from those of one process. reentrant: recompute layers, in that way."""
+    """How far loss and gradients on this rank's rows are from those of one process. reentrant: recompute layers, that way."""
     model = model_of(name)
     meant, of_parameters = alone(model, batch)
     if reentrant is not None:
@@ -212,7 +212,9 @@ def refused() -> dict[str, str]:
         "own attention": lambda: run(model_of("mvp")),
         "local attention": lambda: run(model_of("longt5")),
         "capacity": lambda: run(model_of("switch_transformers")),
-        "sounds": lambda: shard_batch({"input_features": torch.zeros(2, 80, 50), "labels": batch["labels"]}, config_of("whisper")),
+        "sounds": lambda: shard_batch(
+            {"input_features": torch.zeros(2, 80, 50), "labels": batch["labels"]}, config_of("whisper")
+        ),
         "attention dropout": lambda: run(dropout.train()),
         "layers left out": lambda: run(dropping.train()),
         "no decoder inputs": lambda: run(bart, {"input_ids": batch["input_ids"]}),
@@ -249,26 +251,30 @@ CURES = {
 }
 
 
-def everything(rank: int, world: int, layout: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+def on_two_ranks(rank: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     register()
-    short = batch_of(source=2, target=1)
-    found = {f"{name}, {side}": on_rows(name, batch_of(side), layout) for name in MODELS for side in ("", "left")}
-    found |= {f"t5, recomputed {way}": on_rows("t5", batch_of("right"), layout, way) for way in (False, True)}
-    found |= {f"{name}, short": on_rows(name, short, layout) for name in ("t5", "bart")}
-    found |= {f"{name}, whole": whole(name, batch_of("right")) for name in ("t5", "bart", "m2m_100")}
+    found = {name: on_rows(name, batch_of(), "contiguous") for name in ("t5", "bart")}
+    found["t5, recomputed"] = on_rows("t5", batch_of("right"), "contiguous", False)
+    found |= {f"{name}, whole": whole(name, batch_of("right")) for name in ("t5", "m2m_100")}
     classes = batch_of() | {"labels": torch.tensor([2, 0])}
     classes["input_ids"][:, -1] = 2  # the end of a sequence, whose state is classified
     found["bart, classes"] = whole("bart", classes, AutoModelForSequenceClassification, num_labels=3)
-    found |= {f"relative bias, {causal=}": biased(causal, world, rank) for causal in (False, True)}
-    return found, refused() if world == 2 else {}
+    found["relative bias both ways"] = biased(False, 2, rank)
+    return found, refused()
 
 
-MODELS = ("t5", "umt5", "bart", "m2m_100", "t5gemma")
+def on_three_ranks(rank: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    register()
+    found = {name: on_rows(name, batch_of("left"), "zigzag") for name in ("t5", "umt5", "bart", "m2m_100", "t5gemma")}
+    found["t5, recomputed"] = on_rows("t5", batch_of("right"), "zigzag", True)
+    found |= {f"{name}, short": on_rows(name, batch_of(source=2, target=1), "zigzag") for name in ("t5", "bart")}
+    found["relative bias, causal"] = biased(True, 3, rank)
+    return found, {}
 
 
-@pytest.mark.parametrize(("world", "layout"), [(2, "contiguous"), (3, "zigzag")])
-def test_encoder_decoders_are_those_of_one_process_or_refused(world: int, layout: str) -> None:
-    for found, told in run_ranks(world, everything, world, layout, timeout=110):
+@pytest.mark.parametrize(("world", "job"), [(2, on_two_ranks), (3, on_three_ranks)])
+def test_encoder_decoders_are_those_of_one_process_or_refused(world: int, job) -> None:
+    for found, told in run_ranks(world, job):
         assert not {case: off for case, off in found.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
         for case, text in told.items():
             assert CURES[case] in text, (case, text)

@@ -1,11 +1,11 @@
-"""Attention with a learned bias for each bucket of distances (T5's relative position bias), exact and differentiable over shards.
+"""Attention with a learned bias for each bucket of distances (T5's relative position bias), exact over shards.
 
 softmax(q k^T * scale + table[bucket(position of key - position of query)]) v
 
 A bucket is a run of distances, so the pairs of queries and keys that share a bias are a `Band`, and its bias is the same number
-for all keys: `key_bias`. Attention over each band alone gives a partial result; partial results merge by log-sum-exp, as those of
-ranks do. In backward each band is given the log-sum-exp and the out of the whole row, so its probabilities, and with them the
-gradients of q, k, v and of its bias, are those of the whole. No tensor of rows x keys is made, and the table never travels.
+for all keys: `key_bias`. Attention over each band alone gives a partial result; partial results merge by log-sum-exp, as do
+those of ranks. In backward each band is given the log-sum-exp and the out of the whole row, so its probabilities, and with them
+the gradients of q, k, v and of its bias, are those of the whole. No tensor of rows x keys is made; the table never travels.
 
 Most bands are a few distances wide: of them only the rows at the ends of shards travel. The bias: Raffel et al. 2020,
 https://arxiv.org/abs/1910.10683 section 2.1. The merge: https://arxiv.org/abs/2310.01889.

@@ -76,13 +76,13 @@ def _unlike_sequence(name: str, value: Tensor, source: Tensor, target: Tensor) -
     whose, sequence = ("decoder", target) if _of_decoder(name) else ("encoder", source)
     if name in ("attention_mask", "decoder_attention_mask") and value.ndim != 2:
         return (
-            f"{name} has shape {tuple(value.shape)}; pass (batch, seq_len), which says what is padding: other masks of one's own "
-            "cannot be cut over ranks"
+            f"{name} has shape {tuple(value.shape)}; pass (batch, seq_len), which says what is padding: other masks cannot be "
+            "cut over ranks"
         )
     if value.ndim and (value.ndim < 2 or value.shape[:2] != sequence.shape[:2]):
         return (
-            f"{name} has shape {tuple(value.shape)} and the {whose}'s sequence {tuple(sequence.shape[:2])}: what a batch holds is "
-            f"cut along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
+            f"{name} has shape {tuple(value.shape)} and the {whose}'s sequence {tuple(sequence.shape[:2])}: what a batch holds "
+            f"is cut along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
         )
     if name in POSITIONS and (value != torch.arange(value.shape[1], device=value.device)).any():
         return (
@@ -116,7 +116,9 @@ def cut_seq2seq(
     source, target = _one(batch, ENCODER), _one(batch, DECODER)
     assert source is not None and target is not None  # see `unsupported_seq2seq`
     if isinstance(layout, Layout):
-        raise InputError(f"layout={layout.name!r} is for one sequence, and there are two; give a name, one of {', '.join(LAYOUTS)}")
+        raise InputError(
+            f"layout={layout.name!r} is for one sequence, and there are two; give a name, one of {', '.join(LAYOUTS)}"
+        )
     kind = _kind(config, dtype)
     plan = make_plan(target.shape[1], world=world, mask=causal(), layout=layout, **kind, **choices)
     name = "striped" if plan.layout.name == "striped" else "contiguous" if layout == "auto" else layout

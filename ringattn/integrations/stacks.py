@@ -77,7 +77,9 @@ class StackShards:
             plans = self._plans(shards, q, k, band)
             scale = options.pop("scale")
             if crosses or any(option is not None for option in options.values()):
-                raise InputError(f"{type(module).__name__} has a position bias together with {', '.join(options)} or across stacks")
+                raise InputError(
+                    f"{type(module).__name__} has a position bias together with {', '.join(options)} or across stacks"
+                )
             out = relative_attention(q, k, v, position_bias, plans, key_bias=key_bias, scale=scale, group=shards.group)
         return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
 
@@ -87,12 +89,12 @@ class StackShards:
         if asked != (band.right == 0):
             return f"{layer} has is_causal={asked} and a mask that keeps distances {band.left} to {band.right}"
         if self.cross is not None and not crosses and band.right != 0:
-            return f"{layer} of the decoder asks for distances {band.left} to {band.right}: neither causal nor all of the encoder"
+            return f"{layer} of the decoder asks for distances {band.left} to {band.right}, neither causal nor all keys"
         shards = self.cross if self.cross is not None and crosses else self.own
         rank = group_and_rank(shards.group, shards.layout.world)[1]
         rows, keys = (max(layout.rows(rank), 1) for layout in (shards.layout, shards.layout.of_keys))
         if (q.shape[1], k.shape[1]) != (rows, keys):
-            return f"{layer} attends from {q.shape[1]} to {k.shape[1]} rows; this rank has {rows} and {keys} of the {self.name}'s"
+            return f"{layer} attends from {q.shape[1]} to {k.shape[1]} rows; of its sequences this rank has {rows} and {keys}"
         return None
 
     def _plan(self, shards: Shards, q: Tensor, k: Tensor, crosses: bool, mask: Mask, **choices: Any) -> Plan:
@@ -198,8 +200,8 @@ def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
         return f"{name} has no encoder and decoder of its own that ringattn could hand their rows to"
     if model.base_model is not model and model.get_output_embeddings() is None:
         return (
-            f"{name} has a head of another kind than a vocabulary's, which may pool over rows of which a rank has only its own. Use "
-            "ringattn.integrations.whole.forward_whole(model, batch, group), which runs it on the whole sequence"
+            f"{name} has a head of another kind than a vocabulary's, which may pool over rows, and a rank has only its own. "
+            "Use ringattn.integrations.whole.forward_whole(model, batch, group), which runs it on the whole sequence"
         )
     for stack in (encoder, decoder):
         dropped = getattr(stack, "layerdrop", 0.0)
@@ -211,7 +213,7 @@ def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
         for module in stack.modules():
             if hasattr(module, "expert_capacity"):
                 return (
-                    f"{type(module).__name__} has experts of a limited capacity, which the tokens of the whole sequence fill up in "
+                    f"{type(module).__name__} has experts of a limited capacity, which the tokens of the sequence fill up in "
                     "order: which of this rank's tokens still find room depends on those of other ranks. Use a model without"
                 )
     return None
@@ -223,7 +225,7 @@ class _Given:
     def __init__(self, its: StackShards) -> None:
         self.its = its
 
-    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(self, stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.its.calls.clear()
         return args, kwargs | {"ringattn": self.its}
 
@@ -259,14 +261,14 @@ def _embed_positions(stack: nn.Module) -> Iterator[nn.Module]:
 class _Whole:
     """Calls a module that embeds positions for the whole sequence, and takes this rank's rows of what it returns.
 
-    What such a module is given of this rank's rows is their ids, their shape, or positions 0, 1, 2, ... Of a tensor that is asked
-    for its shape the whole holds NaN, so that one whose numbers are used is found.
+    What such a module is given of this rank's rows is their ids, their shape, or positions 0, 1, 2, ... Of a tensor that is
+    asked for its shape the whole holds NaN, so that one whose numbers are used is found.
     """
 
     def __init__(self, its: StackShards) -> None:
         self.its, self.rows, self.length = its, own_rows(its.own), its.own.layout.length
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return tuple(self._whole(x) for x in args), {name: self._whole(x) for name, x in kwargs.items()}
 
     def _whole(self, x: Any) -> Any:
@@ -284,7 +286,7 @@ class _Whole:
             if self.its.ids is not None and torch.equal(x, self.its.ids.to(x.device).index_select(1, self.rows.to(x.device))):
                 return self.its.ids.to(x.device)
         raise InputError(
-            f"positions are made of a tensor of shape {tuple(x.shape)} that is neither the ids nor the places of this rank's rows"
+            f"{self.its.name} positions are made of a tensor of shape {tuple(x.shape)} that holds neither ids nor places"
         )
 
     def after(self, module: nn.Module, args: Any, outputs: Any) -> Any:
@@ -292,7 +294,8 @@ class _Whole:
             return tuple(self.after(module, args, x) for x in outputs)
         dim = 0 if outputs.ndim == 2 else 1
         if outputs.shape[dim] != self.length:
-            raise InputError(f"{type(module).__name__} returned positions of shape {tuple(outputs.shape)} for {self.length} rows")
+            name, shape = type(module).__name__, tuple(outputs.shape)
+            raise InputError(f"{name} returned positions of shape {shape}, which are not those of {self.length} rows")
         own = outputs.index_select(dim, self.rows.to(outputs.device))
         if own.isnan().any():
             raise InputError(f"{type(module).__name__} makes positions of the numbers of its rows, which only their ranks have")
@@ -339,7 +342,7 @@ def _table(module: Any) -> Tensor:
 
 
 def buckets_of(module: Any, length: int) -> tuple[Bucket, ...]:
-    """The buckets of all distances in a sequence, found by letting `module` compute the bias of a table that holds its index."""
+    """The buckets of all distances in a sequence: `module` computes the bias of a table that holds the number of each row."""
     probe = copy.copy(module)
     count = module.relative_attention_bias.num_embeddings
     probe._modules = module._modules | {"relative_attention_bias": _Index(count)}

@@ -57,8 +57,8 @@ class MaskInfo(NamedTuple):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise InputError(
-            "a layer of this model computes with its attention mask by itself, so its attention does not come to ringattn and would "
-            "see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
+            "a layer of this model computes with its attention mask by itself: its attention does not come to ringattn and "
+            "would see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
         )
 
 
@@ -105,7 +105,9 @@ def shard_batch(
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
     if getattr(config, "is_encoder_decoder", False):
-        return _shard_two(batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training))
+        return _shard_two(
+            batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training)
+        )
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:

@@ -50,9 +50,7 @@ def seq2seq_rows_throughout(
                 "shards: leave labels out, give decoder_input_ids, and make the loss of the logits"
             )
         return None
-    loss = cross_entropy(
-        logits, targets, group, averaged_over=averaged_over, num_items=items if kind == DIVIDED else None
-    )
+    loss = cross_entropy(logits, targets, group, averaged_over=averaged_over, num_items=items if kind == DIVIDED else None)
     return GatheredOutputs(outputs, shards, averaged_over, loss)
 
 
