@@ -67,6 +67,11 @@ def take_place(
     problem = unsupported_balance({}, config.get_text_config()) or unsupported_model(config.get_text_config(), 0)
     if name == "eager":
         problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
+    if getattr(config, "is_encoder_decoder", False):
+        problem = (
+            f"{config.model_type} has an encoder and a decoder, whose rows cannot be told apart by position_ids; use "
+            "ringattn.integrations.transformers.shard_batch, or ringattn.integrations.trainer"
+        )
     if problem:
         raise InputError(problem)
     served = Served(model, config)

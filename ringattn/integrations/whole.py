@@ -24,10 +24,13 @@ from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
 from ringattn.integrations.composite import arguments_of, cut_for_decoder, loss_function, rows_to_the_loss
-from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, ScaledGradient, gathered, is_rows
+from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
+from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.stacks import place
 from ringattn.integrations.towers import find_towers, text_decoder
 from ringattn.integrations.transformers import NAME, shard_batch
+from ringattn.integrations.whole_seq2seq import seq2seq_rows_throughout
 from ringattn.nn.loss import IGNORE, cross_entropy
 
 
@@ -64,7 +67,12 @@ def forward_whole(
     decoder = text_decoder(inner)
     if decoder is not None:
         find_towers(inner)
-    if _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
+    if getattr(inner.config, "is_encoder_decoder", False):
+        if inner.get_output_embeddings() is not None:
+            outputs = seq2seq_rows_throughout(model, inner, given, group, averaged_over, sharding)
+            if outputs is not None:
+                return outputs
+    elif _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
         if decoder is not None:
             outputs = rows_to_the_loss(model, inner, decoder, given, group, averaged_over, sharding, _size(group))
         else:
@@ -179,6 +187,7 @@ def _head_on_the_whole(
     composite, size = text_decoder(inner), _size(group)
     base = inner.base_model if composite is None else composite
     cut: list[Shards] = []
+    hooks: list[Any] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if composite is not None:
@@ -186,10 +195,14 @@ def _head_on_the_whole(
             cut.append(own[NAME])
             return (), own
         given = {name: value for name, value in arguments_of(module, args, kwargs).items() if value is not None}
+        if getattr(inner.config, "is_encoder_decoder", False):
+            given = dict(with_decoder_inputs(given, inner.config, type(module)))
         own, _ = shard_batch(routers.left_to_the_caller(given, inner.config), inner.config, group, **sharding)
         own = routers.restored(own, given)
         own[NAME].check_outputs = False
         cut.append(own[NAME])
+        if isinstance(own[NAME], DecoderShards):
+            hooks.extend(place(module, own[NAME]))
         return (), own | {"return_dict": True}
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
@@ -200,10 +213,8 @@ def _head_on_the_whole(
             whole[name] = _whole(name, value, cut[-1], size)
         return whole
 
-    hooks = [
-        base.register_forward_pre_hook(before, with_kwargs=True),
-        base.register_forward_hook(after, with_kwargs=True),
-    ]
+    hooks.append(base.register_forward_pre_hook(before, with_kwargs=True))
+    hooks.append(base.register_forward_hook(after, with_kwargs=True))
     try:
         outputs = model(**batch)
     finally:
@@ -217,16 +228,17 @@ def _head_on_the_whole(
 def _whole(name: str, value: Any, shards: Shards, size: int) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_whole(name, one, shards, size) for one in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or name.startswith(OF_OTHER_INPUTS):
+    of = rows_of(name, shards)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or of is None:
         return value
     if name == routers.LOGITS:
         return routers.whole_logits(name, value, shards, size)
-    if not is_rows(value, shards):
+    if not is_rows(value, of):
         raise InputError(
             f"the decoder of this model returned {name} of shape {tuple(value.shape)}, which is not of rows: it is pooled over "
             "one rank's rows, and what it is for the whole sequence is not known; leave it out of the outputs"
         )
-    return gathered(value, shards, size)
+    return gathered(value, of, size)
 
 
 def _size(group: Group | None) -> int:
