@@ -176,10 +176,9 @@ def rows_to_the_loss(
             of_whole[name] = _map(value, lambda x: ScaledGradient.apply(x, averaged_over / size)) if tensors else value
         else:
             return None
-    gathered = GatheredOutputs(rows, shards, averaged_over, loss.value)
-    for name, value in of_whole.items():
-        gathered[name] = value
-    return gathered
+    if loss.value is not None:
+        of_whole["loss"] = loss.value
+    return GatheredOutputs(rows | of_whole, shards, averaged_over, of_whole)
 
 
 class _LossOfRows:

@@ -27,10 +27,13 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.mask_functions import MaskReading, read_mask
-from ringattn.integrations.rows import check_outputs
+from ringattn.integrations.rows import check_models
+from ringattn.integrations.rowwise import Probe
+from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, text_positions, windowed
+from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.towers import keeps_its_own, misplaced
-from ringattn.integrations.unsupported import sequence_of, unsupported_batch
+from ringattn.integrations.unsupported import refuse_without_interface, sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
 from ringattn.nn.group import reduction_group
@@ -48,19 +51,34 @@ class MaskInfo(NamedTuple):
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
     reading: what the mask function means; None where a compiled graph cannot ask.
     own: makes the mask for transformers' sdpa, for layers that keep their own attention.
+    function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
     """
 
     window: int | None
     tokens: Tensor | None = None
     reading: MaskReading | None = None
     own: Callable[[], Any] | None = None
+    function: Any = None
+
+    @property
+    def padding(self) -> Tensor | None:
+        """As tokens; None where nothing is hidden."""
+        return None if self.tokens is None or self.tokens.all() else self.tokens
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "a layer of this model computes with its attention mask by itself: its attention does not come to ringattn and "
+            "would see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
+        )
 
 
 def register(name: str = NAME) -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, describe_mask)
-    check_outputs()
+    check_models()
+    refuse_without_interface(name)
 
 
 def shard_batch(
@@ -94,10 +112,15 @@ def shard_batch(
     Raises:
         InputError: the batch or the model cannot be cut; says why and what to do. Raised on every rank.
     """
+    check_models()
     process_group = reduction_group(group)
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
+    if getattr(config, "is_encoder_decoder", False):
+        return _shard_two(
+            batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training)
+        )
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
@@ -113,6 +136,33 @@ def shard_batch(
     return {**inputs, "use_cache": False, NAME: shards}, targets
 
 
+def _shard_two(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None,
+    world: int,
+    dtype: torch.dtype | None,
+    layout: str | Layout,
+    choices: dict[str, Any],
+) -> tuple[dict[str, Any], Tensor | None]:
+    """`shard_batch` of an encoder-decoder model, see `seq2seq`."""
+    said: dict[str, object] = {}
+    problem, found = None, None
+    try:
+        batch = with_decoder_inputs(batch, config)
+        problem = unsupported_seq2seq(batch, config)
+        if problem is None:
+            found = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
+            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+            said = {"shapes": shapes, "plan": found[-1].digest}
+    except (InputError, PlanError) as error:
+        problem = str(error)
+    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
+    assert found is not None  # else all ranks have raised
+    shards, inputs, targets, _ = found
+    return {**inputs, "use_cache": False, NAME: shards}, targets
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -124,7 +174,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ringattn: Shards | None = None,
+    ringattn: Shards | StackShards | Probe | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
@@ -143,15 +193,25 @@ def attend(
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
+    position_bias = rest.pop("position_bias", None) if isinstance(ringattn, StackShards) else None
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    options = dict(scale=scaling, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype))
+    if isinstance(ringattn, StackShards):
+        if problem:
+            raise InputError(problem)
+        return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
     two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
     if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
         two_ways = False
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, two_ways, rest)
+    problem = problem or _unlike_causal(type(module).__name__, attention_mask, two_ways)
+    if isinstance(ringattn, Probe):
+        if problem:
+            raise InputError(problem)  # which the probe tells all ranks
+        return ringattn.attend(module, query, key, value), None
     if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
         agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
-    sinks = None if s_aux is None else s_aux.to(query.dtype)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
+    out = ringattn.attend(q, k, v, window=sliding_window, **options)
     return out, None
 
 
@@ -162,7 +222,7 @@ def describe_mask(**asked: Any) -> MaskInfo:
         reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
     else:
         reading = read_mask(function)
-    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked))
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function)
 
 
 def _shards(
@@ -205,10 +265,8 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
-def _unsupported_call(
-    module: nn.Module, mask: Any, dropout: float, window: int | None, two_ways: bool, rest: Mapping[str, Any]
-) -> str | None:
-    """What the layer asks for and would not get, or None."""
+def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
+    """What the layer asks for and would not get on any shards, or None."""
     name = type(module).__name__
     if mask is None:
         return (
@@ -220,39 +278,32 @@ def _unsupported_call(
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
-    if mask.tokens is not None and not mask.tokens.all():
+    if mask.reading is not None and mask.reading.unknown:
         return (
-            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
-            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
+            f"the mask of {name} has a function of the model's own beside the causal mask ({mask.reading.unknown}), which "
+            "ringattn cannot cut over ranks"
         )
-    if mask.reading is not None and (problem := _unsupported_mask(mask.reading, name)):
-        return problem
     if mask.window != window:
         return (
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
         )
     if dropout:
-        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0"
+        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0 (config.dropout_rate of T5)"
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if two_ways:
-        return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None
 
 
-def _unsupported_mask(reading: MaskReading, name: str) -> str | None:
-    """What a mask that a model made of one rank's rows says and `Shards` does not, or None."""
-    if reading.unknown:
-        return (
-            f"the mask of {name} has a function of the model's own beside the causal mask ({reading.unknown}), which ringattn "
-            "cannot cut over ranks"
-        )
-    if reading.block_ids is not None:
+def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
+    """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
+    if mask.padding is not None:
+        return PADDED_BY_ITSELF
+    if mask.reading is not None and mask.reading.block_ids is not None:
         return (
             f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
             "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
         )
-    if not reading.causal:
-        return f"the mask of {name} is for attention in both directions; ringattn runs causal decoders here"
+    if two_ways or (mask.reading is not None and not mask.reading.causal):
+        return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None
