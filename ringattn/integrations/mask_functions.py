@@ -55,7 +55,7 @@ def read_mask(function: Any) -> MaskReading:
         return MaskReading(packed=True)
     if name == "remap_positions_for_packed_sequence":
         inner = read_mask(values["mask_function"])
-        return inner if inner.block_ids is None else MaskReading(unknown="image blocks in packed documents")
+        return inner if inner.block_ids is None else inner._replace(unknown="image blocks in packed documents")
     if name == "blockwise_overlay":
         return MaskReading(block_ids=values["block_sequence_ids"])
     return MaskReading(unknown=name)

@@ -240,12 +240,13 @@ def _shards(
     positions = text_positions(batch.get("position_ids"), tokens)
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
-    heads = text.num_attention_heads
+    layer = first_layer(text)
+    heads = layer.num_attention_heads
     make = partial(make_plan, sequence_of(batch).shape[1], world=world, **choices)
     kind: dict[str, Any] = dict(
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=getattr(layer, "num_key_value_heads", None) or heads,
+        head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // heads,
         dtype=dtype or getattr(text, "dtype", None) or torch.float32,
     )
     first, *others = _windows(text)
@@ -258,10 +259,15 @@ def _shards(
     return shards, plan
 
 
+def first_layer(text: PretrainedConfig) -> Any:
+    """The config of the first layer, where layers differ in heads or their size, as Gemma 4's; else the model's."""
+    return text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
+
+
 def _windows(text: PretrainedConfig) -> list[int | None]:
     """Of each kind of layer, the first layer's first: of all layers alike where the config names no kinds, as Mistral's."""
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
-    size = getattr(text, "sliding_window", None)
+    size = getattr(first_layer(text), "sliding_window", None)
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))
 
 
@@ -277,6 +283,11 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
         return (
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
+        )
+    if mask.reading is not None and mask.reading.block_ids is not None:
+        return (
+            f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
+            "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
         )
     if mask.reading is not None and mask.reading.unknown:
         return (
@@ -299,11 +310,6 @@ def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
     """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
     if mask.padding is not None:
         return PADDED_BY_ITSELF
-    if mask.reading is not None and mask.reading.block_ids is not None:
-        return (
-            f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
-            "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
-        )
     if two_ways or (mask.reading is not None and not mask.reading.causal):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None

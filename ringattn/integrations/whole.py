@@ -23,8 +23,10 @@ from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
-from ringattn.integrations.composite import arguments_of, cut_for_decoder, loss_function, rows_to_the_loss
+from ringattn.integrations.composite import arguments_of, cut_for_decoder
+from ringattn.integrations.composite_loss import loss_function, rows_to_the_loss
 from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
+from ringattn.integrations.rowwise import Probe, check_rowwise
 from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import place
@@ -190,6 +192,8 @@ def _head_on_the_whole(
     hooks: list[Any] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        if isinstance(kwargs.get(NAME), Probe):
+            return args, kwargs
         if composite is not None:
             own = cut_for_decoder(module, args, kwargs, group, sharding)
             cut.append(own[NAME])
@@ -203,9 +207,13 @@ def _head_on_the_whole(
         cut.append(own[NAME])
         if isinstance(own[NAME], DecoderShards):
             hooks.extend(place(module, own[NAME]))
+        elif not torch.compiler.is_compiling():
+            check_rowwise(module, own, own[NAME])
         return (), own | {"return_dict": True}
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
+        if isinstance(kwargs.get(NAME), Probe):
+            return outputs
         if not isinstance(outputs, Mapping):
             raise InputError(f"{type(module).__name__} returned a {type(outputs).__name__}; only a ModelOutput can be gathered")
         whole: Any = outputs
