@@ -12,7 +12,8 @@ rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -165,14 +166,34 @@ class _CausalLoss:
         return found
 
 
+_in_progress: list[_CausalLoss] = []  # of calls within calls, the innermost last
+
+
+def _loss_in_progress(*args: Any, **kwargs: Any) -> Tensor:
+    """One function for all calls: a compiled model is compiled anew for another."""
+    return _in_progress[-1](*args, **kwargs)
+
+
 @contextmanager
 def _loss_of(model: Any, loss: _CausalLoss) -> Iterator[None]:
     before = model.loss_function
-    model.loss_function = loss
+    model.loss_function = _outside_graphs(_loss_in_progress)
+    _in_progress.append(loss)
     try:
         yield
     finally:
+        _in_progress.pop()
         model.loss_function = before
+
+
+def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, at which a compiled model ends its graph: what ranks say to each other cannot be traced."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
+        return function
+    if not hasattr(function, "outside_graphs"):
+        function.outside_graphs = torch.compiler.disable(function)  # type: ignore[attr-defined]
+    outside: Callable[..., Any] = function.outside_graphs  # type: ignore[attr-defined]
+    return outside
 
 
 def _head_on_the_whole(
@@ -204,8 +225,8 @@ def _head_on_the_whole(
         return whole
 
     hooks = [
-        base.register_forward_pre_hook(before, with_kwargs=True),
-        base.register_forward_hook(after, with_kwargs=True),
+        base.register_forward_pre_hook(_outside_graphs(before), with_kwargs=True),
+        base.register_forward_hook(_outside_graphs(after), with_kwargs=True),
     ]
     try:
         outputs = model(**batch)
