@@ -122,8 +122,9 @@ def everything(rank: int) -> dict:
     }
 
 
+@pytest.mark.timeout(120)
 def test_results_of_many_rows_are_those_of_one_process_or_refused() -> None:
-    for found in run_ranks(3, everything):
+    for found in run_ranks(3, everything, timeout=110):
         for name, value in found.items():
             numbers, answer = value if isinstance(value, tuple) else (value, None)
             assert all(x < CLOSE for x in numbers), (name, numbers)
