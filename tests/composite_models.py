@@ -60,7 +60,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] 
         4,
     ),
     "gemma3": (
-        {"model_type": "gemma3_text"} | WINDOWED,
+        {"model_type": "gemma3_text"} | WINDOWED | {"sliding_window": 3},  # which cuts its images, of 4 tokens
         SIGLIP | {"vision_use_head": False},
         {"image_token_index": IMAGE, "boi_token_index": START, "eoi_token_index": END, "mm_tokens_per_image": 4},
         4,
@@ -138,6 +138,8 @@ def batch_of(name: str, kind: str = "plain") -> dict[str, Tensor]:
     elif name in ("idefics3", "smolvlm"):
         batch["pixel_values"] = torch.randn(2, 2, 3, 8, 8, generator=source).double()
         batch["pixel_values"][1, 1] = 0  # no image: these models leave it out
+        batch["pixel_attention_mask"] = torch.ones(2, 2, 8, 8).bool()
+        batch["pixel_attention_mask"][0, 1, :, 4:] = False  # a narrow image
     elif name == "mllama":
         batch["pixel_values"] = torch.randn(2, 1, 1, 3, 8, 8, generator=source).double()
         batch |= {"aspect_ratio_ids": torch.ones(2, 1).long(), "aspect_ratio_mask": torch.ones(2, 1, 1).long()}

@@ -20,9 +20,9 @@ from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.integrations import routers
 from ringattn.integrations.mask_functions import MaskReading, blocks_of
-from ringattn.integrations.rowwise import check_rowwise
 from ringattn.integrations.shards import ImageBlocks, Shards
 from ringattn.integrations.transformers import NAME, MaskInfo, shard_batch
+from ringattn.integrations.trial import try_model
 from ringattn.sharding import held
 
 LEFT_OUT = ("use_cache", "return_dict")
@@ -64,7 +64,7 @@ def cut_for_decoder(
     _, rank = group_and_rank(shards.group, shards.layout.world)
     own |= _cut_marked(marked, rest, shards, rank) | {"return_dict": True}
     if not torch.compiler.is_compiling():
-        check_rowwise(decoder, own, shards)
+        try_model(decoder, own, shards)
     return own
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.integrations import routers
 from ringattn.integrations.composite import cut_for_decoder, each, mapped
+from ringattn.integrations.loss_function import loss_function, outside_graphs
 from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, ScaledGradient, is_rows
 from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.shards import Shards
@@ -138,22 +139,12 @@ def _on_rows(
 
     within = set(decoder.modules())
     hooks = [
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after, with_kwargs=True),
-        head.register_forward_pre_hook(head_before),
+        decoder.register_forward_pre_hook(outside_graphs(before), with_kwargs=True),
+        decoder.register_forward_hook(outside_graphs(after), with_kwargs=True),
+        head.register_forward_pre_hook(outside_graphs(head_before)),
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def loss_function(model: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    before = model.loss_function
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        model.loss_function = before

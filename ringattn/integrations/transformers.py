@@ -45,6 +45,12 @@ from ringattn.topology import Topology
 NAME = "ringattn"
 
 
+OWN_FUNCTION = (
+    "the mask of {layer} has a function of the model's own beside the causal mask ({function}), which ringattn cannot cut over "
+    "ranks"
+)
+
+
 class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
@@ -52,6 +58,7 @@ class MaskInfo(NamedTuple):
     reading: what the mask function means; None where a compiled graph cannot ask.
     own: makes the mask for transformers' sdpa, for layers that keep their own attention.
     function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
+    custom: whether the model has added a function of its own to that.
     """
 
     window: int | None
@@ -59,6 +66,7 @@ class MaskInfo(NamedTuple):
     reading: MaskReading | None = None
     own: Callable[[], Any] | None = None
     function: Any = None
+    custom: bool = False
 
     @property
     def padding(self) -> Tensor | None:
@@ -91,6 +99,7 @@ def shard_batch(
     topology: Topology | str | None = None,
     training: bool = True,
     dtype: torch.dtype | None = None,
+    documents_apart: bool = False,
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Cut a batch for this rank: the keyword arguments for the model, and the targets of its rows.
 
@@ -103,6 +112,8 @@ def shard_batch(
         group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
         schedule, layout, topology, training: for `make_plan`.
         dtype: that attention will see, for the choice of the layout; the model's by default.
+        documents_apart: packed documents do not see each other, also in a model whose own masks do not look at position_ids,
+            which is refused otherwise.
 
     Returns:
         inputs: for `model(**inputs)`; the cache is off, and `ringattn` is a `Shards`.
@@ -127,6 +138,7 @@ def shard_batch(
         try:
             choices = dict(schedule=schedule, topology=topology, training=training)
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
+            shards.documents_apart = documents_apart
             said = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
         except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)
@@ -194,20 +206,25 @@ def attend(
             'model.set_attn_implementation("sdpa")'
         )
     position_bias = rest.pop("position_bias", None) if isinstance(ringattn, StackShards) else None
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
+    problem = None if isinstance(ringattn, StackShards) else _blocks_of_rows(type(module).__name__, attention_mask)
+    problem = problem or _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = dict(scale=scaling, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype))
     if isinstance(ringattn, StackShards):
+        if isinstance(attention_mask, MaskInfo) and attention_mask.custom:
+            problem = OWN_FUNCTION.format(layer=type(module).__name__, function="or_mask_function, and_mask_function")
         if problem:
             raise InputError(problem)
         return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
     two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
     if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
         two_ways = False
-    problem = problem or _unlike_causal(type(module).__name__, attention_mask, two_ways)
+    if isinstance(attention_mask, MaskInfo):
+        problem = _unlike_causal(type(module).__name__, attention_mask, two_ways) or problem
     if isinstance(ringattn, Probe):
-        if problem:
+        if problem and not ringattn.lenient:
             raise InputError(problem)  # which the probe tells all ranks
+        ringattn.packed.append(bool(attention_mask.reading and attention_mask.reading.packed))
         return ringattn.attend(module, query, key, value), None
     if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
         agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
@@ -222,7 +239,7 @@ def describe_mask(**asked: Any) -> MaskInfo:
         reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
     else:
         reading = read_mask(function)
-    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function)
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function, bool(asked.get("use_vmap")))
 
 
 def _shards(
@@ -253,7 +270,7 @@ def _shards(
     plan = make(**kind, mask=windowed(mask, first), layout=layout)
     _, rank = group_and_rank(group, world)
     own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
-    shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own)
+    shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own, assumed=_assumed(batch))
     for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
         shards.plan(**kind, window=window)
     return shards, plan
@@ -262,6 +279,13 @@ def _shards(
 def first_layer(text: PretrainedConfig) -> Any:
     """The config of the first layer, where layers differ in heads or their size, as Gemma 4's; else the model's."""
     return text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
+
+
+def _assumed(batch: Mapping[str, Any]) -> str | None:
+    if batch.get("position_ids") is not None:
+        return None
+    tokens = batch.get("attention_mask")
+    return "counted" if tokens is None or tokens[:, :1].all() else "counted, left padding"
 
 
 def _windows(text: PretrainedConfig) -> list[int | None]:
@@ -284,16 +308,6 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
-    if mask.reading is not None and mask.reading.block_ids is not None:
-        return (
-            f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
-            "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
-        )
-    if mask.reading is not None and mask.reading.unknown:
-        return (
-            f"the mask of {name} has a function of the model's own beside the causal mask ({mask.reading.unknown}), which "
-            "ringattn cannot cut over ranks"
-        )
     if mask.window != window:
         return (
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
@@ -306,10 +320,22 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
     return None
 
 
+def _blocks_of_rows(name: str, mask: Any) -> str | None:
+    """What a mask says of image blocks that was made of one rank's rows, or None."""
+    if not isinstance(mask, MaskInfo) or mask.reading is None or mask.reading.block_ids is None:
+        return None
+    return (
+        f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
+        "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
+    )
+
+
 def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
     """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
     if mask.padding is not None:
         return PADDED_BY_ITSELF
+    if mask.reading is not None and mask.reading.unknown:
+        return OWN_FUNCTION.format(layer=name, function=mask.reading.unknown)
     if two_ways or (mask.reading is not None and not mask.reading.causal):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None

@@ -24,14 +24,16 @@ from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
 from ringattn.integrations.composite import arguments_of, cut_for_decoder
-from ringattn.integrations.composite_loss import loss_function, rows_to_the_loss
+from ringattn.integrations.composite_loss import rows_to_the_loss
+from ringattn.integrations.loss_function import loss_function, outside_graphs
 from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
-from ringattn.integrations.rowwise import Probe, check_rowwise
+from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import place
 from ringattn.integrations.towers import find_towers, text_decoder
 from ringattn.integrations.transformers import NAME, shard_batch
+from ringattn.integrations.trial import try_model
 from ringattn.integrations.whole_seq2seq import seq2seq_rows_throughout
 from ringattn.nn.loss import IGNORE, cross_entropy
 
@@ -208,7 +210,7 @@ def _head_on_the_whole(
         if isinstance(own[NAME], DecoderShards):
             hooks.extend(place(module, own[NAME]))
         elif not torch.compiler.is_compiling():
-            check_rowwise(module, own, own[NAME])
+            try_model(module, own, own[NAME])
         return (), own | {"return_dict": True}
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
@@ -221,8 +223,8 @@ def _head_on_the_whole(
             whole[name] = _whole(name, value, cut[-1], size)
         return whole
 
-    hooks.append(base.register_forward_pre_hook(before, with_kwargs=True))
-    hooks.append(base.register_forward_hook(after, with_kwargs=True))
+    hooks.append(base.register_forward_pre_hook(outside_graphs(before), with_kwargs=True))
+    hooks.append(base.register_forward_hook(outside_graphs(after), with_kwargs=True))
     try:
         outputs = model(**batch)
     finally:
