@@ -190,7 +190,7 @@ CURES = [
     "neither input_ids nor inputs_embeds",
     "leave them out",
     "both directions",
-    "set it to False",
+    "set config.output_router_logits = False",
     "config.layerdrop=0.1 leaves layers out at random",
     "linear_attention",
     "no attention heads",

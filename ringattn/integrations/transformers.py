@@ -138,7 +138,7 @@ def shard_batch(
         try:
             choices = dict(schedule=schedule, topology=topology, training=training)
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
-            shards.documents_apart = documents_apart
+            shards.packed = bool(shards.mask.bounds) and not documents_apart
             said = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
         except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)

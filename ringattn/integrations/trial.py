@@ -7,7 +7,8 @@ positions as `shard_batch` does where a batch has none, and that its masks tell 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ def try_model(model: Any, kwargs: Mapping[str, Any], shards: Shards) -> None:
 def kinds_of(shards: Shards) -> tuple[str, ...]:
     """What a model on these shards has to be tried for."""
     counted = () if shards.assumed is None else (shards.assumed,)
-    apart = ("documents",) if shards.mask.bounds and not shards.documents_apart else ()
-    return ("rows", *counted, *apart)
+    return ("rows", *counted, *(("documents",) if shards.packed else ()))
 
 
 @torch._dynamo.assume_constant_result  # runs while torch.compile traces the model's call
@@ -56,13 +56,25 @@ def problem_while_traced(number: int, kinds: tuple[str, ...]) -> str | None:
     model: Any = next(thing for thing in gc.get_objects() if id(thing) == number)
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(ROWS, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    for kind in kinds:
-        if any(kind == tried for tried, _ in vars(model).get(TRIED, ())):
-            continue
-        if problem := _problem(model, {"input_ids": ids, "position_ids": ids}, ROWS, kind, None):
-            return problem
-        _mark(model, (kind, ("traced",)))
+    with _not_compiling():
+        for kind in kinds:
+            if any(kind == tried for tried, _ in vars(model).get(TRIED, ())):
+                continue
+            if problem := _problem(model, {"input_ids": ids, "position_ids": ids}, ROWS, kind, None):
+                return problem
+            _mark(model, (kind, ("traced",)))
     return None
+
+
+@contextmanager
+def _not_compiling() -> Iterator[None]:
+    """The model runs here and is not traced, whatever the compiler says of the call around it."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _problem(model: Any, kwargs: Mapping[str, Any], rows: int, kind: str, shards: Shards | None) -> str | None:
