@@ -21,7 +21,9 @@ def expected(e: Example) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("length", [37, 5], ids=["uneven", "some_ranks_empty"])
 def test_every_case_equals_dense_attention(world: int, length: int) -> None:
-    for case in product_of_everything(range(world, world + 1), length):
+    cases = list(product_of_everything(range(world, world + 1), length))
+    # Beyond four ranks every other case, on odd numbers of ranks the others; tests/test_properties.py draws from them all.
+    for case in cases if world < 5 else cases[world % 2 :: 2]:
         e = cached_example(case.heads, length, case.mask)
         found = simulate(case.plan(), e.q, e.k, e.v, e.dout)
         assert worst(found, expected(e)) < EXACT, case

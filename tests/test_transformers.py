@@ -112,7 +112,7 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
     ("world", "layout", "checkpoint"), [(1, "contiguous", False), (3, "zigzag", True), (4, "contiguous", False)]
 )
 def test_losses_and_gradients_are_those_of_one_process(world: int, layout: str, checkpoint: bool) -> None:
-    for found in run_ranks(world, compared, world, layout, checkpoint):
+    for found in run_ranks(world, compared, world, layout, checkpoint, timeout=170):
         assert set(found) == {f"{name}, {kind}" for name, kind in CASES}
         worst = {case: off for case, off in found.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
         assert not worst
