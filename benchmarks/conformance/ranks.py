@@ -1,0 +1,164 @@
+"""Runs the cases of many model types on the ranks of one started job, and writes what becomes of each as a line of JSON.
+
+After each case all ranks exchange how it went through a store that is not the group's, since a case that fails on one rank may
+leave the group's collectives out of step. Then, and for every model, the group is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import PreTrainedModel
+
+from conformance.batches import batch_for, cases_of
+from conformance.corrections import NOT_BUILT
+from conformance.double import Double
+from conformance.models import build, class_name
+from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
+from ringattn.integrations.transformers import register
+
+PATIENCE = timedelta(seconds=15)  # of the group, for a rank that raised while others wait
+LIMIT = 40  # seconds for one case on one rank
+LAYOUTS = {1: "contiguous", 2: "zigzag", 3: "contiguous"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """worlds: numbers of ranks, the largest of which is started; folder: scratch for stores; out: the file of results.
+
+    done: (task, type, case, world) that have a result.
+    """
+
+    worlds: tuple[int, ...]
+    folder: str
+    out: str
+    done: frozenset[tuple[str, str, str, int]] = frozenset()
+
+
+def run(rank: int, job: Job, models: list[tuple[str, str]]) -> None:
+    """All cases of these (task, type), on this rank."""
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    register()
+    board = dist.FileStore(f"{job.folder}/board", max(job.worlds))
+    board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + PATIENCE.seconds)))
+    for number, (task, model_type) in enumerate(models):
+        if rank == 0:
+            Path(job.folder, "reached").write_text(str(number))
+        Sweep(rank, job, board, task, model_type).all_cases()
+
+
+@dataclass
+class Sweep:
+    """The cases of one model type on one rank."""
+
+    rank: int
+    job: Job
+    board: dist.FileStore
+    task: str
+    model_type: str
+
+    def all_cases(self) -> None:
+        if self.model_type in NOT_BUILT:
+            return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.model_type]}"))
+        try:
+            self.oracle = build(self.task, self.model_type).train()
+            cases = cases_of(self.oracle.config)
+        except Exception as error:
+            return self._report("all", 0, Outcome("none", f"cannot be built: {described(error)}"))
+        self.ring: PreTrainedModel | Result = self._made("ringattn")
+        for case in cases:
+            worlds = [w for w in self.job.worlds if (self.task, self.model_type, case, w) not in self.job.done]
+            if worlds:
+                self._one_case(case, worlds)
+        return None
+
+    def _one_case(self, case: str, worlds: list[int]) -> None:
+        if case == "recomputed" and not self.oracle.supports_gradient_checkpointing:
+            return self._report(case, 0, Outcome("none", "transformers has no gradient checkpointing for it"))
+        whole = one_process(self.oracle, batch_for(self.oracle.config, case)) if self.rank == 0 else Result("ran")
+        model = self._made(None) if case == "switched" else self.ring
+        for world in worlds:
+            if self.rank < world:
+                start = time.monotonic()
+                result = self._ring(model, case, world)
+                results = self._exchanged(f"{case}/{world}", world, result)
+                if self.rank == 0:
+                    outcome = judged(whole, [result, *results[1:]])
+                    self._report(case, world, outcome, loss=whole.loss, seconds=round(time.monotonic() - start, 2))
+        if case == "plain" and self.rank == 0:
+            own = own_loss(self.oracle, batch_for(self.oracle.config, case))
+            if whole.kind == "ran" and not abs(own / whole.loss - 1) < BOUND:
+                self._report("own loss", 0, Outcome("note", f"the model's own loss is {own:.6f}, that of shifted labels {whole.loss:.6f}"))
+        return None
+
+    def _made(self, attention: str | None) -> PreTrainedModel | Result:
+        """A model made with this attention, or switched to ringattn's."""
+        try:
+            model = build(self.task, self.model_type, attention).train()
+            if attention is None:
+                model.set_attn_implementation("ringattn")
+            return model
+        except Exception as error:
+            return Result("failed", f"making the model: {described(error)}")
+
+    def _ring(self, model: PreTrainedModel | Result, case: str, world: int) -> Result:
+        """This rank's result on a group of `world` ranks."""
+        if isinstance(model, Result):
+            return model
+        if case == "recomputed":
+            model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), Double())})
+        with group(self.job, world, self.rank, f"{self.task} {self.model_type} {case}"), limited(LIMIT):
+            return on_this_rank(model, batch_for(model.config, case), LAYOUTS[world])
+
+    def _exchanged(self, name: str, world: int, result: Result) -> list[Result]:
+        """Each rank's kind, text and loss; gradients stay where they are."""
+        key = f"{self.task}/{self.model_type}/{name}"
+        self.board.set(f"{key}/{self.rank}", json.dumps([result.kind, result.text, result.loss]))
+        return [Result(*json.loads(self.board.get(f"{key}/{n}"))) for n in range(world)]
+
+    def _report(self, case: str, world: int, outcome: Outcome, **more: float) -> None:
+        if self.rank:
+            return
+        line: dict[str, Any] = dict(world=world, task=self.task, type=self.model_type, case=case)
+        line |= {"class": class_name(self.task, self.model_type), **asdict(outcome), **more}
+        with Path(self.job.out).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def group(job: Job, world: int, rank: int, name: str) -> Iterator[None]:
+    """A default group of its own for one case: whatever the last one left behind is gone."""
+    store = dist.FileStore(f"{job.folder}/{name.replace(' ', '-')}-{world}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """`TimeoutError` in the main thread when time is up."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"no end within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
