@@ -14,13 +14,13 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
-from conformance.models import TASKS
-from conformance.ranks import Job, run
+from conformance.models import TASKS, all_models
+from conformance.ranks import Job
 from conformance.report import lines, write
 
 SILENCE = 150  # seconds without a result after which a job is ended, and started again behind the case it was at
@@ -28,7 +28,7 @@ SILENCE = 150  # seconds without a result after which a job is ended, and starte
 
 @dataclass
 class Args:
-    """worlds: numbers of ranks; types: all by default; out: the folder of results."""
+    """worlds: numbers of ranks; types: all by default; tasks: causal, seq2seq; out: the folder of results."""
 
     out: Path
     worlds: tuple[int, ...] = (1, 2, 3)
@@ -40,53 +40,49 @@ class Args:
 def main(args: Args) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / "results.jsonl"
-    models = [(task, name) for task in args.tasks for name in TASKS[task] if not args.types or name in args.types]
-    sweep(args.worlds, out, models, args.again)
+    models = [(task, name) for task, name in all_models() if task in args.tasks and (not args.types or name in args.types)]
+    sweep(out, models, Job(args.worlds), args.again)
     write(args.out)
     wanted = set(models)
     return int(any(line["kind"] == "third" for line in lines(out) if (line["task"], line["type"]) in wanted))
 
 
-def sweep(worlds: tuple[int, ...], out: Path, models: list[tuple[str, str]], again: tuple[str, ...] = ()) -> None:
-    """All cases that have no result yet, in as many jobs as it takes."""
+def sweep(out: Path, models: list[tuple[str, str]], job: Job, again: tuple[str, ...] = ()) -> None:
+    """All cases that have no result in the file `out` yet, in as many jobs as it takes."""
     keep = [line for line in lines(out) if line["kind"] not in again]
     out.write_text("".join(json.dumps(line) + "\n" for line in keep))
     while models:
         done = frozenset((line["task"], line["type"], line["case"], line["world"]) for line in lines(out))
         with tempfile.TemporaryDirectory() as folder:
-            reached = job(Job(worlds, folder, str(out), done), models)
+            reached = ended_at(replace(job, folder=folder, out=str(out), done=done), models)
         if reached is None:
             return
-        print(f"the job ended at {' '.join(models[reached])}", file=sys.stderr)
         task, name = models[reached]
+        print(f"the job ended at {name} ({task})", file=sys.stderr)
         stuck = {"world": 0, "task": task, "type": name, "case": "rest", "kind": "third", "text": "the ranks hung or died"}
         with out.open("a") as file:
             file.write(json.dumps(stuck) + "\n")
         models = models[reached + 1 :]
 
 
-def job(what: Job, models: list[tuple[str, str]]) -> int | None:
-    """None when all ranks came to the end, or the index of the model at which they did not."""
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=run, args=(rank, what, models), daemon=True) for rank in range(max(what.worlds))]
+def ended_at(job: Job, models: list[tuple[str, str]]) -> int | None:
+    """None when all ranks of a job came to the end, or the index of the model at which they did not."""
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=job.run, args=(rank, job, models), daemon=True) for rank in range(max(job.worlds))]
     for process in ranks:
         process.start()
     size, since = -1, time.monotonic()
-    while any(process.is_alive() for process in ranks):
-        time.sleep(0.2)
-        now = Path(what.out).stat().st_size if Path(what.out).exists() else 0
-        if now != size:
-            size, since = now, time.monotonic()
-        if time.monotonic() - since > SILENCE or any(process.exitcode for process in ranks):
+    while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
+        time.sleep(0.1)
+        now = Path(job.out).stat().st_size
+        size, since = (now, time.monotonic()) if now != size else (size, since)
+        if time.monotonic() - since > SILENCE:
             break
+    good = all(process.exitcode == 0 for process in ranks)
     for process in ranks:
-        if process.is_alive():
-            process.kill()
+        process.kill()
         process.join()
-    if all(process.exitcode == 0 for process in ranks):
-        return None
-    counter = Path(what.folder) / "reached"
-    return int(counter.read_text()) if counter.exists() else 0
+    return None if good else int(Path(job.folder, "reached").read_text() or 0)
 
 
 if __name__ == "__main__":

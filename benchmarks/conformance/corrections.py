@@ -35,3 +35,38 @@ NOT_BUILT = {
     "gemma3n": "its vision tower needs the package timm, which is not installed; gemma3n_text is its text model",
     "gemma4_assistant": "transformers refuses every configuration: each layer must share its keys, and one must make them",
 }
+
+# The same types otherwise configured, where that changes what attention is: (task, type, fields). BERT and its kin are swept as
+# decoders; as they come they attend both ways.
+BOTH_WAYS = {"is_decoder": False}
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert, both ways": ("causal", "bert", BOTH_WAYS),
+    "roberta, both ways": ("causal", "roberta", BOTH_WAYS),
+    "roformer, both ways": ("causal", "roformer", BOTH_WAYS),
+    "bloom, residual after norm": ("causal", "bloom", {"apply_residual_connection_post_layernorm": True}),
+    "falcon, alibi": ("causal", "falcon", {"alibi": True}),
+    "falcon, new architecture": ("causal", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "mpt, clipped": ("causal", "mpt", {"attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.3}}),
+    "gpt2, scaled by layer": ("causal", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2, upcast": ("causal", "gpt2", {"reorder_and_upcast_attn": True}),
+    "gpt_bigcode, many heads": ("causal", "gpt_bigcode", {"multi_query": False}),
+    "gpt_neox, in sequence": ("causal", "gpt_neox", {"use_parallel_residual": False}),
+    "cohere, norms of q and k": ("causal", "cohere", {"use_qk_norm": True}),
+    "deepseek_v3, q at full rank": ("causal", "deepseek_v3", {"q_lora_rank": None}),
+    "doge, experts": ("causal", "doge", {"is_moe": True}),
+    "gemma, both ways": ("causal", "gemma", {"use_bidirectional_attention": True}),
+    "gemma3_text, both ways": ("causal", "gemma3_text", {"use_bidirectional_attention": True}),
+    "llama, yarn": ("causal", "llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, dynamic": (
+        "causal",
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16},
+    ),
+    "mixtral, router losses": ("causal", "mixtral", {"output_router_logits": True}),
+    "olmo, clipped": ("causal", "olmo", {"clip_qkv": 1.0}),
+    "opt, norms behind": ("causal", "opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "phi, norms of q and k": ("causal", "phi", {"qk_layernorm": True}),
+    "qwen2, windows": ("causal", "qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "smollm3, windows": ("causal", "smollm3", {"use_sliding_window": True, "sliding_window": 8}),
+    "stablelm, parallel": ("causal", "stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+}

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from conformance.corrections import VARIANTS
 from conformance.tiny import tiny_config
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -21,20 +22,36 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def class_name(task: str, model_type: str) -> str:
+def all_models() -> list[tuple[str, str]]:
+    """(task, name) of every type, and of the variants of some."""
+    return [(task, name) for task in TASKS for name in TASKS[task]] + [(VARIANTS[name][0], name) for name in VARIANTS]
+
+
+def class_name(task: str, name: str) -> str:
     """The name of the class that transformers has for this type and task."""
-    name = TASKS[task][model_type]
-    return name if isinstance(name, str) else name[0]
+    model_type = VARIANTS[name][1] if name in VARIANTS else name
+    cls = TASKS[task][model_type]
+    return cls if isinstance(cls, str) else cls[0]
 
 
-def build(task: str, model_type: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
+def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """The same weights whenever and wherever it is built. attention: "sdpa", or "eager" where there is none, by default."""
     torch.manual_seed(seed)
-    cls = getattr(transformers, class_name(task, model_type))
-    config = part_for(tiny_config(model_type), cls.config_class)
-    chosen = attention or ("sdpa" if cls._supports_sdpa else "eager")
-    model: PreTrainedModel = cls._from_config(config, attn_implementation=chosen, experts_implementation="eager")
-    return randomised(model.double(), seed)
+    cls = getattr(transformers, class_name(task, name))
+    _, model_type, more = VARIANTS.get(name, (task, name, {}))
+    config = part_for(tiny_config(model_type, task == "causal", more), cls.config_class)
+    if attention is not None:
+        return randomised(made(cls, config, attention), seed)
+    try:
+        return randomised(made(cls, config, "sdpa"), seed)
+    except ValueError:  # the model, or one inside, has only the other
+        return randomised(made(cls, config, "eager"), seed)
+
+
+def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """The model with this attention, its experts one after another: the grouped product has no fp64."""
+    model: PreTrainedModel = cls._from_config(config, attn_implementation=attention, experts_implementation="eager")
+    return model.double()
 
 
 def part_for(config: PretrainedConfig, cls: type) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -28,35 +28,39 @@ from conformance.models import build, class_name
 from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
 from ringattn.integrations.transformers import register
 
-PATIENCE = timedelta(seconds=15)  # of the group, for a rank that raised while others wait
 LIMIT = 40  # seconds for one case on one rank
 LAYOUTS = {1: "contiguous", 2: "zigzag", 3: "contiguous"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """worlds: numbers of ranks, the largest of which is started; folder: scratch for stores; out: the file of results.
-
-    done: (task, type, case, world) that have a result.
-    """
-
-    worlds: tuple[int, ...]
-    folder: str
-    out: str
-    done: frozenset[tuple[str, str, str, int]] = frozenset()
-
-
 def run(rank: int, job: Job, models: list[tuple[str, str]]) -> None:
-    """All cases of these (task, type), on this rank."""
+    """All cases of these (task, name), on this rank."""
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     register()
     board = dist.FileStore(f"{job.folder}/board", max(job.worlds))
-    board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + PATIENCE.seconds)))
-    for number, (task, model_type) in enumerate(models):
+    board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + job.patience)))
+    for number, (task, name) in enumerate(models):
         if rank == 0:
             Path(job.folder, "reached").write_text(str(number))
-        Sweep(rank, job, board, task, model_type).all_cases()
+        Sweep(rank, job, board, task, name).all_cases()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks of one started job are to do.
+
+    worlds: numbers of ranks, the largest of which is started; folder: scratch for stores; out: the file of results;
+    done: (task, name, case, world) that have a result; cases: all of a model's by default; patience: seconds for which ranks wait
+    for one that raised; run: what each rank calls.
+    """
+
+    worlds: tuple[int, ...]
+    folder: str = ""
+    out: str = ""
+    done: frozenset[tuple[str, str, str, int]] = frozenset()
+    cases: tuple[str, ...] | None = None
+    patience: int = 15
+    run: Callable[[int, Job, list[tuple[str, str]]], None] = run
 
 
 @dataclass
@@ -67,19 +71,19 @@ class Sweep:
     job: Job
     board: dist.FileStore
     task: str
-    model_type: str
+    name: str
 
     def all_cases(self) -> None:
-        if self.model_type in NOT_BUILT:
-            return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.model_type]}"))
+        if self.name in NOT_BUILT:
+            return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.name]}"))
         try:
-            self.oracle = build(self.task, self.model_type).train()
-            cases = cases_of(self.oracle.config)
+            self.oracle = build(self.task, self.name).train()
+            cases = self.job.cases or cases_of(self.oracle.config)
         except Exception as error:
             return self._report("all", 0, Outcome("none", f"cannot be built: {described(error)}"))
         self.ring: PreTrainedModel | Result = self._made("ringattn")
         for case in cases:
-            worlds = [w for w in self.job.worlds if (self.task, self.model_type, case, w) not in self.job.done]
+            worlds = [w for w in self.job.worlds if (self.task, self.name, case, w) not in self.job.done]
             if worlds:
                 self._one_case(case, worlds)
         return None
@@ -92,8 +96,9 @@ class Sweep:
         for world in worlds:
             if self.rank < world:
                 start = time.monotonic()
-                result = self._ring(model, case, world)
-                results = self._exchanged(f"{case}/{world}", world, result)
+                with group(self.job, world, self.rank, f"{self.task} {self.name} {case}"):
+                    result = self._ring(model, case, world)
+                    results = self._exchanged(f"{case}/{world}", world, result)  # before the group goes: others may still join it
                 if self.rank == 0:
                     outcome = judged(whole, [result, *results[1:]])
                     self._report(case, world, outcome, loss=whole.loss, seconds=round(time.monotonic() - start, 2))
@@ -106,7 +111,7 @@ class Sweep:
     def _made(self, attention: str | None) -> PreTrainedModel | Result:
         """A model made with this attention, or switched to ringattn's."""
         try:
-            model = build(self.task, self.model_type, attention).train()
+            model = build(self.task, self.name, attention).train()
             if attention is None:
                 model.set_attn_implementation("ringattn")
             return model
@@ -119,20 +124,20 @@ class Sweep:
             return model
         if case == "recomputed":
             model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), Double())})
-        with group(self.job, world, self.rank, f"{self.task} {self.model_type} {case}"), limited(LIMIT):
+        with limited(LIMIT):
             return on_this_rank(model, batch_for(model.config, case), LAYOUTS[world])
 
     def _exchanged(self, name: str, world: int, result: Result) -> list[Result]:
         """Each rank's kind, text and loss; gradients stay where they are."""
-        key = f"{self.task}/{self.model_type}/{name}"
+        key = f"{self.task}/{self.name}/{name}"
         self.board.set(f"{key}/{self.rank}", json.dumps([result.kind, result.text, result.loss]))
         return [Result(*json.loads(self.board.get(f"{key}/{n}"))) for n in range(world)]
 
     def _report(self, case: str, world: int, outcome: Outcome, **more: float) -> None:
         if self.rank:
             return
-        line: dict[str, Any] = dict(world=world, task=self.task, type=self.model_type, case=case)
-        line |= {"class": class_name(self.task, self.model_type), **asdict(outcome), **more}
+        line: dict[str, Any] = dict(world=world, task=self.task, type=self.name, case=case)
+        line |= {"class": class_name(self.task, self.name), **asdict(outcome), **more}
         with Path(self.job.out).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -141,7 +146,7 @@ class Sweep:
 def group(job: Job, world: int, rank: int, name: str) -> Iterator[None]:
     """A default group of its own for one case: whatever the last one left behind is gone."""
     store = dist.FileStore(f"{job.folder}/{name.replace(' ', '-')}-{world}", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=job.patience))
     try:
         yield
     finally:

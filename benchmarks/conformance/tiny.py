@@ -49,12 +49,23 @@ SIZES: tuple[tuple[str, int], ...] = (
 )
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A configuration with a few layers of width 64, without dropout. Raises whatever the configuration's class raises."""
+def tiny_config(model_type: str, decoder: bool = True, more: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """A configuration with a few layers of width 64, without dropout.
+
+    Args:
+        decoder: whether a type that may be one, as BERT, is a causal decoder.
+        more: fields that shall be otherwise.
+
+    Raises whatever the configuration's class raises.
+    """
     cls = CONFIG_MAPPING[model_type]
     correction = CORRECTIONS.get(model_type, {})
     default = correction.get("default", {})
-    return shrunk(cls(**default), {name: value for name, value in default.items() if not isinstance(value, Mapping)} | correction.get("tiny", {}))
+    tiny = {name: value for name, value in default.items() if not isinstance(value, Mapping)} | correction.get("tiny", {})
+    config = cls(**default)
+    if decoder and "is_decoder" in fields_of(config) and not config.is_encoder_decoder:
+        tiny["is_decoder"] = True
+    return shrunk(config, tiny | dict(more or {}))
 
 
 def shrunk(config: PretrainedConfig, corrections: Mapping[str, Any]) -> PretrainedConfig:

@@ -92,7 +92,7 @@ def on_this_rank(model: PreTrainedModel, batch: dict[str, Any], layout: str) -> 
             reduce_gradients(model.parameters())
         return Result("ran", "", loss.item(), grads=gradients(model) if dist.get_rank() == 0 else {})
     except (InputError, PlanError) as error:
-        return Result("refused", str(error))
+        return Result("refused", str(error).removeprefix("on every rank: "))
     except Exception as error:
         return Result("failed", described(error))
     finally:
@@ -125,8 +125,8 @@ def judged(whole: Result, ranks: list[Result]) -> Outcome:
     if whole.kind != "ran":
         same = kinds == {"failed"}
         return Outcome("none", whole.text) if same else Outcome("third", f"ran, where one process fails: {whole.text}")
-    if kinds == {"failed"}:
-        return Outcome("third", texts[0])
+    if kinds == {"failed"}:  # one that fails leaves the others waiting: its own error says more than theirs
+        return Outcome("third", "; ".join(sorted(texts, key=lambda text: text.startswith("CommError"))))
     return compared(whole, ranks)
 
 

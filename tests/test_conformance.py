@@ -1,0 +1,86 @@
+"""The sweep over model types in short: a dozen that stand for all, on 2 ranks, and that the sweep notices what is wrong.
+
+`benchmarks/conform.py` is the whole sweep; docs/conformance.md its tables.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+pytest.importorskip("tyro")
+import conform
+from conformance import ranks, report
+from conformance.models import TASKS, build
+from conformance.tiny import VOCABULARY, tiny_config
+from torch import Tensor
+
+# A causal decoder of each make: plain, grouped heads, windows and capped logits, one norm for two branches, learned positions
+# with an offset, routed experts, latent keys and values; encoder-decoders with and without a relative bias.
+EXACT = ("llama", "gpt2", "gpt_neox", "gemma2", "opt", "mixtral", "deepseek_v3")
+REFUSED = ("mamba", "bert, both ways")  # a state along the sequence; attention both ways
+EITHER = ("bloom", "falcon", "t5")
+
+
+def swept(tmp_path: Path, models: list[tuple[str, str]], **more: Any) -> dict[tuple[str, str], str]:
+    """(type, case) to what came out on 2 ranks: the kind, and what was said."""
+    out = tmp_path / "results.jsonl"
+    conform.sweep(out, models, ranks.Job((2,), **more))
+    return {(line["type"], line["case"]): f"{line['kind']} {line['text']}".strip() for line in report.lines(out)}
+
+
+@pytest.mark.timeout(120)
+def test_model_types_are_exact_or_refused(tmp_path: Path) -> None:
+    found = swept(tmp_path, [("seq2seq" if name == "t5" else "causal", name) for name in EXACT + REFUSED + EITHER])
+    assert not {case: said for case, said in found.items() if said.startswith("third")}
+    wrong = {case: said for case, said in found.items() if case[0] in EXACT and said != "exact"}
+    assert not wrong
+    assert all(said.startswith("refused") for (name, _), said in found.items() if name in REFUSED)
+    assert {name for name, _ in found} == {*EXACT, *REFUSED, *EITHER}
+    assert set(report.markdown(report.lines(tmp_path / "results.jsonl")).split()) >= {"llama", "mamba"}
+
+
+def local(module: Any, *qkv: Tensor, **rest: Any) -> tuple[Tensor, None]:
+    """Attention of a rank's rows among themselves, whatever the model was told."""
+    import torch.nn.functional as F
+
+    q, k, v = qkv[:3]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
+
+
+def wrong_models(rank: int, job: ranks.Job, models: list[tuple[str, str]]) -> None:
+    """The job of `conform.sweep`, in which two makes are broken: one attends to its own rows, one fails on one rank only."""
+    from transformers.models.gpt2 import modeling_gpt2
+    from transformers.models.llama import modeling_llama
+
+    class Local:
+        def get_interface(self, *_: Any) -> Any:
+            return local
+
+    def raising(*_: Any, **__: Any) -> Any:
+        raise KeyError("ringattn")
+
+    modeling_llama.ALL_ATTENTION_FUNCTIONS = Local()
+    if rank == 1:
+        modeling_gpt2.GPT2Attention.forward = raising
+    ranks.run(rank, job, models)
+
+
+@pytest.mark.timeout(120)
+def test_the_sweep_notices_what_is_neither(tmp_path: Path) -> None:
+    models = [("causal", "llama"), ("causal", "gpt2"), ("causal", "qwen2")]
+    found = swept(tmp_path, models, cases=("plain",), patience=3, run=wrong_models)
+    assert found["llama", "plain"].startswith("third loss off by")
+    assert found["gpt2", "plain"].startswith("third KeyError: 'ringattn'")
+    assert found["qwen2", "plain"] == "exact"  # behind a case in which ranks fell out of step
+
+
+def test_every_type_has_a_tiny_configuration() -> None:
+    ...
+
+
+def test_tables() -> None:
+    ...
