@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
-
 from conformance.models import TASKS, all_models
 from conformance.ranks import Job
 from conformance.report import lines, write

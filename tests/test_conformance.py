@@ -13,8 +13,10 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 pytest.importorskip("tyro")
 import conform
+import torch.nn.functional as F
 from conformance import ranks, report
-from conformance.models import TASKS, build
+from conformance.corrections import NOT_BUILT, VARIANTS
+from conformance.models import all_models
 from conformance.tiny import VOCABULARY, tiny_config
 from torch import Tensor
 
@@ -45,8 +47,6 @@ def test_model_types_are_exact_or_refused(tmp_path: Path) -> None:
 
 def local(module: Any, *qkv: Tensor, **rest: Any) -> tuple[Tensor, None]:
     """Attention of a rank's rows among themselves, whatever the model was told."""
-    import torch.nn.functional as F
-
     q, k, v = qkv[:3]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2), None
 
@@ -78,9 +78,39 @@ def test_the_sweep_notices_what_is_neither(tmp_path: Path) -> None:
     assert found["qwen2", "plain"] == "exact"  # behind a case in which ranks fell out of step
 
 
+MOST = {"num_hidden_layers": 5, "hidden_size": 64, "vocab_size": VOCABULARY}
+
+
 def test_every_type_has_a_tiny_configuration() -> None:
-    ...
+    """A type that a new version of transformers brings shows here if the rules do not reach it."""
+    large = {}
+    for task, name in all_models():
+        if name not in NOT_BUILT and name not in VARIANTS:
+            config = tiny_config(name, task == "causal").get_text_config(decoder=True)
+            sizes = [getattr(config, size, most) for size, most in MOST.items()]
+            if any(size > most for size, most in zip(sizes, MOST.values(), strict=True)):
+                large[name] = sizes
+    assert not large
+
+
+def line(name: str, case: str, kind: str, world: int = 2, text: str = "") -> dict[str, Any]:
+    return {"task": "causal", "type": name, "class": name.title(), "case": case, "kind": kind, "world": world, "text": text} | {
+        "loss_error": 1e-15,
+        "grad_error": 2e-14,
+    }
 
 
 def test_tables() -> None:
-    ...
+    results = [line("llama", "plain", "exact"), line("llama", "packed", "exact"), line("opt", "plain", "exact")]
+    results += [line("opt", "packed", "refused", text="no | documents"), line("mamba", "plain", "refused", text="a state")]
+    results += [
+        line("falcon", "plain", "exact", 1),
+        line("falcon", "plain", "third", 2, "loss off"),
+        line("x", "all", "none", 0),
+    ]
+    table = report.markdown(results)
+    assert "| causal | 1 | 1 | 1 | 1 | 1 |" in table
+    assert "| llama | Llama | exact |  | exact |  |  |  | 2e-14 |" in table
+    assert "| opt | Opt | exact |  | refused |  |  |  | no \\| documents |" in table
+    assert "| mamba | Mamba | a state |" in table
+    assert "| falcon | Falcon | third |  |  |  |  |  | loss off |" in table

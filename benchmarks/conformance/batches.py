@@ -73,7 +73,9 @@ def _audio(config: PretrainedConfig, batch: dict[str, Any]) -> dict[str, Any]:
     """Voxtral's decoder adds an encoder's output to its inputs, some steps of it for each token."""
     steps = batch["input_ids"].shape[1] * config.downsample_factor
     width = config.audio_config.hidden_size
-    features = torch.randn(len(batch["input_ids"]), steps, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    features = torch.randn(
+        len(batch["input_ids"]), steps, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     return batch | {"encoder_inputs_embeds": features}
 
 

@@ -50,8 +50,8 @@ class Job:
     """What the ranks of one started job are to do.
 
     worlds: numbers of ranks, the largest of which is started; folder: scratch for stores; out: the file of results;
-    done: (task, name, case, world) that have a result; cases: all of a model's by default; patience: seconds for which ranks wait
-    for one that raised; run: what each rank calls.
+    done: (task, name, case, world) that have a result; cases: all of a model's by default; patience: seconds for which ranks
+    wait for one that raised; run: what each rank calls.
     """
 
     worlds: tuple[int, ...]
@@ -98,15 +98,21 @@ class Sweep:
                 start = time.monotonic()
                 with group(self.job, world, self.rank, f"{self.task} {self.name} {case}"):
                     result = self._ring(model, case, world)
-                    results = self._exchanged(f"{case}/{world}", world, result)  # before the group goes: others may still join it
+                    results = self._exchanged(
+                        f"{case}/{world}", world, result
+                    )  # before the group goes: others may still join it
                 if self.rank == 0:
                     outcome = judged(whole, [result, *results[1:]])
                     self._report(case, world, outcome, loss=whole.loss, seconds=round(time.monotonic() - start, 2))
-        if case == "plain" and self.rank == 0:
-            own = own_loss(self.oracle, batch_for(self.oracle.config, case))
-            if whole.kind == "ran" and not abs(own / whole.loss - 1) < BOUND:
-                self._report("own loss", 0, Outcome("note", f"the model's own loss is {own:.6f}, that of shifted labels {whole.loss:.6f}"))
+        if case == "plain" and self.rank == 0 and whole.kind == "ran":
+            self._note_own_loss(whole.loss)
         return None
+
+    def _note_own_loss(self, loss: float) -> None:
+        """Whether the model's own loss is another than that of `cross_entropy` on its logits."""
+        own = own_loss(self.oracle, batch_for(self.oracle.config, "plain"))
+        if not abs(own / loss - 1) < BOUND:
+            self._report("own loss", 0, Outcome("note", f"the model's own loss is {own:.6f}, that of its logits {loss:.6f}"))
 
     def _made(self, attention: str | None) -> PreTrainedModel | Result:
         """A model made with this attention, or switched to ringattn's."""

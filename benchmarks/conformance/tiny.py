@@ -23,28 +23,29 @@ LAYERS = (2, 4)  # at least and at most
 
 # The first pattern that matches a whole name gives the size. Nothing is ever made larger than it was.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"(num_mel_bins|num_channels|.*kernel_size|.*kernel_dim|image_size|patch_size|.*_coef|.*_id)", 0),  # 0: left as it is
-    (r".*vocab_size.*|src_vocab_size|tgt_vocab_size|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(num_mel_bins|num_channels|.*kernel_size|.*kernel_dim|image_size|patch_size|.*_coef)", 0),  # 0: left as it is
+    (r".*vocab_size.*|encoder_hash_byte_group_vocab", VOCABULARY),
     (r".*max.*position.*|n_positions|n_ctx|max_seq_len|model_max_length|num_position_embeddings", 64),
     (r"relative_attention_max_distance|relative_max_distance|position_bias_max_distance", 20),
     (r".*kv_heads|.*key_value_heads|kv_n_heads|.*num_key_heads", 2),
     (r".*attention_heads|n_heads?|num_heads|.*num_value_heads|.*linear_num_heads|index_n_heads", 4),
     (r"mamba_n_heads|mamba_num_heads", 8),
     (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|zero_expert_num", 4),
-    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k", 2),
-    (r"n_groups?|num_expert_group|mamba_n_groups", 2),
-    (r"topk_group|num_kv_shared_layers|first_k_dense_replace|num_dense_layers|attn_layer_offset|moe_layer_start_index|prefix_dense_.*", 1),
-    (r".*_period|.*_sparse_step|.*_frequency|.*layer_interval|interleave_.*_step|layer_group_size|.*_every_n_layers", 2),
-    (r".*sliding_window_pattern|_sliding_window_pattern|n_layers_per_attn_res_block", 2),
-    (r"num(_\w+)*_layers|n_layers?|\w+_layers|layers|num_blocks|depth|max_window_layers", 2),
+    (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|n_groups?|num_expert_group|mamba_n_groups", 2),
+    (r"topk_group|num_kv_shared_layers|first_k_dense_replace|num_dense_layers", 1),
+    (r"attn_layer_offset|moe_layer_start_index|prefix_dense_.*", 1),
+    (r".*_period|.*_sparse_step|.*_frequency|.*layer_interval|interleave_.*_step", 2),
+    (r"layer_group_size|.*_every_n_layers|.*sliding_window_pattern|n_layers_per_attn_res_block", 2),
+    (r"num(_\w+)*_layers|num_layers_per_stack|n_layers?|\w+_layers|layers|num_blocks|depth|max_window_layers", 2),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"qk_head_dim", 24),  # the rotated part and the other, as below
-    (r".*head_dim|.*d_kv|dim_head|kv_channels|mamba_d_head|attention_head_dim", 16),
+    (r".*head_dim|.*d_kv|dim_head|kv_channels|mamba_d_head", 16),
     (r".*_rank|hc_lowrank|d_rel", 16),
-    (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|d_ff|dff|dim_ff|ffn_dim|n_inner|mlp_dim|mamba_d_ssm", 64),
-    (r".*hidden_size.*|.*d_model|n_embd|.*hidden_dim|embedding_size|emb_dim|hidden_units|ple_embed_dim|.*output_dim|.*out_dim|.*_in_dim|adapter_input_size|input_size", 64),
-    (r".*sliding_window(_size)?|attention_chunk_size|local_attention|local_attention_window_len|window_size|rel_extent", 8),
-    (r"index_topk|keep_window_size|attention_window|local_radius|context_size|max_pos_emb", 8),
+    (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|d_ff|dff|dim_ff|n_inner|mlp_dim|mamba_d_ssm", 64),
+    (r".*hidden_size.*|.*d_model|n_embd|.*hidden_dim|embedding_size|emb_dim", 64),
+    (r"ple_embed_dim|.*output_dim|.*out_dim|.*_in_dim|.*input_size", 64),
+    (r".*sliding_window(_size)?|attention_chunk_size|local_attention|local_attention_window_len", 8),
+    (r"window_size|rel_extent|index_topk|keep_window_size|attention_window|local_radius|context_size|max_pos_emb", 8),
     (r".*block_size|.*chunk_size|.*state_size|mamba_d_state|local_attn_chunk_length|lsh_attn_chunk_length", 8),
 )
 
@@ -144,7 +145,7 @@ def rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary tables of which the changes with length still show on a short sequence."""
     small = {key: rope(value) if isinstance(value, Mapping) else value for key, value in parameters.items()}
     if small.get("original_max_position_embeddings"):
-        small["original_max_position_embeddings"] = 64
+        small["original_max_position_embeddings"] = 48  # below the 64 positions, above the lengths of the sweep
     if small.get("mrope_section"):
         small["mrope_section"] = [4, 2, 2]
     return small

@@ -101,9 +101,8 @@ def on_this_rank(model: PreTrainedModel, batch: dict[str, Any], layout: str) -> 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """By name, zeros where there are none."""
-    return {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad.clone()) for name, p in model.named_parameters() if p.requires_grad
-    }
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained}
 
 
 def described(error: BaseException) -> str:
