@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -20,6 +21,7 @@ from ringattn.joint_backward import gradient_of, in_backward
 from ringattn.kernels.pick import obstacle, resolved
 from ringattn.op import define, known_as, options_for
 from ringattn.plan import Plan
+from ringattn.selective import unwatched, watched
 
 OPERATOR = "operator of kernel {!r} (where GPUs differ, give make_plan a kernel by name, such as 'flash')"
 
@@ -127,9 +129,14 @@ def attention(
         named = None if strict is None else str(strict)  # an operator takes no argument that is one or the other
         out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient == Gradient.NEEDED, named)
     else:
-        process_group, needed = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
+        as_one = watched()
+        with unwatched() if as_one else nullcontext():
+            process_group, needed = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
         if needed and gradient == Gradient.NONE:
             inputs = inputs._replace(q=in_backward(q))
+        if as_one:
+            out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, needed, "False")
+            return (out, lse) if return_lse else out
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), transport_for(process_group))
     return (out, lse) if return_lse else out
 

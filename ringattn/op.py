@@ -1,8 +1,9 @@
 """`attention` for torch.compile: an operator that the compiler neither looks into nor cuts a graph at.
 
-Eager mode keeps its autograd function; the operator wraps the same two functions, `run_forward` and `run_backward`. It is not
-used in eager mode, since it hosts a single rank, while simulation hosts all of them, and since it has to hand over what rests
-on this rank as one tensor of known size (`kept`), which is a copy that eager mode does not make.
+Eager mode keeps its autograd function; the operator wraps the same two functions, `run_forward` and `run_backward`. Eager mode
+uses it where selective checkpointing looks on (`selective`) and nowhere else, since it hosts a single rank, while simulation
+hosts all of them, and since it has to hand over what rests on this rank as one tensor of known size (`kept`), which is a copy
+that eager mode does not make.
 
 An operator takes tensors, numbers and text. So a plan comes as its digest and a group by its name; `known_as` finds both while
 the graph is traced, and the graph holds for this plan and this group only. Plans so named stay for the life of the process, as

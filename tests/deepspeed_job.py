@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.sequence import layer as theirs
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ringattn import InputError, causal
 from ringattn.integrations.deepspeed import DistributedAttention, register_with_transformers, sequence_parallel, sp_loss
@@ -256,6 +256,21 @@ def refusals() -> list[str]:
     engine = engine_of(0, None)
     logits = torch.zeros(1, 3, 61)
     expect(lambda: sp_loss(logits, torch.zeros(1, 3, dtype=torch.long), engine))
+    names = ("input_ids", "position_ids")
+    inputs = {name: own[name] for name in names}
+    rewards = AutoModelForSequenceClassification.from_config(model.config, attn_implementation="sdpa").eval()
+    balance = AutoConfig.for_model("mixtral", **SHAPE, num_key_value_heads=3, num_local_experts=2, output_router_logits=True)
+    experts = AutoModelForCausalLM.from_config(balance, attn_implementation="sdpa").eval()
+    register_with_transformers(rewards, "sdpa", 2, 1)  # a second time, as for another model
+    expect(lambda: model(**inputs))
+    expect(lambda: model.model(**inputs, output_hidden_states=True))
+    expect(lambda: rewards(**inputs))
+    expect(lambda: model(**inputs, labels=own["shift_labels"]))
+    expect(lambda: model(**inputs, logits_to_keep=4))
+    expect(lambda: model(**inputs, logits_to_keep=18))  # all of rank 1's rows, and not all of rank 0's
+    expect(lambda: register_with_transformers(experts, "sdpa", 2, 1))
+    expect(lambda: experts(**inputs))
+    expect(lambda: experts(**inputs, output_router_logits=False))
     groups.mesh_device = object()  # as mesh_param leaves it
     expect(lambda: model(own["input_ids"], position_ids=own["position_ids"] + 0))
     return told

@@ -28,7 +28,7 @@ LAYERS = [
     ["planner"],
     ["forecast"],
     ["partial", "comm", "kernels"],
-    ["callers", "engine", "first_order", "joint_backward"],
+    ["callers", "engine", "first_order", "joint_backward", "selective"],
     ["sharding"],
     ["shapes"],
     ["work"],

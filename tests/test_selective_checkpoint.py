@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from cases import HEADS, SCHEDULES
+from spawn import run_ranks
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ringattn import Mask, Plan, causal, documents, make_plan, positions
+import ringattn.op
+from ringattn import Mask, Plan, attention, causal, documents, make_plan, positions, shard
 from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.kernels import Options
@@ -77,3 +79,75 @@ def test_no_bit_changes_whatever_is_saved(schedule: str, mask: Mask) -> None:
             contexts = partial(create_selective_checkpoint_contexts, saving(operator), allow_cache_entry_mutation=mutation)
             found = results(plan, given, partial(checkpoint, use_reentrant=False, context_fn=contexts))
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (bias, operator, mutation)
+
+
+def save_all(*_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+def layers_on_ranks(rank: int, schedule: str, bias: bool) -> dict[str, tuple[bool, int]]:
+    """By policy: whether out and gradients of two layers have the bits of a pass without it, and how often attention ran."""
+    plan = make_plan(
+        LENGTH,
+        world=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        dtype="float64",
+        mask=causal(),
+        schedule=SCHEDULES[schedule](2),
+        layout="zigzag",
+    )
+    source = torch.Generator().manual_seed(1)
+    x = shard(torch.randn(1, LENGTH, 32, generator=source, dtype=torch.float64), plan)
+    weights = [torch.randn(32, 64, generator=source, dtype=torch.float64) for _ in range(2)]
+    more = {}
+    if bias:
+        hidden = torch.randn(1, LENGTH, generator=source, dtype=torch.float64)
+        more = {"key_bias": shard(hidden, plan), "sinks": torch.randn(4, generator=source, dtype=torch.float64)}
+
+    def layer(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (x @ weight).unflatten(-1, (8, 8)).split((4, 2, 2), dim=2)
+        return x + attention(q, k, v, plan, **more).flatten(2)
+
+    def both(checkpointed: Callable[..., Any], *leaves: Tensor) -> tuple[list[Tensor], int]:
+        runs, forward = 0, ringattn.op.run_forward
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            return forward(*args, **kwargs)
+
+        ringattn.op.run_forward = counted
+        h, *weights = leaves
+        for weight in weights:
+            h = checkpointed(layer, h, weight)
+        h.sin().sum().backward()  # on ranks that train nothing too
+        ringattn.op.run_forward = forward
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        return [h.detach(), *grads], runs
+
+    policies = {"all": save_all, "attention": saving(torch.ops.ringattn.attention.default), "none": saving(None)}
+    found = {}
+    for ranks in ("all ranks train", "rank 0 trains"):
+        leaves = [leaf.detach().requires_grad_(ranks == "all ranks train" or rank == 0) for leaf in (x, *weights)]
+        expected, _ = both(plain, *leaves)
+        for name, policy in policies.items():
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            results, runs = both(partial(checkpoint, use_reentrant=False, context_fn=contexts), *leaves)
+            found[f"{name}, {ranks}"] = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), runs
+    return found
+
+
+def four_kinds(rank: int) -> dict[str, dict[str, tuple[bool, int]]]:
+    return {f"{s}, {b}": layers_on_ranks(rank, s, b) for s in ("ring", "ulysses") for b in (False, True)}
+
+
+def test_a_policy_sees_attention_on_ranks_as_one_operator() -> None:
+    """Saved, it does not run again, and so sends nothing again."""
+    for kinds in run_ranks(2, four_kinds):
+        for kind, found in kinds.items():
+            for case, (same, runs) in found.items():
+                assert same and runs == (4 if case.startswith("none") else 2), (kind, case, runs)

@@ -26,9 +26,10 @@ from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
+from ringattn.integrations.gathered_outputs import LastUsed, check_outputs_of
 from ringattn.integrations.shards import Shards, documents_of, padding_of
 from ringattn.integrations.transformers import MaskInfo, attend, describe_mask
-from ringattn.integrations.unsupported import unsupported_model
+from ringattn.integrations.unsupported import unsupported_balance, unsupported_model
 from ringattn.layout import Layout, Span
 from ringattn.mask import causal
 from ringattn.plan import Plan
@@ -59,12 +60,14 @@ def take_place(
         raise InputError(
             f"core_attn_implementation={name!r} is none of {', '.join(sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))}"
         )
-    problem = unsupported_model(config.get_text_config(), 0)
+    problem = unsupported_balance({}, config.get_text_config()) or unsupported_model(config.get_text_config(), 0)
     if name == "eager":
         problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
     if problem:
         raise InputError(problem)
     whole = Gathered(group, config.get_text_config(), make, shape, refused)
+    used = LastUsed()
+    check_outputs_of(used)
     core, mask_of_core = ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any) -> Any:
@@ -72,6 +75,7 @@ def take_place(
             mask = attention_mask() if isinstance(attention_mask, partial) else attention_mask
             return core(module, query, key, value, mask, **rest)
         shards = whole.shards(rest.get("position_ids"), attention_mask, len(query), query.shape[2])
+        used.note(shards)
         return attend(module, query, key, value, _info(attention_mask), ringattn=shards, **rest)
 
     def mask(**asked: Any) -> Any:  # which of both is known only in the layer, where the module says whether it trains

@@ -7,7 +7,8 @@ Results are told apart by their shape: a floating-point tensor (batch, rows, ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any
 
@@ -21,6 +22,8 @@ from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
+from ringattn.errors import InputError
+from ringattn.integrations.rowwise import check_rowwise, joined_rows_of
 from ringattn.integrations.shards import Shards
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
@@ -33,8 +36,11 @@ CURE = (
 )
 
 
-def check_outputs() -> None:
-    """Let every model of transformers that is given `Shards` check that it returns its rows. Idempotent."""
+def check_models() -> None:
+    """Let models of transformers that are given `Shards` check that rows meet in ringattn alone, and that they return rows.
+
+    Idempotent.
+    """
     call: Callable[..., Any] = PreTrainedModel.__call__
     if getattr(call, "checks_rows", False):
         return
@@ -42,24 +48,53 @@ def check_outputs() -> None:
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         shards = kwargs.get("ringattn")
-        if not isinstance(shards, Shards) or not shards.check_outputs:
+        if not isinstance(shards, Shards):
+            return call(self, *args, **kwargs)
+        if shards.check_outputs and (problem := _unlike_cut(kwargs, shards, type(self).__name__)):
+            agree(group_and_rank(shards.group, shards.layout.world)[0], {"call": "inputs of a model"}, problem)  # all hear it
+        if not torch.compiler.is_compiling():
+            check_rowwise(self, inspect.signature(self.forward).bind_partial(*args).arguments | kwargs, shards)
+        elif problem := joined_rows_of(id(self)):
+            raise InputError(problem)
+        if not shards.check_outputs:
             return call(self, *args, **kwargs)
         shards.check_outputs = False  # models within this one return what they like to it
         try:
             outputs = call(self, *args, **kwargs)
         finally:
             shards.check_outputs = True
-        problem = _unlike_rows(outputs, shards, type(self).__name__)
-        if problem is not None or not torch.compiler.is_compiling():  # ranks that hold few rows may find no fault alone
-            group, _ = group_and_rank(shards.group, shards.layout.world)
-            agree(group, {"call": "outputs of a model"}, problem)
+        agree_on_rows(outputs, shards, type(self).__name__, CURE)
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
     PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
 
 
-def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
+def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | None:
+    """What was put before this rank's rows after the cut, and so stands before those of every rank; or None."""
+    embeds, rows = inputs.get("inputs_embeds"), max(shards.rows, 1)
+    if isinstance(embeds, Tensor) and embeds.ndim > 1 and embeds.shape[1] != rows:
+        return (
+            f"{model} was given inputs_embeds of {embeds.shape[1]} rows, and this rank holds {rows}: tokens that are added "
+            f"after the cut, as by prompt tuning, stand on every rank. {CURE}"
+        )
+    if inputs.get("past_key_values") is not None:
+        return (
+            f"{model} was given past_key_values after the cut, as by prefix tuning: keys before the sequence cannot be cut "
+            "over ranks; use LoRA, or prompt tuning with ringattn.integrations.whole.forward_whole"
+        )
+    return None
+
+
+def agree_on_rows(outputs: Any, shards: Shards, model: str, cure: str) -> None:
+    """Raise `InputError` on every rank if on some rank a result of `model` is not of its rows; collective."""
+    problem = _unlike_rows(outputs, shards, model, cure)
+    if problem is not None or not torch.compiler.is_compiling():  # ranks that hold few rows may find no fault alone
+        group, _ = group_and_rank(shards.group, shards.layout.world)
+        agree(group, {"call": "outputs of a model"}, problem)
+
+
+def _unlike_rows(outputs: Any, shards: Shards, model: str, cure: str) -> str | None:
     """Which result is not of this rank's rows, or None."""
     if not isinstance(outputs, Mapping):
         outputs = dict(enumerate(outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -70,7 +105,7 @@ def _unlike_rows(outputs: Any, shards: Shards, model: str) -> str | None:
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_rows(tensor, shards):
                 return (
                     f"{model} returned {name} of shape {tuple(tensor.shape)}, not a result for each of this rank's rows: it is "
-                    f"pooled over one rank's rows and differs from that of the whole sequence. {CURE}"
+                    f"pooled over one rank's rows and differs from that of the whole sequence. {cure}"
                 )
     return None
 
@@ -129,12 +164,13 @@ class _Unread:
 class GatheredOutputs(dict[str, Any]):
     """A model's outputs of this rank's rows, each gathered to the whole sequence when it is first read; collective.
 
-    Read as a `ModelOutput`: by name, attribute or number. loss: that of the whole already.
+    Read as a `ModelOutput`: by name, attribute or number. Those that `of_whole` names are of the whole sequence already.
     """
 
-    def __init__(self, outputs: Mapping[str, Any], shards: Shards, factor: int, loss: Tensor | None) -> None:
-        rows = {name: value for name, value in outputs.items() if value is not None and name != "loss"}
-        super().__init__(({} if loss is None else {"loss": loss}) | {name: _Unread() for name in rows})
+    def __init__(self, outputs: Mapping[str, Any], shards: Shards, factor: int, of_whole: Collection[str]) -> None:
+        present = {name: value for name, value in outputs.items() if value is not None}
+        rows = {name: value for name, value in present.items() if name not in of_whole}
+        super().__init__({name: _Unread() if name in rows else value for name, value in present.items()})
         vars(self).update(_rows=rows, _shards=shards, _factor=factor)
 
     def __getitem__(self, key: Any) -> Any:

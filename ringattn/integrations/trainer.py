@@ -32,6 +32,8 @@ from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
 from ringattn.integrations.on_shards import OnShards
 from ringattn.integrations.transformers import NAME, register
+from ringattn.integrations.unsupported import without_interface
+from ringattn.integrations.whole import bare
 from ringattn.nn.loss import IGNORE
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
@@ -142,6 +144,12 @@ def _unfit(trainer: Any, size: int) -> str | None:
         return "there is one process and no process group: start the script with torchrun --nproc-per-node N"
     if trainer.is_deepspeed_enabled:
         return "this job runs under DeepSpeed, whose gradients depend on the ZeRO stage: see ringattn.integrations.deepspeed"
+    model = bare(trainer.model)
+    if without_interface(model):  # set_attn_implementation would only warn, and each rank attend to its own rows
+        return (
+            f"the layers of {type(model).__name__} do not use transformers' attention interface, so ringattn cannot be their "
+            "attention; use another model"
+        )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
         return "accelerate's ParallelismConfig cuts sequences or layers too; leave cp_size, sp_size and tp_size at 1"

@@ -25,9 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
-from ringattn.integrations.rows import check_outputs
+from ringattn.integrations.rows import check_models
+from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
-from ringattn.integrations.unsupported import sequence_of, unsupported_batch
+from ringattn.integrations.unsupported import refuse_without_interface, sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
 from ringattn.nn.group import reduction_group
@@ -53,7 +54,8 @@ def register(name: str = NAME) -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, describe_mask)
-    check_outputs()
+    check_models()
+    refuse_without_interface(name)
 
 
 def shard_batch(
@@ -87,6 +89,7 @@ def shard_batch(
     Raises:
         InputError: the batch or the model cannot be cut; says why and what to do. Raised on every rank.
     """
+    check_models()
     process_group = reduction_group(group)
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
@@ -117,7 +120,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ringattn: Shards | None = None,
+    ringattn: Shards | Probe | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
@@ -134,6 +137,8 @@ def attend(
     problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
     if problem:
         raise InputError(problem)
+    if isinstance(ringattn, Probe):
+        return ringattn.attend(module, query, key, value), None
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)

@@ -6,13 +6,48 @@ What only shows when the model runs is found where it runs: what a layer asks of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ringattn.errors import InputError
 
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
+
+
+def refuse_without_interface(name: str) -> None:
+    """Let models whose layers do not use the attention interface refuse `attn_implementation=name` when they are made.
+
+    transformers itself would look the name up in tables of the model's own, or keep it and never call it. Idempotent.
+    """
+    choose = PreTrainedModel.get_correct_attn_implementation
+    names = getattr(choose, "names_of_ringattn", None)
+    if names is not None:
+        names.add(name)
+        return
+    names = {name}
+
+    @wraps(choose)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested_attention in names and without_interface(self):
+            raise InputError(
+                f"attn_implementation={requested_attention!r}: the layers of {type(self).__name__} do not use transformers' "
+                "attention interface, so their attention would stay within each rank's rows. Use another model"
+            )
+        return choose(self, requested_attention, *args, **kwargs)
+
+    checked.names_of_ringattn = names  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+
+
+def without_interface(model: Any) -> bool:
+    """Whether transformers has found in the model's source that its attention is its own."""
+    cls = type(model)
+    return not cls._can_set_attn_implementation() and getattr(cls, "_can_set_attn_implementation_cached_value", None) is False
 
 
 def sequence_of(batch: Mapping[str, Any]) -> Tensor:
@@ -29,6 +64,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     ids = sequence_of(batch)
     if ids.ndim < 2:
         return f"input_ids has shape {tuple(ids.shape)}; pass (batch, seq_len)"
+    if batch.get("past_key_values") is not None or batch.get("use_cache"):
+        return (
+            "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out (prefix tuning makes one: use LoRA "
+            "or prompt tuning)"
+        )
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim != 2:
         return (
@@ -41,9 +81,19 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
-    if batch.get("past_key_values") is not None or batch.get("use_cache"):
-        return "past_key_values, use_cache: a cache cannot be cut over ranks; leave them out"
-    return unsupported_model(text, ids.shape[1])
+    return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
+
+
+def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:
+    """Why the load-balancing loss of this model would not be that of the batch, or None."""
+    asked = batch.get("output_router_logits")
+    if getattr(text, "output_router_logits", False) if asked is None else asked:
+        return (
+            "output_router_logits adds a load-balancing loss of this rank's tokens alone, which is not that of the batch: use "
+            "ringattn.integrations.whole.forward_whole(model, batch, group) or ringattn.integrations.trainer, which gather "
+            "router logits, or set config.output_router_logits = False"
+        )
+    return None
 
 
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
@@ -58,10 +108,11 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
         )
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
-    if getattr(text, "output_router_logits", False):
+    dropped = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
+    if dropped:
         return (
-            "config.output_router_logits adds a loss over this rank's tokens alone, which is not that of the batch; set it to "
-            "False, and balance experts by another means"
+            f"config.{' and config.'.join(f'{name}={value}' for name, value in dropped.items())} leaves layers out at random, "
+            "each rank others, so that layers of different depth would meet in attention; set it to 0"
         )
     return _unsupported_rope(text, length)
 

@@ -3,16 +3,17 @@
     outputs = forward_whole(model, batch, mesh)
 
 A causal language model runs on rows throughout: its loss is reduced over the ranks, and its logits are gathered only if they
-are read. Of any other model the decoder (`base_model`) runs on rows; its hidden states are gathered, and every rank runs the
-head and the loss on the whole sequence. So rewards, token classes, answers' positions and losses are those of one process,
-whatever the head does with the rows.
+are read. Router logits, of which it makes a load-balancing loss, are gathered before it does (`routers`). Of any other model
+the decoder (`base_model`) runs on rows; its hidden states are gathered, and every rank runs the head and the loss on the whole
+sequence. So rewards, token classes, answers' positions and losses are those of one process, whatever the head does with the
+rows.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
+from ringattn.integrations import routers
 from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, gathered, is_rows
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.transformers import NAME, shard_batch
@@ -58,7 +60,7 @@ def forward_whole(
     inner = bare(model)
     sharding = {"dtype": cast_dtype(next(model.parameters()))} | sharding
     given = {name: value for name, value in batch.items() if value is not None}
-    if _is_causal_lm(inner) and not _keeps_some_logits(given):
+    if _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
         outputs = _rows_throughout(model, inner, given, group, averaged_over, sharding)
         if outputs is not None:
             return outputs
@@ -83,6 +85,13 @@ def _is_causal_lm(model: Any) -> bool:
     return model.get_output_embeddings() is not None and model.loss_function is ForCausalLMLoss
 
 
+def _adds_tokens(model: Any) -> bool:
+    """Whether PEFT puts tokens before the sequence, which has to be cut after that."""
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return bool(getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _keeps_some_logits(batch: Mapping[str, Any]) -> bool:
     keep = batch.get("logits_to_keep", 0)
     return isinstance(keep, Tensor) or keep != 0
@@ -93,19 +102,27 @@ def _rows_throughout(
 ) -> GatheredOutputs | None:
     """None where the model makes a loss of its own of the rows, which is then not that of the whole."""
     items = batch.pop("num_items_in_batch", None)
-    own, targets = shard_batch(batch, inner.config, group, **sharding)
+    own, targets = shard_batch(routers.left_to_the_caller(batch, inner.config), inner.config, group, **sharding)
+    own = routers.restored(own, batch)
     shifted = own.pop("shift_labels", None)
     targets = targets if shifted is None else shifted
     shards: Shards = own[NAME]
     shards.check_outputs = False  # the loss of the whole is not a row
     loss = _CausalLoss(targets, group, averaged_over, items)
-    with _loss_of(inner, loss):
+    balanced = routers.asked_for(batch, inner.config)
+    if balanced:  # padding does not count in its load-balancing loss
+        own["attention_mask"] = batch.get("attention_mask")
+    with (
+        _loss_of(inner, loss),
+        routers.gathering(inner.base_model, shards, averaged_over) if balanced else nullcontext() as balance,
+    ):
         outputs = model(**own, return_dict=True) if targets is None else model(**own, labels=targets, return_dict=True)
-    if targets is not None and not loss.is_that_of(outputs):
+    if targets is not None and not loss.is_that_of(outputs) and not loss.is_part_of(outputs, inner, balance):
         if items is not None:
             batch["num_items_in_batch"] = items
         return None
-    return GatheredOutputs(outputs, shards, averaged_over, loss.value)
+    of_whole = ("loss", "aux_loss", routers.LOGITS) if balanced else ("loss",)
+    return GatheredOutputs({**outputs, "loss": loss.value} if targets is not None else outputs, shards, averaged_over, of_whole)
 
 
 class _CausalLoss:
@@ -114,6 +131,8 @@ class _CausalLoss:
     def __init__(self, targets: Tensor | None, group: Group | None, averaged_over: int, num_items: Any) -> None:
         self.targets, self.group, self.averaged_over, self.num_items = targets, group, averaged_over, num_items
         self.value: Tensor | None = None
+        self.of_tokens: Tensor | None = None  # a copy: models add other losses to `value` in place
+        self.version: int | None = None
         self.calls = 0
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -123,15 +142,27 @@ class _CausalLoss:
             self.calls += 1  # not the loss of these targets
         else:
             value = cross_entropy(logits, labels, self.group, averaged_over=self.averaged_over, num_items=self.num_items)
-            self.value = value
+            self.value, self.of_tokens = value, value.detach().clone()
+            self.version = None if torch.compiler.is_compiling() or value.is_inference() else value._version
         return self.value
 
     def is_that_of(self, outputs: Mapping[str, Any]) -> bool:
         """Whether the model returned this loss as it is, and asked for it once."""
-        found = outputs.get("loss")
-        if self.calls != 1 or self.value is None or found is None:
+        found: Tensor | None = outputs.get("loss")
+        if self.calls != 1 or self.of_tokens is None or found is None:
             return False
-        return found is self.value or bool(torch.equal(found.detach(), self.value.detach()))
+        if found is self.value and self.version is not None:
+            return bool(found._version == self.version)  # without waiting for a GPU
+        return bool(torch.equal(found.detach(), self.of_tokens))
+
+    def is_part_of(self, outputs: Mapping[str, Any], model: Any, balance: routers.Balance | None) -> bool:
+        """Whether the model has added to it the load-balancing loss of the whole batch, and nothing else."""
+        if self.calls != 1 or self.of_tokens is None or balance is None:
+            return False
+        found = balance.explains(model, outputs, self.of_tokens)
+        if found:
+            self.value = outputs["loss"]
+        return found
 
 
 @contextmanager
@@ -158,7 +189,8 @@ def _head_on_the_whole(
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
         given = {name: value for name, value in given.items() if value is not None and name not in ("use_cache", "return_dict")}
-        own, _ = shard_batch(given, inner.config, group, **sharding)
+        own, _ = shard_batch(routers.left_to_the_caller(given, inner.config), inner.config, group, **sharding)
+        own = routers.restored(own, given)
         own[NAME].check_outputs = False
         cut.append(own[NAME])
         return (), own | {"return_dict": True}
@@ -190,6 +222,8 @@ def _whole(name: str, value: Any, shards: Shards, size: int) -> Any:
         return type(value)(_whole(name, one, shards, size) for one in value)
     if not isinstance(value, Tensor) or not value.is_floating_point() or name.startswith(OF_OTHER_INPUTS):
         return value
+    if name == routers.LOGITS:
+        return routers.whole_logits(name, value, shards, size)
     if not is_rows(value, shards):
         raise InputError(
             f"the decoder of this model returned {name} of shape {tuple(value.shape)}, which is not of rows: it is pooled over "
