@@ -1,6 +1,6 @@
 """Sweeps the model types of transformers over 1, 2 and 3 ranks: exact, refused with a reason, or a fault.
 
-    OMP_NUM_THREADS=1 python benchmarks/conform.py --worlds 1 2 3 --out benchmarks/results/conformance
+    OMP_NUM_THREADS=1 python benchmarks/conform.py --page docs/conformance.md
     python benchmarks/conform.py --types llama bloom t5 --worlds 2 --out /tmp/conformance
 
 Results are written as they come, one line of JSON per case; what is there already is not run again, so that an interrupted
@@ -27,21 +27,23 @@ SILENCE = 150  # seconds without a result after which a job is ended, and starte
 
 @dataclass
 class Args:
-    """worlds: numbers of ranks; types: all by default; tasks: causal, seq2seq; out: the folder of results."""
+    """worlds: numbers of ranks; types: all by default; tasks: causal, seq2seq; out: the folder of results; page: the tables."""
 
-    out: Path
+    out: Path = Path("benchmarks/results/conformance")
     worlds: tuple[int, ...] = (1, 2, 3)
     types: tuple[str, ...] = ()
     tasks: tuple[str, ...] = tuple(TASKS)
+    page: Path | None = None
     again: tuple[str, ...] = field(default=())  # outcomes to run again, e.g. third
 
 
 def main(args: Args) -> int:
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["conformance.ranks"])
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / "results.jsonl"
     models = [(task, name) for task, name in all_models() if task in args.tasks and (not args.types or name in args.types)]
     sweep(out, models, Job(args.worlds), args.again)
-    write(args.out)
+    write(args.out, args.page)
     wanted = set(models)
     return int(any(line["kind"] == "third" for line in lines(out) if (line["task"], line["type"]) in wanted))
 

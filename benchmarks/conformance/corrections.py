@@ -56,6 +56,9 @@ NOT_BUILT = {
     "gemma4_assistant": "transformers refuses every configuration: each layer must share its keys, and one must make them",
 }
 
+# Of these, training asks for lengths that are multiples of their chunks.
+IN_EVALUATION = ("reformer",)
+
 # The same types otherwise configured, where that changes what attention is: (task, type, fields). BERT and its kin are swept as
 # decoders; as they come they attend both ways.
 BOTH_WAYS = {"is_decoder": False}

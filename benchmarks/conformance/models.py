@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from conformance.corrections import VARIANTS
+from conformance.corrections import IN_EVALUATION, VARIANTS
 from conformance.tiny import tiny_config
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -40,12 +40,13 @@ def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> 
     cls = getattr(transformers, class_name(task, name))
     _, model_type, more = VARIANTS.get(name, (task, name, {}))
     config = part_for(tiny_config(model_type, task == "causal", more), cls.config_class)
-    if attention is not None:
-        return randomised(made(cls, config, attention), seed)
     try:
-        return randomised(made(cls, config, "sdpa"), seed)
+        model = made(cls, config, attention or "sdpa")
     except ValueError:  # the model, or one inside, has only the other
-        return randomised(made(cls, config, "eager"), seed)
+        if attention is not None:
+            raise
+        model = made(cls, config, "eager")
+    return randomised(model, seed).train(model_type not in IN_EVALUATION)
 
 
 def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:

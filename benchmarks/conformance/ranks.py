@@ -77,7 +77,7 @@ class Sweep:
         if self.name in NOT_BUILT:
             return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.name]}"))
         try:
-            self.oracle = build(self.task, self.name).train()
+            self.oracle = build(self.task, self.name)
             cases = self.job.cases or cases_of(self.oracle.config)
         except Exception as error:
             return self._report("all", 0, Outcome("none", f"cannot be built: {described(error)}"))
@@ -117,7 +117,7 @@ class Sweep:
     def _made(self, attention: str | None) -> PreTrainedModel | Result:
         """A model made with this attention, or switched to ringattn's."""
         try:
-            model = build(self.task, self.name, attention).train()
+            model = build(self.task, self.name, attention)
             if attention is None:
                 model.set_attn_implementation("ringattn")
             return model

@@ -8,7 +8,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from conformance.batches import CAUSAL
+
+PREFACE = """# Which models of transformers run on shards
+
+Made by `python benchmarks/conform.py --page docs/conformance.md`, with transformers {version}. Every model type of
+`AutoModelForCausalLM` and `AutoModelForSeq2SeqLM` was built in a tiny configuration that has each kind of its layers, with all
+weights random, and trained for one step: by one process with its own attention ("sdpa", or "eager" where there is none), and on
+ranks with `attn_implementation="ringattn"`, `shard_batch` and `ringattn.nn.cross_entropy`.
+
+- *exact*: the loss and the gradients of all weights are those of one process, to a relative 1e-9. Both compute in fp64
+  throughout, so that only the order of sums differs: about 1e-14, as the tables say. A key too many, or a position off by one,
+  is 1e-4 or more.
+- *refused*: `InputError` or `PlanError` on every rank, before any number.
+- anything else is a fault: wrong numbers, another error, ranks that disagree, a hang. Such a case fails the sweep.
+- *none*: one process cannot do it either.
+
+Cases, each on 1, 2 and 3 ranks: *plain*, 2 sequences of 37 tokens (an encoder's have 29); *switched*, the same, with
+`set_attn_implementation("ringattn")` after the model was made; *packed*, three documents in one sequence, by `position_ids`;
+*padded right* and *left*, by `attention_mask`; *recomputed*, with gradient checkpointing (`use_reentrant=False`). What one
+process makes of a batch is what counts: where it lets packed documents see each other, so do ranks, or they refuse. Names with
+a comma are types otherwise configured; BERT and its kin were made decoders (`is_decoder=True`).
+"""
 
 Line = dict[str, Any]
 ORDER = ("third", "refused", "exact", "none")  # of the worlds' outcomes of one case, the first of these is told
@@ -20,16 +43,35 @@ def lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def write(folder: Path) -> None:
-    """The tables of what a folder's results are, beside them."""
-    (folder / "table.md").write_text(markdown(lines(folder / "results.jsonl")))
+def write(folder: Path, page: Path | None = None) -> None:
+    """Beside the results of each case, what they come to: summary.json; and the page for readers, if wanted."""
+    results = lines(folder / "results.jsonl")
+    (folder / "summary.json").write_text(json.dumps(summary(results), indent=1) + "\n")
+    if page is not None:
+        page.write_text(PREFACE.format(version=transformers.__version__) + "\n" + markdown(results))
+
+
+def summary(results: list[Line]) -> list[dict[str, Any]]:
+    """Of each type: its class, the outcome of each case over all worlds, what was said, and the largest error."""
+    told = []
+    for (task, name), cases in by_type(results).items():
+        said: dict[str, list[str]] = defaultdict(list)
+        for case, found in cases.items():
+            for text in {line["text"] for line in found if line["text"]}:
+                said[text].append(case)
+        error = worst(cases)
+        first = next(iter(cases.values()))[0]
+        one = {"task": task, "type": name, "class": first.get("class"), "outcomes": outcomes(cases), "said": said}
+        told.append(one | {"error": None if error != error else error})
+    return told
 
 
 def by_type(results: Iterable[Line]) -> dict[tuple[str, str], dict[str, list[Line]]]:
     """(task, type) to case to the results of all worlds."""
     table: dict[tuple[str, str], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in results:
-        table[line["task"], line["type"]][line["case"]].append(line)
+        if line["kind"] != "note":
+            table[line["task"], line["type"]][line["case"]].append(line)
     return table
 
 
@@ -63,7 +105,7 @@ def cell(text: str) -> str:
 
 def markdown(results: list[Line]) -> str:
     """The whole report."""
-    table = by_type(line for line in results if line["kind"] != "note")
+    table = by_type(results)
     kinds = {key: outcomes(cases) for key, cases in table.items()}
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for key, found in kinds.items():
