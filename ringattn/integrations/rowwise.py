@@ -41,8 +41,8 @@ ELSE = (
 class Probe:
     """Stands where a model carries its `Shards`, and keeps what each layer would have given to attention."""
 
-    def __init__(self, rows: Tensor | None) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor | None, shards: Shards | None) -> None:
+        self.rows, self.blocks = rows, {} if shards is None else shards.blocks
         self.calls: list[tuple[str, tuple[Tensor, ...]]] = []
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def check_rowwise(model: Any, kwargs: Mapping[str, Any], shards: Shards) -> None
     """
     if CHECKED in vars(model):
         return
-    problem = joined_rows(model, kwargs, max(shards.rows, 1))
+    problem = joined_rows(model, kwargs, max(shards.rows, 1), shards)
     group, _ = group_and_rank(shards.group, shards.layout.world)
     agree(group, {"call": "trying a model's rows", "model": type(model).__name__}, problem)
     _mark(model)
@@ -90,10 +90,10 @@ def _mark(model: nn.Module) -> None:
             setattr(module, CHECKED, True)
 
 
-def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int) -> str | None:
-    """What joins rows outside attention, or None. kwargs: of a call on `rows` rows."""
+def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards | None = None) -> str | None:
+    """What joins rows outside attention, or None. kwargs: of a call on `rows` rows, which are those of `shards`."""
     name, alone = type(model).__name__, torch.tensor(ALONE)
-    whole, some = Probe(alone), Probe(None)
+    whole, some = Probe(alone, shards), Probe(None, shards)
     try:
         with _undisturbed(model):
             with _poison(model.get_input_embeddings()):

@@ -87,7 +87,7 @@ class SequenceParallel(Base):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Counted targets of a step. Those on padding are left out, as `shard_batch` leaves them out of the loss."""
-        if self._loss_shifts_labels:
+        if self._loss_shifts_labels and not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder:
             batch_samples = [_without_targets_on_padding(batch) for batch in batch_samples]
         items = super()._get_num_items_in_batch(batch_samples, device)
         if items is None or self.args.average_tokens_across_devices:

@@ -16,6 +16,7 @@ from ringattn.errors import InputError
 
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
 
 
@@ -75,8 +76,14 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
+    if text is not config and (others := _of_other_towers(batch)):
+        return (
+            f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
+            "whole sequence: call ringattn.integrations.whole.forward_whole(model, batch, group), or merge images into "
+            "inputs_embeds first and leave the rest out"
+        )
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+        if isinstance(value, Tensor) and value.ndim and not _is_of_rows(name, value, ids.shape[1]):
             return (
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
@@ -96,6 +103,18 @@ def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str
     return None
 
 
+def _of_other_towers(batch: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in batch.items() if name not in OF_TEXT and _has_tensors(value)]
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(map(_has_tensors, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.ndim > 0
+
+
+def _is_of_rows(name: str, value: Tensor, length: int) -> bool:
+    return value.ndim > 1 and value.shape[-1 if name == "position_ids" else 1] == length
+
+
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
     """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
     if not hasattr(text, "num_attention_heads"):
@@ -106,7 +125,7 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
             f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
             "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
         )
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
     dropped = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
     if dropped:
