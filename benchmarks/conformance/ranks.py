@@ -26,6 +26,7 @@ from conformance.corrections import NOT_BUILT
 from conformance.double import Double
 from conformance.models import build, class_name
 from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
+from ringattn.errors import InputError, PlanError
 from ringattn.integrations.transformers import register
 
 LIMIT = 40  # seconds for one case on one rank
@@ -81,7 +82,8 @@ class Sweep:
             cases = self.job.cases or cases_of(self.oracle.config)
         except Exception as error:
             return self._report("all", 0, Outcome("none", f"cannot be built: {described(error)}"))
-        self.ring: PreTrainedModel | Result = self._made("ringattn")
+        # one for each number of ranks: what a model remembers of its first call is not to meet another group
+        self.ring = {world: self._made("ringattn") for world in self.job.worlds if self.rank < world}
         for case in cases:
             worlds = [w for w in self.job.worlds if (self.task, self.name, case, w) not in self.job.done]
             if worlds:
@@ -92,9 +94,9 @@ class Sweep:
         if case == "recomputed" and not self.oracle.supports_gradient_checkpointing:
             return self._report(case, 0, Outcome("none", "transformers has no gradient checkpointing for it"))
         whole = one_process(self.oracle, batch_for(self.oracle.config, case)) if self.rank == 0 else Result("ran")
-        model = self._made(None) if case == "switched" else self.ring
         for world in worlds:
             if self.rank < world:
+                model = self._made(None) if case == "switched" else self.ring[world]
                 start = time.monotonic()
                 with group(self.job, world, self.rank, f"{self.task} {self.name} {case}"):
                     result = self._ring(model, case, world)
@@ -121,6 +123,8 @@ class Sweep:
             if attention is None:
                 model.set_attn_implementation("ringattn")
             return model
+        except (InputError, PlanError) as error:
+            return Result("refused", str(error))
         except Exception as error:
             return Result("failed", f"making the model: {described(error)}")
 
