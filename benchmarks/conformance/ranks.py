@@ -7,6 +7,7 @@ leave the group's collectives out of step. Then, and for every model, the group 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +41,10 @@ def run(rank: int, job: Job, models: list[tuple[str, str]]) -> None:
     register()
     board = dist.FileStore(f"{job.folder}/board", max(job.worlds))
     board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + job.patience)))
+    parent = multiprocessing.parent_process()
     for number, (task, name) in enumerate(models):
+        if parent is None or not parent.is_alive():
+            return
         if rank == 0:
             Path(job.folder, "reached").write_text(str(number))
         Sweep(rank, job, board, task, name).all_cases()
