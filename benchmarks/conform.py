@@ -27,12 +27,13 @@ SILENCE = 150  # seconds without a result after which a job is ended, and starte
 
 @dataclass
 class Args:
-    """worlds: numbers of ranks; types: all by default; tasks: causal, seq2seq; out: the folder of results; page: the tables."""
+    """worlds: numbers of ranks; types, cases: all by default; tasks: causal, seq2seq; out: the folder of results; page: the tables."""
 
     out: Path = Path("benchmarks/results/conformance")
     worlds: tuple[int, ...] = (1, 2, 3)
     types: tuple[str, ...] = ()
     tasks: tuple[str, ...] = tuple(TASKS)
+    cases: tuple[str, ...] = ()
     page: Path | None = None
     again: tuple[str, ...] = field(default=())  # outcomes to run again, e.g. third
 
@@ -42,7 +43,7 @@ def main(args: Args) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out / "results.jsonl"
     models = [(task, name) for task, name in all_models() if task in args.tasks and (not args.types or name in args.types)]
-    sweep(out, models, Job(args.worlds), args.again)
+    sweep(out, models, Job(args.worlds, cases=args.cases or None), args.again)
     write(args.out, args.page)
     wanted = set(models)
     return int(any(line["kind"] == "third" for line in lines(out) if (line["task"], line["type"]) in wanted))

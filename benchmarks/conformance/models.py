@@ -34,19 +34,23 @@ def class_name(task: str, name: str) -> str:
     return cls if isinstance(cls, str) else cls[0]
 
 
+def config_of(task: str, name: str) -> PretrainedConfig:
+    """The tiny configuration of this type or variant, as its class wants it."""
+    _, model_type, more = VARIANTS.get(name, (task, name, {}))
+    return part_for(tiny_config(model_type, task == "causal", more), getattr(transformers, class_name(task, name)).config_class)
+
+
 def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
     """The same weights whenever and wherever it is built. attention: "sdpa", or "eager" where there is none, by default."""
     torch.manual_seed(seed)
-    cls = getattr(transformers, class_name(task, name))
-    _, model_type, more = VARIANTS.get(name, (task, name, {}))
-    config = part_for(tiny_config(model_type, task == "causal", more), cls.config_class)
+    cls, config = getattr(transformers, class_name(task, name)), config_of(task, name)
     try:
         model = made(cls, config, attention or "sdpa")
     except ValueError:  # the model, or one inside, has only the other
         if attention is not None:
             raise
         model = made(cls, config, "eager")
-    return randomised(model, seed).train(model_type not in IN_EVALUATION)
+    return randomised(model, seed).train(name not in IN_EVALUATION)
 
 
 def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:

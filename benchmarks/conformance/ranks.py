@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from conformance.batches import batch_for, cases_of
 from conformance.corrections import NOT_BUILT
 from conformance.double import Double
-from conformance.models import build, class_name
+from conformance.models import build, class_name, config_of
 from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.transformers import register
@@ -82,8 +82,9 @@ class Sweep:
         if self.name in NOT_BUILT:
             return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.name]}"))
         try:
-            self.oracle = build(self.task, self.name)
-            cases = self.job.cases or cases_of(self.oracle.config)
+            cases = self.job.cases or cases_of(config_of(self.task, self.name))
+            if self.rank == 0:
+                self.oracle = build(self.task, self.name)
         except Exception as error:
             return self._report("all", 0, Outcome("none", f"cannot be built: {described(error)}"))
         # one for each number of ranks: what a model remembers of its first call is not to meet another group
@@ -95,7 +96,7 @@ class Sweep:
         return None
 
     def _one_case(self, case: str, worlds: list[int]) -> None:
-        if case == "recomputed" and not self.oracle.supports_gradient_checkpointing:
+        if case == "recomputed" and not getattr(transformers, class_name(self.task, self.name)).supports_gradient_checkpointing:
             return self._report(case, 0, Outcome("none", "transformers has no gradient checkpointing for it"))
         whole = one_process(self.oracle, batch_for(self.oracle.config, case)) if self.rank == 0 else Result("ran")
         for world in worlds:
