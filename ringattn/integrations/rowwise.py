@@ -5,7 +5,7 @@ and attention comes to ringattn. Layers with attention of their own, convolution
 counted from the first row of the rank give wrong numbers without a word, and no config says which models have them.
 
 So a model is tried once, before its first call: attention is replaced by a function of each row alone, and the model runs on a
-few rows, then on some of them at the same positions. What reaches attention must be the same for the same rows. A NaN in the
+few rows, then on half of them at the same positions. What reaches attention must be the same for the same rows. A NaN in the
 embedding of a row that was left out shows whatever else joins rows, also where weights are zero so far.
 """
 
@@ -26,8 +26,8 @@ from ringattn.errors import InputError, PlanError
 from ringattn.integrations.shards import Shards
 
 ROWS = 16
-ALONE = (1, 3, 4, 7, 9, 12, 14)  # rows of the second run
-POISONED = 6  # the row of the first run whose embedding is NaN
+ALONE = tuple(range(8, 16))  # rows of the second run, which begin at another position than that of a rank's first row
+POISONED = 7  # the row of the first run whose embedding is NaN: the one before them, which a short convolution reaches back to
 OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep")
 CHECKED = "_ringattn_rows_are_independent"
 

@@ -45,6 +45,12 @@ from ringattn.topology import Topology
 NAME = "ringattn"
 
 
+OWN_FUNCTION = (
+    "the mask of {layer} has a function of the model's own beside the causal mask ({function}), which ringattn cannot cut over "
+    "ranks"
+)
+
+
 class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
@@ -52,6 +58,7 @@ class MaskInfo(NamedTuple):
     reading: what the mask function means; None where a compiled graph cannot ask.
     own: makes the mask for transformers' sdpa, for layers that keep their own attention.
     function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
+    custom: whether the model has added a function of its own to that.
     """
 
     window: int | None
@@ -59,6 +66,7 @@ class MaskInfo(NamedTuple):
     reading: MaskReading | None = None
     own: Callable[[], Any] | None = None
     function: Any = None
+    custom: bool = False
 
     @property
     def padding(self) -> Tensor | None:
@@ -198,13 +206,16 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = dict(scale=scaling, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype))
     if isinstance(ringattn, StackShards):
+        if isinstance(attention_mask, MaskInfo) and attention_mask.custom:
+            problem = OWN_FUNCTION.format(layer=type(module).__name__, function="or_mask_function, and_mask_function")
         if problem:
             raise InputError(problem)
         return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
     two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
     if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
         two_ways = False
-    problem = problem or _unlike_causal(type(module).__name__, attention_mask, two_ways)
+    if isinstance(attention_mask, MaskInfo):
+        problem = _unlike_causal(type(module).__name__, attention_mask, two_ways) or problem
     if isinstance(ringattn, Probe):
         if problem:
             raise InputError(problem)  # which the probe tells all ranks
@@ -222,7 +233,7 @@ def describe_mask(**asked: Any) -> MaskInfo:
         reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
     else:
         reading = read_mask(function)
-    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function)
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function, bool(asked.get("use_vmap")))
 
 
 def _shards(
@@ -278,11 +289,6 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
-    if mask.reading is not None and mask.reading.unknown:
-        return (
-            f"the mask of {name} has a function of the model's own beside the causal mask ({mask.reading.unknown}), which "
-            "ringattn cannot cut over ranks"
-        )
     if mask.window != window:
         return (
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
@@ -299,6 +305,8 @@ def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
     """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
     if mask.padding is not None:
         return PADDED_BY_ITSELF
+    if mask.reading is not None and mask.reading.unknown:
+        return OWN_FUNCTION.format(layer=name, function=mask.reading.unknown)
     if mask.reading is not None and mask.reading.block_ids is not None:
         return (
             f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
