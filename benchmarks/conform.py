@@ -27,7 +27,7 @@ SILENCE = 150  # seconds without a result after which a job is ended, and starte
 
 @dataclass
 class Args:
-    """worlds: numbers of ranks; types, cases: all by default; tasks: causal, seq2seq; out: the folder of results; page: the tables."""
+    """worlds: numbers of ranks; types, cases: all by default; out: the folder of results; page: a file for the tables."""
 
     out: Path = Path("benchmarks/results/conformance")
     worlds: tuple[int, ...] = (1, 2, 3)

@@ -51,8 +51,11 @@ def test_model_types_are_exact_or_refused(tmp_path: Path) -> None:
 class Local:
     """Attention of a rank's rows among themselves, whatever the model is told; when the model is tried, as it should be."""
 
-    def get_interface(self, *_: Any) -> Any:
-        return self.attend
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def get_interface(self, implementation: str, default: Any) -> Any:
+        return self.attend if implementation == "ringattn" else self.own.get_interface(implementation, default)
 
     def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **rest: Any) -> tuple[Tensor, None]:
         if not isinstance(rest["ringattn"], Shards):
@@ -65,10 +68,14 @@ def wrong_models(rank: int, job: ranks.Job, models: list[tuple[str, str]]) -> No
     from transformers.models.gpt2 import modeling_gpt2
     from transformers.models.llama import modeling_llama
 
-    def raising(*_: Any, **__: Any) -> Any:
-        raise KeyError("ringattn")
+    own = modeling_gpt2.GPT2Attention.forward
 
-    modeling_llama.ALL_ATTENTION_FUNCTIONS = Local()
+    def raising(self: Any, *args: Any, **more: Any) -> Any:
+        if isinstance(more.get("ringattn"), Shards):
+            raise KeyError("ringattn")
+        return own(self, *args, **more)
+
+    modeling_llama.ALL_ATTENTION_FUNCTIONS = Local(modeling_llama.ALL_ATTENTION_FUNCTIONS)
     if rank == 1:
         modeling_gpt2.GPT2Attention.forward = raising
     ranks.run(rank, job, models)
