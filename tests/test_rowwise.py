@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringattn import InputError
-from ringattn.integrations.rowwise import CHECKED
 from ringattn.integrations.transformers import register, shard_batch
+from ringattn.integrations.trial import TRIED
 
 SMALL: dict[str, Any] = dict(
     vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -28,10 +28,9 @@ def model_of(name: str = "llama", attention: str = "ringattn", **more: object) -
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
-def run(model: Any, length: int = 12, **more: object) -> Tensor:
-    inputs, _ = shard_batch(
-        {"input_ids": torch.arange(length)[None] + 1}, model.config, schedule="ring", layout="contiguous", **more
-    )
+def run(model: Any, batch: dict[str, Tensor] | None = None, **more: Any) -> Tensor:
+    whole = {"input_ids": torch.arange(12)[None] + 1} | (batch or {})
+    inputs, _ = shard_batch(whole, model.config, schedule="ring", layout="contiguous", **more)
     logits: Tensor = model(**inputs).logits
     return logits
 
@@ -142,23 +141,61 @@ def test_models_of_rows_alone_pass_and_are_not_disturbed(name: str, more: dict[s
         torch.manual_seed(1)
         run(model, dtype=dtype)
         states.append(torch.get_rng_state())
-    assert vars(model)[CHECKED] and modes == [module.training for module in model.modules()]
+    assert vars(model)[TRIED] and modes == [module.training for module in model.modules()]
     assert torch.equal(*states), "random numbers go on as if nothing had been tried"
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_model_is_tried_once() -> None:
-    model, calls = model_of(), 0
+def counted(model: Any, **more: Any) -> int:
+    """How many passes the model makes for one call."""
+    calls = 0
 
     def count(*given: object) -> None:
         nonlocal calls
         calls += 1
 
-    model.model.layers[0].mlp.register_forward_hook(count)
-    run(model)
-    assert calls == 3, "some rows, fewer of them, and the batch"
-    run(model)
-    assert calls == 4
+    hook = model.get_input_embeddings().register_forward_hook(count)
+    run(model, **more)
+    hook.remove()
+    return calls
+
+
+def test_a_model_is_tried_once_for_each_kind_of_batch() -> None:
+    model, anew = model_of(), {"position_ids": torch.arange(12)[None] % 7}
+    assert counted(model) == 5, "two for rows, two for positions, and the batch"
+    assert counted(model) == counted(model, batch={"position_ids": torch.arange(12)[None]}) == 1
+    assert counted(model, batch={"attention_mask": torch.arange(12)[None] > 2}) == 3
+    assert [counted(model, batch=anew) for _ in range(2)] == [2, 1]
+
+
+OWN_POSITIONS: list[tuple[str, dict[str, Any], dict[str, Tensor], str]] = [
+    (
+        "roberta",
+        {"is_decoder": True},
+        {},
+        "RobertaForCausalLM does not count positions 0, 1, 2, ... where it is given",
+    ),
+    ("opt", {"ffn_dim": 32}, {"attention_mask": torch.arange(12)[None] > 2}, "and the left is padded"),
+    ("gpt_oss", MOE | {"head_dim": 8}, {"position_ids": torch.arange(12)[None] % 7}, "documents_apart=True"),
+]
+
+
+@pytest.mark.parametrize(("name", "more", "batch", "text"), OWN_POSITIONS, ids=[case[0] for case in OWN_POSITIONS])
+def test_positions_that_a_model_takes_otherwise_are_refused(name: str, more: Any, batch: Any, text: str) -> None:
+    model = model_of(name, **more).eval()
+    with pytest.raises(InputError) as raised:
+        run(model, batch=batch)
+    assert text in str(raised.value)
+    positions = torch.arange(12)[None] + (2 if name == "roberta" else 0)
+    cured = {"documents_apart": True} if name == "gpt_oss" else {"batch": batch | {"position_ids": positions}}
+    run(model, **{"batch": batch} | cured)
+
+
+def test_models_that_count_and_tell_documents_apart_pass() -> None:
+    padded, packed = {"attention_mask": torch.arange(12)[None] > 2}, {"position_ids": torch.arange(12)[None] % 7}
+    for name in ("llama", "mistral", "gemma2"):
+        for batch in ({}, padded, packed):
+            run(model_of(name, head_dim=8), batch=batch)
 
 
 @pytest.mark.parametrize("name", ["bloom", "falcon", "gptj", "mpt", "codegen"])
@@ -172,10 +209,10 @@ def test_a_compiled_model_is_tried_while_it_is_traced() -> None:
     model = model_of()
     with torch.no_grad():
         expected = run(model)
-        del model.__dict__[CHECKED]
+        del model.__dict__[TRIED]
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         close = torch.allclose(run(compiled), expected, atol=1e-6)  # of logits near 0.1, in fp32
-    assert close and vars(model)[CHECKED]
+    assert close and {kind for kind, _ in vars(model)[TRIED]} == {"rows", "counted"}
     damaged = model_of()
     shift_in_the_first_layer(damaged)
     with pytest.raises(InputError, match="reached others before attention 2"):

@@ -26,9 +26,10 @@ def test_losses_gradients_predictions_and_metrics_are_those_of_plain_trainer(tmp
         code, _, err = finish(process, timeout=150)
         assert code == 0, err
     wanted, found = (json.loads(path.read_text()) for path in (alone, two))
-    smoothed, halves = found.pop("refused")
+    smoothed, halves, generated = found.pop("refused")
     assert "neftune_noise_alpha=5.0" in smoothed
     assert "eval_use_gather_object" in halves
+    assert "predict_with_generate generates" in generated
     assert set(found) == set(wanted)
     for kind, of_one in wanted.items():
         for what, numbers in of_one.items():

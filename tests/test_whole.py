@@ -88,6 +88,24 @@ def trained(batch: dict) -> list[float]:
     return [abs(loss.item() / total.item() - 1), off(model, meant)]
 
 
+def compiled() -> list[float]:
+    """Three steps of a compiled model, of which the last two use the graphs of the first."""
+    config = config_of("llama", tie_word_embeddings=False)
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
+    batch = {"input_ids": IDS, "labels": IDS}
+    wanted = model(**batch).loss.item()
+    model.set_attn_implementation("ringattn")
+    found, graphs = [], torch.compile(model, backend="eager")
+    for again in (False, True, True):
+        with torch._dynamo.config.patch(error_on_recompile=again):
+            loss = forward_whole(graphs, batch, schedule="ring", layout="zigzag").loss
+        loss.backward()
+        found.append(abs(loss.item() / wanted - 1))
+    return found
+
+
 def everything(rank: int) -> dict:
     register()
     short = IDS[:, :2]
@@ -100,11 +118,13 @@ def everything(rank: int) -> dict:
         "fewer tokens than ranks": trained({"input_ids": short, "labels": short}),
         "rewards of fewer tokens": [(rewards - alone).norm().item()],
         "a gap in positions": trained(jump),
+        "compiled": compiled(),
     }
 
 
+@pytest.mark.timeout(120)
 def test_results_of_many_rows_are_those_of_one_process_or_refused() -> None:
-    for found in run_ranks(3, everything):
+    for found in run_ranks(3, everything, timeout=110):
         for name, value in found.items():
             numbers, answer = value if isinstance(value, tuple) else (value, None)
             assert all(x < CLOSE for x in numbers), (name, numbers)

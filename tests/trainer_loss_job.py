@@ -4,6 +4,7 @@ python tests/trainer_loss_job.py FILE                one process, transformers' 
 torchrun ... tests/trainer_loss_job.py FILE          each sequence on two ranks
 """
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -15,12 +16,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 from ringattn import InputError
 from ringattn.integrations.trainer import SequenceParallel
 
 LENGTH = 37
+SHAPE = dict(
+    vocab_size=61, hidden_size=36, intermediate_size=48, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3
+)
 
 
 class Ten(Trainer):
@@ -59,6 +70,33 @@ def without_count(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) 
     return of_logits(outputs, labels, 20)
 
 
+def experts() -> Any:
+    """Its loss has a part for balance, which is of all tokens of a batch; padding left out."""
+    torch.manual_seed(0)
+    sizes = dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5)
+    config = AutoConfig.for_model("mixtral", **SHAPE, **sizes, sliding_window=None)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", experts_implementation="eager").double()
+
+
+def low_rank() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model(), LoraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM")).double()
+
+
+def prompts() -> Any:
+    from peft import PromptTuningConfig, get_peft_model
+
+    torch.manual_seed(1)
+    return get_peft_model(model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).double()
+
+
+def flattened(features: list[dict]) -> dict:
+    """Documents of different lengths in one sequence, with position_ids."""
+    cut = [{name: x[: LENGTH - 7 * n].tolist() for name, x in one.items()} for n, one in enumerate(features)]
+    return DataCollatorWithFlattening()(cut)
+
+
 KINDS: dict[str, tuple[type, type, dict, dict]] = {
     "plain": (Trainer, Ring, {}, {}),
     "a class below": (Ten, RingOfTen, {}, {}),
@@ -66,8 +104,21 @@ KINDS: dict[str, tuple[type, type, dict, dict]] = {
     "label smoothing": (Trainer, Ring, {"label_smoothing_factor": 0.5}, {}),
     "compute_loss_func": (Trainer, Ring, {}, {"compute_loss_func": of_logits}),
     "compute_loss_func without the count": (Trainer, Ring, {}, {"compute_loss_func": without_count}),
+    "load-balancing loss": (Trainer, Ring, {"prediction_loss_only": True}, {"model": experts}),
+    "recomputed layers": (Trainer, Ring, {"gradient_checkpointing": True, "eval_accumulation_steps": 1}, {}),
+    "flattened documents": (
+        Trainer,
+        Ring,
+        {"per_device_train_batch_size": 2, "prediction_loss_only": True},
+        {"data_collator": flattened},
+    ),
     "tokens of one device": (Trainer, Ring, {"average_tokens_across_devices": False}, {}),
 }
+if importlib.util.find_spec("peft"):
+    KINDS |= {
+        "LoRA": (Trainer, Ring, {}, {"model": low_rank}),
+        "prompt tuning": (Trainer, Ring, {"prediction_loss_only": True}, {"model": prompts}),
+    }
 
 
 def sequences() -> list[dict]:
@@ -81,8 +132,7 @@ def sequences() -> list[dict]:
 
 def model() -> Any:
     torch.manual_seed(0)
-    shape = dict(vocab_size=61, hidden_size=36, intermediate_size=48, num_hidden_layers=2)
-    config = AutoConfig.for_model("llama", **shape, num_attention_heads=9, num_key_value_heads=3)
+    config = AutoConfig.for_model("llama", **SHAPE)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
 
 
@@ -97,35 +147,46 @@ def metrics(found: Any) -> dict[str, float]:
     }
 
 
-def asked(**more: Any) -> TrainingArguments:
+def asked(kind: Any = TrainingArguments, **more: Any) -> TrainingArguments:
     given = dict(learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=2)
     given |= dict(logging_steps=1, gradient_accumulation_steps=4, train_sampling_strategy="sequential")
     given |= dict(per_device_train_batch_size=1, per_device_eval_batch_size=2, include_for_metrics=["inputs"])
-    return TrainingArguments(tempfile.mkdtemp(), include_num_input_tokens_seen=True, **(given | more))
+    return kind(tempfile.mkdtemp(), include_num_input_tokens_seen=True, **(given | more))
 
 
 def outcome(kind: str, size: int) -> dict[str, list[float]]:
     plain, ring, arguments, more = KINDS[kind]
-    more = more | ({"sequence_parallel_size": size} if size > 1 else {})
-    given = dict(train_dataset=sequences(), eval_dataset=sequences()[:3], compute_metrics=metrics)
-    trainer = (ring if size > 1 else plain)(model(), asked(**arguments), **given, **more)
+    options = {name: value for name, value in more.items() if name != "model"}
+    if size > 1:
+        options["sequence_parallel_size"] = size
+    given = dict(train_dataset=sequences(), eval_dataset=sequences()[:3])
+    if "prediction_loss_only" not in arguments:
+        given["compute_metrics"] = metrics
+    trainer = (ring if size > 1 else plain)(more.get("model", model)(), asked(**arguments), **given, **options)
     trainer.train()
     logged = [log[name] for log in trainer.state.log_history if "loss" in log for name in ("loss", "grad_norm")]
     evaluated = trainer.evaluate()
+    counted = [trainer.state.num_input_tokens_seen, trainer.state.total_flos]
+    if "prediction_loss_only" in arguments:
+        return {"logged": logged, "evaluated": [evaluated["eval_loss"]], "counted": counted}
     predicted = trainer.predict([{"input_ids": one["input_ids"]} for one in sequences()[:3]]).predictions
     return {
         "logged": logged,
         "evaluated": [evaluated[f"eval_{name}"] for name in ("loss", "hits", "sum", "inputs", "count")],
         "predicted": [float(predicted.sum()), *predicted.shape],
-        "counted": [trainer.state.num_input_tokens_seen, trainer.state.total_flos],
+        "counted": counted,
     }
 
 
 def refused() -> list[str]:
     answers = []
-    for more in ({"neftune_noise_alpha": 5.0}, {"eval_use_gather_object": True}):
+    for arguments in (
+        asked(neftune_noise_alpha=5.0),
+        asked(eval_use_gather_object=True),
+        asked(Seq2SeqTrainingArguments, predict_with_generate=True),
+    ):
         try:
-            Ring(model(), asked(**more), train_dataset=sequences(), sequence_parallel_size=2)
+            Ring(model(), arguments, train_dataset=sequences(), sequence_parallel_size=2)
         except InputError as error:
             answers.append(str(error))
     return answers

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
+from ringattn.integrations.loss_function import loss_function
 from ringattn.integrations.mask_functions import MaskReading, blocks_of
 from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, ScaledGradient, is_rows
 from ringattn.integrations.shards import ImageBlocks, Shards
@@ -254,13 +255,3 @@ def _on_rows(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def loss_function(model: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    before = model.loss_function
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        model.loss_function = before

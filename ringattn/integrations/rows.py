@@ -23,11 +23,11 @@ from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
 from ringattn.errors import InputError
-from ringattn.integrations.rowwise import check_rowwise, joined_rows_of
 from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import on_stacks
 from ringattn.integrations.towers import minding_towers
+from ringattn.integrations.trial import kinds_of, problem_while_traced, try_model
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
 
@@ -58,8 +58,8 @@ def check_models() -> None:
         if isinstance(shards, DecoderShards):
             pass  # its stacks make sure that attention comes here, and see to positions
         elif not torch.compiler.is_compiling():
-            check_rowwise(self, inspect.signature(self.forward).bind_partial(*args).arguments | kwargs, shards)
-        elif problem := joined_rows_of(id(self)):
+            try_model(self, inspect.signature(self.forward).bind_partial(*args).arguments | kwargs, shards)
+        elif problem := problem_while_traced(id(self), kinds_of(shards)):
             raise InputError(problem)
         if not shards.check_outputs:
             return call(self, *args, **kwargs)

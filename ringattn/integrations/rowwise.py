@@ -11,17 +11,13 @@ embedding of a row that was left out shows whatever else joins rows, also where 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ringattn.comm.agree import agree
-from ringattn.comm.group import group_and_rank
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.shards import Shards
 
@@ -41,9 +37,11 @@ ELSE = (
 class Probe:
     """Stands where a model carries its `Shards`, and keeps what each layer would have given to attention."""
 
-    def __init__(self, rows: Tensor | None, shards: Shards | None) -> None:
-        self.rows, self.blocks = rows, {} if shards is None else shards.blocks
+    def __init__(self, rows: Tensor | None, shards: Shards | None = None, lenient: bool = False) -> None:
+        """rows: which ones to keep, or all. lenient: whether masks may say what they like, since they are what is tried."""
+        self.rows, self.blocks, self.lenient = rows, {} if shards is None else shards.blocks, lenient
         self.calls: list[tuple[str, tuple[Tensor, ...]]] = []
+        self.packed: list[bool] = []  # of each call: whether its mask tells documents apart
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A function of each row alone, of the shape that attention has. query, key, value: (batch, heads, rows, head_dim)."""
@@ -52,53 +50,15 @@ class Probe:
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 
 
-def check_rowwise(model: Any, kwargs: Mapping[str, Any], shards: Shards) -> None:
-    """Once per model; collective over the ranks of `shards`.
-
-    Args:
-        kwargs: of the call to come, whose tensors are of this rank's rows.
-
-    Raises:
-        InputError: rows hang on each other, or on where this rank's begin, outside ringattn. Raised on every rank.
-    """
-    if CHECKED in vars(model):
-        return
-    problem = joined_rows(model, kwargs, max(shards.rows, 1), shards)
-    group, _ = group_and_rank(shards.group, shards.layout.world)
-    agree(group, {"call": "trying a model's rows", "model": type(model).__name__}, problem)
-    _mark(model)
-
-
-@torch._dynamo.assume_constant_result  # runs while torch.compile traces the model's call
-def joined_rows_of(number: int) -> str | None:
-    """`joined_rows` of the model with this `id`, which is all that a traced call can pass. Every rank comes to the same."""
-    model: Any = next(thing for thing in gc.get_objects() if id(thing) == number)
-    if CHECKED in vars(model):
-        return None
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(ROWS, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    problem = joined_rows(model, {"input_ids": ids, "position_ids": ids}, ROWS)
-    if problem is None:
-        _mark(model)
-    return problem
-
-
-def _mark(model: nn.Module) -> None:
-    """Models within this one have been tried with it."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            setattr(module, CHECKED, True)
-
-
 def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards | None = None) -> str | None:
     """What joins rows outside attention, or None. kwargs: of a call on `rows` rows, which are those of `shards`."""
     name, alone = type(model).__name__, torch.tensor(ALONE)
     whole, some = Probe(alone, shards), Probe(None, shards)
     try:
-        with _undisturbed(model):
+        with undisturbed(model):
             with _poison(model.get_input_embeddings()):
-                outputs = model(**_few_rows(kwargs, rows, torch.arange(ROWS), whole))
-            model(**_few_rows(kwargs, rows, alone, some))
+                outputs = model(**few_rows(kwargs, rows, torch.arange(ROWS), whole))
+            model(**few_rows(kwargs, rows, alone, some))
     except (InputError, PlanError) as error:  # what a layer asks for cannot be cut
         return str(error)
     except Exception as error:  # of the model: attention that is not the interface's may take its mask for a tensor
@@ -122,7 +82,7 @@ def _unlike(name: str, whole: Probe, some: Probe) -> str | None:
                     f"in {name} rows meet outside ringattn: what one row holds reached others before attention {number + 1} "
                     f"({layer}). {JOINED} {ELSE}"
                 )
-            if _apart(a, b):
+            if apart(a, b):
                 return (
                     f"the {kind} of attention {number + 1} ({layer}) of {name} hangs on which other rows are there: the model "
                     f"counts positions from the first row of a rank, or joins rows outside ringattn. {ELSE}"
@@ -130,7 +90,7 @@ def _unlike(name: str, whole: Probe, some: Probe) -> str | None:
     return None
 
 
-def _apart(found: Tensor, expected: Tensor) -> bool:
+def apart(found: Tensor, expected: Tensor) -> bool:
     """Whether most rows differ by more than rounding. A row that another expert was chosen for, by a hair, is not most rows.
 
     The square root of the dtype's unit lies between what rounding does over many layers and what another position does.
@@ -155,7 +115,7 @@ def _poisoned_outputs(model: str, outputs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _few_rows(kwargs: Mapping[str, Any], rows: int, chosen: Tensor, probe: Probe) -> dict[str, Any]:
+def few_rows(kwargs: Mapping[str, Any], rows: int, chosen: Tensor, probe: Probe) -> dict[str, Any]:
     """The call's arguments for rows that stand at the positions `chosen`, with what this rank's rows hold."""
     few: dict[str, Any] = {}
     for name, value in kwargs.items():
@@ -196,7 +156,7 @@ def _poison(embeddings: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Without gradients and dropout; random numbers, modes and counters go on as if nothing had been."""
     training = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}

@@ -45,6 +45,8 @@ class Shards:
     make: `make_plan` with all that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
     check_outputs: whether what the model returns is checked to be this rank's rows, see `ringattn.integrations.outputs`.
+    assumed: what positions that the batch did not give were assumed to be, "counted" or "counted, left padding"; None if given.
+    documents_apart: whether documents are known to be apart, whatever the model's masks say.
     blocks: what layers see in both directions, by the window of the layer; empty where no layer does.
     """
 
@@ -54,6 +56,8 @@ class Shards:
     group: Group | None = None
     key_bias: Tensor | None = None
     check_outputs: bool = True
+    assumed: str | None = None
+    documents_apart: bool = False
     blocks: Mapping[int | None, ImageBlocks | None] = field(default_factory=dict)
     plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)  # made so far, which torch.compile finds here
 

@@ -68,6 +68,7 @@ class SequenceParallel(Base):
             raise InputError(problem)
         self.sharding = sharding or {}
         self.mesh = _mesh(self.args.device.type, sequence_parallel_size)
+        self._sequence_mesh = self.mesh["sequence"]  # one object: a compiled model is compiled anew for another
         register()
         self.accelerator.unwrap_model(self.model).set_attn_implementation(NAME)
 
@@ -117,7 +118,7 @@ class SequenceParallel(Base):
     def _on_shards(self, model: Any, loss_only: bool = False) -> Any:
         if type(model) is OnShards:
             return model
-        return OnShards(model, self.mesh["sequence"], self.sharding, loss_only)
+        return OnShards(model, self._sequence_mesh, self.sharding, loss_only)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.gather_function = partial(_of_replicas, self)
@@ -164,6 +165,11 @@ def _unfit_argument(trainer: Any) -> str | None:
         return (
             f"neftune_noise_alpha={trainer.neftune_noise_alpha} makes noise whose size depends on the rows of one rank; leave "
             "it out, or add noise to inputs_embeds of the whole batch in a data collator"
+        )
+    if getattr(trainer.args, "predict_with_generate", False):
+        return (
+            "predict_with_generate generates, which needs a cache of whole sequences; leave it out, and evaluate generation in "
+            "a job of its own, after model.set_attn_implementation('sdpa')"
         )
     if getattr(trainer.args, "eval_use_gather_object", False):
         return "eval_use_gather_object gathers from every rank, also those that share a sequence; leave it out"

@@ -99,6 +99,7 @@ def shard_batch(
     topology: Topology | str | None = None,
     training: bool = True,
     dtype: torch.dtype | None = None,
+    documents_apart: bool = False,
 ) -> tuple[dict[str, Any], Tensor | None]:
     """Cut a batch for this rank: the keyword arguments for the model, and the targets of its rows.
 
@@ -111,6 +112,8 @@ def shard_batch(
         group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
         schedule, layout, topology, training: for `make_plan`.
         dtype: that attention will see, for the choice of the layout; the model's by default.
+        documents_apart: packed documents do not see each other, also in a model whose own masks do not look at position_ids,
+            which is refused otherwise.
 
     Returns:
         inputs: for `model(**inputs)`; the cache is off, and `ringattn` is a `Shards`.
@@ -135,6 +138,7 @@ def shard_batch(
         try:
             choices = dict(schedule=schedule, topology=topology, training=training)
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
+            shards.documents_apart = documents_apart
             said = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
         except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)
@@ -217,8 +221,9 @@ def attend(
     if isinstance(attention_mask, MaskInfo):
         problem = _unlike_causal(type(module).__name__, attention_mask, two_ways) or problem
     if isinstance(ringattn, Probe):
-        if problem:
+        if problem and not ringattn.lenient:
             raise InputError(problem)  # which the probe tells all ranks
+        ringattn.packed.append(bool(attention_mask.reading and attention_mask.reading.packed))
         return ringattn.attend(module, query, key, value), None
     if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
         agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
@@ -256,17 +261,32 @@ def _shards(
     kind: dict[str, Any] = dict(
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=_head_dim(text),
         dtype=dtype or getattr(text, "dtype", None) or torch.float32,
     )
     first, *others = _windows(text)
     plan = make(**kind, mask=windowed(mask, first), layout=layout)
     _, rank = group_and_rank(group, world)
     own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
-    shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own)
+    shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own, assumed=_assumed(batch))
     for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
         shards.plan(**kind, window=window)
     return shards, plan
+
+
+def _head_dim(text: PretrainedConfig) -> int:
+    """Of most layers; where a config has one for each layer it raises, and layers say their own when they attend."""
+    try:
+        return getattr(text, "head_dim", None) or int(text.hidden_size) // int(text.num_attention_heads)
+    except RuntimeError:
+        return int(text.hidden_size) // int(text.num_attention_heads)
+
+
+def _assumed(batch: Mapping[str, Any]) -> str | None:
+    if batch.get("position_ids") is not None:
+        return None
+    tokens = batch.get("attention_mask")
+    return "counted" if tokens is None or tokens[:, :1].all() else "counted, left padding"
 
 
 def _windows(text: PretrainedConfig) -> list[int | None]:

@@ -76,6 +76,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
+    if any(name.startswith("cu_seq_lens") for name in batch):
+        return (
+            "cu_seq_lens: documents are told by position_ids, which begin anew with each; leave cu_seq_lens_q, cu_seq_lens_k, "
+            "max_length_q and max_length_k out, as DataCollatorWithFlattening(return_flash_attn_kwargs=False) does"
+        )
     if text is not config and (others := _of_other_towers(batch)):
         return (
             f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "

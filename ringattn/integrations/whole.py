@@ -23,7 +23,8 @@ from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
-from ringattn.integrations.composite import arguments_of, cut_for_decoder, loss_function, rows_to_the_loss
+from ringattn.integrations.composite import arguments_of, cut_for_decoder, rows_to_the_loss
+from ringattn.integrations.loss_function import loss_function, outside_graphs
 from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
 from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
@@ -213,8 +214,8 @@ def _head_on_the_whole(
             whole[name] = _whole(name, value, cut[-1], size)
         return whole
 
-    hooks.append(base.register_forward_pre_hook(before, with_kwargs=True))
-    hooks.append(base.register_forward_hook(after, with_kwargs=True))
+    hooks.append(base.register_forward_pre_hook(outside_graphs(before), with_kwargs=True))
+    hooks.append(base.register_forward_hook(outside_graphs(after), with_kwargs=True))
     try:
         outputs = model(**batch)
     finally:

@@ -1,0 +1,82 @@
+"""Tries a model before its first call on shards: that it is right on a part of a sequence is found by what it does.
+
+What is tried, each once per model and group of ranks: that rows meet in ringattn alone (`rowwise`), that the model counts
+positions as `shard_batch` does where a batch has none, and that its masks tell packed documents apart (`own_positions`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+
+from ringattn.comm.agree import agree
+from ringattn.comm.group import group_and_rank
+from ringattn.integrations.own_positions import joined_documents, unlike_counting
+from ringattn.integrations.rowwise import ROWS, joined_rows
+from ringattn.integrations.shards import Shards
+
+TRIED = "_ringattn_tried"  # of a model: the set of what has been tried, by group
+
+
+def try_model(model: Any, kwargs: Mapping[str, Any], shards: Shards) -> None:
+    """Collective over the ranks of `shards`, the first time of each kind.
+
+    Args:
+        kwargs: of the call to come, whose tensors are of this rank's rows.
+
+    Raises:
+        InputError: the model would be wrong on rows. Raised on every rank.
+    """
+    group, _ = group_and_rank(shards.group, shards.layout.world)
+    ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
+    for kind in kinds_of(shards):
+        if (kind, ranks) in vars(model).get(TRIED, ()):
+            continue
+        problem = _problem(model, kwargs, max(shards.rows, 1), kind, shards)
+        agree(group, {"call": f"trying a model: {kind}", "model": type(model).__name__}, problem)
+        _mark(model, (kind, ranks))
+
+
+def kinds_of(shards: Shards) -> tuple[str, ...]:
+    """What a model on these shards has to be tried for."""
+    counted = () if shards.assumed is None else (shards.assumed,)
+    apart = ("documents",) if shards.mask.bounds and not shards.documents_apart else ()
+    return ("rows", *counted, *apart)
+
+
+@torch._dynamo.assume_constant_result  # runs while torch.compile traces the model's call
+def problem_while_traced(number: int, kinds: tuple[str, ...]) -> str | None:
+    """What is wrong with the model of this `id`, which is all that a traced call can pass. Every rank comes to the same."""
+    model: Any = next(thing for thing in gc.get_objects() if id(thing) == number)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(ROWS, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    for kind in kinds:
+        if any(kind == tried for tried, _ in vars(model).get(TRIED, ())):
+            continue
+        if problem := _problem(model, {"input_ids": ids, "position_ids": ids}, ROWS, kind, None):
+            return problem
+        _mark(model, (kind, ("traced",)))
+    return None
+
+
+def _problem(model: Any, kwargs: Mapping[str, Any], rows: int, kind: str, shards: Shards | None) -> str | None:
+    tries: dict[str, Callable[[], str | None]] = {
+        "rows": lambda: joined_rows(model, kwargs, rows, shards),
+        "counted": lambda: unlike_counting(model, kwargs, rows, padded_left=False),
+        "counted, left padding": lambda: unlike_counting(model, kwargs, rows, padded_left=True),
+        "documents": lambda: joined_documents(model, kwargs, rows),
+    }
+    return tries[kind]()
+
+
+def _mark(model: nn.Module, what: tuple[str, tuple[object, ...]]) -> None:
+    """Models within this one have been tried with it."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module).setdefault(TRIED, set()).add(what)
