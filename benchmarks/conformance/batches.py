@@ -15,13 +15,14 @@ IDS = (10, 90)  # no special token of the tiny configurations lies here
 IGNORE = -100
 
 # "switched": plain, by set_attn_implementation after the model was made; "recomputed": plain, with gradient checkpointing.
-CAUSAL = ("plain", "switched", "packed", "padded right", "padded left", "recomputed")
+# "numbered": padded left, with the position_ids that generation makes.
+CAUSAL = ("plain", "switched", "packed", "padded right", "padded left", "numbered", "recomputed")
 SEQ2SEQ = ("plain", "switched", "padded right", "padded left", "recomputed")
 
 
-def cases_of(config: PretrainedConfig) -> tuple[str, ...]:
-    """The names of the cases of a model with this configuration."""
-    return SEQ2SEQ if config.is_encoder_decoder else CAUSAL
+def cases_of(config: PretrainedConfig, wanted: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The names of the cases of a model with this configuration, those wanted or all."""
+    return tuple(case for case in (SEQ2SEQ if config.is_encoder_decoder else CAUSAL) if wanted is None or case in wanted)
 
 
 def batch_for(config: PretrainedConfig, case: str) -> dict[str, Any]:
@@ -33,19 +34,21 @@ def batch_for(config: PretrainedConfig, case: str) -> dict[str, Any]:
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
     if case == "packed":
         batch["position_ids"] = torch.cat([torch.arange(n) for n in DOCUMENTS]).unsqueeze(0)
-    if case.startswith("padded"):
+    if case.startswith("padded") or case == "numbered":
         tokens = padding(LENGTH, case)
         batch["attention_mask"] = tokens.long()
         batch["labels"] = ids.masked_fill(~tokens, IGNORE)
-        if case == "padded left":
+        if case != "padded right":
             batch["labels"][0, PADDED] = IGNORE  # else a row of padding would be asked for it
+    if case == "numbered":
+        batch["position_ids"] = (tokens.long().cumsum(1) - 1).clamp(min=0)
     return EXTRA.get(config.model_type, lambda config, batch: batch)(config, batch)
 
 
 def padding(length: int, case: str) -> Tensor:
     """bool (2, length), False where the first sequence is padded."""
     tokens = torch.ones(2, length, dtype=torch.bool)
-    tokens[0, slice(0, PADDED) if case == "padded left" else slice(length - PADDED, length)] = False
+    tokens[0, slice(length - PADDED, length) if case == "padded right" else slice(0, PADDED)] = False
     return tokens
 
 

@@ -82,7 +82,7 @@ class Sweep:
         if self.name in NOT_BUILT:
             return self._report("all", 0, Outcome("none", f"cannot be built: {NOT_BUILT[self.name]}"))
         try:
-            cases = self.job.cases or cases_of(config_of(self.task, self.name))
+            cases = cases_of(config_of(self.task, self.name), self.job.cases)
             if self.rank == 0:
                 self.oracle = build(self.task, self.name)
         except Exception as error:

@@ -28,9 +28,10 @@ ranks with `attn_implementation="ringattn"`, `shard_batch` and `ringattn.nn.cros
 
 Cases, each on 1, 2 and 3 ranks: *plain*, 2 sequences of 37 tokens (an encoder's have 29); *switched*, the same, with
 `set_attn_implementation("ringattn")` after the model was made; *packed*, three documents in one sequence, by `position_ids`;
-*padded right* and *left*, by `attention_mask`; *recomputed*, with gradient checkpointing (`use_reentrant=False`). What one
-process makes of a batch is what counts: where it lets packed documents see each other, so do ranks, or they refuse. Names with
-a comma are types otherwise configured; BERT and its kin were made decoders (`is_decoder=True`).
+*padded right* and *left*, by `attention_mask`; *numbered*, padded left with the `position_ids` that generation makes;
+*recomputed*, with gradient checkpointing (`use_reentrant=False`). What one process makes of a batch is what counts: where it
+lets packed documents see each other, so do ranks, or they refuse. Names with a comma are types otherwise configured; BERT and
+its kin were made decoders (`is_decoder=True`).
 """
 
 Line = dict[str, Any]
