@@ -115,7 +115,21 @@ def markdown(results: list[Line]) -> str:
     for name, heading in HEADINGS.items():
         if groups[name]:
             parts.append(f"## {heading}\n\n" + rows(name, groups[name], table, kinds))
+    parts += own_losses(results, {key for name in ("exact", "some") for key in groups[name]})
     return "\n\n".join(parts) + "\n"
+
+
+def own_losses(results: list[Line], keys: set[tuple[str, str]]) -> list[str]:
+    """Of the types that run, those whose own loss is not that of shifted labels."""
+    told = [
+        f"{line['type']} ({line['task']})"
+        for line in results
+        if line["kind"] == "note" and (line["task"], line["type"]) in keys
+    ]
+    if not told:
+        return []
+    text = "The loss that these models themselves make of `labels` is not that of each row's logits and the label behind it,\nwhich"
+    return [f"## Loss of their own\n\n{text} is what `shard_batch` gives targets for: {', '.join(told)}."]
 
 
 HEADINGS = {
