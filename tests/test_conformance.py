@@ -25,7 +25,7 @@ from ringattn.integrations.transformers import attend
 
 # Of each make one: plain, learned positions, one norm for two branches, windows and capped logits, routed experts, latent keys
 # and values, attention's results taken as views; encoder-decoders with and without a relative bias.
-EXACT = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "deepseek_v3", "afmoe", "t5", "bart")
+EXACT = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "deepseek_v3", "jetmoe", "t5", "bart")
 REFUSED = ("mamba", "bert, both ways", "bloom", "falcon")  # a state along the sequence, both ways, attention of their own
 EITHER = ("opt",)  # positions of its own where a mask is given
 CASES = ("plain", "packed", "padded left", "recomputed")

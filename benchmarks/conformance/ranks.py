@@ -103,6 +103,7 @@ class Sweep:
             if self.rank < world:
                 model = self._made(None) if case == "switched" else self.ring[world]
                 start = time.monotonic()
+                self._exchanged(f"{case}/{world}/ready", world, Result("ready"))  # making a model may take longer than patience
                 with group(self.job, world, self.rank, f"{self.task} {self.name} {case}"):
                     result = self._ring(model, case, world)
                     results = self._exchanged(

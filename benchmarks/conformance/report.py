@@ -128,7 +128,7 @@ def own_losses(results: list[Line], keys: set[tuple[str, str]]) -> list[str]:
     ]
     if not told:
         return []
-    text = "The loss that these models themselves make of `labels` is not that of each row's logits and the label behind it,\nwhich"
+    text = "The loss that these models make of `labels` is not that of each row's logits and the label behind it,\nwhich"
     return [f"## Loss of their own\n\n{text} is what `shard_batch` gives targets for: {', '.join(told)}."]
 
 
