@@ -47,7 +47,8 @@ class Probe:
         """A function of each row alone, of the shape that attention has. query, key, value: (batch, heads, rows, head_dim)."""
         kept = tuple(x if self.rows is None else x.index_select(2, self.rows.to(x.device)) for x in (query, key, value))
         self.calls.append((type(module).__name__, kept))
-        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+        of_rows = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+        return of_rows.contiguous()  # as what attention returns, of which some models take views
 
 
 def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards | None = None) -> str | None:
