@@ -10,10 +10,11 @@ No torch here, and no sequence length: the plan gives that. `END` stands for "to
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 from ringattn.arguments import count, counts, flag, instance, shown, whole
@@ -85,7 +86,8 @@ class Mask:
 
     @cached_property
     def _one_after_another(self) -> bool:
-        return all(a.q_stop <= b.q_start for a, b in pairwise(self.rects))
+        """Whether both ends of the rectangles' rows never go back, so that those near a row lie beside each other."""
+        return all(a.q_start <= b.q_start and a.q_stop <= b.q_stop for a, b in pairwise(self.rects))
 
     @cached_property
     def _in_order(self) -> tuple[tuple[Rect, ...], list[int], list[int]]:
@@ -170,3 +172,49 @@ def prefix_lm(prefix: int) -> Mask:
     prefix = count("prefix", prefix, PlanError, least=0)
     rects = (Rect(0, END, 0, prefix, Band()), Rect(prefix, END, prefix, END, Band(right=0)))
     return Mask(f"prefix({prefix})", rects[prefix == 0 :])
+
+
+def bidirectional_blocks(bounds: Sequence[tuple[int, int]], base: Mask | None = None) -> Mask:
+    """`base`, and within each block every token sees every other: images inside causal text, a prefix before it.
+
+    Args:
+        bounds: (start, stop) of each block in global positions, in order, none overlapping another.
+        base: what holds besides; `causal()` by default. A window in it does not hold within a block.
+
+    Raises `PlanError` where blocks overlap, are not in order, or go beyond the length of `base`.
+    """
+    base = causal() if base is None else instance("base", base, Mask, PlanError, "such as causal() or sliding_window(4096)")
+    blocks = [counts("a block of bounds", block, PlanError) for block in bounds]
+    ends = [edge for block in blocks for edge in block]
+    length = END if base.length is None else base.length
+    if any(len(block) != 2 for block in blocks) or any(a > b for a, b in pairwise([0, *ends, length])):
+        raise PlanError(
+            f"bidirectional_blocks(bounds={shown(bounds)}): pass (start, stop) of each block, in order, none over another"
+            + ("" if base.length is None else f", within {base.length} tokens")
+        )
+    blocks = [block for block in blocks if block[0] < block[1]]
+    rects = [part for rect in base.rects for part in _around(rect, blocks)]
+    rects += [Rect(start, stop, start, stop, Band()) for start, stop in blocks]
+    return Mask(f"{base.name} | blocks({len(blocks)})", tuple(sorted(rects)), base.length)
+
+
+def _around(rect: Rect, blocks: Sequence[Sequence[int]]) -> Iterator[Rect]:
+    """What is left of a rectangle when each block's rows leave out the keys of their own block."""
+    row = rect.q_start
+    for start, stop in blocks[bisect_right(blocks, rect.q_start, key=itemgetter(1)) :]:
+        if start >= rect.q_stop:
+            break
+        yield from _not_empty(rect._replace(q_start=row, q_stop=start))
+        within = rect._replace(q_start=max(row, start), q_stop=min(stop, rect.q_stop))
+        yield from _not_empty(within._replace(k_stop=min(start, rect.k_stop)))
+        yield from _not_empty(within._replace(k_start=max(stop, rect.k_start)))
+        row = within.q_stop
+    yield from _not_empty(rect._replace(q_start=row))
+
+
+def _not_empty(rect: Rect) -> Iterator[Rect]:
+    """The rectangle, unless it has no rows or keys or its band keeps none of them."""
+    q_last, k_last = rect.q_stop - 1, rect.k_stop - 1
+    seen = rect.k_start - q_last <= rect.band.right and k_last - rect.q_start >= rect.band.left
+    if rect.q_start < rect.q_stop and rect.k_start < rect.k_stop and seen:
+        yield rect

@@ -65,8 +65,9 @@ def test_a_sequence_is_dealt_to_its_ranks_alike_and_what_cannot_be_is_refused(tm
     assert given[0] == given[1] and given[2] == given[3]
     assert len({str(row) for row in given[0] + given[2]}) == 32 == len(given[0]) + len(given[2])
     for rank in ranks:
-        divide, dispatch, labels, split = rank["refused"]
+        divide, dispatch, labels, split, bloom = rank["refused"]
         assert "sequence_parallel_size=3 does not divide the 4 ranks" in divide
         assert "dispatch_batches" in dispatch and "pass a dataset with a length" in dispatch
         assert "the batch has no labels" in labels and "data collator" in labels
         assert "leave both out of accelerator_config" in split
+        assert "the layers of BloomForCausalLM do not use transformers' attention interface" in bloom

@@ -95,7 +95,8 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
             model.gradient_checkpointing_enable()
             model.train()
         model.set_attn_implementation("ringattn")
-        inputs, targets = shard_batch(batch, model.config, layout=layout, dtype=torch.float64, topology="cpu")
+        # By name: what auto chooses is the planner's tests' to judge, and here is planned anew for every model and mask.
+        inputs, targets = shard_batch(batch, model.config, schedule="token_ring", layout=layout, dtype=torch.float64)
         loss = cross_entropy(model(**inputs).logits, targets)
         loss.backward()
         reduce_gradients(model.parameters())
@@ -107,7 +108,9 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
 
 
 @pytest.mark.case(20)
-@pytest.mark.parametrize(("world", "layout", "checkpoint"), [(1, "auto", False), (3, "zigzag", True), (4, "contiguous", False)])
+@pytest.mark.parametrize(
+    ("world", "layout", "checkpoint"), [(1, "contiguous", False), (3, "zigzag", True), (4, "contiguous", False)]
+)
 def test_losses_and_gradients_are_those_of_one_process(world: int, layout: str, checkpoint: bool) -> None:
     for found in run_ranks(world, compared, world, layout, checkpoint):
         assert set(found) == {f"{name}, {kind}" for name, kind in CASES}
@@ -158,6 +161,7 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: shard_batch(batch | {"use_cache": True}, model.config),
         lambda: shard_batch(batch, config_of("llama", is_causal=False)),
         lambda: shard_batch(batch, config_of("gpt_oss", output_router_logits=True)),
+        lambda: shard_batch(batch, AutoConfig.for_model("opt", layerdrop=0.1)),
         lambda: shard_batch(batch, AutoConfig.for_model("qwen3_next")),
         lambda: shard_batch(batch, AutoConfig.for_model("mamba")),
         lambda: shard_batch(batch, stretched("dynamic")),
@@ -187,6 +191,7 @@ CURES = [
     "leave them out",
     "both directions",
     "set it to False",
+    "config.layerdrop=0.1 leaves layers out at random",
     "linear_attention",
     "no attention heads",
     "use 'yarn'",

@@ -82,14 +82,16 @@ def dealt(folder: str) -> None:
     ring = Ring(model(), stream, train_dataset=Stream(), sequence_parallel_size=2)
     given = [batch["input_ids"][0].tolist() for batch in ring.get_train_dataloader()]
     refused = []
-    for asked, data, size in (
-        (stream, sequences(), 3),
-        (arguments(folder), Stream(), 2),
-        (stream, [{"input_ids": one["input_ids"]} for one in sequences()], 2),
-        (arguments(folder, accelerator_config={"split_batches": True}), sequences(), 2),
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=2))
+    for tried, asked, data, size in (
+        (model(), stream, sequences(), 3),
+        (model(), arguments(folder), Stream(), 2),
+        (model(), stream, [{"input_ids": one["input_ids"]} for one in sequences()], 2),
+        (model(), arguments(folder, accelerator_config={"split_batches": True}), sequences(), 2),
+        (bloom, arguments(folder), sequences(), 2),
     ):
         try:
-            Ring(model(), asked, train_dataset=data, sequence_parallel_size=size).train()
+            Ring(tried, asked, train_dataset=data, sequence_parallel_size=size).train()
         except InputError as error:
             refused.append(str(error))
     Path(folder, f"{stream.process_index}.json").write_text(json.dumps({"given": given, "refused": refused}))

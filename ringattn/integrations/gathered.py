@@ -27,6 +27,7 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.gathered_outputs import LastUsed, check_outputs_of
+from ringattn.integrations.served import Served
 from ringattn.integrations.shards import Shards, documents_of, padding_of
 from ringattn.integrations.transformers import MaskInfo, attend, describe_mask
 from ringattn.integrations.unsupported import unsupported_balance, unsupported_model
@@ -49,7 +50,10 @@ def take_place(
     disable_in_eval: bool,
     refused: Callable[[], str | None],
 ) -> None:
-    """Put attention over gathered shards where transformers has `name`, attention and mask. Raises `InputError`."""
+    """Put attention over gathered shards where transformers has `name`, attention and mask, for the layers of `model`.
+
+    Layers of other models, and towers beside the text of this one, keep what they had. Raises `InputError`.
+    """
     config = model.config if hasattr(model, "config") else AutoConfig.from_pretrained(model)
     used = getattr(config, "_attn_implementation", None)
     if hasattr(model, "config") and used not in (None, name):
@@ -63,23 +67,33 @@ def take_place(
     problem = unsupported_balance({}, config.get_text_config()) or unsupported_model(config.get_text_config(), 0)
     if name == "eager":
         problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
+    if getattr(config, "is_encoder_decoder", False):
+        problem = (
+            f"{config.model_type} has an encoder and a decoder, whose rows cannot be told apart by position_ids; use "
+            "ringattn.integrations.transformers.shard_batch, or ringattn.integrations.trainer"
+        )
     if problem:
         raise InputError(problem)
+    served = Served(model, config)
     whole = Gathered(group, config.get_text_config(), make, shape, refused)
     used = LastUsed()
     check_outputs_of(used)
     core, mask_of_core = ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any) -> Any:
-        if disable_in_eval and not module.training:
-            mask = attention_mask() if isinstance(attention_mask, partial) else attention_mask
+        ours = served.layer(module, rest.get("position_ids"))
+        if not ours or (disable_in_eval and not module.training):
+            deferred = isinstance(attention_mask, partial) and attention_mask.func is mask_of_core
+            mask = attention_mask() if deferred else attention_mask
             return core(module, query, key, value, mask, **rest)
         shards = whole.shards(rest.get("position_ids"), attention_mask, len(query), query.shape[2])
         used.note(shards)
-        return attend(module, query, key, value, _info(attention_mask), ringattn=shards, **rest)
+        info = _info(attention_mask)
+        info = info._replace(tokens=None) if isinstance(info, MaskInfo) else info  # padding is known to `shards`
+        return attend(module, query, key, value, info, ringattn=shards, **rest)
 
     def mask(**asked: Any) -> Any:  # which of both is known only in the layer, where the module says whether it trains
-        return partial(mask_of_core, **asked)
+        return partial(mask_of_core, **asked) if served.mask(asked.get("config")) else mask_of_core(**asked)
 
     ALL_ATTENTION_FUNCTIONS[name] = attention  # not register(): what DeepSpeed put there before would go first
     ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
@@ -90,7 +104,7 @@ def _info(asked: Any) -> Any:
     if not isinstance(asked, partial):
         return asked
     tokens = asked.keywords.get("attention_mask")
-    return describe_mask(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens)
+    return describe_mask(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens, own=asked)
 
 
 @dataclass

@@ -7,6 +7,7 @@ Results are told apart by their shape: a floating-point tensor (batch, rows, ...
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any
@@ -21,7 +22,12 @@ from ringattn.comm.agree import agree
 from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import group_and_rank
+from ringattn.errors import InputError
+from ringattn.integrations.rowwise import check_rowwise, joined_rows_of
+from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.stacks import on_stacks
+from ringattn.integrations.towers import minding_towers
 from ringattn.layout import Layout
 from ringattn.sharding import held, in_order
 
@@ -33,8 +39,11 @@ CURE = (
 )
 
 
-def check_outputs() -> None:
-    """Let every model of transformers that is given `Shards` check that it returns its rows. Idempotent."""
+def check_models() -> None:
+    """Let models of transformers that are given `Shards` check that rows meet in ringattn alone, and that they return rows.
+
+    Idempotent.
+    """
     call: Callable[..., Any] = PreTrainedModel.__call__
     if getattr(call, "checks_rows", False):
         return
@@ -42,20 +51,29 @@ def check_outputs() -> None:
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         shards = kwargs.get("ringattn")
-        if not isinstance(shards, Shards) or not shards.check_outputs:
+        if not isinstance(shards, Shards):
             return call(self, *args, **kwargs)
-        if problem := _unlike_cut(kwargs, shards, type(self).__name__):  # the others hear of it in their first attention
-            agree(group_and_rank(shards.group, shards.layout.world)[0], {"call": "inputs of a model"}, problem)
+        if shards.check_outputs and (problem := _unlike_cut(kwargs, shards, type(self).__name__)):
+            agree(group_and_rank(shards.group, shards.layout.world)[0], {"call": "inputs of a model"}, problem)  # all hear it
+        if isinstance(shards, DecoderShards):
+            pass  # its stacks make sure that attention comes here, and see to positions
+        elif not torch.compiler.is_compiling():
+            check_rowwise(self, inspect.signature(self.forward).bind_partial(*args).arguments | kwargs, shards)
+        elif problem := joined_rows_of(id(self)):
+            raise InputError(problem)
+        if not shards.check_outputs:
+            return call(self, *args, **kwargs)
         shards.check_outputs = False  # models within this one return what they like to it
         try:
-            outputs = call(self, *args, **kwargs)
+            with on_stacks(self, shards):
+                outputs = call(self, *args, **kwargs)
         finally:
             shards.check_outputs = True
         agree_on_rows(outputs, shards, type(self).__name__, CURE)
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
-    PreTrainedModel.__call__ = checked  # type: ignore[method-assign]
+    PreTrainedModel.__call__ = minding_towers(checked)  # type: ignore[method-assign]
 
 
 def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | None:
@@ -96,6 +114,13 @@ def _unlike_rows(outputs: Any, shards: Shards, model: str, cure: str) -> str | N
                     f"pooled over one rank's rows and differs from that of the whole sequence. {cure}"
                 )
     return None
+
+
+def rows_of(name: str, shards: Shards) -> Shards | None:
+    """The shards that a result called `name` has rows of; None where it is of other inputs, which were not cut."""
+    if isinstance(shards, DecoderShards):
+        return shards.of(name)
+    return None if name.startswith(OF_OTHER_INPUTS) else shards
 
 
 def is_rows(tensor: Tensor, shards: Shards) -> bool:
@@ -206,6 +231,20 @@ class GatheredOutputs(dict[str, Any]):
     def _whole(self, name: str, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return tuple(self._whole(name, one) for one in value)
-        if not isinstance(value, Tensor) or name.startswith(OF_OTHER_INPUTS):
+        shards = rows_of(name, self._shards)
+        if not isinstance(value, Tensor) or shards is None:
             return value
-        return gathered(value, self._shards, self._factor)
+        return gathered(value, shards, self._factor)
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The same tensor, whose gradient is multiplied by `factor` on its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None

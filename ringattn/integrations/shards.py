@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +18,26 @@ from torch import Tensor
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.functional import attention, cast_dtype
+from ringattn.integrations.unsupported import OF_FLASH_ATTENTION
 from ringattn.layout import Layout
-from ringattn.mask import Mask, causal, documents, sliding_window
+from ringattn.mask import END, Band, Mask, Rect, bidirectional_blocks, causal, documents, sliding_window
 from ringattn.nn.loss import IGNORE, shift_labels
 from ringattn.plan import Plan
 from ringattn.sharding import held
+
+LEFT_OUT = ("attention_mask", *OF_FLASH_ATTENTION)  # `Shards` say it: padding, and where documents begin
+
+Bounds = tuple[tuple[int, int], ...]  # start and stop of each block of one sequence, in global positions
+
+
+class ImageBlocks(NamedTuple):
+    """Tokens that see each other in both directions, of each sequence of a batch; images inside of causal text.
+
+    under_window: whether a layer's window hides keys of the same block, too, as in Gemma 3.
+    """
+
+    bounds: tuple[Bounds, ...]
+    under_window: bool = False
 
 
 @dataclass
@@ -33,6 +48,7 @@ class Shards:
     make: `make_plan` with all that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
     check_outputs: whether what the model returns is checked to be this rank's rows, see `ringattn.integrations.outputs`.
+    blocks: what layers see in both directions, by the window of the layer; empty where no layer does.
     """
 
     layout: Layout
@@ -41,23 +57,58 @@ class Shards:
     group: Group | None = None
     key_bias: Tensor | None = None
     check_outputs: bool = True
+    blocks: Mapping[int | None, ImageBlocks | None] = field(default_factory=dict)
     plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)  # made so far, which torch.compile finds here
 
-    def plan(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, window: int | None = None) -> Plan:
+    def plan(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        window: int | None = None,
+        bounds: Bounds = (),
+        under_window: bool = False,
+    ) -> Plan:
         """The plan of layers with these heads that see `window` keys each, the query's own included, or all before them."""
-        key = (heads, kv_heads, head_dim, dtype, window)
+        key = (heads, kv_heads, head_dim, dtype, window, bounds, under_window)
         if key not in self.plans:
-            mask = windowed(self.mask, window)
+            mask = with_blocks(self.mask, window, bounds, under_window)
             self.plans[key] = self.make(heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, mask=mask)
         return self.plans[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
-        """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks."""
-        plan = self.plan(q.shape[2], k.shape[2], q.shape[3], cast_dtype(q), window)
+        """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks.
+
+        Raises `InputError` for a layer whose window is none of those that the model made masks for.
+        """
+        if self.blocks and window not in self.blocks:
+            raise InputError(f"a layer asks for sliding_window={window}, and the model made masks for {list(self.blocks)}")
+        blocks = self.blocks.get(window)
+        if blocks is None or len(set(blocks.bounds)) == 1:
+            bounds, under = (blocks.bounds[0], blocks.under_window) if blocks else ((), False)
+            return self._attend(q, k, v, self.key_bias, window, bounds, under, options)
+        bias = [None] * len(q) if self.key_bias is None else self.key_bias.split(1)
+        each = zip(q.split(1), k.split(1), v.split(1), bias, blocks.bounds, strict=True)
+        under = blocks.under_window
+        return torch.cat([self._attend(*qkv, b, window, bounds, under, options) for *qkv, b, bounds in each])  # type: ignore[call-arg]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        window: int | None,
+        bounds: Bounds,
+        under_window: bool,
+        options: Mapping[str, Any],
+    ) -> Tensor:
+        plan = self.plan(q.shape[2], k.shape[2], q.shape[3], cast_dtype(q), window, bounds, under_window)
         surplus = q.shape[1] if self.rows == 0 else 0  # the row that `cut` gives to a rank without any
         if surplus:
             q, k, v = (x[:, :0] for x in (q, k, v))
-        out: Tensor = attention(q, k, v, plan, key_bias=self.key_bias, group=self.group, **options)
+        out: Tensor = attention(q, k, v, plan, key_bias=key_bias, group=self.group, **options)
         return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
 
     @property
@@ -69,6 +120,45 @@ class Shards:
 def windowed(mask: Mask, window: int | None) -> Mask:
     """`mask` for layers that see `window` keys each, the query's own included: transformers counts it, flash-attn does not."""
     return mask if window is None else mask & sliding_window(window - 1)
+
+
+def with_blocks(mask: Mask, window: int | None, bounds: Bounds, under_window: bool = False) -> Mask:
+    """(`mask` and the window) or the same block; with `under_window` (`mask` or the same block) and the window."""
+    if not bounds:
+        return windowed(mask, window)
+    if not under_window or window is None:
+        return bidirectional_blocks(bounds, windowed(mask, window))
+    before = Mask(f"window({window - 1},)", (Rect(0, END, 0, END, Band(left=1 - window)),))
+    return bidirectional_blocks(bounds, mask) & before
+
+
+def text_positions(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
+    """The positions (batch or 1, seq_len) that tell documents apart, or None where there are none.
+
+    Models whose rotary positions count frames, rows and columns of images take (3, batch, seq_len), which say nothing of
+    documents, or (4, batch, seq_len), of which the first are positions in the text.
+
+    Raises `InputError` for another shape, or where (3, batch, seq_len) begin anew as a document does.
+    """
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    if position_ids.ndim == 3 and len(position_ids) == 4:
+        return position_ids[0]
+    if position_ids.ndim != 3 or len(position_ids) != 3:
+        raise InputError(
+            f"position_ids has shape {tuple(position_ids.shape)}; pass (batch, seq_len), or of a model whose positions count "
+            "frames, rows and columns (3, batch, seq_len), or (4, batch, seq_len) with positions in the text first"
+        )
+    before, after = position_ids[..., :-1], position_ids[..., 1:]
+    begins = (after == 0).all(0) & (before > 0).any(0)  # an image begins behind what came before it in all three
+    if attention_mask is not None:
+        begins = begins & (attention_mask[:, 1:] * attention_mask[:, :-1]).bool().to(begins.device)
+    if begins.any():
+        raise InputError(
+            "position_ids of shape (3, batch, seq_len) begin anew at 0, and models read no documents from them: put positions "
+            "in the text, which begin anew with each document, in front, as (4, batch, seq_len)"
+        )
+    return None
 
 
 def documents_of(position_ids: Tensor, masked: bool = False) -> Mask:
@@ -135,14 +225,16 @@ def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, 
     if empty:
         rows = torch.zeros(1, dtype=torch.int64)
     whole = {"position_ids": torch.arange(layout.length).unsqueeze(0)}
-    whole |= {name: value for name, value in batch.items() if name != "attention_mask" and value is not None}
+    whole |= {name: value for name, value in batch.items() if name not in LEFT_OUT and value is not None}
     if "labels" in whole:
         whole["labels"] = shift_labels(whole["labels"], IGNORE)
         if batch.get("attention_mask") is not None:  # left padding would be asked for the first token
             whole["labels"] = whole["labels"].masked_fill(batch["attention_mask"] == 0, IGNORE)
     device = next(value.device for value in batch.values() if isinstance(value, Tensor))
     own = {
-        name: value.to(device).index_select(1, rows.to(device)) if isinstance(value, Tensor) and value.ndim > 1 else value
+        name: value.to(device).index_select(-1 if name == "position_ids" else 1, rows.to(device))
+        if isinstance(value, Tensor) and value.ndim > 1
+        else value
         for name, value in whole.items()
     }
     for name in ("labels", "shift_labels"):

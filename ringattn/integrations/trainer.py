@@ -32,6 +32,8 @@ from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
 from ringattn.integrations.on_shards import OnShards
 from ringattn.integrations.transformers import NAME, register
+from ringattn.integrations.unsupported import without_interface
+from ringattn.integrations.whole import bare
 from ringattn.nn.loss import IGNORE
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
@@ -86,7 +88,7 @@ class SequenceParallel(Base):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Counted targets of a step. Those on padding are left out, as `shard_batch` leaves them out of the loss."""
-        if self._loss_shifts_labels:
+        if self._loss_shifts_labels and not self.accelerator.unwrap_model(self.model).config.is_encoder_decoder:
             batch_samples = [_without_targets_on_padding(batch) for batch in batch_samples]
         items = super()._get_num_items_in_batch(batch_samples, device)
         if items is None or self.args.average_tokens_across_devices:
@@ -143,6 +145,12 @@ def _unfit(trainer: Any, size: int) -> str | None:
         return "there is one process and no process group: start the script with torchrun --nproc-per-node N"
     if trainer.is_deepspeed_enabled:
         return "this job runs under DeepSpeed, whose gradients depend on the ZeRO stage: see ringattn.integrations.deepspeed"
+    model = bare(trainer.model)
+    if without_interface(model):  # set_attn_implementation would only warn, and each rank attend to its own rows
+        return (
+            f"the layers of {type(model).__name__} do not use transformers' attention interface, so ringattn cannot be their "
+            "attention; use another model"
+        )
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
         return "accelerate's ParallelismConfig cuts sequences or layers too; leave cp_size, sp_size and tp_size at 1"

@@ -13,21 +13,27 @@ sequence) is refused with what to do instead. Interfaces: https://huggingface.co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
-from ringattn.integrations.rows import check_outputs
-from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
-from ringattn.integrations.unsupported import sequence_of, unsupported_batch
+from ringattn.integrations.mask_functions import MaskReading, read_mask
+from ringattn.integrations.rows import check_models
+from ringattn.integrations.rowwise import Probe
+from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
+from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, text_positions, windowed
+from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
+from ringattn.integrations.towers import keeps_its_own, misplaced
+from ringattn.integrations.unsupported import refuse_without_interface, sequence_of, unsupported_batch
 from ringattn.layout import Layout
 from ringattn.mask import causal
 from ringattn.nn.group import reduction_group
@@ -39,21 +45,48 @@ from ringattn.topology import Topology
 NAME = "ringattn"
 
 
+OWN_FUNCTION = (
+    "the mask of {layer} has a function of the model's own beside the causal mask ({function}), which ringattn cannot cut over "
+    "ranks"
+)
+
+
 class MaskInfo(NamedTuple):
     """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
 
     tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
+    reading: what the mask function means; None where a compiled graph cannot ask.
+    own: makes the mask for transformers' sdpa, for layers that keep their own attention.
+    function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
+    custom: whether the model has added a function of its own to that.
     """
 
     window: int | None
     tokens: Tensor | None = None
+    reading: MaskReading | None = None
+    own: Callable[[], Any] | None = None
+    function: Any = None
+    custom: bool = False
+
+    @property
+    def padding(self) -> Tensor | None:
+        """As tokens; None where nothing is hidden."""
+        return None if self.tokens is None or self.tokens.all() else self.tokens
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise InputError(
+            "a layer of this model computes with its attention mask by itself: its attention does not come to ringattn and "
+            "would see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
+        )
 
 
 def register(name: str = NAME) -> None:
     """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, describe_mask)
-    check_outputs()
+    check_models()
+    refuse_without_interface(name)
 
 
 def shard_batch(
@@ -87,10 +120,15 @@ def shard_batch(
     Raises:
         InputError: the batch or the model cannot be cut; says why and what to do. Raised on every rank.
     """
+    check_models()
     process_group = reduction_group(group)
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
+    if getattr(config, "is_encoder_decoder", False):
+        return _shard_two(
+            batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training)
+        )
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
@@ -106,6 +144,33 @@ def shard_batch(
     return {**inputs, "use_cache": False, NAME: shards}, targets
 
 
+def _shard_two(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None,
+    world: int,
+    dtype: torch.dtype | None,
+    layout: str | Layout,
+    choices: dict[str, Any],
+) -> tuple[dict[str, Any], Tensor | None]:
+    """`shard_batch` of an encoder-decoder model, see `seq2seq`."""
+    said: dict[str, object] = {}
+    problem, found = None, None
+    try:
+        batch = with_decoder_inputs(batch, config)
+        problem = unsupported_seq2seq(batch, config)
+        if problem is None:
+            found = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
+            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+            said = {"shapes": shapes, "plan": found[-1].digest}
+    except (InputError, PlanError) as error:
+        problem = str(error)
+    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
+    assert found is not None  # else all ranks have raised
+    shards, inputs, targets, _ = found
+    return {**inputs, "use_cache": False, NAME: shards}, targets
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -117,7 +182,7 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ringattn: Shards | None = None,
+    ringattn: Shards | StackShards | Probe | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
@@ -125,41 +190,50 @@ def attend(
     Raises:
         InputError: called without `shard_batch`, or for what shards cannot do.
     """
+    if ringattn is None and keeps_its_own(module):
+        asked = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux} | rest
+        mask = attention_mask.own() if isinstance(attention_mask, MaskInfo) and attention_mask.own else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **asked)
     if ringattn is None:
         raise InputError(
-            'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
+            misplaced(module)
+            or 'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
+    position_bias = rest.pop("position_bias", None) if isinstance(ringattn, StackShards) else None
     problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
-    if problem:
-        raise InputError(problem)
-    sinks = None if s_aux is None else s_aux.to(query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
+    options = dict(scale=scaling, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype))
+    if isinstance(ringattn, StackShards):
+        if isinstance(attention_mask, MaskInfo) and attention_mask.custom:
+            problem = OWN_FUNCTION.format(layer=type(module).__name__, function="or_mask_function, and_mask_function")
+        if problem:
+            raise InputError(problem)
+        return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
+    two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
+    if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
+        two_ways = False
+    if isinstance(attention_mask, MaskInfo):
+        problem = _unlike_causal(type(module).__name__, attention_mask, two_ways) or problem
+    if isinstance(ringattn, Probe):
+        if problem:
+            raise InputError(problem)  # which the probe tells all ranks
+        return ringattn.attend(module, query, key, value), None
+    if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
+        agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
+    out = ringattn.attend(q, k, v, window=sliding_window, **options)
     return out, None
 
 
-def describe_mask(
-    *,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    **rest: Any,
-) -> MaskInfo:
-    """The mask interface's side: no mask of this rank's rows is made, what it stands for is known to `Shards`.
-
-    Raises:
-        InputError: padding that did not go through `shard_batch`, or a mask function of the model's own.
-    """
-    if use_vmap:
-        raise InputError("this model adds a mask function of its own to the causal mask, which ringattn cannot cut over ranks")
-    if attention_mask is not None and not attention_mask.all():
-        raise InputError(
-            "attention_mask with padding reached the model: give it to shard_batch with the whole batch, and call the model "
-            "with what that returns; to generate, first call model.set_attn_implementation('sdpa')"
-        )
-    return MaskInfo(local_size)
+def describe_mask(**asked: Any) -> MaskInfo:
+    """The mask interface's side: no mask is made, what it says is known to `Shards`, or made by a layer that needs it."""
+    tokens, window, function = asked.get("attention_mask"), asked.get("local_size"), asked.get("mask_function")
+    if torch.compiler.is_compiling() or function is None:
+        reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
+    else:
+        reading = read_mask(function)
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function, bool(asked.get("use_vmap")))
 
 
 def _shards(
@@ -173,7 +247,8 @@ def _shards(
 ) -> tuple[Shards, Plan]:
     """How the batch is cut, and the plan that settled its layout: that of the model's first kind of layer."""
     text = config.get_text_config()
-    positions, tokens = batch.get("position_ids"), batch.get("attention_mask")
+    tokens = batch.get("attention_mask")
+    positions = text_positions(batch.get("position_ids"), tokens)
     bias = None if tokens is None else padding_of(tokens, positions)
     mask = documents_of(positions, tokens is not None) if bias is None and positions is not None else causal()
     heads = text.num_attention_heads
@@ -202,7 +277,7 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
 
 
 def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
-    """What the layer asks for and would not get, or None."""
+    """What the layer asks for and would not get on any shards, or None."""
     name = type(module).__name__
     if mask is None:
         return (
@@ -219,10 +294,24 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
             f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
         )
     if dropout:
-        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0"
+        return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0 (config.dropout_rate of T5)"
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if rest.get("is_causal") is False or not getattr(module, "is_causal", True):
+    return None
+
+
+def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
+    """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
+    if mask.padding is not None:
+        return PADDED_BY_ITSELF
+    if mask.reading is not None and mask.reading.unknown:
+        return OWN_FUNCTION.format(layer=name, function=mask.reading.unknown)
+    if mask.reading is not None and mask.reading.block_ids is not None:
+        return (
+            f"the mask of {name} has blocks of tokens that see each other in both directions, made of one rank's rows: call "
+            "ringattn.integrations.whole.forward_whole(model, batch, group), where they are made of the whole sequence"
+        )
+    if two_ways or (mask.reading is not None and not mask.reading.causal):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None

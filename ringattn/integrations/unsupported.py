@@ -6,13 +6,50 @@ What only shows when the model runs is found where it runs: what a layer asks of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ringattn.errors import InputError
 
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
+OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # say again what position_ids say
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
+
+
+def refuse_without_interface(name: str) -> None:
+    """Let models whose layers do not use the attention interface refuse `attn_implementation=name` when they are made.
+
+    transformers itself would look the name up in tables of the model's own, or keep it and never call it. Idempotent.
+    """
+    choose = PreTrainedModel.get_correct_attn_implementation
+    names = getattr(choose, "names_of_ringattn", None)
+    if names is not None:
+        names.add(name)
+        return
+    names = {name}
+
+    @wraps(choose)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        if requested_attention in names and without_interface(self):
+            raise InputError(
+                f"attn_implementation={requested_attention!r}: the layers of {type(self).__name__} do not use transformers' "
+                "attention interface, so their attention would stay within each rank's rows. Use another model"
+            )
+        return choose(self, requested_attention, *args, **kwargs)
+
+    checked.names_of_ringattn = names  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
+
+
+def without_interface(model: Any) -> bool:
+    """Whether transformers has found in the model's source that its attention is its own."""
+    cls = type(model)
+    return not cls._can_set_attn_implementation() and getattr(cls, "_can_set_attn_implementation_cached_value", None) is False
 
 
 def sequence_of(batch: Mapping[str, Any]) -> Tensor:
@@ -40,18 +77,41 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
-    if any(name.startswith("cu_seq_lens") for name in batch):
+    if problem := _unlike_positions(batch):
+        return problem
+    if text is not config and (others := _of_other_towers(batch)):
         return (
-            "cu_seq_lens: documents are told by position_ids, which begin anew with each; leave cu_seq_lens_q, cu_seq_lens_k, "
-            "max_length_q and max_length_k out, as DataCollatorWithFlattening(return_flash_attn_kwargs=False) does"
+            f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
+            "whole sequence: call ringattn.integrations.whole.forward_whole(model, batch, group), or merge images into "
+            "inputs_embeds first and leave the rest out"
         )
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and (value.ndim < 2 or value.shape[1] != ids.shape[1]):
+        if (
+            name not in OF_FLASH_ATTENTION
+            and isinstance(value, Tensor)
+            and value.ndim
+            and not _is_of_rows(name, value, ids.shape[1])
+        ):
             return (
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
     return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
+
+
+def _unlike_positions(batch: Mapping[str, Any]) -> str | None:
+    """Why flash attention's own arguments say something else than position_ids, or None. They are left out of what is cut."""
+    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    if ends is None:
+        return None
+    if positions is not None:
+        begins = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
+        if ends.tolist() == [0, *begins.tolist(), positions.shape[1]]:
+            return None
+    return (
+        f"cu_seq_lens_q is {ends.tolist()}, and documents are told by position_ids, which begin anew with each: pass "
+        "position_ids (batch or 1, seq_len) that say the same, or leave cu_seq_lens_q and cu_seq_lens_k out"
+    )
 
 
 def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:
@@ -66,6 +126,18 @@ def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str
     return None
 
 
+def _of_other_towers(batch: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in batch.items() if name not in OF_TEXT and _has_tensors(value)]
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(map(_has_tensors, value)) if isinstance(value, tuple | list) else isinstance(value, Tensor) and value.ndim > 0
+
+
+def _is_of_rows(name: str, value: Tensor, length: int) -> bool:
+    return value.ndim > 1 and value.shape[-1 if name == "position_ids" else 1] == length
+
+
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
     """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
     if not hasattr(text, "num_attention_heads"):
@@ -76,8 +148,14 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
             f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
             "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
         )
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", False):
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
+    dropped = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
+    if dropped:
+        return (
+            f"config.{' and config.'.join(f'{name}={value}' for name, value in dropped.items())} leaves layers out at random, "
+            "each rank others, so that layers of different depth would meet in attention; set it to 0"
+        )
     return _unsupported_rope(text, length)
 
 

@@ -3,18 +3,16 @@
     outputs = forward_whole(model, batch, mesh)
 
 A causal language model runs on rows throughout: its loss is reduced over the ranks, and its logits are gathered only if they
-are read. Router logits, of which it makes a load-balancing loss, are gathered before it does (`routers`). Of any other model
-the decoder (`base_model`) runs on rows; its hidden states are gathered, and every rank runs the head and the loss on the whole
-sequence. So rewards, token classes, answers' positions and losses are those of one process, whatever the head does with the
-rows.
+are read. Router logits, of which it makes a load-balancing loss, are gathered before it does (`routers`). Of a model with other
+towers (vision, audio) the text decoder, head and loss run on rows, see `composite`. Of any other model the decoder
+(`base_model`) does; its hidden states are gathered, and every rank runs the head and the loss on the whole sequence. So
+rewards, token classes, answers' positions and losses are those of one process, whatever the head does with the rows.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +23,15 @@ from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
-from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, gathered, is_rows
+from ringattn.integrations.compiled import loss_function, outside_graphs
+from ringattn.integrations.composite import arguments_of, cut_for_decoder, rows_to_the_loss
+from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
+from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
 from ringattn.integrations.shards import Shards
+from ringattn.integrations.stacks import place
+from ringattn.integrations.towers import find_towers, text_decoder
 from ringattn.integrations.transformers import NAME, shard_batch
+from ringattn.integrations.whole_seq2seq import seq2seq_rows_throughout
 from ringattn.nn.loss import IGNORE, cross_entropy
 
 
@@ -61,8 +65,19 @@ def forward_whole(
     inner = bare(model)
     sharding = {"dtype": cast_dtype(next(model.parameters()))} | sharding
     given = {name: value for name, value in batch.items() if value is not None}
-    if _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
-        outputs = _rows_throughout(model, inner, given, group, averaged_over, sharding)
+    decoder = text_decoder(inner)
+    if decoder is not None:
+        find_towers(inner)
+    if getattr(inner.config, "is_encoder_decoder", False):
+        if inner.get_output_embeddings() is not None:
+            outputs = seq2seq_rows_throughout(model, inner, given, group, averaged_over, sharding)
+            if outputs is not None:
+                return outputs
+    elif _is_causal_lm(inner) and not _keeps_some_logits(given) and not _adds_tokens(model):
+        if decoder is not None:
+            outputs = rows_to_the_loss(model, inner, decoder, given, group, averaged_over, sharding, _size(group))
+        else:
+            outputs = _rows_throughout(model, inner, given, group, averaged_over, sharding)
         if outputs is not None:
             return outputs
     return _head_on_the_whole(model, inner, given, group, averaged_over, sharding)
@@ -114,7 +129,7 @@ def _rows_throughout(
     if balanced:  # padding does not count in its load-balancing loss
         own["attention_mask"] = batch.get("attention_mask")
     with (
-        _loss_of(inner, loss),
+        loss_function(inner, loss),
         routers.gathering(inner.base_model, shards, averaged_over) if balanced else nullcontext() as balance,
     ):
         outputs = model(**own, return_dict=True) if targets is None else model(**own, labels=targets, return_dict=True)
@@ -166,54 +181,29 @@ class _CausalLoss:
         return found
 
 
-_in_progress: list[_CausalLoss] = []  # of calls within calls, the innermost last
-
-
-def _loss_in_progress(*args: Any, **kwargs: Any) -> Tensor:
-    """One function for all calls: a compiled model is compiled anew for another."""
-    return _in_progress[-1](*args, **kwargs)
-
-
-@contextmanager
-def _loss_of(model: Any, loss: _CausalLoss) -> Iterator[None]:
-    before = model.loss_function
-    model.loss_function = _outside_graphs(_loss_in_progress)
-    _in_progress.append(loss)
-    try:
-        yield
-    finally:
-        _in_progress.pop()
-        model.loss_function = before
-
-
-def _outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, at which a compiled model ends its graph: what ranks say to each other cannot be traced."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
-        return function
-    if not hasattr(function, "outside_graphs"):
-        function.outside_graphs = torch.compiler.disable(function)  # type: ignore[attr-defined]
-    outside: Callable[..., Any] = function.outside_graphs  # type: ignore[attr-defined]
-    return outside
-
-
 def _head_on_the_whole(
     model: nn.Module, inner: Any, batch: dict[str, Any], group: Group | None, averaged_over: int, sharding: dict[str, Any]
 ) -> Any:
     """Hooks cut what the decoder is given and gather what it returns; the head around it sees the whole."""
-    base, size = inner.base_model, _size(group)
+    composite, size = text_decoder(inner), _size(group)
+    base = inner.base_model if composite is None else composite
     cut: list[Shards] = []
+    hooks: list[Any] = []
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        given = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-        given = {name: value for name, value in given.items() if value is not None and name not in ("use_cache", "return_dict")}
+        if composite is not None:
+            own = cut_for_decoder(module, args, kwargs, group, sharding)
+            cut.append(own[NAME])
+            return (), own
+        given = {name: value for name, value in arguments_of(module, args, kwargs).items() if value is not None}
+        if getattr(inner.config, "is_encoder_decoder", False):
+            given = dict(with_decoder_inputs(given, inner.config, type(module)))
         own, _ = shard_batch(routers.left_to_the_caller(given, inner.config), inner.config, group, **sharding)
         own = routers.restored(own, given)
         own[NAME].check_outputs = False
         cut.append(own[NAME])
+        if isinstance(own[NAME], DecoderShards):
+            hooks.extend(place(module, own[NAME]))
         return (), own | {"return_dict": True}
 
     def after(module: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
@@ -224,33 +214,32 @@ def _head_on_the_whole(
             whole[name] = _whole(name, value, cut[-1], size)
         return whole
 
-    hooks = [
-        base.register_forward_pre_hook(_outside_graphs(before), with_kwargs=True),
-        base.register_forward_hook(_outside_graphs(after), with_kwargs=True),
-    ]
+    hooks.append(base.register_forward_pre_hook(outside_graphs(before), with_kwargs=True))
+    hooks.append(base.register_forward_hook(outside_graphs(after), with_kwargs=True))
     try:
         outputs = model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
     if not cut:
-        raise InputError(f"{type(inner).__name__} did not call its {inner.base_model_prefix}, so nothing of it ran on shards")
+        raise InputError(f"{type(inner).__name__} did not call its {type(base).__name__}, so nothing of it ran on shards")
     return outputs if averaged_over == size else _scaled(outputs, averaged_over / size)
 
 
 def _whole(name: str, value: Any, shards: Shards, size: int) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_whole(name, one, shards, size) for one in value)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or name.startswith(OF_OTHER_INPUTS):
+    of = rows_of(name, shards)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or of is None:
         return value
     if name == routers.LOGITS:
         return routers.whole_logits(name, value, shards, size)
-    if not is_rows(value, shards):
+    if not is_rows(value, of):
         raise InputError(
             f"the decoder of this model returned {name} of shape {tuple(value.shape)}, which is not of rows: it is pooled over "
             "one rank's rows, and what it is for the whole sequence is not known; leave it out of the outputs"
         )
-    return gathered(value, shards, size)
+    return gathered(value, of, size)
 
 
 def _size(group: Group | None) -> int:
@@ -263,16 +252,5 @@ def _scaled(outputs: Any, factor: float) -> Any:
     """The same outputs, whose gradients are multiplied by `factor` on their way back."""
     for name, value in list(outputs.items()):
         if isinstance(value, Tensor) and value.requires_grad:
-            outputs[name] = _Scale.apply(value, factor)
+            outputs[name] = ScaledGradient.apply(value, factor)
     return outputs
-
-
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None

@@ -1,0 +1,182 @@
+"""Models whose rows meet outside ringattn, or that count positions on each rank, are found by running them, and refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from spawn import run_ranks
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ringattn import InputError
+from ringattn.integrations.rowwise import CHECKED
+from ringattn.integrations.transformers import register, shard_batch
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+MOE = dict(num_local_experts=4, num_experts_per_tok=2)
+
+
+def model_of(name: str = "llama", attention: str = "ringattn", **more: object) -> Any:
+    register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SMALL, pad_token_id=0, **more)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def run(model: Any, length: int = 12, **more: object) -> Tensor:
+    inputs, _ = shard_batch(
+        {"input_ids": torch.arange(length)[None] + 1}, model.config, schedule="ring", layout="contiguous", **more
+    )
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+class Shift(nn.Module):
+    """Adds what the row before has, times a weight that is zero so far, as RWKV-like blocks and short convolutions do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = torch.cat([x[:, :1] * 0, x[:, :-1]], dim=1)
+        return self.inner(x) + self.weight * before  # type: ignore[no-any-return]
+
+
+class Mean(nn.Module):
+    """Takes the mean of a rank's rows off: it needs no order."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - x.mean(dim=1, keepdim=True))  # type: ignore[no-any-return]
+
+
+class OwnAttention(nn.Module):
+    """A layer that does not ask for the attention interface, and projects to zero."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        nn.init.zeros_(inner.o_proj.weight)
+
+    def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, None]:
+        q, k, v = (p(hidden_states).unflatten(-1, (-1, 8)).transpose(1, 2) for p in self.projections())
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.inner.o_proj(out.transpose(1, 2).flatten(2)), None
+
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.inner.q_proj, self.inner.k_proj, self.inner.v_proj
+
+
+def local_positions(model: Any) -> None:
+    tables = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: tables(x, torch.arange(x.shape[1])[None])
+
+
+def shift_in_the_last_layer(model: Any) -> None:
+    model.model.layers[1].mlp = Shift(model.model.layers[1].mlp)
+
+
+def shift_in_the_first_layer(model: Any) -> None:
+    model.model.layers[0].mlp = Shift(model.model.layers[0].mlp)
+
+
+def mean_of_rows(model: Any) -> None:
+    model.model.layers[0].mlp = Mean(model.model.layers[0].mlp)
+
+
+def own_attention(model: Any) -> None:
+    model.model.layers[0].self_attn = OwnAttention(model.model.layers[0].self_attn)
+
+
+def raises(model: Any) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise IndexError("index 3 is out of bounds")
+
+    model.model.layers[0].mlp.forward = forward
+
+
+DAMAGES: list[tuple[Callable[[Any], None], str]] = [
+    (local_positions, "the query of attention 1 (LlamaAttention) of LlamaForCausalLM hangs on which other rows are there"),
+    (shift_in_the_first_layer, "reached others before attention 2"),
+    (shift_in_the_last_layer, "reached logits of others after the last attention"),
+    (mean_of_rows, "reached others before attention 2"),
+    (own_attention, "rows meet outside ringattn"),
+    (raises, "does not run on some rows of a sequence (IndexError: index 3"),
+    (lambda model: model.set_attn_implementation("sdpa"), "no attention of LlamaForCausalLM came to ringattn"),
+]
+
+
+def refusals(rank: int, world: int) -> list[str]:
+    found = []
+    for damage, _ in DAMAGES:
+        model = model_of()
+        damage(model)
+        with pytest.raises(InputError) as raised:
+            run(model)
+        found.append(str(raised.value))
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_that_meet_outside_attention_are_refused_on_every_rank(world: int) -> None:
+    for found in run_ranks(world, refusals, world):
+        for text, (_, expected) in zip(found, DAMAGES, strict=True):
+            assert expected in text, text
+
+
+@pytest.mark.parametrize(("name", "more"), [("llama", {}), ("mixtral", MOE), ("gpt_neox", {}), ("opt", {"ffn_dim": 32})])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_of_rows_alone_pass_and_are_not_disturbed(name: str, more: dict[str, Any], dtype: torch.dtype) -> None:
+    model = model_of(name, **more).to(dtype).train()
+    modes, states = [module.training for module in model.modules()], []
+    for _ in range(2):  # tried in the first
+        torch.manual_seed(1)
+        run(model, dtype=dtype)
+        states.append(torch.get_rng_state())
+    assert vars(model)[CHECKED] and modes == [module.training for module in model.modules()]
+    assert torch.equal(*states), "random numbers go on as if nothing had been tried"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_is_tried_once() -> None:
+    model, calls = model_of(), 0
+
+    def count(*given: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.model.layers[0].mlp.register_forward_hook(count)
+    run(model)
+    assert calls == 3, "some rows, fewer of them, and the batch"
+    run(model)
+    assert calls == 4
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon", "gptj", "mpt", "codegen"])
+def test_models_with_attention_of_their_own_are_refused_when_they_are_made(name: str) -> None:
+    register()
+    with pytest.raises(InputError, match="do not use transformers' attention interface"):
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(name), attn_implementation="ringattn")
+
+
+def test_a_compiled_model_is_tried_while_it_is_traced() -> None:
+    model = model_of()
+    with torch.no_grad():
+        expected = run(model)
+        del model.__dict__[CHECKED]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close = torch.allclose(run(compiled), expected, atol=1e-6)  # of logits near 0.1, in fp32
+    assert close and vars(model)[CHECKED]
+    damaged = model_of()
+    shift_in_the_first_layer(damaged)
+    with pytest.raises(InputError, match="reached others before attention 2"):
+        run(torch.compile(damaged, backend="eager"))
