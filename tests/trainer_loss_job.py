@@ -91,10 +91,23 @@ def prompts() -> Any:
     return get_peft_model(model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")).double()
 
 
+class OfLogits(Trainer):
+    """A loss that reads more than the model's own, also where only losses are wanted of evaluation."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        loss = outputs.loss + 0.01 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class RingOfLogits(SequenceParallel, OfLogits):
+    pass
+
+
 def flattened(features: list[dict]) -> dict:
-    """Documents of different lengths in one sequence, with position_ids."""
+    """Documents of different lengths in one sequence, with position_ids and the arguments of flash attention."""
     cut = [{name: x[: LENGTH - 7 * n].tolist() for name, x in one.items()} for n, one in enumerate(features)]
-    return DataCollatorWithFlattening()(cut)
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(cut)
 
 
 KINDS: dict[str, tuple[type, type, dict, dict]] = {
@@ -104,6 +117,7 @@ KINDS: dict[str, tuple[type, type, dict, dict]] = {
     "label smoothing": (Trainer, Ring, {"label_smoothing_factor": 0.5}, {}),
     "compute_loss_func": (Trainer, Ring, {}, {"compute_loss_func": of_logits}),
     "compute_loss_func without the count": (Trainer, Ring, {}, {"compute_loss_func": without_count}),
+    "logits beside the loss": (OfLogits, RingOfLogits, {"prediction_loss_only": True}, {}),
     "load-balancing loss": (Trainer, Ring, {"prediction_loss_only": True}, {"model": experts}),
     "recomputed layers": (Trainer, Ring, {"gradient_checkpointing": True, "eval_accumulation_steps": 1}, {}),
     "flattened documents": (

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.integrations import routers
+from ringattn.integrations.compiled import loss_function, outside_graphs
 from ringattn.integrations.composite import cut_for_decoder, each, mapped
-from ringattn.integrations.loss_function import loss_function, outside_graphs
 from ringattn.integrations.rows import OF_OTHER_INPUTS, GatheredOutputs, ScaledGradient, is_rows
 from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.shards import Shards

@@ -14,6 +14,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.integrations.whole import bare, forward_whole
 
 
+class _LossOnly(dict[str, Any]):
+    """The loss of `outputs`; what else they have is gathered where a loss of the trainer's own asks for it by name."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__(loss=outputs["loss"])
+        self._outputs = outputs
+
+    def __missing__(self, name: str) -> Any:
+        return self._outputs[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._outputs, name)
+
+
 class OnShards:
     """`model`, whose calls are `forward_whole` over `mesh`, for gradients that are averaged over ranks.
 
@@ -31,7 +47,7 @@ class OnShards:
         batch = inspect.signature(bare(self._model).forward).bind_partial(*args).arguments | kwargs
         outputs = forward_whole(self._model, batch, self._mesh, averaged_over=self._mesh.size(), **self._sharding)
         loss = outputs.get("loss")
-        return {"loss": loss} if self._loss_only and loss is not None else outputs
+        return _LossOnly(outputs) if self._loss_only and loss is not None else outputs
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance() then answers as for the model

@@ -81,14 +81,19 @@ def gathering(decoder: Any, shards: Shards, factor: int) -> Iterator[Balance]:
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {name: value for name, value in kwargs.items() if name != "attention_mask"}
 
-    def after(module: Any, args: Any, outputs: Any) -> Any:
+    def after(module: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if kwargs.get("ringattn") is not shards:  # the model is being tried on other rows, see `rowwise`
+            return outputs
         logits = outputs.get(LOGITS) if isinstance(outputs, Mapping) else None
         if logits is not None:
             outputs[LOGITS] = tuple(whole_logits(LOGITS, x, shards, factor) for x in logits)
             balance.gathered = True
         return outputs
 
-    hooks = [decoder.register_forward_pre_hook(before, with_kwargs=True), decoder.register_forward_hook(after)]
+    hooks = [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        decoder.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield balance
     finally:

@@ -63,6 +63,9 @@ def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards
     except (InputError, PlanError) as error:  # what a layer asks for cannot be cut
         return str(error)
     except Exception as error:  # of the model: attention that is not the interface's may take its mask for a tensor
+        decoder = getattr(model, "base_model", model)
+        if "labels" in kwargs and decoder is not model:  # a head that was put in place of the model's, and needs them
+            return joined_rows(decoder, {name: x for name, x in kwargs.items() if name not in OF_THE_LOSS}, rows, shards)
         return f"{name} does not run on some rows of a sequence ({type(error).__name__}: {error}). {ELSE}"
     return _unlike(name, whole, some) or _poisoned_outputs(name, outputs)
 

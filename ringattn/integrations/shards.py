@@ -18,11 +18,14 @@ from torch import Tensor
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.functional import attention, cast_dtype
+from ringattn.integrations.unsupported import OF_FLASH_ATTENTION
 from ringattn.layout import Layout
 from ringattn.mask import END, Band, Mask, Rect, bidirectional_blocks, causal, documents, sliding_window
 from ringattn.nn.loss import IGNORE, shift_labels
 from ringattn.plan import Plan
 from ringattn.sharding import held
+
+LEFT_OUT = ("attention_mask", *OF_FLASH_ATTENTION)  # `Shards` say it: padding, and where documents begin
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop of each block of one sequence, in global positions
 
@@ -226,7 +229,7 @@ def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, 
     if empty:
         rows = torch.zeros(1, dtype=torch.int64)
     whole = {"position_ids": torch.arange(layout.length).unsqueeze(0)}
-    whole |= {name: value for name, value in batch.items() if name != "attention_mask" and value is not None}
+    whole |= {name: value for name, value in batch.items() if name not in LEFT_OUT and value is not None}
     if "labels" in whole:
         whole["labels"] = shift_labels(whole["labels"], IGNORE)
         if batch.get("attention_mask") is not None:  # left padding would be asked for the first token

@@ -17,6 +17,7 @@ from ringattn.errors import InputError
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
+OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # say again what position_ids say
 TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
 
 
@@ -76,11 +77,8 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "told by position_ids, windows by the model's config"
         )
-    if any(name.startswith("cu_seq_lens") for name in batch):
-        return (
-            "cu_seq_lens: documents are told by position_ids, which begin anew with each; leave cu_seq_lens_q, cu_seq_lens_k, "
-            "max_length_q and max_length_k out, as DataCollatorWithFlattening(return_flash_attn_kwargs=False) does"
-        )
+    if problem := _unlike_positions(batch):
+        return problem
     if text is not config and not config.is_encoder_decoder and (others := _of_other_towers(batch)):
         return (
             f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
@@ -88,12 +86,32 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             "inputs_embeds first and leave the rest out"
         )
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim and not _is_of_rows(name, value, ids.shape[1]):
+        if (
+            name not in OF_FLASH_ATTENTION
+            and isinstance(value, Tensor)
+            and value.ndim
+            and not _is_of_rows(name, value, ids.shape[1])
+        ):
             return (
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
     return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
+
+
+def _unlike_positions(batch: Mapping[str, Any]) -> str | None:
+    """Why flash attention's own arguments say something else than position_ids, or None. They are left out of what is cut."""
+    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    if ends is None:
+        return None
+    if positions is not None:
+        begins = (positions[0, 1:] <= positions[0, :-1]).nonzero().flatten() + 1
+        if ends.tolist() == [0, *begins.tolist(), positions.shape[1]]:
+            return None
+    return (
+        f"cu_seq_lens_q is {ends.tolist()}, and documents are told by position_ids, which begin anew with each: pass "
+        "position_ids (batch or 1, seq_len) that say the same, or leave cu_seq_lens_q and cu_seq_lens_k out"
+    )
 
 
 def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:

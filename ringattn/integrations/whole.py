@@ -23,9 +23,9 @@ from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
 from ringattn.integrations import routers
+from ringattn.integrations.compiled import loss_function, outside_graphs
 from ringattn.integrations.composite import arguments_of, cut_for_decoder
 from ringattn.integrations.composite_loss import rows_to_the_loss
-from ringattn.integrations.loss_function import loss_function, outside_graphs
 from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
 from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
