@@ -16,8 +16,8 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from ringattn import InputError, make_plan
+from ringattn.integrations.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.relative_bias import plans_for, relative_attention, runs
-from ringattn.integrations.seq2seq import with_decoder_inputs
 from ringattn.integrations.transformers import register, shard_batch
 from ringattn.integrations.whole import forward_whole
 from ringattn.mask import END, Band

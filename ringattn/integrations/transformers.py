@@ -26,7 +26,7 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.rows import check_outputs
-from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
+from ringattn.integrations.seq2seq import shard_seq2seq
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, windowed
 from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.unsupported import sequence_of, unsupported_batch
@@ -105,9 +105,9 @@ def shard_batch(
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
     if getattr(config, "is_encoder_decoder", False):
-        return _shard_two(
-            batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training)
-        )
+        choices = dict(schedule=schedule, topology=topology, training=training)
+        both, inputs, targets = shard_seq2seq(batch, config, group, world, dtype, layout, choices)
+        return {**inputs, "use_cache": False, NAME: both}, targets
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
@@ -120,33 +120,6 @@ def shard_batch(
     agree(process_group, {"call": "shard_batch", **said}, problem)
     assert shards is not None  # else all ranks have raised
     inputs, targets = cut(batch, shards.layout, rank)
-    return {**inputs, "use_cache": False, NAME: shards}, targets
-
-
-def _shard_two(
-    batch: Mapping[str, Any],
-    config: PretrainedConfig,
-    group: Group | None,
-    world: int,
-    dtype: torch.dtype | None,
-    layout: str | Layout,
-    choices: dict[str, Any],
-) -> tuple[dict[str, Any], Tensor | None]:
-    """`shard_batch` of an encoder-decoder model, see `seq2seq`."""
-    said: dict[str, object] = {}
-    problem, cut_batch = None, None
-    try:
-        batch = with_decoder_inputs(batch, config)
-        problem = unsupported_seq2seq(batch, config)
-        if problem is None:
-            *cut_batch, plan = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
-            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-            said = {"shapes": shapes, "plan": plan.digest}
-    except (InputError, PlanError) as error:
-        problem = str(error)
-    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
-    assert cut_batch is not None  # else all ranks have raised
-    shards, inputs, targets = cut_batch
     return {**inputs, "use_cache": False, NAME: shards}, targets
 
 
@@ -175,16 +148,16 @@ def attend(
             "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
             'model.set_attn_implementation("sdpa")'
         )
-    stack = ringattn if isinstance(ringattn, StackShards) else None
-    position_bias = None if stack is None else rest.pop("position_bias", None)
-    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest, two_ways=stack is not None)
+    in_stack = isinstance(ringattn, StackShards)
+    position_bias = rest.pop("position_bias", None) if in_stack else None
+    problem = _unsupported_call(module, attention_mask, dropout, sliding_window, rest, in_stack)
     if problem:
         raise InputError(problem)
     sinks = None if s_aux is None else s_aux.to(query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if stack is not None:
+    if isinstance(ringattn, StackShards):
         options = dict(scale=scaling, softcap=softcap, sinks=sinks)
-        return stack.attend(module, q, k, v, attention_mask, position_bias, **options), None
+        return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
     out = ringattn.attend(q, k, v, window=sliding_window, scale=scaling, softcap=softcap, sinks=sinks)
     return out, None
 
@@ -248,9 +221,9 @@ def _windows(text: PretrainedConfig) -> list[int | None]:
 
 
 def _unsupported_call(
-    module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any], two_ways: bool = False
+    module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any], in_stack: bool = False
 ) -> str | None:
-    """What the layer asks for and would not get, or None. two_ways: whether it may ask for attention in both directions."""
+    """What the layer asks for and would not get, or None. in_stack: of an encoder-decoder, see `stacks`."""
     name = type(module).__name__
     if mask is None:
         return (
@@ -262,7 +235,7 @@ def _unsupported_call(
             f"attention_mask of {name} is a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}, made by hand: "
             "ringattn takes padding as (batch, seq_len) and documents as position_ids, both by shard_batch"
         )
-    if mask.padding is not None and not two_ways:
+    if mask.padding is not None and not in_stack:
         return PADDED_BY_ITSELF
     if mask.window != window:
         return (
@@ -273,6 +246,6 @@ def _unsupported_call(
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
             return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
-    if not two_ways and (rest.get("is_causal") is False or not getattr(module, "is_causal", True)):
+    if not in_stack and (rest.get("is_causal") is False or not getattr(module, "is_causal", True)):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None

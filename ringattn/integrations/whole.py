@@ -22,8 +22,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
 from ringattn.functional import cast_dtype
+from ringattn.integrations.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.rows import GatheredOutputs, gathered, is_rows, rows_of
-from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
+from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import place
 from ringattn.integrations.transformers import NAME, shard_batch
