@@ -58,7 +58,7 @@ class StackShards:
         band = reach(mask)
         crosses = self.cross is not None and band == Band()
         shards = self.cross if self.cross is not None and crosses else self.own
-        problem = self._problem(module, band, crosses, q, k)
+        problem = self._problem(module, band, crosses, q, k) or self._unsupported_bias(module, crosses, position_bias, options)
         if problem:
             raise InputError(problem)
         self.calls.add("cross" if crosses else "self")
@@ -70,11 +70,7 @@ class StackShards:
             out: Tensor = attention(q, k, v, plan, key_bias=key_bias, group=shards.group, **options)
         else:
             plans = self._plans(shards, q, k, band)
-            scale = options.pop("scale")
-            if crosses or any(option is not None for option in options.values()):
-                raise InputError(
-                    f"{type(module).__name__} has a position bias together with {', '.join(options)} or across stacks"
-                )
+            scale = q.shape[3] ** -0.5 if options["scale"] is None else options["scale"]
             out = relative_attention(q, k, v, position_bias, plans, key_bias=key_bias, scale=scale, group=shards.group)
         return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
 
@@ -90,6 +86,22 @@ class StackShards:
         rows, keys = (max(layout.rows(rank), 1) for layout in (shards.layout, shards.layout.of_keys))
         if (q.shape[1], k.shape[1]) != (rows, keys):
             return f"{layer} attends from {q.shape[1]} to {k.shape[1]} rows; of its sequences this rank has {rows} and {keys}"
+        return None
+
+    def _unsupported_bias(
+        self, module: nn.Module, crosses: bool, position_bias: Tensor | None, options: dict[str, Any]
+    ) -> str | None:
+        """Why this layer's position bias cannot be added over shards, or None. A table of buckets has 2 dimensions."""
+        if position_bias is None or not position_bias.numel():
+            return None
+        if position_bias.ndim != 2 or not self.buckets:
+            return (
+                f"{type(module).__name__} brings a position bias of shape {tuple(position_bias.shape)}, of this rank's rows; "
+                "ringattn adds the relative bias of layers that make it by compute_bias from an embedding, as T5's do"
+            )
+        others = [name for name, option in options.items() if name != "scale" and option is not None]
+        if crosses or others:
+            return f"{type(module).__name__} has a position bias {'across stacks' if crosses else 'and ' + ', '.join(others)}"
         return None
 
     def _plan(self, shards: Shards, q: Tensor, k: Tensor, crosses: bool, mask: Mask, **choices: Any) -> Plan:
