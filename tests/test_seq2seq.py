@@ -271,9 +271,10 @@ def everything(rank: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     return found, refused(pair)
 
 
+@pytest.mark.timeout(180)
 def test_encoder_decoders_are_those_of_one_process_or_refused() -> None:
     """On three ranks and on two of them, in one job: most of its time is spent on importing transformers."""
-    for found, told in run_ranks(3, everything):
+    for found, told in run_ranks(3, everything, timeout=150):
         assert not {case: off for case, off in found.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
         for case, text in told.items():
             assert CURES[case] in text, (case, text)

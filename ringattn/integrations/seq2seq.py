@@ -172,9 +172,11 @@ def cut_seq2seq(
     )
     inputs = {name: _rows(value, shards if _of_decoder(name) else encoder) for name, value in batch.items()}
     inputs = {name: value for name, value in inputs.items() if value is not None and name not in POSITIONS}
-    for mask in ("attention_mask", "decoder_attention_mask"):  # given, so that the model makes none of its own; all is there
-        if mask in inputs:
-            inputs[mask] = torch.ones_like(inputs[mask])
+    for prefix, sequence in (("", encoder), ("decoder_", shards)):
+        mask, ids = inputs.get(f"{prefix}attention_mask"), batch.get(f"{prefix}input_ids")
+        if mask is not None or not has_padding(ids, config):  # given, so that the model makes none of its own: all is there
+            ones = torch.ones(len(source), len(own_rows(sequence)), dtype=torch.int64, device=source.device)
+            inputs[f"{prefix}attention_mask"] = ones if mask is None else torch.ones_like(mask)
     targets = inputs.pop("labels", None)
     if targets is not None and shards.rows == 0:
         targets = torch.full_like(targets, IGNORE)
@@ -197,6 +199,13 @@ def _padding(mask: Tensor | None, layout: Layout, rank: int) -> Tensor | None:
     """key_bias (batch, rows) of this rank, or None where no sequence is padded."""
     bias = None if mask is None else padding_of(mask, None)
     return None if bias is None else bias.index_select(1, held(layout, rank).to(bias.device))
+
+
+def has_padding(ids: Tensor | None, config: PretrainedConfig) -> bool:
+    """Whether whole ids hold padding, which some models hide by themselves where no mask says otherwise."""
+    padding = getattr(config, "pad_token_id", None)
+    padding = getattr(config.get_text_config(), "pad_token_id", None) if padding is None else padding
+    return ids is not None and padding is not None and bool((ids == padding).any())
 
 
 def own_rows(shards: Shards) -> Tensor:

@@ -21,7 +21,7 @@ from ringattn.errors import InputError
 from ringattn.functional import attention, cast_dtype
 from ringattn.integrations.bias_tables import hand_on_table
 from ringattn.integrations.relative_bias import BiasedPlan, Bucket, plans_for, relative_attention
-from ringattn.integrations.seq2seq import DecoderShards
+from ringattn.integrations.seq2seq import DecoderShards, has_padding
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.whole_positions import WholePositions, embed_positions
 from ringattn.mask import END, Band, Mask, Rect
@@ -176,7 +176,7 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
     group, _ = group_and_rank(shards.group, shards.layout.world)
     if problem or not torch.compiler.is_compiling():
         agree(group, {"call": "an encoder-decoder model"}, problem)
-    source, target = (_has(ids, stack) for ids, stack in zip(shards.ids, (encoder, decoder), strict=True))
+    source, target = (has_padding(ids, stack.config) for ids, stack in zip(shards.ids, (encoder, decoder), strict=True))
     stacks = (
         (encoder, StackShards(shards.encoder, None, shards.ids[0], "encoder", (source, source))),
         (decoder, StackShards(shards, shards.cross, shards.ids[1], "decoder", (target, source))),
@@ -192,12 +192,6 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
         for module in stack.modules():
             hand_on_table(module)
     return handles
-
-
-def _has(ids: Tensor | None, stack: Any) -> bool:
-    """Whether the whole ids hold the stack's padding."""
-    padding = getattr(stack.config.get_text_config(), "pad_token_id", None)
-    return ids is not None and padding is not None and bool((ids == padding).any())
 
 
 def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:

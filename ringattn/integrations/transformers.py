@@ -228,7 +228,7 @@ def _unsupported_call(
     if mask is None:
         return (
             "attention came without its mask: the mask interface does not know this attention; register both with "
-            "ringattn.integrations.transformers.register(name)"
+            "ringattn.integrations.transformers.register(name); to an encoder-decoder give attention_mask with the batch"
         )
     if not isinstance(mask, MaskInfo):
         return (
