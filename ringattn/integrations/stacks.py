@@ -7,6 +7,7 @@ their own and are given those of the whole: see `whole_positions` and `bias_tabl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -176,7 +177,10 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
     group, _ = group_and_rank(shards.group, shards.layout.world)
     if problem or not torch.compiler.is_compiling():
         agree(group, {"call": "an encoder-decoder model"}, problem)
-    source, target = (has_padding(ids, stack.config) for ids, stack in zip(shards.ids, (encoder, decoder), strict=True))
+    source, target = (
+        has_padding(ids, getattr(stack, "config", model.config))
+        for ids, stack in zip(shards.ids, (encoder, decoder), strict=True)
+    )
     stacks = (
         (encoder, StackShards(shards.encoder, None, shards.ids[0], "encoder", (source, source))),
         (decoder, StackShards(shards, shards.cross, shards.ids[1], "decoder", (target, source))),
@@ -199,6 +203,13 @@ def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
     name = type(model).__name__
     if model in (encoder, decoder) or encoder is decoder:
         return f"{name} has no encoder and decoder of its own that ringattn could hand their rows to"
+    for module in (model, encoder, decoder):
+        kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            return (
+                f"the forward of {type(module).__name__} hands no further arguments on to its layers, so that their attention "
+                "cannot come to ringattn; use a model whose attention goes through transformers' AttentionInterface"
+            )
     if model.base_model is not model and model.get_output_embeddings() is None:
         return (
             f"{name} has a head of another kind than a vocabulary's, which may pool over rows, and a rank has only its own. "
