@@ -36,9 +36,9 @@ from ringattn.plan import Plan
 
 
 class Bucket(NamedTuple):
-    """Distances (position of the key minus that of the query) left .. right, which share row `index` of the table."""
+    """Distances (position of the key minus that of the query) left .. right, which share one row of the table."""
 
-    index: int
+    row: int
     left: int
     right: int
 
@@ -147,7 +147,7 @@ def _problem(
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             return f"{name} has shape {tuple(tensor.shape)}, the plans expect {shape} on rank {rank}"
-    if table.ndim != 2 or table.shape[1] != plan.kv_heads or table.shape[0] <= max(bucket.index for bucket, _ in plans):
+    if table.ndim != 2 or table.shape[1] != plan.kv_heads or table.shape[0] <= max(bucket.row for bucket, _ in plans):
         return f"table has shape {tuple(table.shape)}; it needs a row for each bucket and {plan.kv_heads} columns"
     if any(plan.keep for _, plan in plans):
         return "plans in which inputs stay away from their owner (Ulysses) are not for single buckets; use schedule='ring'"
@@ -190,17 +190,18 @@ class _Relative(torch.autograd.Function):
                 inputs = Inputs(q, k, v, _bias(table, bucket, key_bias, k))
                 # The log-sum-exp and out of the whole row: the band's probabilities are then its share of the whole.
                 (found,) = run_backward([inputs], [out, lse], [dout], [{}], iter(()), plan, ctx.options, ctx.transport)
-                *of_inputs, dbias, _ = found
-                for total, grad in zip(sums, of_inputs, strict=False):
-                    total += grad
-                sums[3][bucket.index] += dbias.sum((0, 2))
+                for total, grad in zip(sums, found[:3], strict=False):
+                    if grad is not None:
+                        total += grad
+                if found[3] is not None:  # of the bias, which is the same for all keys and the whole batch
+                    sums[3][bucket.row] += found[3].sum((0, 2))
             totals = [total.to(x.dtype) for total, x in zip(sums, (q, k, v, table), strict=True)]
         return (*only_once(totals, out, dout), None, None, None, None)
 
 
 def _bias(table: Tensor, bucket: Bucket, key_bias: Tensor | None, k: Tensor) -> Tensor:
     """(batch, kv_heads, keys): the bucket's bias, and -inf where a key is hidden."""
-    bias = table[bucket.index].to(accum_dtype(k.dtype))[:, None].expand(k.shape[0], -1, k.shape[1])
+    bias = table[bucket.row].to(accum_dtype(k.dtype))[:, None].expand(k.shape[0], -1, k.shape[1])
     return bias.contiguous() if key_bias is None else bias + key_bias[:, None].to(bias)
 
 

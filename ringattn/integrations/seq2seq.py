@@ -8,26 +8,29 @@ rank is the last of the rank before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig
 
+from ringattn.comm.agree import agree
 from ringattn.comm.group import Group, group_and_rank
-from ringattn.errors import InputError
+from ringattn.errors import InputError, PlanError
+from ringattn.integrations.decoder_inputs import DECODER, with_decoder_inputs
 from ringattn.integrations.shards import Shards, padding_of
 from ringattn.layout import LAYOUTS, Layout
 from ringattn.mask import causal, full
+from ringattn.nn.group import reduction_group
 from ringattn.nn.loss import IGNORE
 from ringattn.plan import Plan
 from ringattn.planner import make_plan
 from ringattn.sharding import held
 
-ENCODER, DECODER = ("input_ids", "inputs_embeds"), ("decoder_input_ids", "decoder_inputs_embeds")
+ENCODER = ("input_ids", "inputs_embeds")
 POSITIONS = ("position_ids", "decoder_position_ids")
 
 
@@ -100,6 +103,34 @@ def _one(batch: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
     return next((batch[name] for name in names if batch.get(name) is not None), None)
 
 
+def shard_seq2seq(
+    batch: Mapping[str, Any],
+    config: PretrainedConfig,
+    group: Group | None,
+    world: int,
+    dtype: torch.dtype | None,
+    layout: str | Layout,
+    choices: dict[str, Any],
+) -> tuple[DecoderShards, dict[str, Any], Tensor | None]:
+    """`shard_batch` of an encoder-decoder: what attention knows, this rank's inputs and its targets; raises as that does."""
+    said: dict[str, object] = {}
+    problem: str | None = None
+    own: Any = None
+    try:
+        batch = with_decoder_inputs(batch, config)
+        problem = unsupported_seq2seq(batch, config)
+        if problem is None:
+            *own, plan = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
+            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+            said = {"shapes": shapes, "plan": plan.digest}
+    except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
+        problem = str(error)
+    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
+    assert own is not None  # else all ranks have raised
+    shards, inputs, targets = own
+    return shards, inputs, targets
+
+
 def cut_seq2seq(
     batch: Mapping[str, Any],
     config: PretrainedConfig,
@@ -141,9 +172,11 @@ def cut_seq2seq(
     )
     inputs = {name: _rows(value, shards if _of_decoder(name) else encoder) for name, value in batch.items()}
     inputs = {name: value for name, value in inputs.items() if value is not None and name not in POSITIONS}
-    for mask in ("attention_mask", "decoder_attention_mask"):  # given, so that the model makes none of its own; all is there
-        if mask in inputs:
-            inputs[mask] = torch.ones_like(inputs[mask])
+    for prefix, sequence in (("", encoder), ("decoder_", shards)):
+        mask, ids = inputs.get(f"{prefix}attention_mask"), batch.get(f"{prefix}input_ids")
+        if mask is not None or not has_padding(ids, config):  # given, so that the model makes none of its own: all is there
+            ones = torch.ones(len(source), len(own_rows(sequence)), dtype=torch.int64, device=source.device)
+            inputs[f"{prefix}attention_mask"] = ones if mask is None else torch.ones_like(mask)
     targets = inputs.pop("labels", None)
     if targets is not None and shards.rows == 0:
         targets = torch.full_like(targets, IGNORE)
@@ -168,6 +201,13 @@ def _padding(mask: Tensor | None, layout: Layout, rank: int) -> Tensor | None:
     return None if bias is None else bias.index_select(1, held(layout, rank).to(bias.device))
 
 
+def has_padding(ids: Tensor | None, config: PretrainedConfig) -> bool:
+    """Whether whole ids hold padding, which some models hide by themselves where no mask says otherwise."""
+    padding = getattr(config, "pad_token_id", None)
+    padding = getattr(config.get_text_config(), "pad_token_id", None) if padding is None else padding
+    return ids is not None and padding is not None and bool((ids == padding).any())
+
+
 def own_rows(shards: Shards) -> Tensor:
     """The positions of the rows that the model runs on: those of this rank, or the first one where it has none."""
     rows = held(shards.layout, group_and_rank(shards.group, shards.layout.world)[1])
@@ -176,50 +216,3 @@ def own_rows(shards: Shards) -> Tensor:
 
 def _rows(value: Any, shards: Shards) -> Any:
     return value.index_select(1, own_rows(shards).to(value.device)) if isinstance(value, Tensor) and value.ndim > 1 else value
-
-
-def with_decoder_inputs(
-    batch: Mapping[str, Any], config: PretrainedConfig, model: type[nn.Module] | None = None
-) -> Mapping[str, Any]:
-    """The batch with the decoder_input_ids that the model's own forward makes of labels, or of input_ids, if it has none.
-
-    model: the class of the model; by default that of transformers' AutoModelForSeq2SeqLM for this config.
-    """
-    if _one(batch, DECODER) is not None:
-        return batch
-    kind = model or MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.get(type(config), None)
-    made_of = next((name for name in ("labels", "input_ids") if batch.get(name) is not None), None)
-    ids = None if kind is None or made_of is None else _shifted(kind, config, {made_of: batch[made_of]})
-    return batch if ids is None else {**batch, "decoder_input_ids": ids}
-
-
-class _GivenToDecoder(Exception):
-    """Carries what the forward of a model gives its decoder."""
-
-
-class _Catch(nn.Module):
-    """Stands where the model has its decoder, and gives back what it is called with."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        raise _GivenToDecoder(kwargs.get("decoder_input_ids", kwargs.get("input_ids")))
-
-
-def _shifted(kind: type[nn.Module], config: PretrainedConfig, given: Mapping[str, Tensor]) -> Tensor | None:
-    """The decoder_input_ids that a model without any weights makes of what it is given; None if it makes none."""
-    model: Any = kind.__new__(kind)
-    nn.Module.__init__(model)
-    model.config = config
-    for name in (kind.base_model_prefix, "model", "decoder"):
-        if name:
-            setattr(model, name, _Catch())
-    try:
-        model.forward(**given, encoder_outputs=(torch.zeros(1, 1, 1),))
-    except _GivenToDecoder as caught:
-        ids: Tensor | None = caught.args[0]
-        return ids
-    except ValueError as error:  # of the model's own about its config, as for a missing decoder_start_token_id
-        raise InputError(f"decoder_input_ids cannot be made of labels: {error}") from error
-    except (AttributeError, TypeError):  # another kind of forward
-        prepare: Callable[[Tensor], Tensor] | None = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        return None if prepare is None or "labels" not in given else prepare(given["labels"])
-    return None

@@ -29,7 +29,7 @@ from ringattn.errors import InputError, PlanError
 from ringattn.integrations.mask_functions import MaskReading, read_mask
 from ringattn.integrations.rows import check_models
 from ringattn.integrations.rowwise import Probe
-from ringattn.integrations.seq2seq import cut_seq2seq, unsupported_seq2seq, with_decoder_inputs
+from ringattn.integrations.seq2seq import shard_seq2seq
 from ringattn.integrations.shards import Shards, cut, documents_of, padding_of, text_positions, windowed
 from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.towers import keeps_its_own, misplaced
@@ -129,9 +129,9 @@ def shard_batch(
     _, rank = group_and_rank(group, world)
     said: dict[str, object] = {}
     if getattr(config, "is_encoder_decoder", False):
-        return _shard_two(
-            batch, config, group, world, dtype, layout, dict(schedule=schedule, topology=topology, training=training)
-        )
+        choices = dict(schedule=schedule, topology=topology, training=training)
+        both, inputs, targets = shard_seq2seq(batch, config, group, world, dtype, layout, choices)
+        return {**inputs, "use_cache": False, NAME: both}, targets
     problem = unsupported_batch(batch, config)
     shards = None
     if problem is None:
@@ -145,33 +145,6 @@ def shard_batch(
     agree(process_group, {"call": "shard_batch", **said}, problem)
     assert shards is not None  # else all ranks have raised
     inputs, targets = cut(batch, shards.layout, rank)
-    return {**inputs, "use_cache": False, NAME: shards}, targets
-
-
-def _shard_two(
-    batch: Mapping[str, Any],
-    config: PretrainedConfig,
-    group: Group | None,
-    world: int,
-    dtype: torch.dtype | None,
-    layout: str | Layout,
-    choices: dict[str, Any],
-) -> tuple[dict[str, Any], Tensor | None]:
-    """`shard_batch` of an encoder-decoder model, see `seq2seq`."""
-    said: dict[str, object] = {}
-    problem, found = None, None
-    try:
-        batch = with_decoder_inputs(batch, config)
-        problem = unsupported_seq2seq(batch, config)
-        if problem is None:
-            found = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
-            shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-            said = {"shapes": shapes, "plan": found[-1].digest}
-    except (InputError, PlanError) as error:
-        problem = str(error)
-    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
-    assert found is not None  # else all ranks have raised
-    shards, inputs, targets, _ = found
     return {**inputs, "use_cache": False, NAME: shards}, targets
 
 
@@ -301,7 +274,7 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
     if mask is None:
         return (
             "attention came without its mask: the mask interface does not know this attention; register both with "
-            "ringattn.integrations.transformers.register(name)"
+            "ringattn.integrations.transformers.register(name); to an encoder-decoder give attention_mask with the batch"
         )
     if not isinstance(mask, MaskInfo):
         return (

@@ -26,9 +26,10 @@ from ringattn.integrations import routers
 from ringattn.integrations.compiled import loss_function, outside_graphs
 from ringattn.integrations.composite import arguments_of, cut_for_decoder
 from ringattn.integrations.composite_loss import rows_to_the_loss
+from ringattn.integrations.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.rows import GatheredOutputs, ScaledGradient, gathered, is_rows, rows_of
 from ringattn.integrations.rowwise import Probe
-from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
+from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import place
 from ringattn.integrations.towers import find_towers, text_decoder

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ringattn.comm.group import Group
 from ringattn.errors import InputError
+from ringattn.integrations.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.rows import GatheredOutputs
-from ringattn.integrations.seq2seq import DecoderShards, with_decoder_inputs
+from ringattn.integrations.seq2seq import DecoderShards
 from ringattn.integrations.stacks import on_stacks
 from ringattn.integrations.transformers import NAME, shard_batch
 from ringattn.nn.group import reduction_group, sum_over
