@@ -88,8 +88,9 @@ def trained(batch: dict) -> list[float]:
     return [abs(loss.item() / total.item() - 1), off(model, meant)]
 
 
-def compiled() -> list[float]:
+def compiled(rank: int) -> list[float]:
     """Three steps of a compiled model, of which the last two use the graphs of the first."""
+    register()
     config = config_of("llama", tie_word_embeddings=False)
     config.num_hidden_layers = 1
     torch.manual_seed(0)
@@ -118,7 +119,6 @@ def everything(rank: int) -> dict:
         "fewer tokens than ranks": trained({"input_ids": short, "labels": short}),
         "rewards of fewer tokens": [(rewards - alone).norm().item()],
         "a gap in positions": trained(jump),
-        "compiled": compiled(),
     }
 
 
@@ -130,6 +130,12 @@ def test_results_of_many_rows_are_those_of_one_process_or_refused() -> None:
             assert all(x < CLOSE for x in numbers), (name, numbers)
             if name != "tokens" and answer is not None:  # token classes are rows: theirs are right on a rank
                 assert "forward_whole(model, batch, group)" in answer, name
+
+
+@pytest.mark.timeout(120)
+def test_a_compiled_model_is_compiled_once() -> None:
+    for found in run_ranks(2, compiled, timeout=110):
+        assert all(x < CLOSE for x in found), found
 
 
 def test_documents_begin_where_positions_do_not_increase() -> None:
