@@ -26,7 +26,7 @@ ranks with `attn_implementation="ringattn"`, `shard_batch` and `ringattn.nn.cros
 - anything else is a fault: wrong numbers, another error, ranks that disagree, a hang. Such a case fails the sweep.
 - *none*: one process cannot do it either.
 
-Cases, each on 1, 2 and 3 ranks: *plain*, 2 sequences of 37 tokens (an encoder's have 29); *switched*, the same, with
+Cases, each on every number of ranks: *plain*, 2 sequences of 37 tokens (an encoder's have 29); *switched*, the same, with
 `set_attn_implementation("ringattn")` after the model was made; *packed*, three documents in one sequence, by `position_ids`;
 *padded right* and *left*, by `attention_mask`; *numbered*, padded left with the `position_ids` that generation makes;
 *recomputed*, with gradient checkpointing (`use_reentrant=False`). What one process makes of a batch is what counts: where it
@@ -159,7 +159,7 @@ def totals(
     worlds = sorted({line["world"] for cases in table.values() for found in cases.values() for line in found} - {0})
     count = Counter(kind for found in kinds.values() for kind in found.values())
     told = [
-        f"{len(table)} (type, task) pairs, on {', '.join(map(str, worlds))} ranks.",
+        f"{len(table)} pairs of type and task, on {', '.join(map(str, worlds))} ranks.",
         "",
         "| | exact in every case | exact in some, else refused | refused | third outcome | not run |",
         "|---|---|---|---|---|---|",
