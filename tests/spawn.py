@@ -1,7 +1,7 @@
 """Real ranks for tests: processes with a gloo group, whose failures are told in full and who never hang a build.
 
-A fork server imports torch once, so that starting eight ranks costs about as much as starting one. When time is up every rank
-prints the stacks of all its threads and is killed; the test fails with all of them in its message.
+A fork server imports torch and transformers once, so that starting eight ranks costs about as much as starting one. When time
+is up every rank prints the stacks of all its threads and is killed; the test fails with all of them in its message.
 """
 
 import contextlib
@@ -24,7 +24,9 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "ringattn.functional", "ringattn.nn"])
+# It takes 4 seconds of a core to import, in each rank of each test that needs it; where it is missing, it is passed over.
+OF_TRANSFORMERS = ["transformers.models.auto.modeling_auto", "ringattn.integrations.whole"]
+_context.set_forkserver_preload(["torch", "torch.distributed", "ringattn.functional", "ringattn.nn", *OF_TRANSFORMERS])
 
 
 class RankFailure(AssertionError):

@@ -292,8 +292,8 @@ def test_decoder_inputs_are_those_that_the_model_makes_of_whole_labels(name: str
 def test_what_a_mask_function_keeps_is_found_by_evaluating_it() -> None:
     from transformers import masking_utils as masks
 
+    from ringattn.integrations.layers import MaskInfo
     from ringattn.integrations.stacks import reach
-    from ringattn.integrations.transformers import MaskInfo
 
     assert reach(MaskInfo(None, function=masks.causal_mask_function)) == Band(right=0)
     assert reach(MaskInfo(None, function=masks.bidirectional_mask_function)) == Band()

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ringattn.comm.group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.integrations import routers
+from ringattn.integrations.layers import MaskInfo
 from ringattn.integrations.mask_functions import MaskReading, blocks_of
 from ringattn.integrations.shards import ImageBlocks, Shards
-from ringattn.integrations.transformers import NAME, MaskInfo, shard_batch
+from ringattn.integrations.transformers import NAME, shard_batch
 from ringattn.integrations.trial import try_model
 from ringattn.sharding import held
 

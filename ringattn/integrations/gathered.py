@@ -27,9 +27,9 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.gathered_outputs import LastUsed, check_outputs_of
+from ringattn.integrations.layers import MaskInfo, attend, describe_mask
 from ringattn.integrations.served import Served
 from ringattn.integrations.shards import Shards, documents_of, padding_of
-from ringattn.integrations.transformers import MaskInfo, attend, describe_mask
 from ringattn.integrations.unsupported import unsupported_balance, unsupported_model
 from ringattn.layout import Layout, Span
 from ringattn.mask import causal
