@@ -269,8 +269,10 @@ def refusals() -> list[str]:
     expect(lambda: model(**inputs, logits_to_keep=4))
     expect(lambda: model(**inputs, logits_to_keep=18))  # all of rank 1's rows, and not all of rank 0's
     expect(lambda: register_with_transformers(experts, "sdpa", 2, 1))
+    balance.output_router_logits = False
+    register_with_transformers(experts, "sdpa", 2, 1)
+    expect(lambda: experts(**inputs, output_router_logits=True))
     expect(lambda: experts(**inputs))
-    expect(lambda: experts(**inputs, output_router_logits=False))
     groups.mesh_device = object()  # as mesh_param leaves it
     expect(lambda: model(own["input_ids"], position_ids=own["position_ids"] + 0))
     return told

@@ -7,9 +7,10 @@ of a sequence gather positions and padding with the first layer of a forward, an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,8 +29,11 @@ from ringattn.comm.group import device_of
 from ringattn.errors import InputError
 from ringattn.integrations.gathered_outputs import LastUsed, check_outputs_of
 from ringattn.integrations.layers import MaskInfo, attend, describe_mask
+from ringattn.integrations.rowwise import Probe
 from ringattn.integrations.served import Served
 from ringattn.integrations.shards import Shards, documents_of, padding_of
+from ringattn.integrations.transformers import NAME
+from ringattn.integrations.trial import try_rows
 from ringattn.integrations.unsupported import unsupported_balance, unsupported_model
 from ringattn.layout import Layout, Span
 from ringattn.mask import causal
@@ -78,9 +82,12 @@ def take_place(
     whole = Gathered(group, config.get_text_config(), make, shape, refused)
     used = LastUsed()
     check_outputs_of(used)
+    try_models_of(served, group, disable_in_eval)
     core, mask_of_core = ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **rest: Any) -> Any:
+        if isinstance(rest.get(NAME), Probe):
+            return attend(module, query, key, value, _info(attention_mask), **rest)
         ours = served.layer(module, rest.get("position_ids"))
         if not ours or (disable_in_eval and not module.training):
             deferred = isinstance(attention_mask, partial) and attention_mask.func is mask_of_core
@@ -97,6 +104,22 @@ def take_place(
 
     ALL_ATTENTION_FUNCTIONS[name] = attention  # not register(): what DeepSpeed put there before would go first
     ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
+
+
+def try_models_of(served: Served, group: dist.ProcessGroup, disable_in_eval: bool) -> None:
+    """Let every model whose layers are served be tried before its first call, see `trial`."""
+    call: Callable[..., Any] = PreTrainedModel.__call__
+
+    @wraps(call)
+    def tried(model: Any, *args: Any, **kwargs: Any) -> Any:
+        positions = kwargs.get("position_ids")
+        own = NAME in kwargs or torch.compiler.is_compiling() or (disable_in_eval and not model.training)
+        if not own and isinstance(positions, Tensor) and served.model(model, positions):
+            given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+            try_rows(model, given, positions.shape[-1], group)
+        return call(model, *args, **kwargs)
+
+    PreTrainedModel.__call__ = tried  # type: ignore[method-assign]
 
 
 def _info(asked: Any) -> Any:

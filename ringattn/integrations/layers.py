@@ -19,7 +19,7 @@ from ringattn.comm.agree import agree
 from ringattn.comm.group import group_and_rank
 from ringattn.errors import InputError
 from ringattn.integrations.mask_functions import MaskReading, read_mask
-from ringattn.integrations.rowwise import Probe
+from ringattn.integrations.rowwise import WITHOUT_SHARDS, Probe
 from ringattn.integrations.shards import Shards
 from ringattn.integrations.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.towers import keeps_its_own, misplaced
@@ -84,12 +84,7 @@ def attend(
         mask = attention_mask.own() if isinstance(attention_mask, MaskInfo) and attention_mask.own else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **asked)
     if ringattn is None:
-        raise InputError(
-            misplaced(module)
-            or 'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
-            "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
-            'model.set_attn_implementation("sdpa")'
-        )
+        raise InputError(misplaced(module) or WITHOUT_SHARDS)
     position_bias = rest.pop("position_bias", None) if isinstance(ringattn, StackShards) else None
     problem = None if isinstance(ringattn, StackShards) else _blocks_of_rows(type(module).__name__, attention_mask)
     problem = problem or _unsupported_call(module, attention_mask, dropout, sliding_window, rest)

@@ -34,6 +34,13 @@ ELSE = (
 )
 
 
+WITHOUT_SHARDS = (
+    'attn_implementation="ringattn" needs the whole sequence described: call model(**inputs) with the inputs of '
+    "ringattn.integrations.transformers.shard_batch. To generate, or to use the model in one process, first call "
+    'model.set_attn_implementation("sdpa")'
+)
+
+
 class Probe:
     """Stands where a model carries its `Shards`, and keeps what each layer would have given to attention."""
 
@@ -61,7 +68,9 @@ def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards
                 outputs = model(**few_rows(kwargs, rows, torch.arange(ROWS), whole))
             model(**few_rows(kwargs, rows, alone, some))
     except (InputError, PlanError) as error:  # what a layer asks for cannot be cut
-        return str(error)
+        if str(error) != WITHOUT_SHARDS:
+            return str(error)
+        return f"the layers of {name} do not hand on to attention what the model is given (ringattn=...). {ELSE}"
     except Exception as error:  # of the model: attention that is not the interface's may take its mask for a tensor
         decoder = getattr(model, "base_model", model)
         if "labels" in kwargs and decoder is not model:  # a head that was put in place of the model's, and needs them

@@ -48,6 +48,15 @@ class Served:
             return False
         return not self.given or (position_ids is not None and position_ids in self.positions)
 
+    def model(self, model: nn.Module, position_ids: Tensor) -> bool:
+        """Whether the layers of a model called with these positions run on parts of sequences."""
+        config = getattr(model, "config", None)
+        if model in self.modules or (self.given and any(module in self.modules for module in model.children())):
+            return True
+        if type(config) is not type(self.text):
+            return False
+        return not self.given or position_ids in self.positions
+
     def mask(self, config: Any) -> bool:
         """Whether a mask made for this config may be for a layer that is served."""
         return isinstance(config, PretrainedConfig) and type(config.get_text_config()) is type(self.text)

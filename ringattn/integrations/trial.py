@@ -35,11 +35,27 @@ def try_model(model: Any, kwargs: Mapping[str, Any], shards: Shards) -> None:
         InputError: the model would be wrong on rows. Raised on every rank.
     """
     group, _ = group_and_rank(shards.group, shards.layout.world)
+    _try(model, kwargs, max(shards.rows, 1), kinds_of(shards), group, shards)
+
+
+def try_rows(model: Any, kwargs: Mapping[str, Any], rows: int, group: dist.ProcessGroup) -> None:
+    """As `try_model`, of rows alone, where there are no `Shards` yet. rows: of this rank."""
+    _try(model, kwargs, rows, ("rows",), group, None)
+
+
+def _try(
+    model: Any,
+    kwargs: Mapping[str, Any],
+    rows: int,
+    kinds: tuple[str, ...],
+    group: dist.ProcessGroup | None,
+    shards: Shards | None,
+) -> None:
     ranks = () if group is None else tuple(dist.get_process_group_ranks(group))
-    for kind in kinds_of(shards):
+    for kind in kinds:
         if (kind, ranks) in vars(model).get(TRIED, ()):
             continue
-        problem = _problem(model, kwargs, max(shards.rows, 1), kind, shards)
+        problem = _problem(model, kwargs, rows, kind, shards)
         agree(group, {"call": f"trying a model: {kind}", "model": type(model).__name__}, problem)
         _mark(model, (kind, ranks))
 

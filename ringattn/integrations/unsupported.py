@@ -5,11 +5,12 @@ What only shows when the model runs is found where it runs: what a layer asks of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ringattn.errors import InputError
@@ -36,6 +37,8 @@ def refuse_without_interface(name: str) -> None:
     @wraps(choose)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention in names and without_interface(self):
+            if not _is_text(self.config):  # a tower beside the text keeps its own
+                return choose(self, None, *args, **kwargs)
             raise InputError(
                 f"attn_implementation={requested_attention!r}: the layers of {type(self).__name__} do not use transformers' "
                 "attention interface, so their attention would stay within each rank's rows. Use another model"
@@ -47,9 +50,32 @@ def refuse_without_interface(name: str) -> None:
 
 
 def without_interface(model: Any) -> bool:
-    """Whether transformers has found in the model's source that its attention is its own."""
-    cls = type(model)
-    return not cls._can_set_attn_implementation() and getattr(cls, "_can_set_attn_implementation_cached_value", None) is False
+    """Whether the layers of this very model have attention of their own: transformers has found so in their source, or looks
+    them up in a table of classes. A composite model has no layers itself; those within it are asked for themselves."""
+    cls, config = type(model), model.config
+    if _has_text_within(config):
+        return False
+    if not cls._can_set_attn_implementation() and getattr(cls, "_can_set_attn_implementation_cached_value", None) is False:
+        return True
+    return any(map(_is_table, vars(sys.modules.get(cls.__module__, object)).values()))
+
+
+def _is_table(thing: object) -> bool:
+    """Whether it is a dict of attention classes by the name of their implementation."""
+    if not isinstance(thing, dict) or "eager" not in thing:
+        return False
+    return all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in thing.values())
+
+
+def _has_text_within(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # several texts
+        return True
+
+
+def _is_text(config: PretrainedConfig) -> bool:
+    return hasattr(config, "vocab_size")
 
 
 def sequence_of(batch: Mapping[str, Any]) -> Tensor:
@@ -96,6 +122,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
                 f"{name} has shape {tuple(value.shape)} and the sequence {ids.shape[1]} tokens: what a batch holds is cut "
                 f"along dim 1; leave {name} out and hand it to the model yourself, on each rank what belongs to its rows"
             )
+        if name != "position_ids" and isinstance(value, Tensor) and value.ndim > 1 and len(value) not in (1, len(ids)):
+            return (
+                f"{name} has shape {tuple(value.shape)} for {len(ids)} sequences in {tuple(ids.shape)}: rows of several "
+                "codebooks or choices, each a sequence, are not cut over ranks"
+            )
     return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
 
 
@@ -141,12 +172,16 @@ def _is_of_rows(name: str, value: Tensor, length: int) -> bool:
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
     """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
     if not hasattr(text, "num_attention_heads"):
-        return f"{text.model_type} has no attention heads; what it carries along the sequence would end at each rank's rows"
+        return (
+            f"the config of {text.model_type} names no num_attention_heads: it has no attention heads, or models within it do. "
+            "What it carries along the sequence would end at each rank's rows"
+        )
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
     if kinds:
         return (
-            f"this model has layers of type {', '.join(kinds)}, which are not softmax attention over all or a window of the "
-            "keys before; what such a layer carries along the sequence would end at each rank's rows. Use a model without them"
+            f"this model has layers of type {', '.join(kinds)}, of which ringattn knows no way over ranks: it runs softmax "
+            "attention over all or a window of the keys before, and what other layers carry along the sequence would end at "
+            "each rank's rows. Use a model without them"
         )
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
