@@ -24,9 +24,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-# It takes 4 seconds of a core to import, in each rank of each test that needs it; where it is missing, it is passed over.
-OF_TRANSFORMERS = ["transformers.models.auto.modeling_auto", "ringattn.integrations.whole"]
-_context.set_forkserver_preload(["torch", "torch.distributed", "ringattn.functional", "ringattn.nn", *OF_TRANSFORMERS])
+_context.set_forkserver_preload(["tests.preload"])  # found where pytest runs at the root; else ranks import for themselves
 
 
 class RankFailure(AssertionError):
