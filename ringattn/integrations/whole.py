@@ -130,8 +130,6 @@ def _rows_throughout(
     shards.check_outputs = False  # the loss of the whole is not a row
     loss = _CausalLoss(targets, group, averaged_over, items)
     balanced = routers.asked_for(batch, inner.config)
-    if not torch.compiler.is_compiling():
-        try_model(inner, own, shards)  # before router logits are gathered
     if balanced:  # padding does not count in its load-balancing loss
         own["attention_mask"] = batch.get("attention_mask")
     with (
