@@ -47,7 +47,7 @@ class Shards:
     mask: of the whole sequence, windows of single layers excepted.
     make: `make_plan` with all that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
-    check_outputs: whether what the model returns is checked to be this rank's rows, see `ringattn.integrations.outputs`.
+    check_outputs: whether what the model returns is checked to be this rank's rows, see `ringattn.integrations.rows`.
     assumed: what positions that the batch did not give were assumed to be, "counted" or "counted, left padding"; None if given.
     packed: whether there are documents, which the model's own masks then have to tell apart.
     blocks: what layers see in both directions, by the window of the layer; empty where no layer does.
