@@ -22,7 +22,7 @@ def test_losses_gradients_and_predictions_are_those_of_plain_trainer(tmp_path: P
         code, _, err = finish(process, timeout=150)
         assert code == 0, err
     wanted, found = (json.loads(path.read_text()) for path in (alone, two))
-    assert 'set_attn_implementation("sdpa")' in found.pop("generating")
+    assert "set_attn_implementation('sdpa')" in found.pop("generating")
     for kind, of_one in wanted.items():
         for what, numbers in of_one.items():
             assert found[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
