@@ -2,8 +2,8 @@
 
 import time
 from functools import lru_cache
-
 from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -45,11 +45,11 @@ def all_cases(rank: int, world: int, layout: str) -> float:
     return max(errors)
 
 
-@pytest.mark.case(13, 17)
 # Beyond five ranks one layout each: the simulated transport has them all, and what differs here is the processes.
 MANY = [("zigzag", 6), ("contiguous", 7), ("striped", 8)]
 
 
+@pytest.mark.case(13, 17)
 @pytest.mark.parametrize(("layout", "world"), [*product(LAYOUTS, range(1, 6)), *MANY])
 def test_every_case_equals_dense_attention(layout: str, world: int) -> None:
     assert max(run_ranks(world, all_cases, world, layout)) < EXACT
