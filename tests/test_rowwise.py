@@ -168,6 +168,34 @@ def test_a_model_is_tried_once_for_each_kind_of_batch() -> None:
     assert [counted(model, batch=anew) for _ in range(2)] == [2, 1]
 
 
+def test_gradients_under_autocast_are_there_in_the_first_call() -> None:
+    model = model_of(attention_dropout=0.0)
+    grads = []
+    for _ in range(2):  # tried in the first
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            run(model, dtype=torch.bfloat16).float().square().mean().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    first, second = grads
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Merging(nn.Linear):
+    """Changes its weight when it is told to evaluate, as adapters do that merge."""
+
+    def train(self, mode: bool = True) -> "Merging":
+        if not mode:
+            self.weight.data.zero_()
+        return super().train(mode)
+
+
+def test_modes_are_changed_without_what_a_module_does_about_them() -> None:
+    model = model_of()
+    head = model.lm_head = Merging(32, 97, bias=False)
+    run(model)
+    assert head.weight.abs().sum() > 0 and head.training
+
+
 OWN_POSITIONS: list[tuple[str, dict[str, Any], dict[str, Tensor], str]] = [
     (
         "roberta",

@@ -170,13 +170,21 @@ def _poison(embeddings: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; random numbers, modes and counters go on as if nothing had been."""
+    """Without gradients and dropout; random numbers, modes, weights and casts go on as if nothing had been.
+
+    Modes are set as attributes: `eval()` may do more, as merging adapters into weights. Casts of autocast are not cached: torch
+    has been known to give those made without gradients to the next call, whose parameters then had none.
+    """
     training = [(module, module.training) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    model.eval()
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    for module, _ in training:
+        module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for module, mode in training:
             module.training = mode
