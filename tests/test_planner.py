@@ -164,7 +164,6 @@ CAUSAL_FULL, SHORT_WINDOW = ((causal(), 8, 20_000), (full(), 8, 20_000)), ((caus
 @pytest.mark.parametrize(
     ("topology", "masks"),
     [
-        (PRESETS["pcie"], CAUSAL_FULL),
         (PRESETS["nvlink"], SHORT_WINDOW),
         (PRESETS["rails"], CAUSAL_FULL),
         (PRESETS["cpu"], SHORT_WINDOW),
