@@ -215,6 +215,6 @@ def _around(rect: Rect, blocks: Sequence[Sequence[int]]) -> Iterator[Rect]:
 def _not_empty(rect: Rect) -> Iterator[Rect]:
     """The rectangle, unless it has no rows or keys or its band keeps none of them."""
     q_last, k_last = rect.q_stop - 1, rect.k_stop - 1
-    seen = rect.k_start - q_last <= rect.band.right and k_last - rect.q_start >= rect.band.left
-    if rect.q_start < rect.q_stop and rect.k_start < rect.k_stop and seen:
+    visible = rect.k_start - q_last <= rect.band.right and k_last - rect.q_start >= rect.band.left
+    if rect.q_start < rect.q_stop and rect.k_start < rect.k_stop and visible:
         yield rect

@@ -92,6 +92,21 @@ def mean_of_rows(model: Any) -> None:
     model.model.layers[0].mlp = Mean(model.model.layers[0].mlp)
 
 
+class Normed(nn.Module):
+    """Normalises over a rank's rows in training, and by running statistics in eval mode."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, nn.BatchNorm1d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.norm(x.transpose(1, 2)).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+def batch_norm(model: Any) -> None:
+    model.train().model.layers[0].mlp = Normed(model.model.layers[0].mlp)
+
+
 def own_attention(model: Any) -> None:
     model.model.layers[0].self_attn = OwnAttention(model.model.layers[0].self_attn)
 
@@ -108,6 +123,7 @@ DAMAGES: list[tuple[Callable[[Any], None], str]] = [
     (shift_in_the_first_layer, "reached others before attention 2"),
     (shift_in_the_last_layer, "reached logits of others after the last attention"),
     (mean_of_rows, "reached others before attention 2"),
+    (batch_norm, "BatchNorm1d of LlamaForCausalLM takes the mean of this rank's rows in training"),
     (own_attention, "rows meet outside ringattn"),
     (raises, "does not run on some rows of a sequence (IndexError: index 3"),
     (lambda model: model.set_attn_implementation("sdpa"), "no attention of LlamaForCausalLM came to ringattn"),

@@ -86,7 +86,7 @@ def _sequence(given: Mapping[str, Any]) -> Tensor:
 
 
 def _from_masks(mask: Any, decoder: nn.Module) -> tuple[Tensor | None, dict[int | None, ImageBlocks | None], bool]:
-    """What a model's mask for its decoder says: padding, blocks by the window of layers, whether documents are told apart."""
+    """What a model's mask for its decoder says: padding, blocks by the window of layers, whether documents are separated."""
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask, {}, False
     infos = list(mask.values()) if isinstance(mask, Mapping) else [mask]

@@ -73,7 +73,7 @@ def take_place(
         problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
     if getattr(config, "is_encoder_decoder", False):
         problem = (
-            f"{config.model_type} has an encoder and a decoder, whose rows cannot be told apart by position_ids; use "
+            f"{config.model_type} has an encoder and a decoder, whose rows position_ids do not distinguish; use "
             "ringattn.integrations.transformers.shard_batch, or ringattn.integrations.trainer"
         )
     if problem:
@@ -146,8 +146,8 @@ class Gathered:
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def shards(self, position_ids: Tensor | None, asked: Any, batch: int, rows: int) -> Shards:
-        told = _info(asked)
-        tokens = told.tokens if isinstance(told, MaskInfo) else None
+        info = _info(asked)
+        tokens = info.tokens if isinstance(info, MaskInfo) else None
         if position_ids is not None and position_ids in self.known:
             version, before, shards = self.known[position_ids]
             same = before is tokens or (before is not None and tokens is not None and torch.equal(before, tokens))

@@ -1,7 +1,7 @@
 """Refuses what a model makes of one rank's rows alone, where batches come to the ranks already cut.
 
 DeepSpeed's jobs hand no `Shards` to the model: its first layer makes them, or finds them. So the outermost model that was
-called is checked if attention on shards ran within its call. See `rows` for what is told apart, and why.
+called is checked if attention on shards ran within its call. See `rows` for how results are recognised, and why.
 """
 
 from __future__ import annotations

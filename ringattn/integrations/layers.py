@@ -143,7 +143,7 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
         return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0 (config.dropout_rate of T5)"
     for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
         if rest.get(asked) is not None:
-            return f"{name} is given {asked}, which ringattn does not take; documents are told by position_ids"
+            return f"{name} is given {asked}, which ringattn does not take; documents are given by position_ids"
     return None
 
 

@@ -25,7 +25,7 @@ class MaskReading(NamedTuple):
 
     causal: whether keys after the query are hidden, those of its block excepted.
     window: keys that a query sees, its own included; None for all.
-    packed: whether documents are told apart, which ringattn knows from positions.
+    packed: whether documents are separated, which ringattn knows from positions.
     block_ids: int64 (batch, seq_len); rows with the same number, not negative, see each other.
     window_over_blocks: whether the window holds within a block, too.
     unknown: the part that ringattn does not know, or None.

@@ -1,4 +1,4 @@
-"""Finds out, by running it, what a model makes of positions that it is not given, and whether it tells documents apart by them.
+"""Finds out, by running it, what a model makes of positions that it is not given, and whether it separates documents by them.
 
 `shard_batch` counts 0, 1, 2, ... where a batch has no position_ids, and begins a document where positions begin anew. Some
 models count otherwise (RoBERTa from its padding's number on, OPT the tokens alone, so that left padding shifts them), and the
@@ -73,7 +73,7 @@ def joined_documents(model: Any, kwargs: Mapping[str, Any], rows: int) -> str | 
     if all(probe.packed):
         return None
     return (
-        f"position_ids begin anew, and the masks that {type(model).__name__} makes do not tell documents apart by them: in one "
+        f"position_ids begin anew, and the masks that {type(model).__name__} makes do not separate documents by them: in one "
         "process documents would see each other with sdpa and eager, and not with transformers' flash backends. For documents "
         "that are apart call shard_batch(..., documents_apart=True); for one causal sequence leave position_ids out, or let "
         "them go on"

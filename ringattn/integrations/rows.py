@@ -2,7 +2,7 @@
 
 A model that runs on a part of a sequence returns a part of its logits and hidden states. What it takes from "the last row" or
 "all rows" (the reward of a sequence classifier, its own loss, the balance of experts) is then that of the part, and wrong.
-Results are told apart by their shape: a floating-point tensor (batch, rows, ...) has a result for each row.
+Results are recognised by their shape: a floating-point tensor (batch, rows, ...) has a result for each row.
 """
 
 from __future__ import annotations

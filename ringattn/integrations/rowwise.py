@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ringattn.errors import InputError, PlanError
 from ringattn.integrations.shards import Shards
@@ -62,6 +63,8 @@ def joined_rows(model: Any, kwargs: Mapping[str, Any], rows: int, shards: Shards
     """What joins rows outside attention, or None. kwargs: of a call on `rows` rows, which are those of `shards`."""
     name, alone = type(model).__name__, torch.tensor(ALONE)
     whole, some = Probe(alone, shards), Probe(None, shards)
+    if joining := next((m for m in model.modules() if isinstance(m, _BatchNorm) and m.training), None):  # not so in eval mode
+        return f"{type(joining).__name__} of {name} takes the mean of this rank's rows in training. {ELSE}"
     try:
         with undisturbed(model):
             with _poison(model.get_input_embeddings()):
@@ -114,8 +117,10 @@ def apart(found: Tensor, expected: Tensor) -> bool:
     return bool(error.median() > tolerance)
 
 
-def _poisoned_outputs(model: str, outputs: Mapping[str, Any]) -> str | None:
+def _poisoned_outputs(model: str, outputs: Any) -> str | None:
     """What joins rows after the last attention, or None."""
+    if not isinstance(outputs, Mapping):
+        outputs = {f"result {n}": x for n, x in enumerate(outputs if isinstance(outputs, tuple) else (outputs,))}
     others = torch.arange(ROWS) != POISONED
     for name, value in outputs.items():
         for tensor in value if isinstance(value, tuple | list) else (value,):

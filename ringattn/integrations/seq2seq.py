@@ -113,7 +113,7 @@ def shard_seq2seq(
     choices: dict[str, Any],
 ) -> tuple[DecoderShards, dict[str, Any], Tensor | None]:
     """`shard_batch` of an encoder-decoder: what attention knows, this rank's inputs and its targets; raises as that does."""
-    said: dict[str, object] = {}
+    agreed: dict[str, object] = {}
     problem: str | None = None
     own: Any = None
     try:
@@ -122,10 +122,10 @@ def shard_seq2seq(
         if problem is None:
             *own, plan = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
             shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-            said = {"shapes": shapes, "plan": plan.digest}
+            agreed = {"shapes": shapes, "plan": plan.digest}
     except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
         problem = str(error)
-    agree(reduction_group(group), {"call": "shard_batch", **said}, problem)
+    agree(reduction_group(group), {"call": "shard_batch", **agreed}, problem)
     assert own is not None  # else all ranks have raised
     shards, inputs, targets = own
     return shards, inputs, targets

@@ -137,7 +137,7 @@ def with_blocks(mask: Mask, window: int | None, bounds: Bounds, under_window: bo
 
 
 def text_positions(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
-    """The positions (batch or 1, seq_len) that tell documents apart, or None where there are none.
+    """The positions (batch or 1, seq_len) that separate documents, or None where there are none.
 
     Models whose rotary positions count frames, rows and columns of images take (3, batch, seq_len), which say nothing of
     documents, or (4, batch, seq_len), of which the first are positions in the text.

@@ -1,6 +1,6 @@
 """Lets the encoder and the decoder of a model know which rows of the whole they are given, while they are called.
 
-Each stack is handed its own shards, so its layers need not know what else there is. Within a stack a layer is told by what it
+Each stack is handed its own shards, so its layers need not know what else there is. Within a stack a layer is known by what it
 asks for: the mask it comes with (evaluated, as transformers would) and the rows it brings. Two kinds of module see positions of
 their own and are given those of the whole: see `whole_positions` and `bias_tables`.
 """
@@ -118,8 +118,8 @@ class StackShards:
         """Plans of all buckets that a layer with this mask sees. A ring each: few rows of a narrow band travel at all."""
         key = (q.shape[2:], k.shape[2], cast_dtype(q), band)
         if key not in self.plans:
-            seen = [bucket for bucket in self.buckets if bucket.left <= band.right and bucket.right >= band.left]
-            within = [b._replace(left=max(b.left, band.left), right=min(b.right, band.right)) for b in seen]
+            reached = [bucket for bucket in self.buckets if bucket.left <= band.right and bucket.right >= band.left]
+            within = [b._replace(left=max(b.left, band.left), right=min(b.right, band.right)) for b in reached]
             self.plans[key] = plans_for(within, lambda mask: self._plan(shards, q, k, False, mask, schedule="ring"))
         plans: tuple[BiasedPlan, ...] = self.plans[key]
         return plans

@@ -1,8 +1,8 @@
 """Finds the text decoder of a model that has other towers beside it (vision, audio), and lets those keep their own attention.
 
 `attn_implementation="ringattn"` reaches every part of a composite model. Only its text decoder runs on shards; what stands
-beside it sees whole images, and runs transformers' sdpa. Parts are told apart by structure: the decoder is what the model names
-as such and runs on the text section of the config.
+beside it sees whole images, and runs transformers' sdpa. Parts are distinguished by structure: the decoder is what the model
+names as such and runs on the text section of the config.
 """
 
 from __future__ import annotations

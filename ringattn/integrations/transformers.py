@@ -87,7 +87,7 @@ def shard_batch(
     process_group = reduction_group(group)
     world = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     _, rank = group_and_rank(group, world)
-    said: dict[str, object] = {}
+    agreed: dict[str, object] = {}
     if getattr(config, "is_encoder_decoder", False):
         choices = dict(schedule=schedule, topology=topology, training=training)
         both, inputs, targets = shard_seq2seq(batch, config, group, world, dtype, layout, choices)
@@ -99,10 +99,10 @@ def shard_batch(
             choices = dict(schedule=schedule, topology=topology, training=training)
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
             shards.packed = bool(shards.mask.bounds) and not documents_apart
-            said = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
+            agreed = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
         except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
             problem = str(error)
-    agree(process_group, {"call": "shard_batch", **said}, problem)
+    agree(process_group, {"call": "shard_batch", **agreed}, problem)
     assert shards is not None  # else all ranks have raised
     inputs, targets = cut(batch, shards.layout, rank)
     return {**inputs, "use_cache": False, NAME: shards}, targets

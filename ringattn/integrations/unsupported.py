@@ -101,7 +101,7 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     if mask is not None and mask.ndim != 2:
         return (
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
-            "told by position_ids, windows by the model's config"
+            "given by position_ids, windows by the model's config"
         )
     if problem := _unlike_positions(batch):
         return problem
@@ -140,7 +140,7 @@ def _unlike_positions(batch: Mapping[str, Any]) -> str | None:
         if ends.tolist() == [0, *begins.tolist(), positions.shape[1]]:
             return None
     return (
-        f"cu_seq_lens_q is {ends.tolist()}, and documents are told by position_ids, which begin anew with each: pass "
+        f"cu_seq_lens_q is {ends.tolist()}, and documents are given by position_ids, which begin anew with each: pass "
         "position_ids (batch or 1, seq_len) that say the same, or leave cu_seq_lens_q and cu_seq_lens_k out"
     )
 
