@@ -40,11 +40,11 @@ from ringattn import (
     sliding_window,
 )
 from ringattn import init as init_ranks
-from ringattn.compress import bipartite as bipartite_merge
-from ringattn.compress import delete, grid, segments, shorten, similar, tell, windows
+from ringattn.checkpoint import load, save
+from ringattn.merging import bipartite as bipartite_merge
+from ringattn.merging import delete, grid, segments, shorten, similar, tell, windows
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder
-from ringattn.planner import candidates
-from ringattn.runtime.checkpoint import load, save
+from ringattn.planner import PRESETS, candidates
 from ringattn.schedule import (
     accumulating_ring,
     bidirectional_ring,
@@ -58,7 +58,6 @@ from ringattn.schedule import (
     token_ring,
     ulysses,
 )
-from ringattn.topology import PRESETS
 
 HERE = Path(__file__).resolve().parent
 STORED = HERE / "golden"

@@ -15,7 +15,7 @@ import torch
 from golden_cases import CONFIG, STORED, fingerprint, trained
 
 from ringattn import load_topology
-from ringattn.runtime.checkpoint import damage, load
+from ringattn.checkpoint import damage, load
 from ringattn.schedule import parse
 
 # By dtype, relative to the largest element. fp32: kernels of other processors sum in another order, some dozen roundings of
