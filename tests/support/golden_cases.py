@@ -1,6 +1,6 @@
 """Computes what tests/golden/ stores: a fixed set of schedules, plans, outputs, merges, topologies, and one small job.
 
-`python tests/golden_cases.py` writes the files anew. Do that only when a change is meant to alter what is stored, and say
+`python tests/support/golden_cases.py` writes the files anew. Do that only when a change is meant to alter what is stored, and say
 in the commit what changed and why; `git diff tests/golden` shows it line by line, as everything but the checkpoint is text.
 
 Inputs are whole numbers divided by 64, drawn by torch's integer generator: they are the same bits on every machine, which
@@ -60,7 +60,7 @@ from ringattn.schedule import (
 )
 
 HERE = Path(__file__).resolve().parent
-STORED = HERE / "golden"
+STORED = HERE.parent / "golden"
 WHOLE_TEXT_UP_TO = 3  # ranks: of larger schedules the digest and the first lines are stored
 JOB_RANKS = 2
 CONFIG = {"about": "golden"}  # of the stored checkpoint
@@ -302,7 +302,7 @@ def _run_job(folder: Path) -> None:
         "WORLD_SIZE": str(JOB_RANKS),
         "LOCAL_WORLD_SIZE": str(JOB_RANKS),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
     }
     started = [
         subprocess.Popen(
