@@ -1,4 +1,4 @@
-"""`ringattn plan`: what every plan for one attention layer would cost, and which one make_plan takes. No torch is needed."""
+"""`ringattn plan`: shows what every plan for one attention layer would cost, and which one make_plan takes. No torch is needed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from ringattn.arguments import path
-from ringattn.cli.console import console
+from ringattn._validation import path
+from ringattn.cli.terminal import console
 from ringattn.errors import PlanError
-from ringattn.forecast import rank_families
-from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
-from ringattn.plan import Plan
+from ringattn.plan.plan import Plan
 from ringattn.planner import Candidate, candidates, make_plan
+from ringattn.planner.closed_form import rank_families
 from ringattn.planner.request import request
-from ringattn.topology import PRESETS, Topology, load_topology
+from ringattn.planner.topology import PRESETS, Topology, load_topology
+from ringattn.sequence.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 
-MANY = 64  # ranks above which every rank for itself takes too long to price
+MANY = 64  # ranks above which pricing each rank by itself takes too long
 
 
 def plan(
@@ -53,18 +53,18 @@ def plan(
         seq_len: Tokens in the whole sequence.
         world: Number of ranks.
         heads: Query heads of the whole model.
-        kv_heads: Key and value heads; as many as heads by default.
+        kv_heads: Key and value heads; by default as many as heads.
         head_dim: Of q, k and v.
         dtype: float32, float64, bfloat16 or float16.
         mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
-        schedule: auto, balanced, or a name from ringattn.schedule.named, as ring or token_ring.
+        schedule: auto, balanced, or a name from ringattn.schedule.NAMES, such as ring or token_ring.
         layout: auto, contiguous, zigzag, striped or documents.
-        ulysses: Degree of head resharding.
-        kernel: auto, or a name from ringattn.kernel_names, as flash or flash3:sm_margin=8, or emulated:FLOPS.
+        ulysses: Ranks that trade sequence for heads; divides world.
+        kernel: auto, a name from ringattn.plan.KERNELS, such as flash or flash3:sm_margin=8, or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
         training: Whether backward counts in the choice.
-        kv_len: Keys in the whole sequence; as many as queries by default.
+        kv_len: Keys in the whole sequence; by default as many as queries.
         q_offset: Position of the first query among the keys.
         partials: auto, wide or narrow: what partial sums travel in.
         draw: Write a picture of the chosen schedule to this SVG file.
@@ -137,7 +137,7 @@ def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
 
 
 def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
-    """Families by closed form, see `forecast`: the rows of the table are what make_plan takes as schedule and ulysses."""
+    """Families of plans, priced by closed form; each row says what make_plan takes as schedule and ulysses."""
     special = ("ulysses", "buffer_limit", "kv_len", "q_offset")
     if any(arguments[name] is not None for name in special) or arguments["partials"] != "auto":
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*special, "partials"))
