@@ -12,8 +12,8 @@ def selftest(
     *,
     kernel: tuple[str, ...] = (),
     device: Literal["cpu", "cuda"] | None = None,
-    worlds: tuple[int, ...] = (2, 4, 8),
-    schedules: tuple[str, ...] = (),
+    worlds: tuple[int, ...] | None = None,
+    schedules: tuple[str, ...] | None = None,
 ) -> None:
     """Compare every kernel that runs here with dense attention in fp64, through every schedule (exit status 1 if one is wrong).
 
@@ -21,11 +21,11 @@ def selftest(
 
     Args:
         kernel: Only these; one that cannot run here counts as a failure.
-        device: Where ranks are simulated; a GPU if there is one, by default.
-        worlds: Numbers of ranks to simulate.
-        schedules: Simulate only these, by name.
+        device: Where ranks are simulated; by default a GPU if there is one.
+        worlds: Numbers of ranks to simulate; by default 2, 4 and 8.
+        schedules: Simulate only these, by name; by default all.
     """
     require("torch")
-    from ringattn.diagnostics.selftest.run import run
+    from ringattn.diagnostics.selftest import run
 
-    sys.exit(0 if run(kernel, device=device, worlds=worlds, schedules=schedules or None) else 1)
+    sys.exit(0 if run(kernel, device=device, worlds=worlds, schedules=schedules) else 1)

@@ -17,7 +17,7 @@ import traceback
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ringattn import CommError, RingAttnError
+from ringattn import CommError, LaunchError, RingAttnError
 from ringattn.cli.train.config import TrainConfig
 
 __all__ = ["TrainConfig", "main", "read_corpus", "run", "train", "windows"]
@@ -35,7 +35,11 @@ def main() -> NoReturn:
     """What launch/train.py calls: train with the flags of the command line, and end this process."""
     from ringattn.cli import require
 
-    require("tyro", "rich", "torch")
+    try:
+        require("tyro", "rich", "torch")
+    except LaunchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     import tyro
 
     run(tyro.cli(TrainConfig))
