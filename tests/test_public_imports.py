@@ -8,14 +8,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from public import PUBLIC
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = (
-    *("ringattn", "ringattn.sequence", "ringattn.schedule", "ringattn.schedule.draw", "ringattn.plan", "ringattn.planner"),
-    *("ringattn.kernels", "ringattn.comm", "ringattn.faults", "ringattn.execution", "ringattn.merging", "ringattn.nn"),
-    *("ringattn.runtime", "ringattn.checkpoint", "ringattn.diagnostics", "ringattn.cli", "ringattn.cli.train"),
-    *("ringattn.integrations.transformers", "ringattn.integrations.trainer", "ringattn.integrations.deepspeed"),
-)
 JOB = "ringattn.cli.train"  # its own modules may import each other
 HISTORY = ROOT / "docs" / "log.md"  # tells of code as it was
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
