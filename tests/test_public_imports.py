@@ -69,7 +69,9 @@ def test_only_public_names(path: Path) -> None:
     found = offences(path)
     if path.is_relative_to(ROOT / "ringattn"):
         found = [use for use in found if not use.startswith(f"{JOB}.")]
-    assert not found, f"{path.relative_to(ROOT)} uses {', '.join(found)}; import from a public package, or export the name there"
+    assert not found, (
+        f"{path.relative_to(ROOT)} uses {', '.join(found)}; import from a public package, or export the name there"
+    )
 
 
 @pytest.mark.parametrize(

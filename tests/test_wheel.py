@@ -1,6 +1,7 @@
-"""An installed wheel works far from the checkout: README's example, `ringattn train`, and nothing in it that is not for users."""
+"""An installed wheel works far from the checkout: README's example and `ringattn train`; and it holds the package alone."""
 
 import os
+import shlex
 import subprocess
 import sys
 import venv
@@ -14,7 +15,7 @@ from spawn import finish
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "readme.py"
-SMALL = "--seq-len 203 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32".split()
+SMALL = shlex.split("--seq-len 203 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32")
 
 
 @dataclass
@@ -76,7 +77,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Installed) -> N
     there = {str(path) for path in files if path.parts[0] == "ringattn"}
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "ringattn").rglob("*.py")} | {"ringattn/py.typed"}
     assert there == wanted
-    assert {path.parts[0] for path in files} == {"ringattn", f"{installed.wheel.name.removesuffix('-py3-none-any.whl')}.dist-info"}
+    assert {path.parts[0] for path in files} == {
+        "ringattn",
+        f"{installed.wheel.name.removesuffix('-py3-none-any.whl')}.dist-info",
+    }
 
 
 def test_metadata_says_what_a_user_needs(installed: Installed) -> None:
@@ -84,7 +88,9 @@ def test_metadata_says_what_a_user_needs(installed: Installed) -> None:
     out, _ = installed.run("python", "-c", show)
     for line in ("Author: ringattn developers", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
         assert line in out.splitlines()
-    required = {line.partition(": ")[2] for line in out.splitlines() if line.startswith("Requires-Dist") and "extra" not in line}
+    required = {
+        line.partition(": ")[2] for line in out.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    }
     assert {name.partition(">")[0] for name in required} == {"torch", "numpy"}
     assert 'Requires-Dist: rich>=13; extra == "cli"' in out.splitlines()
 

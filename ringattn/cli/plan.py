@@ -1,4 +1,4 @@
-"""`ringattn plan`: shows what every plan for one attention layer would cost, and which one make_plan takes. No torch is needed."""
+"""`ringattn plan`: shows what every plan for one attention layer would cost, and which one make_plan takes, without torch."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class TrainConfig:
     hidden_dim: int = 384
     """Width inside the MLP."""
     merge: Literal["none", "windows", "similar", "words", "gate"] = "none"
-    """Merge tokens for the blocks in the middle: pairs, similar ones inside windows, words, or delete those that a gate rejects."""
+    """Merge tokens for the blocks in the middle: pairs, similar ones inside windows, words; or delete what a gate rejects."""
     merge_layers: tuple[int, int] = (1, 2)
     """Blocks [first, last) that run on the shorter sequence."""
     merge_factor: int = 2

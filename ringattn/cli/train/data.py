@@ -13,7 +13,7 @@ from torch import Tensor
 from ringattn import InputError
 
 # Passed over in the standard library: packages installed into it, tests, and modules that are little but tables.
-PASSED_OVER = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+OTHERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
 def read_corpus(paths: Sequence[Path]) -> Tensor:
@@ -30,7 +30,9 @@ def read_corpus(paths: Sequence[Path]) -> Tensor:
         raise InputError(f"--data {given}: cannot be read ({error}); give text files, or directories") from error
     joined = b"\n".join(texts)
     if not joined and not paths:
-        raise InputError("--data: this Python has no sources of its standard library to train on; give text files or directories")
+        raise InputError(
+            "--data: this Python comes without sources of its standard library; give text files or directories"
+        )
     if not joined:
         raise InputError(f"--data {given}: no text found; give text files or directories that hold some")
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
@@ -54,4 +56,4 @@ def _files(path: Path) -> list[Path]:
 
 def _standard_library() -> Iterator[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    return (file for file in root.rglob("*.py") if not PASSED_OVER.intersection(file.relative_to(root).parts))
+    return (file for file in root.rglob("*.py") if not OTHERS.intersection(file.relative_to(root).parts))

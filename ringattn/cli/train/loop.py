@@ -149,7 +149,7 @@ def _corpus(config: TrainConfig, mesh: DeviceMesh) -> tuple[Tensor, dict[str, An
         text = read_corpus(config.data)
     except InputError as error:
         problem = str(error)
-    digest = sha256(text.numpy()).hexdigest()[:16]
+    digest = sha256(text.numpy().data).hexdigest()[:16]
     agree(_group(mesh), {"call": "training", "--data, by its digest": digest}, problem)
     return text, config.identity() | {"text": digest}
 

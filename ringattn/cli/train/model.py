@@ -20,7 +20,7 @@ def build(config: TrainConfig, topology: str | None) -> Decoder:
         return Decoder(shape)
     first, last = config.merge_layers
     numbers: dict[str, Any] = dict(factor=config.merge_factor, window=config.merge_window, remove=config.merge_remove)
-    how = dict(how=config.merge_how) if config.merge != "gate" else {}
+    how: dict[str, Any] = dict(how=config.merge_how) if config.merge != "gate" else {}
     merging = Merging(config.merge, first, last, **numbers, **how, schedule=config.schedule, topology=topology)
     return MergingDecoder(shape, merging)
 
@@ -32,7 +32,7 @@ def shape_of(config: TrainConfig) -> DecoderConfig:
 
 
 def check_memory(config: TrainConfig, world: int) -> None:
-    """Raise `InputError` where the least that one of `world` ranks holds is more than its machine has, before it is allocated."""
+    """Raise `InputError` where the least that one of `world` ranks holds is more than its machine has."""
     tokens, rows = config.batch * config.seq_len, config.batch * (config.seq_len // world)
     kept = 16 * shape_of(config).parameters  # value, gradient and two moments, four bytes each
     streams = 2 * config.layers * rows * config.dim * (2 if config.dtype == "bfloat16" else 4)
@@ -40,8 +40,8 @@ def check_memory(config: TrainConfig, world: int) -> None:
     if needed > available:
         raise InputError(
             f"a rank needs {needed / 1e9:,.1f} GB or more ({kept / 1e9:,.1f} for parameters and optimizer, the rest for "
-            f"{config.batch:,} x {config.seq_len:,} tokens) and has {available / 1e9:,.1f}: lower --batch, --seq-len, --layers, "
-            "--dim, --heads, --head-dim or --hidden-dim, or give the sequence more ranks"
+            f"{config.batch:,} x {config.seq_len:,} tokens) and has {available / 1e9:,.1f}: lower --batch, --seq-len, "
+            "--layers, --dim, --heads, --head-dim or --hidden-dim, or give the sequence more ranks"
         )
 
 

@@ -113,9 +113,7 @@ def summary(plans: list[Plan], mesh: DeviceMesh, *, batch: int, gradient_bytes: 
     table.add_column("value", justify="right")
     table.add_column("counted how")
     table.add_row("throughput", f"{batch * plan.seq_len / step:,.0f} tokens/s", f"median step of {step:.2f} s")
-    table.add_row(
-        "attention sends", _mib(_most_sent(plans, batch)), "per step, busiest rank, forward + backward, all layers"
-    )
+    table.add_row("attention sends", _mib(_most_sent(plans, batch)), "per step, busiest rank, forward + backward, all layers")
     if shortest < plan.seq_len:
         table.add_row("merged", f"{shortest:,} of {plan.seq_len:,} tokens", "slots of groups in the last step")
     reduced = 2 * gradient_bytes * (plan.world - 1) // plan.world

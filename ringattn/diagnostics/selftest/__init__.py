@@ -3,9 +3,9 @@
     ringattn selftest                                                  on one device, ranks simulated in one process
     torchrun --standalone --nproc-per-node N -m ringattn selftest      over gloo, or NCCL where there are GPUs
 
-`run` does the same from Python, which needs torch alone. On one device every schedule is carried out for 2, 4 and 8 simulated ranks, with the tiles, merges and
-packing that real ranks have; what only a link can get wrong is tested under torchrun. Then come traps: shapes and biases that
-have broken kernels before. Exit status 1 if anything failed.
+`run` does the same from Python and needs torch alone. On one device every schedule is carried out for 2, 4 and 8 simulated
+ranks, with the tiles, merges and packing that real ranks have; what only a link can get wrong is tested under torchrun. Then
+come traps: shapes and biases that have broken kernels before.
 
 `cases` and `traps` are what is asked, `simulated_error` and `equal_bits` answer for one kernel and schedule, `simulated` goes
 through all of it and gives plain data, for scripts.
