@@ -2,7 +2,15 @@
 
 PUBLIC = (
     *("ringattn", "ringattn.sequence", "ringattn.schedule", "ringattn.schedule.draw", "ringattn.plan", "ringattn.planner"),
-    *("ringattn.kernels", "ringattn.comm", "ringattn.faults", "ringattn.execution", "ringattn.merging", "ringattn.nn"),
+    *(
+        "ringattn.kernels",
+        "ringattn.kernels.fused",
+        "ringattn.comm",
+        "ringattn.faults",
+        "ringattn.execution",
+        "ringattn.merging",
+        "ringattn.nn",
+    ),
     *("ringattn.runtime", "ringattn.checkpoint", "ringattn.diagnostics", "ringattn.cli", "ringattn.cli.train"),
     *("ringattn.integrations.transformers", "ringattn.integrations.trainer", "ringattn.integrations.deepspeed"),
 )

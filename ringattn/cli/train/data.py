@@ -30,9 +30,7 @@ def read_corpus(paths: Sequence[Path]) -> Tensor:
         raise InputError(f"--data {given}: cannot be read ({error}); give text files, or directories") from error
     joined = b"\n".join(texts)
     if not joined and not paths:
-        raise InputError(
-            "--data: this Python comes without sources of its standard library; give text files or directories"
-        )
+        raise InputError("--data: this Python comes without sources of its standard library; give text files or directories")
     if not joined:
         raise InputError(f"--data {given}: no text found; give text files or directories that hold some")
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
