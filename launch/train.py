@@ -1,6 +1,8 @@
-"""Trains a byte-level language model on long contexts; the same as `ringattn train`, see `ringattn.cli.train`.
+"""Trains a byte-level language model on long contexts, the sequence cut over ranks; the same as `ringattn train`:
 
-torchrun --nproc-per-node 4 launch/train.py
+    torchrun --nproc-per-node 4 launch/train.py
+
+The job itself is `ringattn.cli.train`.
 """
 
 from ringattn.cli.train import main

@@ -17,7 +17,7 @@ from torch import Tensor
 from ringattn import Mask, Plan, make_plan, positions
 from ringattn.comm import Simulated, SimulatedPort
 from ringattn.execution import Inputs, attend
-from ringattn.kernels import KERNELS, Options, obstacle
+from ringattn.kernels import KERNELS, Options, unsupported_reason
 from ringattn.schedule import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
@@ -48,7 +48,9 @@ def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int, *, bia
     """Those of `WANTED` that run here, and in words why the others do not."""
     here, why = [], []
     for name in WANTED:
-        found = obstacle(name, device, dtype, head_dim, bias=bias) if name in KERNELS else f"there is no kernel {name!r}"
+        found = (
+            unsupported_reason(name, device, dtype, head_dim, bias=bias) if name in KERNELS else f"there is no kernel {name!r}"
+        )
         here += [name] if found is None else []
         why += [] if found is None else [f"{name}: {found}"]
     return here, why

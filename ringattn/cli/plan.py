@@ -99,8 +99,8 @@ def plan(
     out.print(_comparison(candidates(seq_len, **arguments), chosen, top))
     out.print(str(chosen), markup=False, highlight=False)
     backward = draw_pass == "backward"
-    lanes = chosen.backward if backward else chosen.forward
-    drawn, areas = [lane.schedule for lane in lanes], [lane.areas for lane in lanes]
+    head_groups = chosen.backward if backward else chosen.forward
+    drawn, areas = [group.schedule for group in head_groups], [group.areas for group in head_groups]
     out.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
         path("--draw", draw, PlanError)
@@ -111,14 +111,14 @@ def plan(
         out.print(f"drawn to {draw}", markup=False, highlight=False)
 
 
-def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
-    title = f"{len(found)} candidates on {found[0].topology.name}, fastest first; chosen: F forward, B backward"
+def _comparison(priced: list[Candidate], chosen: Plan, top: int) -> Table:
+    title = f"{len(priced)} candidates on {priced[0].topology.name}, fastest first; chosen: F forward, B backward"
     table = Table(title=title, title_justify="left")
     for name in ("", "schedule", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("forward ms", "backward ms", "busiest link MB", "in backward", "all links GB", "buffers MB"):
         table.add_column(name, justify="right")
-    for n, candidate in enumerate(found):
+    for n, candidate in enumerate(priced):
         mark = _mark(candidate, chosen)
         if n < top or mark:
             forward, backward = candidate.cost(backward=False), candidate.cost(backward=True)
@@ -145,18 +145,18 @@ def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
     asked = request(seq_len=seq_len, **arguments)
     same = {name: getattr(asked, name) for name in ("world", "heads", "kv_heads", "head_dim", "dtype", "mask", "topology")}
     layout = "zigzag" if arguments["layout"] == "auto" else arguments["layout"]
-    found = rank_families(seq_len, **same, layout=layout)
+    families = rank_families(seq_len, **same, layout=layout)
     if not arguments["training"]:
-        found.sort(key=lambda one: one.forward.seconds)
-    table = Table(title=f"{len(found)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
+        families.sort(key=lambda family: family.forward.seconds)
+    table = Table(title=f"{len(families)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
     table.add_column("family", no_wrap=True)
     for name in ("forward ms", "backward ms", "busiest link MB", "all links GB", "buffers MB"):
         table.add_column(name, justify="right")
-    for one in found[:top]:
-        seconds = (f"{cost.seconds * 1e3:.4g}" for cost in (one.forward, one.backward))
-        total = (one.forward.total_bytes + one.backward.total_bytes) / 1e9
-        link = max(one.forward.link_bytes, one.backward.link_bytes) / 1e6
-        table.add_row(str(one.family), *seconds, f"{link:.4g}", f"{total:.4g}", f"{one.buffer_bytes / 1e6:.4g}")
+    for family in families[:top]:
+        seconds = (f"{cost.seconds * 1e3:.4g}" for cost in (family.forward, family.backward))
+        total = (family.forward.total_bytes + family.backward.total_bytes) / 1e9
+        link = max(family.forward.link_bytes, family.backward.link_bytes) / 1e6
+        table.add_row(str(family.family), *seconds, f"{link:.4g}", f"{total:.4g}", f"{family.buffer_bytes / 1e6:.4g}")
     return table
 
 
@@ -164,7 +164,7 @@ def _mark(candidate: Candidate, chosen: Plan) -> str:
     if candidate.plan.layout != chosen.layout:
         return ""
     passes = (("F", chosen.forward, candidate.plan.forward), ("B", chosen.backward, candidate.plan.backward))
-    return "".join(mark for mark, a, b in passes if [lane.schedule for lane in a] == [lane.schedule for lane in b])
+    return "".join(mark for mark, a, b in passes if [group.schedule for group in a] == [group.schedule for group in b])
 
 
 def _mask(text: str) -> Mask:

@@ -48,7 +48,7 @@ def get(name: str) -> Kernel:
     return KERNELS[kernel](**options)
 
 
-_LATER = {"obstacle": "select"}  # which takes kernels from here
+_LATER = {"unsupported_reason": "select"}  # which takes kernels from here
 
 
 def __getattr__(name: str) -> Any:
@@ -69,8 +69,8 @@ __all__ = [
     "accum_dtype",
     "get",
     "merge_",
-    "obstacle",
+    "unsupported_reason",
 ]
 
 if TYPE_CHECKING:
-    from ringattn.kernels.select import obstacle as obstacle
+    from ringattn.kernels.select import unsupported_reason as unsupported_reason

@@ -3,7 +3,7 @@
 from ringattn.schedule.catalog import NAMES
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
+from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make, parse
 from ringattn.schedule.mesh import mesh
 from ringattn.schedule.program import Message
 from ringattn.schedule.ring import bidirectional_ring, ring
@@ -16,7 +16,7 @@ __all__ = [
     "Kind",
     "Message",
     "Move",
-    "Room",
+    "BufferLimits",
     "Schedule",
     "Tile",
     "accumulating_ring",

@@ -11,7 +11,7 @@ import torch
 from stage import Stage
 
 import ringattn
-from ringattn.kernels import KERNELS, obstacle
+from ringattn.kernels import KERNELS, unsupported_reason
 
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current,compute_mode"
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "flash_attn_3", "flash_attn.cute", "flashinfer", "transformers")
@@ -51,7 +51,7 @@ def kernels(stage: Stage) -> None:
     """What each kernel of the library says of this device, for heads of 128."""
     dtype = torch.bfloat16
     for name in KERNELS:
-        why = obstacle(name, stage.device, dtype, 128)
+        why = unsupported_reason(name, stage.device, dtype, 128)
         stage.row("kernels", kernel=name, runs=why is None, why=why or "")
 
 

@@ -14,7 +14,7 @@ from ringattn import CheckpointError
 from ringattn.checkpoint import latest
 from ringattn.cli.train.config import TrainConfig
 from ringattn.comm import all_reduce
-from ringattn.faults import transferring
+from ringattn.faults import comm_errors
 
 
 def prepare_directory(config: TrainConfig, first: bool) -> bool:
@@ -25,7 +25,7 @@ def prepare_directory(config: TrainConfig, first: bool) -> bool:
             answer = [checkpoint_to_resume(config) is not None]
         except (CheckpointError, OSError) as error:
             answer = [str(error)]
-    with transferring("hearing from rank 0", "rank 0 did not say whether to resume"):
+    with comm_errors("hearing from rank 0", "rank 0 did not say whether to resume"):
         dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], str):
         raise CheckpointError(answer[0])
@@ -61,6 +61,6 @@ class StopRequest:
     def on_any_rank(self) -> bool:
         """Whether some rank has received one; the same answer on all ranks, each of which must ask."""
         received = torch.tensor(float(self.received), device=self.mesh.device_type)
-        with transferring("summing", f"rank {self.mesh.get_local_rank()}: stop request could not be summed over the ranks"):
+        with comm_errors("summing", f"rank {self.mesh.get_local_rank()}: stop request could not be summed over the ranks"):
             all_reduce(received, self.mesh.get_group())
         return bool(received)

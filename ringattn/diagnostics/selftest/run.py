@@ -10,7 +10,7 @@ import torch
 
 from ringattn._validation import count, one_of
 from ringattn.diagnostics.selftest.one_device import SCHEDULES, WORLDS, simulated
-from ringattn.diagnostics.selftest.report import shown
+from ringattn.diagnostics.selftest.report import as_table
 from ringattn.errors import InputError
 from ringattn.plan.kernel_names import parse
 
@@ -59,7 +59,7 @@ def _simulated(kernels: Sequence[str], device: str | None, worlds: Sequence[int]
         outcomes.append(outcome)
         what = outcome.trap or f"{outcome.schedule} over {outcome.world}"
         print(f"{outcome.kernel} {outcome.dtype} {what}: {outcome}", file=sys.stderr, flush=True)
-    print(shown(outcomes, f"ringattn selftest: simulated ranks on {where}"))
+    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {where}"))
     return all(outcome.passed for outcome in outcomes)
 
 
@@ -76,7 +76,8 @@ def _over_ranks(kernels: Sequence[str]) -> bool:
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
         print(
-            shown(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"), flush=True
+            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"),
+            flush=True,
         )
     dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to print before
     dist.destroy_process_group()
