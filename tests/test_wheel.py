@@ -1,6 +1,7 @@
 """An installed wheel works far from the checkout: README's example and `ringattn train`; and it holds the package alone."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import pytest
 from spawn import finish
 
 ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "docs" / "examples" / "readme.py"
 SMALL = shlex.split("--seq-len 203 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32")
 
 
@@ -101,7 +101,9 @@ def test_it_is_the_wheel_that_is_imported(installed: Installed) -> None:
 
 
 def test_the_example_of_the_readme_runs(installed: Installed) -> None:
-    installed.torchrun(str(EXAMPLE), ranks=2)
+    [example, *_] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (installed.elsewhere / "example.py").write_text(example)
+    installed.torchrun("example.py", ranks=2)
 
 
 def test_train_runs_alone(installed: Installed) -> None:
