@@ -1,6 +1,6 @@
 """Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
 
-from ringattn.schedule.catalog import NAMES
+from ringattn.schedule.catalog import NAMES, CatalogRequest, register, unregister
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
@@ -12,6 +12,7 @@ from ringattn.schedule.ulysses import ulysses
 
 __all__ = [
     "NAMES",
+    "CatalogRequest",
     "Kind",
     "Move",
     "Room",
@@ -27,10 +28,12 @@ __all__ = [
     "parse",
     "peak",
     "prune",
+    "register",
     "ring",
     "side_by_side",
     "split",
     "take_turns",
     "token_ring",
     "ulysses",
+    "unregister",
 ]
