@@ -13,7 +13,7 @@ from functools import cache
 from inspect import isabstract
 from typing import TypeVar
 
-from ringattn._validation import shown
+from ringattn._validation import short_repr
 from ringattn.errors import InputError
 from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
 from ringattn.kernels.emulated import Emulated
@@ -42,7 +42,7 @@ def register(kernel: K) -> K:
         InputError: it is no subclass of `Kernel` that can be made, or its name is taken.
     """
     if not isinstance(kernel, type) or not issubclass(kernel, Kernel) or isabstract(kernel):
-        raise InputError(f"register({shown(kernel)}): give a subclass of Kernel with piece_forward and piece_backward")
+        raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with piece_forward and piece_backward")
     name = getattr(kernel, "name", None)
     summary = (kernel.__doc__ or "").strip().partition("\n")[0]
     NAMES.register(name, KernelInfo(summary, kernel.options))  # type: ignore[arg-type]  # it refuses what is no name

@@ -1,8 +1,8 @@
 """Tells which kernel fits: why one cannot compute a call, which operator a call will use, and which kernel is worth a try.
 
-`obstacle` is asked before a call sends anything, `resolved` names what ranks must agree on. `pick` is for people, through
-`ringattn doctor`: its order is that of the packages' own claims for each generation of GPU. What is fastest on the GPU at hand
-`ranking` measures.
+`unsupported_reason` is asked before a call sends anything, `resolved` names what ranks must agree on. `pick` is for people,
+through `ringattn doctor`: its order is that of the packages' own claims for each generation of GPU. What is fastest on the GPU
+at hand `ranking` measures.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ringattn.kernels import class_of, get
 from ringattn.kernels.base import KernelCall
 from ringattn.plan.kernel_names import KERNELS as NAMES
 
-CURE = "make the plan with kernel='sdpa'"
+HINT = "make the plan with kernel='sdpa'"
 
 
 class Pick(NamedTuple):
@@ -51,7 +51,7 @@ def resolved(
     return name if kernel.name in NAMES.built_in or kernel.name not in NAMES else f"{name}, which is {definition_of(kernel)}"
 
 
-def obstacle(
+def unsupported_reason(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -65,7 +65,7 @@ def obstacle(
     try:
         call = KernelCall(device, dtype, head_dim, head_dim if value_dim is None else value_dim, 1, bias, generation=generation)
         if reason := class_of(name).unsupported_reason(call):
-            return f"{reason}; {CURE}"
+            return f"{reason}; {HINT}"
         get(name)
     except InputError as error:
         return f"kernel {name!r}: {error}"
@@ -78,7 +78,7 @@ def pick(device: torch.device | str, dtype: torch.dtype, head_dim: int, *, bias:
     for name, why in _RANKING:
         # flash-attn leaves bias and softcap together to plain mathematics
         wanted = softcap if name == "flex" else not (bias and softcap)
-        if device.type == "cuda" and wanted and obstacle(name, device, dtype, head_dim, bias=bias) is None:
+        if device.type == "cuda" and wanted and unsupported_reason(name, device, dtype, head_dim, bias=bias) is None:
             return Pick(name, why)
     return Pick("sdpa", f"torch's own fused operators; no other kernel that runs here on {device.type} is known to be faster")
 

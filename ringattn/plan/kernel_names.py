@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ringattn._validation import Registry, shown
+from ringattn._validation import Registry, short_repr
 from ringattn.errors import RingAttnError
 
 EMULATED = "emulated"  # behind its colon stand the flop/s, see `kernels.emulated`
@@ -70,18 +70,18 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     """
     kernel, colon, text = name.partition(":")
     if kernel not in KERNELS:
-        raise error(f"kernel={shown(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
+        raise error(f"kernel={short_repr(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
     if not colon:
         return KernelName(kernel, {})
     known = KERNELS[kernel].options
     if not known:
         having = [name for name, info in KERNELS.items() if info.options]
         only = f"only {', '.join(having)} {'has' if len(having) == 1 else 'have'}"
-        raise error(f"kernel={shown(name)}; {kernel!r} has no options ({only}): pass kernel={kernel!r}")
+        raise error(f"kernel={short_repr(name)}; {kernel!r} has no options ({only}): pass kernel={kernel!r}")
     given = [_option(kernel, known, part, name, error) for part in text.split(",")]
     options = dict(given)
     if len(options) < len(given):
-        raise error(f"kernel={shown(name)}; an option is given twice: give each once")
+        raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 
 
@@ -91,7 +91,7 @@ def _option(
     option, _, value = part.partition("=")
     meaning = "; ".join(f"{known_option}=N ({about.meaning})" for known_option, about in known.items())
     if option not in known:
-        raise error(f"kernel={shown(name)}; options of {kernel!r} are {meaning}, not {shown(option)}")
+        raise error(f"kernel={short_repr(name)}; options of {kernel!r} are {meaning}, not {short_repr(option)}")
     if not (value.isascii() and value.isdigit() and len(value) <= 18 and int(value) <= known[option].most):
-        raise error(f"kernel={shown(name)}; give {option} as a whole number: {meaning}")
+        raise error(f"kernel={short_repr(name)}; give {option} as a whole number: {meaning}")
     return option, int(value)

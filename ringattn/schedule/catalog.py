@@ -6,8 +6,8 @@ trade sequence for heads (see `schedule.ulysses`); the name is then that of what
 `balanced` is made for a mask and a layout, so it is not here: see `planner.solver` and the planner.
 
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `lanes.trim`). Within a
-name and among names, what needs less room stands first.
+first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `head_groups.trim`).
+Within a name and among names, what needs less room stands first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from ringattn._validation import Registry, count, flag, shown, text
+from ringattn._validation import Registry, count, flag, short_repr, text
 from ringattn.errors import InputError, PlanError
 from ringattn.schedule.check import check
 from ringattn.schedule.interleave import take_turns
@@ -30,8 +30,8 @@ from ringattn.schedule.ulysses import ulysses
 TRIMMED = 3  # parts: what others need, and what there is before and behind
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
-Lanes = tuple[Schedule, ...]
-Variants = Iterator[tuple[str, Lanes]]
+HeadGroups = tuple[Schedule, ...]
+Variants = Iterator[tuple[str, HeadGroups]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Named:
 
     name: str
     variant: str
-    lanes: Lanes
+    head_groups: HeadGroups
     trimmed: bool = False  # its blocks are to be cut where a layout knows rows that no other rank needs
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ class CatalogRequest:
 def named(name: str, request: CatalogRequest, degree: int = 1) -> Iterator[Named]:
     """The variants of `name`, one of `NAMES`, inside Ulysses of `degree`."""
     if degree == 1:
-        for variant, lanes, trimmed in _and_trimmed(_variants(name, request), request):
-            yield Named(name, variant, lanes, trimmed)
+        for variant, schedules, trimmed in _and_trimmed(_variants(name, request), request):
+            yield Named(name, variant, schedules, trimmed)
         return
     inside = request.inside(degree)
     groups = [n for n in (1, 2, 4) if request.kv_heads % (degree * n) == 0] or [1]
@@ -97,10 +97,10 @@ def named(name: str, request: CatalogRequest, degree: int = 1) -> Iterator[Named
                 yield Named(f"ulysses {degree}", _words("", parts, n), ulysses(exchange, degree, groups=n))
             yield Named(f"ulysses {degree}", _words("in stages", 1, n), ulysses(ring(1), degree, stages=degree - 1, groups=n))
         return
-    for variant, lanes, trimmed in _and_trimmed(_variants(name, inside), inside):
-        for n in groups if request.kv_heads >= degree * len(lanes) else [1]:
-            wrapped = zip(*(ulysses(lane, degree, stages=degree - 1, groups=n) for lane in lanes), strict=True)
-            found = tuple(lane for member in wrapped for lane in member)
+    for variant, schedules, trimmed in _and_trimmed(_variants(name, inside), inside):
+        for n in groups if request.kv_heads >= degree * len(schedules) else [1]:
+            wrapped = zip(*(ulysses(schedule, degree, stages=degree - 1, groups=n) for schedule in schedules), strict=True)
+            found = tuple(schedule for member in wrapped for schedule in member)
             yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found, trimmed)
 
 
@@ -109,13 +109,15 @@ def _variants(name: str, request: CatalogRequest) -> Variants:
     return entry.variants(request) if name in NAMES.built_in else _checked(entry, name, request)
 
 
-def _and_trimmed(variants: Variants, request: CatalogRequest) -> Iterator[tuple[str, Lanes, bool]]:
+def _and_trimmed(variants: Variants, request: CatalogRequest) -> Iterator[tuple[str, HeadGroups, bool]]:
     """Each as it is, and if its blocks are whole and some of what travels is not needed, without that."""
-    for variant, lanes in variants:
-        yield variant, lanes, False
-        moving = {"q" if move.kind.of_queries else "kv" for lane in lanes for move in lane.moves} & set(request.trimmed)
-        if moving and all(len(lane.q_home) == len(lane.kv_home) == lane.world for lane in lanes):
-            divided = tuple(divide(lane, **dict.fromkeys(moving, TRIMMED)) for lane in lanes)
+    for variant, schedules in variants:
+        yield variant, schedules, False
+        moving = {"q" if move.kind.of_queries else "kv" for schedule in schedules for move in schedule.moves} & set(
+            request.trimmed
+        )
+        if moving and all(len(schedule.q_owner) == len(schedule.kv_owner) == schedule.world for schedule in schedules):
+            divided = tuple(divide(schedule, **dict.fromkeys(moving, TRIMMED)) for schedule in schedules)
             yield ", ".join(filter(None, (variant, "trimmed"))), divided, True
 
 
@@ -223,7 +225,7 @@ def register(
         InputError: the name is taken or no name; `variants` is no function.
     """
     if not callable(variants):
-        raise InputError(f"variants={shown(variants)}; give a function of a CatalogRequest that yields (words, schedules)")
+        raise InputError(f"variants={short_repr(variants)}; give a function of a CatalogRequest that yields (words, schedules)")
     text("summary", summary, InputError)
     flag("automatic", automatic, InputError)
     NAMES.register(name, CatalogEntry(variants, summary, automatic, count("least_ranks", least_ranks, InputError)))
@@ -242,14 +244,16 @@ def automatic_names(ranks: int) -> list[str]:
 def _checked(entry: CatalogEntry, name: str, request: CatalogRequest) -> Variants:
     """The variants of a schedule that was registered, each proved; those of the library are proved by its tests."""
     for variant in entry.variants(request):
-        words, lanes = variant if isinstance(variant, tuple) and len(variant) == 2 else (None, ())
-        lanes = (lanes,) if isinstance(lanes, Schedule) else lanes
-        if not isinstance(words, str) or not isinstance(lanes, tuple) or not lanes:
-            raise PlanError(f"schedule {name!r}: its variants gave {shown(variant)}; yield (words, Schedule or tuple of them)")
-        for lane in lanes:
-            if not isinstance(lane, Schedule) or lane.world != request.world:
+        words, schedules = variant if isinstance(variant, tuple) and len(variant) == 2 else (None, ())
+        schedules = (schedules,) if isinstance(schedules, Schedule) else schedules
+        if not isinstance(words, str) or not isinstance(schedules, tuple) or not schedules:
+            raise PlanError(
+                f"schedule {name!r}: its variants gave {short_repr(variant)}; yield (words, Schedule or tuple of them)"
+            )
+        for schedule in schedules:
+            if not isinstance(schedule, Schedule) or schedule.world != request.world:
                 raise PlanError(
-                    f"schedule {name!r}: {shown(lane)} is no Schedule for {request.world} ranks; build it for those"
+                    f"schedule {name!r}: {short_repr(schedule)} is no Schedule for {request.world} ranks; build it for those"
                 )
-            check(lane)
-        yield words, lanes
+            check(schedule)
+        yield words, schedules
