@@ -156,9 +156,7 @@ class Registry(dict[str, T]):
     def register(self, name: str, entry: T) -> None:
         """Add `entry`. Raises `InputError` if there is one of this name, or if the name cannot be one."""
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-            raise InputError(
-                f"name of a {self.kind}: {short_repr(name)}; give letters, digits, _ and -, beginning with a letter"
-            )
+            raise InputError(f"name of a {self.kind}: {short_repr(name)}; give letters, digits, _ and -, a letter first")
         if name in self.built_in or name in self.reserved:
             raise InputError(f"{self.kind} {name!r} belongs to the library; register yours under another name")
         if name in self:
