@@ -10,6 +10,8 @@ _HOME = {
     "P2P": "p2p",
     "TRANSPORTS": "select",
     "choose": "select",
+    "register": "select",
+    "unregister": "select",
     "transport_for": "select",
     "SharedMemoryPort": "shared_memory",
     "Simulated": "simulated",
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from ringattn.comm.p2p import P2P as P2P
     from ringattn.comm.select import TRANSPORTS as TRANSPORTS
     from ringattn.comm.select import choose as choose
+    from ringattn.comm.select import register as register
     from ringattn.comm.select import transport_for as transport_for
+    from ringattn.comm.select import unregister as unregister
     from ringattn.comm.shared_memory import SharedMemoryPort as SharedMemoryPort
     from ringattn.comm.simulated import Simulated as Simulated
     from ringattn.comm.simulated import SimulatedPort as SimulatedPort

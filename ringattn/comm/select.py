@@ -1,5 +1,7 @@
 """Chooses the transport of a group: shared memory where all of its ranks are on one host, else point-to-point messages.
 
+`TRANSPORTS` lists them; `register` adds one, which is taken by name alone.
+
 `init` chooses once for the default group, together with all ranks; other groups follow it, each with connections of its own.
 Where `init` was not called, or with `transport="p2p"`, nothing but `P2P` is used. Symmetric memory, between GPUs, is taken by
 name alone.
@@ -8,30 +10,75 @@ name alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
+from ringattn._validation import Registry, definition_of, short_repr
 from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import described
 from ringattn.comm.shared_memory import Links, SharedMemory
 from ringattn.comm.shared_memory_setup import Rendezvous, apart, connect
 from ringattn.comm.symmetric_memory import Arena, SymmetricMemory, open_arena, unsupported_reason
-from ringattn.errors import LaunchError
+from ringattn.comm.transport import Transport
+from ringattn.errors import InputError, LaunchError
 from ringattn.faults.watchdog import comm_errors
 
 AUTOMATIC, PLAIN, SHARED, SYMMETRIC = "automatic", "p2p", "shared_memory", "symmetric_memory"
-TRANSPORTS = (PLAIN, SHARED, SYMMETRIC)
 DEADLINE = 120.0  # seconds, where no backend has one
 
+
+class TransportInfo(NamedTuple):
+    """A transport that has a name. `make` is that of a registered one."""
+
+    summary: str
+    make: Callable[[dist.ProcessGroup], Transport] | None = None
+
+
+TRANSPORTS: Registry[TransportInfo] = Registry(
+    "transport",
+    {
+        PLAIN: TransportInfo("messages over the group's backend, gloo or NCCL"),
+        SHARED: TransportInfo("memory that ranks of one host share, for tensors on CPUs"),
+        SYMMETRIC: TransportInfo("memory that GPUs of one host share"),
+    },
+    reserved=(AUTOMATIC,),
+)
+
 _choices: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()  # a choice ends with its group, and so do links
-_links: WeakKeyDictionary[dist.ProcessGroup, Links | Arena | None] = WeakKeyDictionary()
+_links: WeakKeyDictionary[dist.ProcessGroup, Links | Arena | Transport | None] = WeakKeyDictionary()
 _set_ups: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # how many there were: keys in a store are used once
 
 
-def transport_for(group: dist.ProcessGroup | None) -> P2P:
+def register(name: str, make: Callable[[dist.ProcessGroup], Transport]) -> None:
+    """Let `init(transport=name)` and `choose(group, name)` take a transport of your own. Do it on every rank alike.
+
+    Args:
+        name: letters, digits, _ and -.
+        make: a class or function. It is called once for each group, on all of its ranks together, and what it returns is used
+            by every call of that group: it may keep connections, and must keep calls apart.
+
+    Ranks compare where `make` is defined before they use it.
+
+    Raises:
+        InputError: the name is taken or no name; `make` cannot be called.
+    """
+    if not callable(make):
+        raise InputError(f"make={short_repr(make)}; give a class or function of a process group that returns a Transport")
+    summary = (make.__doc__ or "").strip().partition("\n")[0]
+    TRANSPORTS.register(name, TransportInfo(summary, make))
+
+
+def unregister(name: str) -> None:
+    """Forget a transport that was registered; groups that use it go on. Raises `InputError` if there is none of this name."""
+    TRANSPORTS.unregister(name)
+
+
+def transport_for(group: dist.ProcessGroup | None) -> Transport:
     """The transport for this process's rank of `group`. Collective when a group comes for the first time.
 
     Raises:
@@ -44,9 +91,11 @@ def transport_for(group: dist.ProcessGroup | None) -> P2P:
         choice = _choice(group)
         _links[group] = None if choice == PLAIN else _set_up(group, choice)
     links = _links[group]
+    if links is None:
+        return P2P(group)
     if isinstance(links, Arena):
         return SymmetricMemory(group, links)
-    return P2P(group) if links is None else SharedMemory(group, links)
+    return SharedMemory(group, links) if isinstance(links, Links) else links
 
 
 def choose(group: dist.ProcessGroup, transport: str | None) -> None:
@@ -55,12 +104,14 @@ def choose(group: dist.ProcessGroup, transport: str | None) -> None:
     Chosen for the default group it holds for all groups that make no choice of their own and have not been used yet.
 
     Raises:
-        LaunchError: ranks ask for different transports, or shared memory was asked for by name and is not possible.
+        LaunchError: ranks ask for different transports, there is none of this name, or shared memory was asked for by name and
+            is not possible.
         CommError: a rank did not come.
     """
     choice = AUTOMATIC if transport is None else transport
     if dist.get_world_size(group) > 1:
-        different = _agreed(group, choice)
+        make = TRANSPORTS[choice].make if choice in TRANSPORTS else None
+        different = _agreed(group, choice if make is None else f"{choice} ({definition_of(make)})")
         if different:
             raise LaunchError(f"ranks disagree on transport: {different}. Give all ranks the same one")
     _choices[group] = choice
@@ -85,8 +136,10 @@ def moves(group: dist.ProcessGroup, device: torch.device) -> bool:
     return _choice(group) == SYMMETRIC and device.type == "cuda"
 
 
-def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
+def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | Transport | None:
     """What joins the ranks of `group`, or None where the choice is automatic and nothing but p2p can."""
+    if choice not in (AUTOMATIC, SHARED, SYMMETRIC):
+        return _registered(group, choice)
     with comm_errors(f"setting up {choice} transport", _said(group)):
         found = _arena(group) if choice == SYMMETRIC else _shared(group)
     if not isinstance(found, str):
@@ -94,6 +147,13 @@ def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
     if choice == AUTOMATIC:
         return None
     raise LaunchError(f"transport={choice!r} is not possible here: {found}. Leave transport out, or use transport='p2p'")
+
+
+def _registered(group: dist.ProcessGroup, choice: str) -> Transport:
+    make = TRANSPORTS[choice].make if choice in TRANSPORTS else None
+    if make is None:
+        raise LaunchError(f"transport={choice!r}; choose one of {', '.join(TRANSPORTS)}, or register it before it is used")
+    return make(group)
 
 
 def _shared(group: dist.ProcessGroup) -> Links | str:
