@@ -116,7 +116,7 @@ class Config:
     """Write the loss of every window here."""
     reprint: bool = False
     """Compute nothing: print and draw what `json` holds."""
-    plot: Path | None = Path("docs/compression_smollm2.png")
+    plot: Path | None = Path("docs/images/compression_smollm2.png")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Config:
     seq_len: int = 1024
     lr: float = 4e-3
     json: Path = Path("benchmarks/results/compression_trained.json")
-    plot: Path = Path("docs/compression_trained.png")
+    plot: Path = Path("docs/images/compression_trained.png")
 
     @property
     def genome(self) -> bool:
