@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 import ringattn
-from ringattn.comm import agree, duplex, p2p, unfinished
+from ringattn.comm import consistency as agree
+from ringattn.comm import gloo_duplex as duplex
+from ringattn.comm import p2p
+from ringattn.faults import pending as unfinished
 
 KIND, FAULTY, FILE = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 RANK = int(os.environ["RANK"])

@@ -10,9 +10,9 @@ from meaning import dense
 from torch import Tensor
 
 from ringattn import Mask, Plan, causal, full, make_plan, positions
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.schedule import (
     Schedule,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from ringattn import RingAttnError
-from ringattn.mask import Mask
+from ringattn.sequence.mask import Mask
 
 
 class Spiteful:

@@ -11,20 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import PlanError, causal, documents, full, prefix_lm, sliding_window
-from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
-from ringattn.lanes import make_lanes
-from ringattn.layout import LAYOUTS
-from ringattn.plan import Plan
+from ringattn.plan.head_groups import make_lanes
+from ringattn.plan.plan import Plan
+from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.solver import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
+from ringattn.planner.solver.local_search import Ledger, Walk, starts
+from ringattn.planner.solver.problem import loads, visits
+from ringattn.planner.solver.timeline import Timeline, next_batch
+from ringattn.planner.topology import Topology
 from ringattn.schedule import Kind, Schedule, check, peak, ring, split
-from ringattn.schedule.balanced import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
-from ringattn.schedule.balanced.batches import next_batch
-from ringattn.schedule.balanced.ledger import Ledger
-from ringattn.schedule.balanced.problem import loads, visits
-from ringattn.schedule.balanced.starts import starts
-from ringattn.schedule.balanced.timeline import Timeline
-from ringattn.schedule.balanced.walk import Walk
 from ringattn.schedule.program import program
-from ringattn.topology import Topology
+from ringattn.sequence.layout import LAYOUTS
 
 # Bytes that move, in units of one rank's q, for 4 ranks under a causal mask: proven by a solver of its own.
 BEST = {
@@ -152,7 +149,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_mask_and_layout_gives_a_correct_schedule(mask: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["ringattn.schedule.balanced.search"], "MOST_STEPS", 5000)  # correct after any number
+    monkeypatch.setattr(sys.modules["ringattn.planner.solver.local_search"], "MOST_STEPS", 5000)  # correct after any number
     for layout, objective in product(LAYOUTS, OBJECTIVES):
         problem, _ = joined(world, MASKS[mask], layout, 37, objective)
         schedule = balanced(problem)

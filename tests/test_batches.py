@@ -10,7 +10,7 @@ from cases import schedules
 
 from ringattn import Plan, full, make_plan
 from ringattn.comm import p2p
-from ringattn.comm.duplex import Transfer
+from ringattn.comm.gloo_duplex import Transfer
 from ringattn.comm.p2p import P2P, P2PPort
 from ringattn.schedule.program import Message
 

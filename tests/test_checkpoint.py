@@ -13,9 +13,9 @@ import torch
 from spawn import finish, run_ranks, start
 
 from ringattn import CheckpointError
-from ringattn.runtime import checkpoint
-from ringattn.runtime.checkpoint import write_state
-from ringattn.runtime.saver import Saver
+from ringattn.checkpoint import store as checkpoint
+from ringattn.checkpoint.async_save import Saver
+from ringattn.checkpoint.store import write_state
 
 CONFIG = {"dim": 4, "data": ("a", "b")}
 
@@ -192,8 +192,8 @@ def test_a_saver_tells_every_rank_of_a_failure_with_the_next_call(tmp_path):
 DIES_WRITING = """
 import os, signal, sys, torch
 from ringattn.runtime import checkpoint
-from ringattn.runtime.checkpoint import write_state
-from ringattn.runtime.saver import Saver
+from ringattn.checkpoint.store import write_state
+from ringattn.checkpoint.async_save import Saver
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
 checkpoint.save(sys.argv[1], 1, model, optimizer)

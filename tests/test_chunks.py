@@ -8,7 +8,7 @@ from cases import EXACT, simulate, worst
 from meaning import dense
 
 from ringattn import InputError, Layout, PlanError, attention, causal, documents, full, make_plan, positions, shard, unshard
-from ringattn.layout import Span, contiguous, zigzag
+from ringattn.sequence.layout import Span, contiguous, zigzag
 
 MODEL: dict[str, Any] = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 

@@ -10,10 +10,10 @@ import pytest
 
 from ringattn import load_topology
 from ringattn.cli.planning import _mask
+from ringattn.diagnostics import doctor
 from ringattn.kernels import Kernel, Reference
-from ringattn.mask import causal, documents, full, prefix_lm, sliding_window
-from ringattn.partial import Partial
-from ringattn.runtime import doctor
+from ringattn.kernels.lse import Partial
+from ringattn.sequence.mask import causal, documents, full, prefix_lm, sliding_window
 
 MODEL = ["--world", "4", "--heads", "8", "--kv-heads", "2", "--head-dim", "64"]
 NO_TORCH = """
@@ -140,7 +140,7 @@ def test_probe_needs_ranks(tmp_path: Path) -> None:
 
 def test_probe_measures_what_plan_reads(tmp_path: Path) -> None:
     out = tmp_path / "loopback.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringattn.cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringattn"]
     environment = os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [*command, "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2"],

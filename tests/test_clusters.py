@@ -15,8 +15,9 @@ from spawn import finish, start, torchrun
 from test_init import free_port
 
 from ringattn import LaunchError
-from ringattn.runtime import hosts, together
-from ringattn.runtime.doctor import Finding
+from ringattn.diagnostics import cluster as together
+from ringattn.diagnostics.doctor import Finding
+from ringattn.runtime import hosts
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split(
@@ -33,7 +34,7 @@ def agent(port: int, *command: str) -> "subprocess.Popen[str]":
 
 def test_doctor_examines_the_ranks_of_two_agents() -> None:
     port = free_port()
-    agents = [agent(port, "-m", "ringattn.cli", "doctor") for _ in range(2)]
+    agents = [agent(port, "-m", "ringattn", "doctor") for _ in range(2)]
     ends = [finish(one, timeout=90) for one in agents]
     assert [code for code, *_ in ends] == [0, 0], ends
     said = "".join(out for _, out, _ in ends)
@@ -84,7 +85,7 @@ def test_an_interface_that_is_not_there_is_answered_with_those_that_are(monkeypa
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "warp9")
     with pytest.raises(LaunchError, match=r"GLOO_SOCKET_IFNAME=warp9: this host .* has .*lo.*; name one of these"):
         hosts.address()
-    code, _, err = torchrun("-m", "ringattn.cli", "doctor", ranks=2)
+    code, _, err = torchrun("-m", "ringattn", "doctor", ranks=2)
     assert code != 0 and "ringattn: GLOO_SOCKET_IFNAME=warp9" in err
 
 
@@ -127,4 +128,4 @@ def test_the_manifest_holds_together() -> None:
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in node["template"]["spec"]["template"]["spec"]["volumes"]}
     said = textwrap.dedent(job["spec"]["trainer"]["args"][0])
-    assert "-m ringattn.cli doctor &&" in said and "launch/train.py --auto-resume" in said
+    assert "-m ringattn doctor &&" in said and "launch/train.py --auto-resume" in said

@@ -21,8 +21,8 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, full, make_plan, positions, shard
+from ringattn.execution.custom_op import known_as
 from ringattn.nn.rotary import apply_rotary, rotary
-from ringattn.op import known_as
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor generates C++ and there is no g++")
 
@@ -209,7 +209,7 @@ def test_errors_are_those_of_eager_mode(change, error: type[Exception], text: st
 
 
 def test_importing_attention_does_not_import_the_compiler() -> None:
-    code = "import sys, ringattn.functional; print('torch._dynamo' in sys.modules)"
+    code = "import sys, ringattn.execution.attention; print('torch._dynamo' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert ran.stdout.strip() == "False", ran.stderr
 

@@ -17,9 +17,9 @@ from test_transformers import CLOSE
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ringattn import InputError
-from ringattn.integrations.gathered import take_place
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.whole import forward_whole
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.gathered import take_place
+from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.planner import make_plan
 
@@ -160,7 +160,7 @@ CURES = [
     "call model(**inputs) with the inputs of ringattn.integrations.transformers.shard_batch",
     "pixel_values, token_type_ids, of which",
     "stands beside the text decoder",
-    "made of one rank's rows: call ringattn.integrations.whole.forward_whole",
+    "made of one rank's rows: call ringattn.integrations.transformers.forward_whole",
     "as (4, batch, seq_len)",
     "pass (batch, seq_len), or",
     "attention in both directions",

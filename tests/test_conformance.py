@@ -20,8 +20,8 @@ from conformance.models import all_models
 from conformance.tiny import VOCABULARY, tiny_config
 from torch import Tensor
 
-from ringattn.integrations.layers import attend
-from ringattn.integrations.shards import Shards
+from ringattn.integrations.transformers.batch import Shards
+from ringattn.integrations.transformers.layers import attend
 
 # Of each make one: plain, learned positions, one norm for two branches, windows and capped logits, routed experts, latent keys
 # and values, attention's results taken as views; encoder-decoders with and without a relative bias.

@@ -12,11 +12,13 @@ from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ringattn.kernels import KERNELS, Operands, Options, Rows, choice, constants, flash, flex, get
-from ringattn.kernels.constants import kept
-from ringattn.mask import Band
+from ringattn.kernels import KERNELS, Operands, Options, Rows, flash, flex, get
+from ringattn.kernels import device_constants as constants
+from ringattn.kernels import operator_choice as choice
+from ringattn.kernels.device_constants import kept
 from ringattn.nn import grads
-from ringattn.pieces import CAUSAL, FULL, Piece
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece
 
 
 class Watch(TorchDispatchMode):

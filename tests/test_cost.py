@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ringattn import Plan, Topology, causal, full, make_plan
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
-from ringattn.cost import MERGE, compute_seconds, price, traffic, transfer_seconds
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
+from ringattn.planner.cost import MERGE, compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.topology import PRESETS
 from ringattn.schedule import Schedule, ring, token_ring
-from ringattn.topology import PRESETS
 
 SCHEDULES = cases.SCHEDULES | {"all_gather": lambda world: "all_gather"}
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (3, 1)}

@@ -8,10 +8,11 @@ import torch
 from test_kernels import BANDS, assert_same, block, both_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringattn.kernels import Operands, Options, Rows, aten, choice, get, sdpa
-from ringattn.kernels.choice import Facts
-from ringattn.mask import Band
-from ringattn.pieces import CAUSAL, FULL, Piece
+from ringattn.kernels import Operands, Options, Rows, aten, get, sdpa
+from ringattn.kernels import operator_choice as choice
+from ringattn.kernels.operator_choice import Facts
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Facts((9, 0), 91900, (2, 11), (13, 0))

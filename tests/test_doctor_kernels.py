@@ -11,15 +11,17 @@ import torch
 from spawn import torchrun
 from standins import module
 
-from ringattn import make_plan, selftest
+from ringattn import make_plan
+from ringattn.diagnostics import doctor, selftest
+from ringattn.diagnostics.selftest import report
 from ringattn.errors import InputError, PlanError
-from ringattn.kernels import KERNELS, choice, get, pick
-from ringattn.kernels.choice import Facts
-from ringattn.kernels.pick import obstacle
+from ringattn.kernels import KERNELS, get
+from ringattn.kernels import operator_choice as choice
+from ringattn.kernels import select as pick
+from ringattn.kernels.operator_choice import Facts
 from ringattn.kernels.ranking import rank
 from ringattn.kernels.reference import Reference
-from ringattn.runtime import doctor
-from ringattn.selftest import report
+from ringattn.kernels.select import obstacle
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16 = torch.bfloat16
@@ -174,7 +176,9 @@ def test_an_installed_flash_attn_3_without_sm_margin_is_told(installed, monkeypa
 
 
 def test_importing_kernels_imports_no_package() -> None:
-    code = "import sys, ringattn.kernels.pick, ringattn.functional; print([m for m in sys.modules if 'flash_a' in m])"
+    code = (
+        "import sys, ringattn.kernels.select, ringattn.execution.attention; print([m for m in sys.modules if 'flash_a' in m])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50).stdout.strip() == "[]"
 
 
@@ -187,7 +191,7 @@ WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'rich', 'docstr
 
 @pytest.mark.timeout(300)
 def test_selftest_simulates_ranks_with_nothing_but_torch() -> None:
-    code = f"{WITHOUT}; from ringattn.selftest.__main__ import main; sys.exit(main({SMALL}))"
+    code = f"{WITHOUT}; from ringattn.diagnostics.selftest.run import main; sys.exit(main({SMALL}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "all passed" in done.stdout, done.stdout + done.stderr
     for name in ("alone", "token_ring 2", *(trap.name for trap in selftest.traps()), "equal bits twice in deterministic mode"):
@@ -228,5 +232,5 @@ def test_selftest_tells_what_cannot_run_and_leaves_flex_for_last() -> None:
 
 @pytest.mark.timeout(300)
 def test_selftest_over_ranks() -> None:
-    code, out, err = torchrun("-m", "ringattn.selftest", "--kernel", "sdpa", ranks=2, timeout=240)
+    code, out, err = torchrun("-m", "ringattn", "selftest", "--kernel", "sdpa", ranks=2, timeout=240)
     assert code == 0 and "all passed" in out and out.count("pass ") == 14, out + err

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, documents, full, make_plan, sliding_window
-from ringattn.by_documents import EVEN, Unit, _dealt, by_documents
-from ringattn.cost import traffic
-from ringattn.layout import contiguous
 from ringattn.planner import Candidate, candidates
+from ringattn.planner.cost import traffic
 from ringattn.schedule import ring, split
+from ringattn.sequence.document_layout import EVEN, Unit, _dealt, by_documents
+from ringattn.sequence.layout import contiguous
 
 MODEL: dict[str, Any] = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
 

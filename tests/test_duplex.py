@@ -5,7 +5,7 @@ import torch.distributed as dist
 from spawn import run_ranks
 
 import ringattn
-from ringattn.comm import duplex
+from ringattn.comm import gloo_duplex as duplex
 
 
 def _in_different_numbers_of_groups(rank: int) -> tuple[bool, float]:

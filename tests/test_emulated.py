@@ -7,7 +7,7 @@ import torch
 
 from ringattn import PlanError, attention, causal, make_plan
 from ringattn.kernels import Emulated, Operands, Options, Rows, get
-from ringattn.pieces import CAUSAL, Piece
+from ringattn.sequence.segments import CAUSAL, Piece
 
 FLOPS = 1e9
 GIVEN = dict(world=1, heads=4, kv_heads=2, head_dim=16, mask=causal())

@@ -17,8 +17,8 @@ from test_init import free_port
 from thirty import DEADLINE
 
 import ringattn
-from ringattn.comm.factory import choose
 from ringattn.comm.p2p import P2PPort
+from ringattn.comm.select import choose
 from ringattn.comm.shared_memory import SharedMemoryPort
 
 JOB = str(Path(__file__).parent / "fault_job.py")

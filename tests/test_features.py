@@ -9,11 +9,11 @@ from cases import EXACT, SCHEDULES, simulate, worst
 from meaning import dense
 
 from ringattn import Plan, causal, documents, full, make_plan, prefix_lm, sliding_window
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
-from ringattn.cost import traffic
+from ringattn.execution.autograd import Inputs, attend
+from ringattn.execution.sharding import positions
 from ringattn.kernels import Options
-from ringattn.sharding import positions
+from ringattn.planner.cost import traffic
 
 WORLD, LENGTH, DIM = 3, 7, 2
 MODEL: dict[str, Any] = dict(heads=4, kv_heads=2, head_dim=DIM, dtype="float64")

@@ -15,8 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import InputError, Plan, attention, causal, make_plan, shard
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 
 TWICE = "a second derivative of attention"

@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringattn.errors import InputError
 from ringattn.kernels import KERNELS, Operands, Options, Rows, get
-from ringattn.kernels.fit import widen
+from ringattn.kernels.adapters import widen
+from ringattn.kernels.external import parameters
 from ringattn.kernels.flash import ANY, Flash, window
-from ringattn.kernels.package import parameters
-from ringattn.layout import LAYOUTS
-from ringattn.mask import END, Band, causal, documents, full, prefix_lm, sliding_window
-from ringattn.pieces import CAUSAL, FULL, Piece, pieces
+from ringattn.sequence.layout import LAYOUTS
+from ringattn.sequence.mask import END, Band, causal, documents, full, prefix_lm, sliding_window
+from ringattn.sequence.segments import CAUSAL, FULL, Piece, pieces
 
 GENERATIONS = tuple(SIGNATURES)
 FILES = {

@@ -9,8 +9,8 @@ from test_kernels import BANDS, assert_same, block, both_passes
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ringattn.kernels import Operands, Options, Rows, flex, get
-from ringattn.mask import END, Band
-from ringattn.pieces import CAUSAL, FULL, Piece
+from ringattn.sequence.mask import END, Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece
 
 
 def plain(

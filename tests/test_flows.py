@@ -3,7 +3,7 @@
 import pytest
 
 from ringattn import Topology
-from ringattn.cost.flows import Flows
+from ringattn.planner.cost.flows import Flows
 from ringattn.schedule.program import Message
 
 SWITCH = Topology("s", "switch", flops=1.0, bandwidth=100.0)

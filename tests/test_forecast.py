@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from ringattn import Mask, Plan, PlanError, Topology, causal, documents, full, make_plan, sliding_window
-from ringattn.cost import Cost, compute_seconds, price
-from ringattn.forecast import Family, families, forecast, rank_families
-from ringattn.forecast.clock import Clock
-from ringattn.forecast.inner import Inner
-from ringattn.forecast.payloads import Model
-from ringattn.forecast.shifts import Links
+from ringattn.planner.closed_form import Family, families, forecast, rank_families
+from ringattn.planner.closed_form.clock import Clock
+from ringattn.planner.closed_form.family import Inner
+from ringattn.planner.closed_form.rounds import Model
+from ringattn.planner.closed_form.shifts import Links
+from ringattn.planner.cost import Cost, compute_seconds, price
+from ringattn.planner.topology import PRESETS
 from ringattn.schedule import Schedule, bidirectional_ring, mesh, ring, token_ring
 from ringattn.schedule.ulysses import ulysses
-from ringattn.topology import PRESETS
 
 HEADS = {"mha": (8, 8), "gqa": (8, 2), "mqa": (8, 1)}
 ROWS, DIM, FLOPS = 64, 16, 1e9

@@ -12,23 +12,12 @@ from spawn import run_ranks
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
-from ringattn import (
-    InputError,
-    LaunchError,
-    MismatchError,
-    Plan,
-    RingAttnError,
-    attention,
-    causal,
-    functional,
-    make_plan,
-    shard,
-    unshard,
-)
-from ringattn.autograd import Inputs, attend
-from ringattn.comm import agree
-from ringattn.comm.duplex import Transfer
+from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError, attention, causal, make_plan, shard, unshard
+from ringattn.comm import consistency as agree
+from ringattn.comm.gloo_duplex import Transfer
 from ringattn.comm.p2p import P2P
+from ringattn.execution import attention as functional
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.nn import cross_entropy
 

@@ -11,9 +11,9 @@ from cases import EXACT, HEADS, LAYOUTS, MASKS, Case, example, product_of_everyt
 from spawn import RankFailure, run_ranks
 
 from ringattn import attention, make_plan, positions, shard, unshard
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.p2p import P2P
 from ringattn.comm.simulated import Simulated
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 
 LENGTH = 19

@@ -13,9 +13,10 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
-from ringattn import InputError, attention, causal, functional, make_plan, shard, unshard
-from ringattn.comm import agree as agreement
-from ringattn.comm import group
+from ringattn import InputError, attention, causal, make_plan, shard, unshard
+from ringattn.comm import consistency as agreement
+from ringattn.comm import process_group as group
+from ringattn.execution import attention as functional
 
 REFUSED = {
     "the default where tensors are the CPU's": dict(),

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: F401  (registers the backend "fake")
 
 from ringattn import InputError, attention, causal, make_plan, shard, unshard
-from ringattn.comm import agree as agreement
-from ringattn.comm import duplex, group
+from ringattn.comm import consistency as agreement
+from ringattn.comm import gloo_duplex as duplex
+from ringattn.comm import process_group as group
 from ringattn.integrations.mpu import sequence_parallel
 from ringattn.nn import reduce_gradients
 

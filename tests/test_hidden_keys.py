@@ -17,9 +17,9 @@ from test_kernels import assert_same
 
 from ringattn import causal, full, kernels, make_plan
 from ringattn.kernels import KERNELS, Operands, Options, Rows, get
-from ringattn.kernels.fit import with_bias
-from ringattn.mask import Band
-from ringattn.pieces import CAUSAL, FULL, Piece
+from ringattn.kernels.adapters import with_bias
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece
 
 KEYS, HIDDEN = 400, 300
 PLACES = {"end": slice(KEYS - HIDDEN, KEYS), "start": slice(0, HIDDEN), "middle": slice(50, 50 + HIDDEN), "all": slice(0, KEYS)}
@@ -86,7 +86,7 @@ def test_a_block_of_hidden_keys_beside_one_that_counts(name: str, packages: None
 @pytest.mark.parametrize("kernel", ["flash2", "flash3"])
 def test_a_padded_batch_over_ranks(kernel: str, schedule: str, layout: str, mask, packages: None) -> None:
     """Right padding as the transformers integration hands it on: out, lse and gradients are those of dense attention."""
-    transformers = pytest.importorskip("ringattn.integrations.shards")
+    transformers = pytest.importorskip("ringattn.integrations.transformers.batch")
     tokens = torch.ones(2, KEYS, dtype=torch.long)
     tokens[1, KEYS - HIDDEN :] = 0
     bias = transformers.padding_of(tokens, None)

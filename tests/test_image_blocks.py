@@ -7,7 +7,7 @@ import torch
 from cases import EXACT, example, simulate, worst
 
 from ringattn import Mask, PlanError, causal, documents, full, make_plan, prefix_lm, sliding_window
-from ringattn.mask import bidirectional_blocks
+from ringattn.sequence.mask import bidirectional_blocks
 
 BLOCKS = ((4, 9), (9, 12), (20, 31), (36, 37))
 BASES = {
@@ -60,8 +60,8 @@ def test_masks_of_transformers_are_read_as_they_are_meant() -> None:
     pytest.importorskip("transformers")
     from transformers import masking_utils as theirs
 
-    from ringattn.integrations.mask_functions import blocks_of, read_mask
-    from ringattn.integrations.shards import with_blocks
+    from ringattn.integrations.transformers.batch import with_blocks
+    from ringattn.integrations.transformers.mask_functions import blocks_of, read_mask
 
     ids = torch.full((1, 37), -1)
     for number, (start, stop) in enumerate(BLOCKS):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import MismatchError, Plan, attention, causal, make_plan, shard, unshard
-from ringattn.comm import agree
+from ringattn.comm import consistency as agree
 
 SCHEDULES = [("ring", 1), ("token_ring", 1), ("ring", 2)]  # of the last, inputs rest away from their owners
 

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringattn
 from ringattn import attention, make_plan, shard
-from ringattn.comm import journal
+from ringattn.faults import event_log as journal
 from ringattn.runtime import note
 
 RANKS = 2

@@ -5,9 +5,9 @@ import torch
 
 from ringattn.kernels import Kernel, Operands, Options, Rows, get, sdpa
 from ringattn.kernels.fused import surrogate_out
-from ringattn.mask import END
-from ringattn.partial import Partial, merge_, nothing
-from ringattn.pieces import CAUSAL, FULL, Band, Piece
+from ringattn.kernels.lse import Partial, merge_, nothing
+from ringattn.sequence.mask import END
+from ringattn.sequence.segments import CAUSAL, FULL, Band, Piece
 
 BANDS = [FULL, CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0)]
 ON_CPU = ["flex", "reference", "sdpa"]  # those of the flash-attn packages are in test_flash

@@ -23,17 +23,15 @@ from torch import Tensor
 
 from ringattn import InputError, MismatchError, full, make_plan
 from ringattn.comm.simulated import Simulated
-from ringattn.compress import Merge, bipartite, similar
-from ringattn.compress.ask import Ask
-from ringattn.compress.bipartite import over_ranks
-from ringattn.compress.chance import uniform
-from ringattn.compress.pairing import energies
-from ringattn.compress.similar import in_windows
-from ringattn.compress.units import ONE, SAME, units
-from ringattn.layout import LAYOUTS, Layout
+from ringattn.execution.sharding import held
+from ringattn.merging import Merge, bipartite, similar
+from ringattn.merging.bipartite_matching import over_ranks
+from ringattn.merging.matching import ONE, SAME, energies, units
+from ringattn.merging.policy_inputs import Ask, uniform
+from ringattn.merging.similar_rows import in_windows
 from ringattn.nn import Decoder, DecoderConfig
-from ringattn.schedule.named import NAMES
-from ringattn.sharding import held
+from ringattn.schedule.catalog import NAMES
+from ringattn.sequence.layout import LAYOUTS, Layout
 
 Rows = list[list[int]]  # directions in whole numbers
 

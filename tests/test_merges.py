@@ -16,16 +16,14 @@ from torch import Tensor
 
 from ringattn import InputError, Mask, causal, documents, full, prefix_lm, sliding_window
 from ringattn.comm.simulated import Simulated
-from ringattn.compress import Merge, grid, segments, windows
-from ringattn.compress.ask import Ask
-from ringattn.compress.chance import uniform
-from ringattn.compress.placement import Placement, crosses, edges, even, is_causal, over_slots, seen, stay, untimely
-from ringattn.compress.route import Route, down, up
-from ringattn.compress.similar import in_windows
-from ringattn.compress.tell import told
-from ringattn.compress.units import ONE, SAME, similarity, units
-from ringattn.layout import LAYOUTS, Layout, Span
-from ringattn.sharding import held
+from ringattn.execution.sharding import held
+from ringattn.merging import Merge, grid, segments, windows
+from ringattn.merging.exchange import Route, down, told, up
+from ringattn.merging.matching import ONE, SAME, similarity, units
+from ringattn.merging.placement import Placement, crosses, edges, even, is_causal, over_slots, seen, stay, untimely
+from ringattn.merging.policy_inputs import Ask, uniform
+from ringattn.merging.similar_rows import in_windows
+from ringattn.sequence.layout import LAYOUTS, Layout, Span
 
 Groups = list[list[int]]
 

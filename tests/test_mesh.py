@@ -6,7 +6,7 @@ import pytest
 
 from ringattn import PlanError
 from ringattn.schedule import check, prune
-from ringattn.schedule.grid import factors, mesh
+from ringattn.schedule.mesh import factors, mesh
 
 
 @pytest.mark.parametrize("world", range(1, 17))

@@ -11,7 +11,7 @@ import pytest
 RUN = Path(__file__).parent.parent / "benchmarks" / "netlab" / "run.py"
 SCRIPT = """
 import sys, time, torch, torch.distributed as dist, ringattn
-from ringattn.comm.duplex import finish, receiving, sending
+from ringattn.comm.gloo_duplex import finish, receiving, sending
 mesh = ringattn.init()
 group, rank = mesh.get_group(), mesh.get_local_rank()
 topology = ringattn.load_topology(sys.argv[1])

@@ -8,7 +8,6 @@ from spawn import run_ranks
 from torch import Tensor
 
 from ringattn import InputError, MismatchError, make_plan, positions, shard
-from ringattn.layout import Layout, Span
 from ringattn.nn import (
     Decoder,
     DecoderConfig,
@@ -20,6 +19,7 @@ from ringattn.nn import (
     rotary,
     shift_labels,
 )
+from ringattn.sequence.layout import Layout, Span
 
 TINY = DecoderConfig(vocab_size=17, dim=12, layers=2, heads=6, kv_heads=2, head_dim=4, hidden_dim=20)
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ringattn.kernels import Operands, Options, aten, choice, get, sdpa
-from ringattn.kernels.choice import CallShape, Facts, call_width, operator, version
-from ringattn.kernels.pick import obstacle, resolved
-from ringattn.pieces import FULL, Piece
+from ringattn.kernels import Operands, Options, aten, get, sdpa
+from ringattn.kernels import operator_choice as choice
+from ringattn.kernels.operator_choice import CallShape, Facts, call_width, operator, version
+from ringattn.kernels.select import obstacle, resolved
+from ringattn.sequence.segments import FULL, Piece
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Facts((9, 0), 91900, (2, 11), (13, 0))

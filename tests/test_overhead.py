@@ -10,12 +10,12 @@ from cases import Example, example, simulate, worst
 from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
-from ringattn.autograd import Inputs, attend
-from ringattn.comm.packing import Spec, Wire
 from ringattn.comm.simulated import Simulated
+from ringattn.comm.wire_format import Spec, Wire
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import KERNELS, Operands, Options, Rows, fused, get
+from ringattn.kernels.lse import Partial
 from ringattn.kernels.sdpa import Sdpa
-from ringattn.partial import Partial
 from ringattn.schedule import mesh, ring, token_ring
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -49,7 +49,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     monkeypatch.setitem(KERNELS, "sdpa", Watched)
     get.cache_clear()
     monkeypatch.setattr(
-        "ringattn.work.surrogate_out", lambda *a: (calls.append(("surrogate", a[0])), fused.surrogate_out(*a))[1]
+        "ringattn.execution.blocks.surrogate_out", lambda *a: (calls.append(("surrogate", a[0])), fused.surrogate_out(*a))[1]
     )
     return calls
 
@@ -146,7 +146,7 @@ def test_backward_inside_autocast_is_that_outside() -> None:
 def test_spans_have_names_only_under_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     real = torch.profiler.record_function
-    monkeypatch.setattr("ringattn.engine.record_function", lambda name: (opened.append(name), real(name))[1])
+    monkeypatch.setattr("ringattn.execution.engine.record_function", lambda name: (opened.append(name), real(name))[1])
     plan, e = plan_and_example(token_ring(2), 2)
     simulate(plan, e.q, e.k, e.v, e.dout)
     assert not opened

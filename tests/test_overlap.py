@@ -12,11 +12,11 @@ from torch import Tensor
 from ringattn import full, make_plan
 from ringattn.comm.p2p import P2P, P2PPort
 from ringattn.comm.transport import Port
-from ringattn.engine import run
+from ringattn.execution.blocks import Forward
+from ringattn.execution.engine import run
+from ringattn.execution.overlap import Overlap, overlap
 from ringattn.kernels import Options
-from ringattn.measure import Overlap, overlap
 from ringattn.schedule.program import Message
-from ringattn.work import Forward
 
 ROOT = Path(__file__).parent.parent
 

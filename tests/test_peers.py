@@ -21,7 +21,7 @@ from peers import LIBRARIES, Setting, deepspeed_ulysses, flash_on_cpu, torch_rin
 from peers.local import Cpu, Emulated
 
 from ringattn.kernels import Operands, Options, Rows, get
-from ringattn.pieces import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Piece
 
 ROWS = 12
 # Query heads, KV heads: as many, fewer, and (for Ulysses on four ranks) a number that does not divide.

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import Layout, Mask, PlanError, causal, documents, full, prefix_lm, sliding_window
-from ringattn.layout import LAYOUTS, Span, even_parts, take
-from ringattn.pieces import CAUSAL, FULL, Piece, pieces, strips
+from ringattn.sequence.layout import LAYOUTS, Span, even_parts, take
+from ringattn.sequence.segments import CAUSAL, FULL, Piece, pieces, strips
 
 MASKS = st.one_of(
     st.just(full()),

@@ -10,27 +10,16 @@ import torch.distributed as dist
 from cases import EXACT, example, simulate, worst
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn import (
-    Layout,
-    Plan,
-    PlanError,
-    ScheduleError,
-    Topology,
-    causal,
-    documents,
-    full,
-    make_plan,
-    sliding_window,
-)
-from ringattn.cost import price
+from ringattn import Layout, Plan, PlanError, ScheduleError, Topology, causal, documents, full, make_plan, sliding_window
 from ringattn.kernels import KERNELS as REAL_KERNELS
-from ringattn.layout import Span, contiguous
-from ringattn.mask import Mask
 from ringattn.planner import KERNELS, Candidate, candidates
-from ringattn.planner.choose import LAYOUT_TIE, TIE
+from ringattn.planner.cost import price
+from ringattn.planner.search import LAYOUT_TIE, TIE
+from ringattn.planner.topology import PRESETS
 from ringattn.schedule import bidirectional_ring, ring, token_ring
-from ringattn.schedule.named import NAMES
-from ringattn.topology import PRESETS
+from ringattn.schedule.catalog import NAMES
+from ringattn.sequence.layout import Span, contiguous
+from ringattn.sequence.mask import Mask
 
 USUAL: dict[str, Any] = {"seq_len": 64, "world": 4, "heads": 8, "kv_heads": 2, "head_dim": 16}
 SLOW_LINKS = Topology("slow links", "mesh", flops=1e15, link_latency=1e-6, bandwidth=1e9)

@@ -17,7 +17,7 @@ from meaning import dense
 
 from ringattn import Layout, Mask, causal, documents, full, make_plan, prefix_lm, sliding_window
 from ringattn.comm.simulated import Simulated
-from ringattn.layout import Span
+from ringattn.sequence.layout import Span
 
 CASES = 1200
 HEADS = ((4, 4), (4, 2), (6, 2), (4, 1), (9, 3), (1, 1))

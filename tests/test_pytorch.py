@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ringattn.integrations.transformers import register, shard_batch
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.nn import cross_entropy, shift_labels
 
 CLOSE = 8 * torch.finfo(torch.float32).eps

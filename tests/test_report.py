@@ -7,8 +7,8 @@ import pytest
 from spawn import finish, start, torchrun
 
 from ringattn import InputError
-from ringattn.runtime import report
-from ringattn.runtime.doctor import Finding
+from ringattn.diagnostics import bug_report as report
+from ringattn.diagnostics.doctor import Finding
 
 
 def packed(file: Path) -> dict[str, str]:
@@ -46,17 +46,17 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_one_command_alone_and_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "rank0.log").write_text("what it said")
-    code, out, err = finish(start(["-m", "ringattn.cli", "report", str(tmp_path), "--out", str(tmp_path / "one.zip")]), 50)
+    code, out, err = finish(start(["-m", "ringattn", "report", str(tmp_path), "--out", str(tmp_path / "one.zip")]), 50)
     assert code == 0 and "doctor.txt" in out, err
     found = packed(tmp_path / "one.zip")
     assert "sdpa kernel" in found["doctor.txt"] and found[f"logs{tmp_path}/rank0.log"] == "what it said"
-    code, out, err = torchrun("-m", "ringattn.cli", "report", "--out", str(tmp_path / "two.zip"), ranks=2)
+    code, out, err = torchrun("-m", "ringattn", "report", "--out", str(tmp_path / "two.zip"), ranks=2)
     assert code == 0 and out.count("doctor.txt") == 1, err
     assert "every rank connects to every other" in packed(tmp_path / "two.zip")["doctor.txt"]
 
 
 def test_a_job_that_does_not_come_together_is_reported_too(tmp_path: Path) -> None:
     place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="no number")
-    code, _, err = finish(start(["-m", "ringattn.cli", "report", "--out", str(tmp_path / "out.zip")], **place), 50)
+    code, _, err = finish(start(["-m", "ringattn", "report", "--out", str(tmp_path / "out.zip")], **place), 50)
     assert code == 0, err
     assert "torchrun's environment is damaged" in packed(tmp_path / "out.zip")["doctor.txt"]

@@ -19,8 +19,8 @@ from test_transformers import CLOSE, LENGTH, batch_of, config_of, model_of
 from test_whole import off
 from transformers import AutoModelForCausalLM
 
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.whole import forward_whole
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 
 pytestmark = pytest.mark.timeout(120)

@@ -17,8 +17,8 @@ from test_transformers import CLOSE, batch_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ringattn import InputError
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.whole import forward_whole
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import reduce_gradients
 
 pytestmark = pytest.mark.timeout(120)

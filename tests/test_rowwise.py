@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ringattn import InputError
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.trial import TRIED
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.support.trial import TRIED
 
 SMALL: dict[str, Any] = dict(
     vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2

@@ -7,9 +7,9 @@ import pytest
 from cases import EXACT, HEADS, MASKS, SCHEDULES, Case, example, schedules, simulate, worst
 
 from ringattn import RingAttnError, Schedule, ScheduleError, make_plan
-from ringattn.cost import traffic
-from ringattn.lanes import Lane
-from ringattn.plan import Plan
+from ringattn.plan.head_groups import Lane
+from ringattn.plan.plan import Plan
+from ringattn.planner.cost import traffic
 from ringattn.schedule import (
     Kind,
     Move,
@@ -24,7 +24,7 @@ from ringattn.schedule import (
     split,
     token_ring,
 )
-from ringattn.schedule.grid import mesh
+from ringattn.schedule.mesh import mesh
 from ringattn.schedule.program import program
 
 checking = importlib.import_module("ringattn.schedule.check")  # the package exports the function of that name

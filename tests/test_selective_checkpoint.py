@@ -15,10 +15,10 @@ from spawn import run_ranks
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import ringattn.op
+import ringattn.execution.custom_op
 from ringattn import Mask, Plan, attention, causal, documents, make_plan, positions, shard
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -111,19 +111,19 @@ def layers_on_ranks(rank: int, schedule: str, bias: bool) -> dict[str, tuple[boo
         return x + attention(q, k, v, plan, **more).flatten(2)
 
     def both(checkpointed: Callable[..., Any], *leaves: Tensor) -> tuple[list[Tensor], int]:
-        runs, forward = 0, ringattn.op.run_forward
+        runs, forward = 0, ringattn.execution.custom_op.run_forward
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal runs
             runs += 1
             return forward(*args, **kwargs)
 
-        ringattn.op.run_forward = counted
+        ringattn.execution.custom_op.run_forward = counted
         h, *weights = leaves
         for weight in weights:
             h = checkpointed(layer, h, weight)
         h.sin().sum().backward()  # on ranks that train nothing too
-        ringattn.op.run_forward = forward
+        ringattn.execution.custom_op.run_forward = forward
         grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
         for leaf in leaves:
             leaf.grad = None

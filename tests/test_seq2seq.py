@@ -16,13 +16,13 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from ringattn import InputError, make_plan
-from ringattn.integrations.decoder_inputs import with_decoder_inputs
-from ringattn.integrations.relative_bias import plans_for, relative_attention, runs
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.whole import forward_whole
-from ringattn.mask import END, Band
+from ringattn.execution.sharding import held
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.seq2seq.decoder_inputs import with_decoder_inputs
+from ringattn.integrations.transformers.seq2seq.relative_bias import plans_for, relative_attention, runs
+from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
-from ringattn.sharding import held
+from ringattn.sequence.mask import END, Band
 
 SOURCE, TARGET = 29, 23
 CLOSE = 16 * torch.finfo(torch.float32).eps
@@ -292,8 +292,8 @@ def test_decoder_inputs_are_those_that_the_model_makes_of_whole_labels(name: str
 def test_what_a_mask_function_keeps_is_found_by_evaluating_it() -> None:
     from transformers import masking_utils as masks
 
-    from ringattn.integrations.layers import MaskInfo
-    from ringattn.integrations.stacks import reach
+    from ringattn.integrations.transformers.layers import MaskInfo
+    from ringattn.integrations.transformers.seq2seq.stacks import reach
 
     assert reach(MaskInfo(None, function=masks.causal_mask_function)) == Band(right=0)
     assert reach(MaskInfo(None, function=masks.bidirectional_mask_function)) == Band()

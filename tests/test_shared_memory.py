@@ -15,11 +15,11 @@ from spawn import RankFailure, run_ranks, torchrun
 
 import ringattn
 from ringattn import CommError, LaunchError, shard
-from ringattn.autograd import Inputs, attend
 from ringattn.comm import shared_memory_link, shared_memory_setup
-from ringattn.comm.factory import choose, transport_for
 from ringattn.comm.p2p import P2P, P2PPort
+from ringattn.comm.select import choose, transport_for
 from ringattn.comm.shared_memory import Links, SharedMemory
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.schedule.program import Message
 
@@ -266,7 +266,7 @@ def test_one_rank_needs_no_transport() -> None:
 
 JOB = """
 import ringattn, torch, torch.distributed as dist
-from ringattn.comm.factory import transport_for
+from ringattn.comm.select import transport_for
 for arguments in ({}, {"transport": "p2p"}, {"transport": "shared_memory"}):
     mesh = ringattn.init(timeout=20, **arguments)
     print(type(transport_for(mesh.get_group())).__name__ + "\\n", end="", flush=True)  # one write: ranks share stdout

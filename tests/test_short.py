@@ -30,10 +30,10 @@ from ringattn import (
     sliding_window,
 )
 from ringattn.comm.simulated import Simulated
-from ringattn.compress import Merge, Pay, RateController, Short, bipartite, shorten, similar, windows
-from ringattn.compress.balance import placed
-from ringattn.cost import traffic
+from ringattn.merging import Merge, Pay, RateController, Short, bipartite, shorten, similar, windows
+from ringattn.merging.placement import placed
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder, reduce_gradients, shift_labels
+from ringattn.planner.cost import traffic
 
 HEADS = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import _SymmetricMemory
 
 from ringattn import CommError, LaunchError, shard
-from ringattn.autograd import Inputs, attend
-from ringattn.comm.factory import choose
+from ringattn.comm.select import choose
 from ringattn.comm.symmetric_memory import Arena, Memory, SymmetricMemory, unsupported_reason
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.schedule.program import Message
 

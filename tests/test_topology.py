@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ringattn import PlanError, Topology, load_topology
-from ringattn.topology import PRESETS
+from ringattn.planner.topology import PRESETS
 
 SPEEDS = {"flops": 1e12, "link_latency": 1e-6, "bandwidth": 10e9}
 MATRIX = Topology(

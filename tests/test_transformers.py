@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from ringattn import InputError
-from ringattn.integrations.transformers import register, shard_batch
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 LENGTH = 37

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import PlanError, Schedule, causal, full, make_plan
-from ringattn.cost import traffic
-from ringattn.lanes import share_heads
+from ringattn.plan.head_groups import share_heads
+from ringattn.planner.cost import traffic
 from ringattn.schedule import Kind, check, mesh, parse, ring, split, take_turns, token_ring, ulysses
 from ringattn.schedule.ulysses import resharded
 

@@ -16,8 +16,11 @@ from spawn import run_ranks
 from thirty import DEADLINE
 
 from ringattn import attention, make_plan, shard
-from ringattn.comm import board, collectives, journal, p2p, unfinished
-from ringattn.comm.unfinished import Posted, Unfinished
+from ringattn.comm import collectives, p2p
+from ringattn.faults import event_log as journal
+from ringattn.faults import pending as unfinished
+from ringattn.faults import watchdog as board
+from ringattn.faults.pending import Posted, Unfinished
 
 ATTEMPTS = 3  # a machine that runs other tests beside may hold the beats of a healthy process back for seconds
 CUDA = torch.device("cuda", 0)

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from ringattn import InputError
-from ringattn.integrations.shards import documents_of, padding_of
-from ringattn.integrations.transformers import register, shard_batch
-from ringattn.integrations.whole import forward_whole
-from ringattn.mask import causal, documents
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.batch import documents_of, padding_of
+from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
+from ringattn.sequence.mask import causal, documents
 
 IDS = batch_of()["input_ids"]
 JUMP = torch.cat([torch.arange(20), torch.arange(1000, 1017)])[None]
