@@ -32,4 +32,4 @@ outputs = forward_whole(model, batch, mesh)  # whole, the same on every rank
 outputs.loss.backward()
 reduce_gradients(model.parameters(), mesh)  # the vision tower's, too
 if mesh.get_local_rank() == 0:
-    print(outputs.loss.item())
+    print(f"loss {outputs.loss.item():.4f}")

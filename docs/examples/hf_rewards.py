@@ -22,4 +22,5 @@ outputs = forward_whole(model, batch, mesh)  # rewards and loss of one process, 
 outputs.loss.backward()
 reduce_gradients(model.parameters(), mesh)
 if mesh.get_local_rank() == 0:
-    print(outputs.logits.flatten().tolist(), outputs.loss.item())
+    first, second = outputs.logits.flatten().tolist()
+    print(f"rewards {first:.4f} and {second:.4f}, loss {outputs.loss.item():.4f}")

@@ -44,4 +44,6 @@ trainer = LongTrainer(
     sequence_parallel_size=2,  # 4 ranks: 2 replicas, each sequence on 2 ranks
 )
 trainer.train()
-print(trainer.evaluate()["eval_loss"])
+loss = trainer.evaluate()["eval_loss"]  # every rank takes part
+if trainer.is_world_process_zero():
+    print(f"evaluation loss {loss:.4f}")

@@ -11,6 +11,7 @@ import ringattn
 mesh = ringattn.init()
 model = dict(world=mesh, heads=4, kv_heads=2, head_dim=16)
 plan = ringattn.make_plan(1000, **model)  # causal
+torch.manual_seed(mesh.get_local_rank())
 x = torch.randn(1, plan.rows(mesh.get_local_rank()), 64, requires_grad=True)
 
 merge = similar(x, plan.layout, window=16, remove=0.5)  # or windows(1000, 2), segments(...), bipartite(...)

@@ -1,0 +1,32 @@
+"""Adapts how the API reference reads the source: lazy packages, comments of fields, and no special methods.
+
+Lazy packages: where `__all__` is the sorted keys of a table of names, those keys are what is public.
+Fields: a comment at the end of a field's line, `seconds: float  # until the last rank is done`, is what the field means.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from griffe import Attribute, Class, Docstring, Extension, Module
+
+
+class Reference(Extension):
+    def on_module_members(self, *, node: Any, mod: Module, **_: Any) -> None:
+        for statement in node.body if isinstance(node, ast.Module) else []:
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
+                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+                if isinstance(target, ast.Name) and target.id == "_HOME":
+                    mod.exports = sorted(key.value for key in statement.value.keys if isinstance(key, ast.Constant))
+
+    def on_class_members(self, *, cls: Class, **_: Any) -> None:
+        for name in [name for name in cls.members if name.startswith("__") and name not in ("__init__", "__call__")]:
+            del cls.members[name]  # what Python calls by itself, as __eq__ and __post_init__, is no part of a reference
+
+    def on_attribute_instance(self, *, attr: Attribute, **_: Any) -> None:
+        if attr.docstring is None and attr.lineno is not None and attr.lineno == attr.endlineno:
+            lines = attr.lines_collection[attr.filepath]
+            _, mark, comment = lines[attr.lineno - 1].partition("  # ")
+            if mark and not comment.startswith(("noqa", "type:", "pyright:")):
+                attr.docstring = Docstring(comment, parent=attr, lineno=attr.lineno)
