@@ -4,9 +4,9 @@ torchrun --standalone --nproc-per-node 4 docs/examples/merging.py
 """
 
 import torch
-from ringattn.merging import shorten, similar
 
 import ringattn
+from ringattn.merging import shorten, similar
 
 mesh = ringattn.init()
 model = dict(world=mesh, heads=4, kv_heads=2, head_dim=16)
