@@ -56,14 +56,16 @@ def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> 
 def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """The model with this attention, its experts one after another: the grouped product has no fp64."""
     model: PreTrainedModel = cls._from_config(config, attn_implementation=attention, experts_implementation="eager")
-    return model.double()
+    doubled: PreTrainedModel = model.double()
+    return doubled
 
 
 def part_for(config: PretrainedConfig, cls: type) -> PretrainedConfig:
     """The configuration inside a composite one that the class is made of, as `AutoModel.from_config` takes it."""
     if isinstance(config, cls):
         return config
-    return next((part for part in vars(config).values() if type(part) is cls), config)
+    parts: list[PretrainedConfig] = [part for part in vars(config).values() if type(part) is cls]
+    return next(iter(parts), config)
 
 
 def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
