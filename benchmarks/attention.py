@@ -215,7 +215,9 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
 
 
 def _names(plan: Plan) -> str:
-    forward, backward = ("|".join(lane.schedule.name for lane in lanes) for lanes in (plan.forward, plan.backward))
+    forward, backward = (
+        "|".join(head_group.schedule.name for head_group in head_groups) for head_groups in (plan.forward, plan.backward)
+    )
     return forward if forward == backward else f"{forward}, backward {backward}"
 
 

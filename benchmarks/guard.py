@@ -20,7 +20,7 @@ from clock import slowest
 
 import ringattn
 from ringattn.comm.consistency import agree
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 
 FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False}
 
@@ -53,7 +53,7 @@ def main(config: Config) -> None:
     known = (perf_counter() - begin) / 1000
     begin = perf_counter()
     for _ in range(1000):
-        with transferring("waiting", "", None):
+        with comm_errors("waiting", "", None):
             pass
     watched = (perf_counter() - begin) / 1000
     if rank == 0:

@@ -158,7 +158,7 @@ class Instant(Kernel):
     def __init__(self) -> None:
         self.made: dict[Any, Any] = {}
 
-    def piece_forward(self, block: Operands, band: Any, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Any, options: Options) -> Partial:
         key = block.q.shape
         if key not in self.made:
             b, h, s, d = key
@@ -167,7 +167,7 @@ class Instant(Kernel):
         made: Partial = self.made[key]
         return made
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
         if key not in self.made:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]

@@ -123,7 +123,7 @@ def _once(plan: Plan, config: Config, rank: int) -> tuple[float, float]:
 
 def _figures(contender: Contender) -> dict[str, float]:
     plan = contender.plan
-    pairs = sum(area for lane in plan.forward[:1] for area in lane.areas.values())
+    pairs = sum(area for head_group in plan.forward[:1] for area in head_group.areas.values())
     forward, both = map(median, zip(*contender.seconds, strict=True))
     return dict(
         tokens=plan.seq_len,

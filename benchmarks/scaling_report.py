@@ -56,7 +56,8 @@ def curves(points: Sequence[Point]) -> list[list[Point]]:
 def chosen(plan: Plan) -> str:
     """The schedules of both passes; lanes of a Ulysses group differ in whose they are, which is left out."""
     passes = [
-        [re.sub(r"ulysses \d+ of", "ulysses", lane.schedule.name) for lane in one] for one in (plan.forward, plan.backward)
+        [re.sub(r"ulysses \d+ of", "ulysses", head_group.schedule.name) for head_group in one]
+        for one in (plan.forward, plan.backward)
     ]
     forward, backward = ("|".join(dict.fromkeys(names)) for names in passes)
     return forward if forward == backward else f"{forward}, backward {backward}"

@@ -12,7 +12,7 @@ import plots
 import torch
 
 from ringattn import InputError
-from ringattn._validation import MOST, path, shown
+from ringattn._validation import MOST, path, short_repr
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 
 # What may differ between a run and its continuation: everything else decides what is learned.
@@ -105,16 +105,18 @@ class TrainConfig:
         """Raise `InputError` for numbers that cannot work on `world` ranks; model and plan check their own."""
         for name in ("seq_len", "batch", "steps", "warmup"):
             if not 1 <= getattr(self, name) <= MOST:
-                raise InputError(f"--{name.replace('_', '-')} {shown(getattr(self, name))}: must be 1 or more, up to {MOST:,}")
+                raise InputError(
+                    f"--{name.replace('_', '-')} {short_repr(getattr(self, name))}: must be 1 or more, up to {MOST:,}"
+                )
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} {getattr(self, name)}: must be positive")
         if not math.isfinite(self.lr):
             raise InputError(f"--lr {self.lr}: must be finite")
         if self.save_every < 0:
-            raise InputError(f"--save-every {shown(self.save_every)}: must be 0 (only at the end) or more")
+            raise InputError(f"--save-every {short_repr(self.save_every)}: must be 0 (only at the end) or more")
         if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"--seed {shown(self.seed)}: must be 0 or more, below 2^63")
+            raise InputError(f"--seed {short_repr(self.seed)}: must be 0 or more, below 2^63")
         if not path("--out", self.out, InputError).name or self.out.name == "..":
             raise InputError(f"--out {self.out}: must be a directory with a name of its own, which can be moved aside")
         self._fits(world)

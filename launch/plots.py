@@ -38,4 +38,4 @@ def schedule_timeline(plan: Plan, path: Path) -> None:
     """The plan's forward schedule, all lanes, as PNG."""
     from ringattn.schedule.draw import draw_png
 
-    draw_png([lane.schedule for lane in plan.forward], path)
+    draw_png([head_group.schedule for head_group in plan.forward], path)

@@ -32,12 +32,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
-from ringattn._validation import complaint
+from ringattn._validation import error_message
 from ringattn.checkpoint import store as checkpoint
 from ringattn.checkpoint.async_save import Saver
 from ringattn.comm.consistency import agree
 from ringattn.faults.event_log import note
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.nn import Decoder, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.nn.collectives import sum_over
 
@@ -45,7 +45,7 @@ from ringattn.nn.collectives import sum_over
 def main(config: TrainConfig) -> None:
     mesh = ringattn.init(journal=config.journal)
     group = mesh.get_group() if mesh.size() > 1 else None
-    agree(group, {"call": "flags"}, complaint(lambda: config.check(mesh.size())))
+    agree(group, {"call": "flags"}, error_message(lambda: config.check(mesh.size())))
     speaks = mesh.get_local_rank() == 0
     topology = "cpu" if mesh.device_type == "cpu" else None
     plan = make_plan(
@@ -158,7 +158,7 @@ def _prepare(config: TrainConfig, speaks: bool) -> bool:
             answer = [_checkpoint_to_resume(config) is not None]
         except (CheckpointError, OSError) as error:
             answer = [str(error)]
-    with transferring("hearing from rank 0", "rank 0 did not say whether to resume"):
+    with comm_errors("hearing from rank 0", "rank 0 did not say whether to resume"):
         dist.broadcast_object_list(answer, src=0)
     if isinstance(answer[0], str):
         raise CheckpointError(answer[0])

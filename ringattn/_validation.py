@@ -1,8 +1,8 @@
 """Whether a value is what an argument takes: the checks that all public functions share, each said once.
 
 A checker returns the value in the form to work with, or raises the error class it is given. Its text names the argument, what
-was found, and what may stand there. What a caller passes may be anything, so its `repr` may be endless, or raise: `shown` alone
-turns a value into words. No torch here.
+was found, and what may stand there. What a caller passes may be anything, so its `repr` may be endless, or raise: `short_repr`
+alone turns a value into words. No torch here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WORDS = Repr()
 WORDS.maxstring = WORDS.maxother = WORDS.maxlong = 200
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """`repr(value)`, short, on one line, and without fail."""
     try:
         words = WORDS.repr(value)
@@ -36,7 +36,7 @@ def shown(value: object) -> str:
     return " ".join(words.encode(errors="backslashreplace").decode().split())
 
 
-def complaint(check: Callable[[], object]) -> str | None:
+def error_message(check: Callable[[], object]) -> str | None:
     """What `check` raises, in words, or None: for whoever has to tell other ranks before it raises."""
     try:
         check()
@@ -45,21 +45,21 @@ def complaint(check: Callable[[], object]) -> str | None:
     return None
 
 
-def whole(name: str, value: Any, error: type[RingAttnError], must: str = "a whole number") -> int:
+def as_int(name: str, value: Any, error: type[RingAttnError], must: str = "a whole number") -> int:
     """A whole number of any size and sign, numpy's and torch's included."""
     try:
         return int(index(value))  # also of a bool, which torch does not take for a number
     except Exception:  # tensors raise more than TypeError
-        raise error(f"{name}={shown(value)}; must be {must}") from None
+        raise error(f"{name}={short_repr(value)}; must be {must}") from None
 
 
-def count(name: str, value: Any, error: type[RingAttnError], *, least: int = 1, most: int = MOST, cure: str = "") -> int:
-    """A whole number from `least` to `most`; `cure` is said of one that is too small."""
-    number = whole(name, value, error)
+def count(name: str, value: Any, error: type[RingAttnError], *, least: int = 1, most: int = MOST, hint: str = "") -> int:
+    """A whole number from `least` to `most`; `hint` is said of one that is too small."""
+    number = as_int(name, value, error)
     if number < least:
-        raise error(f"{name}={shown(number)}; must be {least} or more{cure and '; '}{cure}")
+        raise error(f"{name}={short_repr(number)}; must be {least} or more{hint and '; '}{hint}")
     if number > most:
-        raise error(f"{name}={shown(number)}; must be {most:,} or less")
+        raise error(f"{name}={short_repr(number)}; must be {most:,} or less")
     return number
 
 
@@ -68,10 +68,10 @@ def counts(name: str, value: Any, error: type[RingAttnError]) -> tuple[int, ...]
     try:
         return tuple(index(one) for one in value.tolist()) if hasattr(value, "tolist") else tuple(map(index, value))
     except Exception:
-        raise error(f"{name}={shown(value)}; must be a sequence of whole numbers") from None
+        raise error(f"{name}={short_repr(value)}; must be a sequence of whole numbers") from None
 
 
-def real(value: object) -> float | None:
+def as_finite_float(value: object) -> float | None:
     """The finite number that `value` is, or None."""
     try:
         return float(value) if isinstance(value, Real) and isfinite(value) else None
@@ -83,11 +83,11 @@ def number(
     name: str, value: Any, error: type[RingAttnError], *, above: float | None = None, least: float | None = None
 ) -> float:
     """A finite number more than `above`, or of `least` or more."""
-    found = real(value)
+    found = as_finite_float(value)
     if found is None or (above is not None and found <= above) or (least is not None and found < least):
         bound = "" if above is None else f" more than {above:g}"
         bound += "" if least is None else f" of {least:g} or more"
-        raise error(f"{name}={shown(value)}; must be a finite number{bound}")
+        raise error(f"{name}={short_repr(value)}; must be a finite number{bound}")
     return found
 
 
@@ -95,32 +95,32 @@ def seconds(name: str, value: Any, error: type[RingAttnError]) -> float:
     """A time to wait at most, more than none and up to a month: longer ones overflow where they are passed on."""
     found = number(name, value, error, above=0.0)
     if found > MONTH:
-        raise error(f"{name}={shown(value)}; give seconds, up to {MONTH:,.0f}")
+        raise error(f"{name}={short_repr(value)}; give seconds, up to {MONTH:,.0f}")
     return found
 
 
 def flag(name: str, value: Any, error: type[RingAttnError]) -> bool:
     if not isinstance(value, bool):
-        raise error(f"{name}={shown(value)}; must be True or False")
+        raise error(f"{name}={short_repr(value)}; must be True or False")
     return value
 
 
 def one_of(name: str, value: Any, choices: Iterable[str], error: type[RingAttnError]) -> str:
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise error(f"{name}={shown(value)}; choose one of {', '.join(choices)}")
+        raise error(f"{name}={short_repr(value)}; choose one of {', '.join(choices)}")
     return value
 
 
 def text(name: str, value: Any, error: type[RingAttnError]) -> str:
     if not isinstance(value, str):
-        raise error(f"{name}={shown(value)}; must be a text")
+        raise error(f"{name}={short_repr(value)}; must be a text")
     return value
 
 
-def instance(name: str, value: Any, kind: type[T] | tuple[type[T], ...], error: type[RingAttnError], cure: str) -> T:
+def instance(name: str, value: Any, kind: type[T] | tuple[type[T], ...], error: type[RingAttnError], hint: str) -> T:
     if not isinstance(value, kind):
-        raise error(f"{name}={shown(value)}; {cure}")
+        raise error(f"{name}={short_repr(value)}; {hint}")
     return value
 
 
@@ -136,5 +136,5 @@ def path(name: str, value: Any, error: type[RingAttnError]) -> Path:
     except UnicodeEncodeError:
         unusable = True
     if unusable:
-        raise error(f"{name}={shown(value)}; must be a path, as text or a pathlib.Path")
+        raise error(f"{name}={short_repr(value)}; must be a path, as text or a pathlib.Path")
     return found

@@ -1,7 +1,8 @@
 """Today's schedules, plans, outputs, merges, files and logs are those that tests/golden/ stores.
 
 Texts and digests are compared exactly. Outputs are compared bit for bit where this machine's arithmetic is that of the machine
-which wrote them, by a fingerprint, and within rounding everywhere. `tests/support/golden_cases.py` says how to write the files anew.
+which wrote them, by a fingerprint, and within rounding everywhere. `tests/support/golden_cases.py` says how to write the files
+anew.
 """
 
 import json

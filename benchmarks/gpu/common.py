@@ -18,7 +18,7 @@ from ringattn import Mask, Plan, make_plan, positions
 from ringattn.comm.simulated import Simulated, SimulatedPort
 from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import KERNELS, Options
-from ringattn.kernels.select import obstacle
+from ringattn.kernels.select import unsupported_reason
 from ringattn.schedule.program import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
@@ -49,7 +49,9 @@ def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int, *, bia
     """Those of `WANTED` that run here, and in words why the others do not."""
     here, why = [], []
     for name in WANTED:
-        found = obstacle(name, device, dtype, head_dim, bias=bias) if name in KERNELS else f"there is no kernel {name!r}"
+        found = (
+            unsupported_reason(name, device, dtype, head_dim, bias=bias) if name in KERNELS else f"there is no kernel {name!r}"
+        )
         here += [name] if found is None else []
         why += [] if found is None else [f"{name}: {found}"]
     return here, why

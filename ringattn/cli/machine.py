@@ -58,7 +58,7 @@ def doctor(
         if heads % kv_heads:
             raise InputError(f"--heads {heads} --kv-heads {kv_heads}: heads must be a multiple of kv_heads")
         console().print(_ranking(dtype, numbers))
-    if any(finding.cure for finding in findings):
+    if any(finding.hint for finding in findings):
         sys.exit(1)
 
 

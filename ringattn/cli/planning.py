@@ -99,8 +99,8 @@ def plan(
     out.print(_comparison(candidates(seq_len, **arguments), chosen, top))
     out.print(str(chosen), markup=False, highlight=False)
     backward = draw_pass == "backward"
-    lanes = chosen.backward if backward else chosen.forward
-    drawn, areas = [lane.schedule for lane in lanes], [lane.areas for lane in lanes]
+    head_groups = chosen.backward if backward else chosen.forward
+    drawn, areas = [head_group.schedule for head_group in head_groups], [head_group.areas for head_group in head_groups]
     out.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
         path("--draw", draw, PlanError)
@@ -164,7 +164,9 @@ def _mark(candidate: Candidate, chosen: Plan) -> str:
     if candidate.plan.layout != chosen.layout:
         return ""
     passes = (("F", chosen.forward, candidate.plan.forward), ("B", chosen.backward, candidate.plan.backward))
-    return "".join(mark for mark, a, b in passes if [lane.schedule for lane in a] == [lane.schedule for lane in b])
+    return "".join(
+        mark for mark, a, b in passes if [head_group.schedule for head_group in a] == [head_group.schedule for head_group in b]
+    )
 
 
 def _mask(text: str) -> Mask:

@@ -1,7 +1,7 @@
 """Collectives of torch.distributed that the board watches: sums and gathers over all ranks of a group.
 
 On GPUs they return before they have run, and a rank that waits for a dead peer then waits somewhere else, in `.item()` for
-example. So what they do to the stream is followed, like transfers. To be used inside `transferring`, which says what they are
+example. So what they do to the stream is followed, like transfers. To be used inside `comm_errors`, which says what they are
 for.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ringattn.comm.process_group import is_asynchronous
 from ringattn.faults.pending import Reached, recorded
-from ringattn.faults.watchdog import board, follow
+from ringattn.faults.watchdog import follow, watchdog
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -32,5 +32,5 @@ def all_gather(parts: Sequence[Tensor], tensor: Tensor, group: dist.ProcessGroup
 
 def _follow(group: dist.ProcessGroup | None, device: torch.device) -> None:
     """By an event of the stream that now waits: the collective's own handle would keep its buffers until somebody looks."""
-    if is_asynchronous(device) and board() is not None:
+    if is_asynchronous(device) and watchdog() is not None:
         follow([Reached(recorded(device))], group, device)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ringattn.comm.gloo_duplex import connect, finish, prepare, receiving, sending
 from ringattn.comm.process_group import capturing, device_of, is_asynchronous
 from ringattn.errors import InputError, MismatchError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 
 REPORT_BYTES = 2048
 TAG = 1  # what is said here is never taken for what a call moves
@@ -137,7 +137,7 @@ def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
     table[0] = mine
     distance = 1
     said = f"rank {rank}: the ranks could not agree on this call before sending; some rank has died, or came to another call"
-    with transferring("agreeing on a call", said):
+    with comm_errors("agreeing on a call", said):
         prepare(group)
         connect(group, table.device)
         while distance < world:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_process_group_store
 
 from ringattn.comm.process_group import CPU, backends, is_asynchronous, timeout_of, waits_on_stream
-from ringattn.faults.watchdog import follow, transferring
+from ringattn.faults.watchdog import comm_errors, follow
 
 Group = dist.ProcessGroup | None
 
@@ -69,7 +69,7 @@ def connect(group: Group, device: torch.device) -> None:
     """
     if group is None or not is_asynchronous(device) or device.type in _connected.setdefault(group, set()):
         return
-    with transferring("connecting GPUs", f"rank {dist.get_rank(group)}: the GPUs of the group could not be connected"):
+    with comm_errors("connecting GPUs", f"rank {dist.get_rank(group)}: the GPUs of the group could not be connected"):
         dist.all_reduce(torch.zeros(1, device=device), group=group)
     _connected[group].add(device.type)
 

@@ -30,7 +30,7 @@ from ringattn.comm.process_group import capturing, waits_on_stream
 from ringattn.comm.transport import Port, Result
 from ringattn.faults.event_log import kept, note
 from ringattn.faults.pending import Reached, recorded
-from ringattn.faults.watchdog import board, follow, transferring
+from ringattn.faults.watchdog import comm_errors, follow, watchdog
 from ringattn.schedule.program import Message
 
 
@@ -89,7 +89,7 @@ class P2P:
     def _note_when_complete(self, device: torch.device, host: float, sent: int) -> None:
         """The line of a pass on a GPU: seconds from its first transfer to its end there, none of which the host has waited."""
         facts = {"name": self._label, "host_seconds": round(host, 6), "bytes_sent": sent}
-        if self._begin is None or board() is None:  # captured in a graph, or nobody looks when it is complete
+        if self._begin is None or watchdog() is None:  # captured in a graph, or nobody looks when it is complete
             note("pass", **facts, **({"captured": True} if capturing(device) else {}))
             return
         begin, end = self._begin, recorded(device, timed=True)
@@ -97,7 +97,7 @@ class P2P:
         def finished() -> None:
             note("pass", **facts, seconds=round(begin.elapsed_time(end) / 1e3, 6))
 
-        with transferring(f"in {self._label}", ""):
+        with comm_errors(f"in {self._label}", ""):
             follow([Reached(end)], self.group, device, finished)
 
 
@@ -107,16 +107,16 @@ class P2PPort(Port):
     def __init__(self, transport: P2P, rank: int, label: str) -> None:
         self.rank, self._transport, self._label = rank, transport, label
         self._pending: dict[Message, list[dist.Work]] = {}
-        self._board = board()
+        self._board = watchdog()
         self._doing, self._failed = f"in {label}, waiting for", f"rank {rank}, {label}: {{about}} failed"
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         if waits_on_stream(buffer := transfers[0][1]):
             self._transport.runs_on(buffer.device)
-            arrivals = {message.due for message, _ in transfers}
+            arrivals = {message.arrival for message, _ in transfers}
             if len(arrivals) > 1:
-                for due in sorted(arrivals):
-                    self.post([transfer for transfer in transfers if transfer[0].due == due])
+                for arrival in sorted(arrivals):
+                    self.post([transfer for transfer in transfers if transfer[0].arrival == arrival])
                 return
         ops = []
         for message, buffer in transfers:
@@ -126,14 +126,14 @@ class P2PPort(Port):
                 ops.append(sending(buffer, self._transport.group, self.rank, message.dst))
                 self._transport.bytes_sent[message.src, message.dst] += buffer.nbytes
                 self._transport.messages_sent[message.src, message.dst] += 1
-        with transferring(self._doing, self._failed, transfers[0][0], self._board):
+        with comm_errors(self._doing, self._failed, transfers[0][0], self._board):
             works = start(ops)
         for (message, _), work in zip(transfers, works, strict=True):
             self._pending[message] = work
 
     def wait(self, message: Message) -> Generator[None, None, None]:
         begin = perf_counter()
-        with transferring(self._doing, self._failed, message, self._board):
+        with comm_errors(self._doing, self._failed, message, self._board):
             for work in self._pending.pop(message):
                 work.wait()
         if self._transport.device is None:  # else the stream waits, and this host has not

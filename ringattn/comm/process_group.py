@@ -75,9 +75,9 @@ def cannot_move(group: dist.ProcessGroup | None, name: str, tensor: torch.Tensor
     if group is None or moves(group, tensor.device):
         return None
     served, names = " and ".join(backends(group)), " and ".join(backends(group).values())
-    cure = {"cuda": "backend='nccl'", "cpu": "backend='gloo'"}.get(tensor.device.type, "another backend")
+    hint = {"cuda": "backend='nccl'", "cpu": "backend='gloo'"}.get(tensor.device.type, "another backend")
     found = f"{name} is on {tensor.device} and the {names} group moves tensors on {served}"
-    return f"{found}; move it there, or start the group with {cure}"
+    return f"{found}; move it there, or start the group with {hint}"
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:

@@ -17,10 +17,10 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_s
 from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import described
 from ringattn.comm.shared_memory import Links, SharedMemory
-from ringattn.comm.shared_memory_setup import Meeting, apart, connect
+from ringattn.comm.shared_memory_setup import Rendezvous, apart, connect
 from ringattn.comm.symmetric_memory import Arena, SymmetricMemory, open_arena, unsupported_reason
 from ringattn.errors import LaunchError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 
 AUTOMATIC, PLAIN, SHARED, SYMMETRIC = "automatic", "p2p", "shared_memory", "symmetric_memory"
 TRANSPORTS = (PLAIN, SHARED, SYMMETRIC)
@@ -76,7 +76,7 @@ def _choice(group: dist.ProcessGroup) -> str:
 
 
 def _agreed(group: dist.ProcessGroup, choice: str) -> str:
-    with transferring("choosing a transport", _said(group)):
+    with comm_errors("choosing a transport", _said(group)):
         return _meeting(group).compare("choice", "transport", choice)
 
 
@@ -87,7 +87,7 @@ def moves(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
     """What joins the ranks of `group`, or None where the choice is automatic and nothing but p2p can."""
-    with transferring(f"setting up {choice} transport", _said(group)):
+    with comm_errors(f"setting up {choice} transport", _said(group)):
         found = _arena(group) if choice == SYMMETRIC else _shared(group)
     if not isinstance(found, str):
         return found
@@ -104,8 +104,8 @@ def _shared(group: dist.ProcessGroup) -> Links | str:
 
 
 def _arena(group: dist.ProcessGroup) -> Arena | str:
-    meeting = _meeting(group)
-    problem = meeting.problems("device", unsupported_reason()) or apart(meeting)
+    rendezvous = _meeting(group)
+    problem = rendezvous.problems("device", unsupported_reason()) or apart(rendezvous)
     if problem:
         return problem
     mine, found = "", None
@@ -113,7 +113,7 @@ def _arena(group: dist.ProcessGroup) -> Arena | str:
         found = open_arena(group, _timeout(group, "cuda") or _timeout(group, "cpu") or DEADLINE)
     except RuntimeError as error:
         mine = f"torch says: {str(error).strip().splitlines()[0]}"
-    problem = meeting.problems("rendezvous", mine)
+    problem = rendezvous.problems("rendezvous", mine)
     return problem if problem or found is None else found
 
 
@@ -129,10 +129,10 @@ def _said(group: dist.ProcessGroup) -> str:
     return f"rank {dist.get_rank(group)}: the ranks could not agree on a transport; some rank has died, or came to another call"
 
 
-def _meeting(group: dist.ProcessGroup) -> Meeting:
+def _meeting(group: dist.ProcessGroup) -> Rendezvous:
     number = _set_ups[group] = _set_ups.get(group, 0) + 1
     store = PrefixStore(f"ringattn/transport/{number}", _get_process_group_store(group))
-    return Meeting(store, dist.get_rank(group), dist.get_world_size(group))
+    return Rendezvous(store, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _close_in_child() -> None:

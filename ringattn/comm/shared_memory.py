@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ringattn.comm.p2p import P2P, P2PPort
 from ringattn.comm.shared_memory_link import Link, Transfer
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.schedule.program import Message
 
 
@@ -133,7 +133,7 @@ class SharedMemoryPort(P2PPort):
             link = self._links.links[message.dst if sends else message.src]
             transfer = Transfer(self._call, number, buffer.view(torch.uint8))
             self._transfers[message] = link, transfer
-            with transferring(self._doing, self._failed, message):
+            with comm_errors(self._doing, self._failed, message):
                 self._links.post(link, transfer, sends=sends)
             if sends:
                 self._transport.bytes_sent[message.src, message.dst] += buffer.nbytes
@@ -145,7 +145,7 @@ class SharedMemoryPort(P2PPort):
             yield from super().wait(message)
             return
         begin = perf_counter()
-        with transferring(self._doing, self._failed, message):
+        with comm_errors(self._doing, self._failed, message):
             link, transfer = self._transfers.pop(message)
             if not transfer.finished:
                 self._links.wait(link, transfer)

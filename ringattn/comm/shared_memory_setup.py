@@ -28,7 +28,7 @@ MOST_PROBLEMS = 32  # that are told
 
 
 @dataclass
-class Meeting:
+class Rendezvous:
     """Where ranks of one group tell each other what they found. store: of torch.distributed, for this purpose alone."""
 
     store: Any
@@ -63,27 +63,27 @@ class Meeting:
         return self.problems(step, "" if value == first else f"{what} is {value}, on rank 0 {first}")
 
 
-def connect(meeting: Meeting, timeout: float) -> Links | str:
+def connect(rendezvous: Rendezvous, timeout: float) -> Links | str:
     """Links to all other ranks, on every rank; or on every rank why there are none. timeout: seconds, of later waits."""
-    problem = apart(meeting)
+    problem = apart(rendezvous)
     if problem:
         return problem
     links: dict[int, Link] = {}
     mine, opened = "", None
     with ExitStack() as stack:
         try:
-            opened = _open(meeting, stack)
+            opened = _open(rendezvous, stack)
         except OSError as error:
             mine = f"no shared memory: {error}"
-        problem = meeting.problems("open", mine)  # nobody waits for a rank that cannot be reached
+        problem = rendezvous.problems("open", mine)  # nobody waits for a rank that cannot be reached
         if problem or opened is None:
             return problem
         door, memory = opened
         try:
-            mine = _connect_all(meeting, door, memory, links, time.monotonic() + min(timeout, CONNECTING))
+            mine = _connect_all(rendezvous, door, memory, links, time.monotonic() + min(timeout, CONNECTING))
         except OSError as error:
             mine = f"no connection for shared memory: {error}"
-    problem = meeting.problems("connected", mine)
+    problem = rendezvous.problems("connected", mine)
     if problem:
         for link in links.values():
             link.close()
@@ -91,9 +91,9 @@ def connect(meeting: Meeting, timeout: float) -> Links | str:
     return Links(links, timeout)
 
 
-def apart(meeting: Meeting) -> str:
+def apart(rendezvous: Rendezvous) -> str:
     """Which ranks are not on the host of rank 0, in words, the same on every rank; empty if all are. Collective."""
-    return meeting.compare("place", "this host", _place())
+    return rendezvous.compare("place", "this host", _place())
 
 
 def _place() -> str:
@@ -105,7 +105,7 @@ def _place() -> str:
         return f"{socket.gethostname()}, about which Linux tells nothing ({error})"
 
 
-def _open(meeting: Meeting, stack: ExitStack) -> tuple[socket.socket, int]:
+def _open(rendezvous: Rendezvous, stack: ExitStack) -> tuple[socket.socket, int]:
     """A socket that listens, whose name and this rank's secret the others are told; and memory that holds the secret."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no memory files (memfd_create)")
@@ -115,15 +115,15 @@ def _open(meeting: Meeting, stack: ExitStack) -> tuple[socket.socket, int]:
     mapped(memory)[:WORD] = torch.frombuffer(bytearray(secret), dtype=torch.uint8)
     door = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
     door.bind(f"\0{name}")
-    door.listen(meeting.world)
-    meeting.store.set(f"socket/{meeting.rank}", f"{name} {secret.hex()}")
+    door.listen(rendezvous.world)
+    rendezvous.store.set(f"socket/{rendezvous.rank}", f"{name} {secret.hex()}")
     return door, memory
 
 
-def _connect_all(meeting: Meeting, door: socket.socket, memory: int, links: dict[int, Link], deadline: float) -> str:
+def _connect_all(rendezvous: Rendezvous, door: socket.socket, memory: int, links: dict[int, Link], deadline: float) -> str:
     """Fill `links`; the first thing that is wrong, in words. Raises `OSError` where the system refuses."""
-    rank, world = meeting.rank, meeting.world
-    places = {peer: meeting.store.get(f"socket/{peer}").decode().split() for peer in range(world)}
+    rank, world = rendezvous.rank, rendezvous.world
+    places = {peer: rendezvous.store.get(f"socket/{peer}").decode().split() for peer in range(world)}
     secret = places[rank][1]
 
     def greet(peer: int, one: socket.socket) -> None:

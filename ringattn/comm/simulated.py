@@ -89,9 +89,9 @@ class SimulatedPort(Port):
         self._posted: dict[tuple[int, int], deque[tuple[Message, Tensor]]] = defaultdict(deque)
         self._handed_over: dict[Message, Tensor] = {}
 
-    def room(self, wire: Wire, device: torch.device) -> Tensor:
+    def allocate(self, wire: Wire, device: torch.device) -> Tensor:
         # What is handed over needs no memory here, only a size that can be checked.
-        return super().room(wire, device if self._transport.copy else torch.device("meta"))
+        return super().allocate(wire, device if self._transport.copy else torch.device("meta"))
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         for message, buffer in transfers:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.p2p import P2P, P2PPort
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.schedule.program import Message
 
 SLOTS = 4  # of each directed link: chunks that may be under way
@@ -193,7 +193,7 @@ class SymmetricMemoryPort(P2PPort):
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         if transfers[0][1].device.type != self._arena.device_type:
             return super().post(transfers)
-        with transferring(self._doing, self._failed, transfers[0][0]):
+        with comm_errors(self._doing, self._failed, transfers[0][0]):
             for message, buffer in transfers:
                 self._marks[message] = self._queued(message, buffer.view(torch.uint8))
         return None
@@ -212,6 +212,6 @@ class SymmetricMemoryPort(P2PPort):
         if message not in self._marks:
             yield from super().wait(message)
             return
-        with transferring(self._doing, self._failed, message):
+        with comm_errors(self._doing, self._failed, message):
             side, mark = self._marks.pop(message)
             side.join(mark)

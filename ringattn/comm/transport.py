@@ -24,7 +24,7 @@ class Port(Protocol):
 
     rank: int
 
-    def room(self, wire: Wire, device: torch.device) -> Tensor:
+    def allocate(self, wire: Wire, device: torch.device) -> Tensor:
         """A tensor into which a message of this layout can be received."""
         return wire.empty(device)
 

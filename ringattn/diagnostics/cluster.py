@@ -49,8 +49,8 @@ def examine_together(timeout: float = 60.0) -> Iterator[Finding]:
     cut_off = {n: said for n in range(world) if (said := store.get(f"cut off/{n}").decode())}
     if cut_off:
         said = "; ".join(f"rank {n} cannot connect to rank {peers}" for n, peers in cut_off.items())
-        cure = "set GLOO_SOCKET_IFNAME to the interface that joins the hosts (see `ip address`), and open its ports"
-        yield Finding("reachable peers", said, cure)
+        hint = "set GLOO_SOCKET_IFNAME to the interface that joins the hosts (see `ip address`), and open its ports"
+        yield Finding("reachable peers", said, hint)
         return
     mesh = init(timeout=timeout)
     try:
@@ -95,12 +95,12 @@ def _compared(everyone: list[dict[str, str]]) -> Iterator[Finding]:
         if what == "ranks":
             yield Finding(what, f"{len(everyone)}: {told}")
         else:
-            cure = (
+            hint = (
                 "install the same on every host: ranks that differ disagree on plans, or on results"
                 if len(by_value) > 1
                 else ""
             )
-            yield Finding(what, told, cure)
+            yield Finding(what, told, hint)
 
 
 def _clocks() -> Finding:
@@ -110,12 +110,12 @@ def _clocks() -> Finding:
         dist.barrier()
         spreads.append((max(read := _gather(time.time())) - min(read), read.index(max(read)), read.index(min(read))))
     spread, ahead, behind = min(spreads)
-    cure = (
+    hint = (
         f"synchronise clocks (chrony, ntp): times in the logs of ranks {ahead} and {behind} do not compare"
         if spread > APART
         else ""
     )
-    return Finding("clocks", f"within {spread:.2g} s of each other", cure)
+    return Finding("clocks", f"within {spread:.2g} s of each other", hint)
 
 
 def _links(mesh: DeviceMesh) -> Finding:

@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import complaint, flag, real, shown
+from ringattn._validation import as_finite_float, error_message, flag, short_repr
 from ringattn.comm.consistency import Gradient, agree
 from ringattn.comm.process_group import Group, cannot_move, capturing
 from ringattn.comm.select import moves, transport_for
 from ringattn.errors import InputError
 from ringattn.execution.autograd import Inputs, attend
-from ringattn.execution.checks import dense, meet
+from ringattn.execution.checks import as_strided_tensor, resolve_group
 from ringattn.execution.custom_op import define, known_as, options_for
 from ringattn.execution.first_order import outside_transforms, unsupported_transform
 from ringattn.execution.joint_backward import gradient_of, in_backward
 from ringattn.execution.selective import unwatched, watched
-from ringattn.kernels.select import obstacle, resolved
+from ringattn.kernels.select import resolved, unsupported_reason
 from ringattn.plan.plan import Plan
 
 OPERATOR = "operator of kernel {!r} (where GPUs differ, give make_plan a kernel by name, such as 'flash')"
@@ -154,9 +154,9 @@ def _checked(
 ) -> tuple[dist.ProcessGroup | None, bool]:
     """The process group to use, when all of its ranks have come with arguments that fit the plan and each other; and whether
     any of them needs a gradient."""
-    process_group, rank = meet(plan, group)
+    process_group, rank = resolve_group(plan, group)
     q, k, v, key_bias, sinks = inputs
-    problem = complaint(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
+    problem = error_message(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
     problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
     if problem is None and check_finite:
         problem = _graph_cannot_check(check_finite) if capturing(q.device) else _not_finite(inputs, check_finite)
@@ -183,7 +183,7 @@ def _checked(
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    needed = agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.facts, gradient=gradient)
+    needed = agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.describe, gradient=gradient)
     return process_group, needed
 
 
@@ -205,7 +205,7 @@ def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_ls
     """Raise `InputError` for what is no tensor or no option at all."""
     for name, value in zip(inputs._fields, inputs, strict=True):
         if value is not None or name in "qkv":
-            dense(name, value)
+            as_strided_tensor(name, value)
     for name, option, others in (("strict", strict, str | None), ("check_finite", check_finite, str)):
         if not isinstance(option, others):
             flag(name, option, InputError)
@@ -248,16 +248,16 @@ def _problem(
                 f"{name} has dtype {tensor.dtype} and the plan is for {plan.dtype}; cast {name}, "
                 f"or make the plan with dtype={str(tensor.dtype).removeprefix('torch.')!r}"
             )
-    if scale is not None and not real(scale):
-        return f"scale={shown(scale)}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
-    if softcap is not None and (real(softcap) or 0) <= 0:
-        return f"softcap={shown(softcap)}: must be finite and positive; leave it out for none"
-    return obstacle(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
+    if scale is not None and not as_finite_float(scale):
+        return f"scale={short_repr(scale)}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
+    if softcap is not None and (as_finite_float(softcap) or 0) <= 0:
+        return f"softcap={short_repr(softcap)}: must be finite and positive; leave it out for none"
+    return unsupported_reason(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
 
 
 def _graph_cannot_check(check_finite: bool | str) -> str:
     return (
-        f"check_finite={shown(check_finite)}: a CUDA graph is being captured, in which numbers cannot be read; pass "
+        f"check_finite={short_repr(check_finite)}: a CUDA graph is being captured, in which numbers cannot be read; pass "
         "check_finite=False, and check inputs outside of the graph"
     )
 
@@ -289,6 +289,6 @@ def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Pla
         keys = ", keys=True" * (layout is not plan.layout)
         if found[1] == layout.length:
             return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan{keys})"
-        held = f"rank {rank} holds {layout.rows(rank)} of {layout.length} rows"
-        return f"{said}; {held}: cut the sequence with shard(x, plan{keys}) and the same plan"
+        resident = f"rank {rank} holds {layout.rows(rank)} of {layout.length} rows"
+        return f"{said}; {resident}: cut the sequence with shard(x, plan{keys}) and the same plan"
     return f"{said}; make the plan with the model's heads, kv_heads and head_dim"

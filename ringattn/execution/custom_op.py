@@ -37,7 +37,7 @@ from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.comm.select import transport_for
 from ringattn.comm.wire_format import Spec, pack, unpack
 from ringattn.errors import LaunchError, MismatchError, PlanError
-from ringattn.execution.autograd import Inputs, rests, run_backward, run_forward
+from ringattn.execution.autograd import Inputs, residents, run_backward, run_forward
 from ringattn.execution.first_order import only_once
 from ringattn.execution.shapes import InputSizes, Shapes
 from ringattn.kernels import Options
@@ -108,13 +108,13 @@ def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         process_group, _ = check(inputs, known, _group(group), scale, softcap, asked, how)
         if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
             raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
-        keep = known.keep and gradient
+        keep = known.reuse_inputs and gradient
         with torch.autocast(q.device.type, enabled=False):
-            (out, lse), (held,) = run_forward(
+            (out, lse), (resident,) = run_forward(
                 [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
             )
         specs = _kept_specs(known, rank, out, key_bias) if keep else {}
-        tensors = [tensor for item in specs for tensor in held[item]]
+        tensors = [tensor for item in specs for tensor in resident[item]]
         kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
         return out.contiguous(), lse.contiguous(), kept
 
@@ -147,14 +147,14 @@ def _fake_forward(
     batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, known.rows(max(rank, 0)))
     out = q.new_empty(batch, rows, known.heads, v.shape[-1] if v.ndim else known.head_dim)
     lse = q.new_empty(batch, known.heads, rows, dtype=accum_dtype(q.dtype))
-    keep = known.keep and gradient and rank != NOT_YET and (key_bias is None or key_bias.ndim in (2, 3))
+    keep = known.reuse_inputs and gradient and rank != NOT_YET and (key_bias is None or key_bias.ndim in (2, 3))
     specs = _kept_specs(known, rank, out, key_bias) if keep else {}
     return out, lse, _bytes(out, sum(spec.nbytes for some in specs.values() for spec in some))
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, key_bias, sinks, plan, *where = inputs
-    own = (None, None, None) if _plan(plan).keep else (q, k, v)
+    own = (None, None, None) if _plan(plan).reuse_inputs else (q, k, v)
     ctx.save_for_backward(*own, key_bias, sinks, *output)
     ctx.where = (plan, *where[:-2])
     ctx.mark_non_differentiable(*output[1:])
@@ -236,9 +236,9 @@ def _or_ghosts(
 ) -> Inputs:
     """The inputs of a call that gave `out`; of those that were not saved only the shapes."""
     if q is None or k is None or v is None:
-        (batch, rows, _, dim), keys, ghost = out.shape, plan.kv_rows(rank), out.new_zeros(())
-        q = ghost.expand(batch, rows, plan.heads, plan.head_dim)
-        k, v = (ghost.expand(batch, keys, plan.kv_heads, n) for n in (plan.head_dim, dim))
+        (batch, rows, _, dim), keys, shape_only = out.shape, plan.kv_rows(rank), out.new_zeros(())
+        q = shape_only.expand(batch, rows, plan.heads, plan.head_dim)
+        k, v = (shape_only.expand(batch, keys, plan.kv_heads, n) for n in (plan.head_dim, dim))
     return Inputs(q, k, v, key_bias, sinks)
 
 
@@ -246,7 +246,7 @@ def _kept_specs(plan: Plan, rank: int, out: Tensor, key_bias: Tensor | None) -> 
     """What `kept` consists of, in order. Sizes may be symbols, which no cache can hold."""
     bias_heads = 0 if key_bias is None else 1 if key_bias.ndim == 2 else key_bias.shape[1]
     shapes = Shapes(plan, InputSizes(out.shape[0], out.shape[-1], out.dtype, bias_heads), backward=False)
-    return {item: shapes.specs(item) for item in rests(plan, rank)}
+    return {item: shapes.specs(item) for item in residents(plan, rank)}
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:

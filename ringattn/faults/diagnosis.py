@@ -32,7 +32,7 @@ Failed = Mapping[int, State]  # by rank
 
 
 @dataclass(frozen=True)
-class Notices:
+class HealthStore:
     """What ranks have put up, as one of them reads it. All that it does raises `RuntimeError` when the store is gone, and
     waits for as long as the store does not answer."""
 

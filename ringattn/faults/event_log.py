@@ -22,12 +22,12 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from ringattn._validation import shown
+from ringattn._validation import short_repr
 
-_journals: WeakKeyDictionary[dist.ProcessGroup, Journal] = WeakKeyDictionary()  # of the default group; ends with it
+_journals: WeakKeyDictionary[dist.ProcessGroup, EventLog] = WeakKeyDictionary()  # of the default group; ends with it
 
 
-class Journal:
+class EventLog:
     """The file `rank00003.jsonl` in `directory`, to which restarts of the rank append."""
 
     def __init__(self, directory: str | Path, rank: int) -> None:
@@ -53,16 +53,16 @@ class Journal:
 
 def _line(said: dict[str, Any]) -> str:
     try:
-        return json.dumps(said, default=shown)
+        return json.dumps(said, default=short_repr)
     except (TypeError, ValueError, RecursionError):  # keys that are no text, values that hold themselves
-        return json.dumps({name: shown(value) for name, value in said.items()})
+        return json.dumps({name: short_repr(value) for name, value in said.items()})
 
 
 def begin(directory: str | Path, **said: Any) -> None:
     """From now on this rank keeps a journal, until the default group ends. Its first line has what is `said`."""
     world = dist.group.WORLD
     assert world is not None
-    _journals[world] = Journal(directory, dist.get_rank())
+    _journals[world] = EventLog(directory, dist.get_rank())
     note("begin", **said)
 
 

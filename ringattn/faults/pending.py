@@ -64,7 +64,7 @@ def recorded(device: torch.device, *, timed: bool = False) -> Any:
     return event
 
 
-class Unfinished:
+class PendingTransfers:
     """What has been posted, oldest first."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from ringattn.faults.event_log import note
 IMPATIENT = 0.1  # seconds between looks, once the signal has come
 
 
-class Farewell:
+class SigtermHandler:
     """Whether this process has been told to end, where that is ours to see to. To be made in the main thread."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Farewell:
             return
         handler = signal.getsignal(signal.SIGTERM)
         former = getattr(handler, "__self__", None)  # that of an earlier group, which only the main thread can put away
-        if isinstance(former, Farewell) and former._over:
+        if isinstance(former, SigtermHandler) and former._over:
             former._restore()
             handler = signal.SIG_DFL
         if handler is signal.SIG_DFL:
@@ -62,7 +62,7 @@ class Farewell:
                 self._heard = self._heard or time.monotonic()
                 return
 
-    def due(self, patience: float) -> bool:
+    def arrival(self, patience: float) -> bool:
         """Whether the signal came that many seconds ago."""
         return self.told and time.monotonic() - self._heard >= patience
 

@@ -35,10 +35,10 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_s
 
 from ringattn.errors import CommError, RingAttnError
 from ringattn.faults import procfs as process
-from ringattn.faults.diagnosis import BEAT, IDLE, SILENT, Failed, Notices, State, named
+from ringattn.faults.diagnosis import BEAT, IDLE, SILENT, Failed, HealthStore, State, named
 from ringattn.faults.event_log import note
-from ringattn.faults.pending import Posted, Unfinished
-from ringattn.faults.sigterm import Farewell
+from ringattn.faults.pending import PendingTransfers, Posted
+from ringattn.faults.sigterm import SigtermHandler
 
 ANSWER = 2 * SILENT + 0.2  # seconds that whoever asks the board waits for an answer
 GRACE = 1.4  # seconds after which a rank that still waits, though another has failed, is ended
@@ -61,7 +61,7 @@ LOST = (
     "retrieving ncclUniqueId from",  # a rank did not come where NCCL makes its communicator
 )
 
-_boards: WeakKeyDictionary[dist.ProcessGroup, Board] = WeakKeyDictionary()  # of the default group; ends with it
+_boards: WeakKeyDictionary[dist.ProcessGroup, Watchdog] = WeakKeyDictionary()  # of the default group; ends with it
 
 
 def watch() -> None:
@@ -69,29 +69,31 @@ def watch() -> None:
     world = dist.group.WORLD
     if world is not None and dist.get_world_size() > 1 and world not in _boards:
         own: Any = _get_process_group_store(world)
-        _boards[world] = Board(Notices(PrefixStore("ringattn/board", own.clone()), dist.get_rank(), dist.get_world_size()))
+        _boards[world] = Watchdog(
+            HealthStore(PrefixStore("ringattn/board", own.clone()), dist.get_rank(), dist.get_world_size())
+        )
         _boards[world].begin()
 
 
-def board() -> Board | None:
+def watchdog() -> Watchdog | None:
     """That of the default group, if it is being watched."""
     world = dist.group.WORLD if dist.is_initialized() else None
     return None if world is None else _boards.get(world)
 
 
-class transferring(AbstractContextManager[None]):
+class comm_errors(AbstractContextManager[None]):
     """Around whatever waits for other ranks. A class and no generator: it is entered for every transfer.
 
     doing, about: what the others can read while it lasts. failed: what the `CommError` says that an error of the backend
-    becomes, with {about} filled in, followed by whose fault it is if the board tells. here: what `board()` returns, for callers
-    that ask once and come often.
+    becomes, with {about} filled in, followed by whose fault it is if the board tells. here: what `watchdog()` returns, for
+    callers that ask once and come often.
     """
 
     __slots__ = ("_about", "_doing", "_failed", "_here")
 
-    def __init__(self, doing: str, failed: str, about: object = "", here: Board | EllipsisType | None = ...) -> None:
+    def __init__(self, doing: str, failed: str, about: object = "", here: Watchdog | EllipsisType | None = ...) -> None:
         self._doing, self._failed, self._about = doing, failed, about
-        self._here = board() if isinstance(here, EllipsisType) else here
+        self._here = watchdog() if isinstance(here, EllipsisType) else here
 
     def __enter__(self) -> None:
         if self._here is not None:
@@ -119,19 +121,19 @@ def follow(
 
     finished: called by the watching thread then. Nothing is watched where the rank is on no board.
     """
-    if here := board():
-        here.unfinished.add(here.doing or ("in a transfer",), works, group, device, finished)
+    if here := watchdog():
+        here.pending.add(here.doing or ("in a transfer",), works, group, device, finished)
 
 
 @dataclass
-class Board:
+class Watchdog:
     """One rank's access. doing: what the main thread waits for, and the pass it belongs to; None outside transfers.
     unfinished: what it has posted and its GPU may still wait for; behind: the oldest of that, as the watching thread found it.
     lost: whether a transfer has failed, so that it now finds out whose fault that is, says so, and ends."""
 
-    notices: Notices
+    health: HealthStore
     doing: tuple[Any, ...] | None = None
-    unfinished: Unfinished = field(default_factory=Unfinished)
+    pending: PendingTransfers = field(default_factory=PendingTransfers)
     behind: tuple[Any, ...] | None = None
     lost: bool = False
     beats: int = 0
@@ -140,14 +142,14 @@ class Board:
     _answering: bool = False  # a question, which may take its time
     _answered: float = field(default_factory=time.monotonic)  # when the store did so last
     _leaves_at: float = math.inf
-    _farewell: Farewell = field(default_factory=Farewell)
+    _farewell: SigtermHandler = field(default_factory=SigtermHandler)
     _questions: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue)
     _closed: threading.Event = field(default_factory=threading.Event)
     _group: Any = field(default_factory=lambda: ref(dist.group.WORLD))
 
     def begin(self) -> None:
         os.register_at_fork(after_in_child=self._closed.set)  # a child has neither a rank nor a connection of its own
-        self.notices.put("beat", self._state())
+        self.health.put("beat", self._state())
         for part in (self._write, self._watch):
             threading.Thread(target=part, name="ringattn board", daemon=True).start()
         before = sys.excepthook
@@ -157,7 +159,7 @@ class Board:
                 self._leaves_at = time.monotonic() + LEAVING
             elif _is_of_a_lost_peer(error):  # in a collective of somebody else's
                 self._leaves_at = time.monotonic() + LEAVING
-                print(f"rank {self.notices.rank}: {self.explain()}", file=sys.stderr, flush=True)
+                print(f"rank {self.health.rank}: {self.explain()}", file=sys.stderr, flush=True)
             else:
                 self.report(f"{kind.__name__}: {error}")
             before(kind, error, trace)
@@ -168,14 +170,14 @@ class Board:
     def end(self) -> None:
         """This rank leaves in good order; it is neither dead nor waited for."""
         said = {**self._state(), "how": "has left in good order and will not come"}
-        self._ask(partial(self.notices.put, "left", said), None)
+        self._ask(partial(self.health.put, "left", said), None)
         self._closed.set()
         self._farewell.forget()
 
     def report(self, cause: str) -> None:
         """This rank fails, for a reason of its own."""
         note("failed", error=cause)
-        self._ask(partial(self.notices.fail, {**self._state(), "cause": cause}), None)
+        self._ask(partial(self.health.fail, {**self._state(), "cause": cause}), None)
 
     def explain(self) -> str:
         """Which ranks have failed and why, in words; empty where it can't be told. Takes up to three seconds."""
@@ -183,7 +185,7 @@ class Board:
         gone = (
             "the store does not answer: what hosts it (torchrun's agent, or else rank 0) has ended, is stopped or out of reach"
         )
-        found: str = self._ask(lambda: named(self.notices.find()), gone)
+        found: str = self._ask(lambda: named(self.health.find()), gone)
         return found
 
     def _write(self) -> None:
@@ -194,9 +196,9 @@ class Board:
                     question = self._questions.get(timeout=BEAT)
                 except Empty:
                     self.beats += 1
-                    self.notices.put("beat", self._state())
-                    self._failure = (self.doing or self.behind) is not None and self.notices.failure()
-                    self._died = set(self.notices.died()) if self.unfinished.seconds() > STUCK else set()
+                    self.health.put("beat", self._state())
+                    self._failure = (self.doing or self.behind) is not None and self.health.failure()
+                    self._died = set(self.health.died()) if self.pending.seconds() > STUCK else set()
                 else:
                     self._answering = True
                     question()
@@ -209,7 +211,7 @@ class Board:
         try:
             while self._in_group():
                 self._farewell.wait(BEAT)
-                oldest = self.unfinished.oldest()
+                oldest = self.pending.oldest()
                 self.behind = oldest.doing if oldest else None
                 doing = self.doing or self.behind
                 if doing is None or doing is not waited:
@@ -223,11 +225,11 @@ class Board:
                 elif time.monotonic() > self._leaves_at:
                     self._leave(f"no end {LEAVING:.0f} s after its error; see which thread it waits for")
             if self._farewell.told:
-                self._farewell.take(f"rank {self.notices.rank}: told to end (SIGTERM)")
+                self._farewell.take(f"rank {self.health.rank}: told to end (SIGTERM)")
         finally:
             self._closed.set()
             self._farewell.forget()
-            self.unfinished.clear()
+            self.pending.clear()
 
     def _is_lost(self, oldest: Posted) -> bool:
         """Whether to give up what the GPU waits for. No error is raised for it before NCCL's own deadline ends the process."""
@@ -238,18 +240,18 @@ class Board:
         """By SIGTERM; but if it comes because another rank has failed, with that rank's name."""
         said = f"told to end (SIGTERM) {_words(doing)}"
         nobody: Failed = {}
-        if not self.lost and (failed := self._ask(self.notices.known, nobody, PATIENCE / 2)):
-            self._ask(partial(self.notices.heard, failed), None)
+        if not self.lost and (failed := self._ask(self.health.known, nobody, PATIENCE / 2)):
+            self._ask(partial(self.health.heard, failed), None)
             self._leave(f"{said}: {named(failed)}")
         waits = not self._closed.is_set() and (doing is not None or self.lost)
-        if self._farewell.due(PATIENCE if waits else 0.0):
+        if self._farewell.arrival(PATIENCE if waits else 0.0):
             ended = {**self._state(), "how": "was told to end (SIGTERM)"}
-            self._ask(partial(self.notices.put, "ended", ended), None, PATIENCE / 2)
-            self._farewell.take(f"rank {self.notices.rank}: {said}")
+            self._ask(partial(self.health.put, "ended", ended), None, PATIENCE / 2)
+            self._farewell.take(f"rank {self.health.rank}: {said}")
 
     def _leave(self, why: str) -> NoReturn:
         try:
-            said = f"rank {self.notices.rank}: {why}"
+            said = f"rank {self.health.rank}: {why}"
             note("failed", error=said)
             print(said, file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)

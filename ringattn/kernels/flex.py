@@ -46,16 +46,16 @@ class Flex(Kernel):
         self.function: Callable[..., Any] = flex_attention
         self.aux = AuxRequest(lse=True)
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         q, k, v, bias = block  # detached, because flex looks at requires_grad even where no gradient is recorded
         still = Operands(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach())
         with torch.no_grad():
             out, lse = self._attend(still, band, options)
         return Partial(out, lse.to(accum_dtype(out.dtype)))
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         if not self._differentiates(block.q):
-            return Reference().piece_backward(block, rows, band, options)
+            return Reference().segment_backward(block, rows, band, options)
         leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in block))  # type: ignore[arg-type]
         with torch.enable_grad():
             out, lse = self._attend(leaves, band, options)

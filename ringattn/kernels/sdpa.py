@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.kernels.adapters import bias_grad, seen, widen, with_bias
+from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, with_bias
 from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.device_constants import kept
@@ -22,7 +22,7 @@ from ringattn.kernels.lse import Partial
 from ringattn.kernels.operator_choice import CallShape, call_width, chosen
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece, strips
+from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
 
 ROWS_PER_MASK = 512
 MASKS_KEPT = 8  # the strips of a window need the same few again and again; each is rows * keys numbers
@@ -36,26 +36,28 @@ class Sdpa(Kernel):
         """The operator that computes a piece, or None where only plain mathematics can."""
         return FUSED.get(chosen(self.name, block.q.device, _shape(block, band)))
 
-    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         return [
-            part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))
+            part
+            for segment in segments
+            for part in ([segment] if segment.band in (FULL, CAUSAL) else strips(segment, ROWS_PER_MASK))
         ]
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         fused = self._fused(block, band, options)
         if fused is None:
-            return Reference().piece_forward(block, band, options)
+            return Reference().segment_forward(block, band, options)
         out, lse = fused.forward(_call(block, band, options))
         return seen(_first(out, block.v.shape[-1]), lse, block, band)
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, _, v, bias = block
         fused = self._fused(block, band, options)
         if fused is None:
-            return Reference().piece_backward(block, rows, band, options)
+            return Reference().segment_backward(block, rows, band, options)
         call = _call(block, band, options)
         width = call.q.shape[-1]
-        dq, dk, dv = fused.backward(call, widen(rows.dout, width), widen(rows.any_out, width), rows.lse)
+        dq, dk, dv = fused.backward(call, pad_head_dim(rows.dout, width), pad_head_dim(rows.any_out, width), rows.lse)
         dim = q.shape[-1]
         dbias = None if bias is None else bias_grad(dk, dim, bias, options.scale)
         return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)
@@ -99,7 +101,7 @@ def _call(block: Operands, band: Band, options: Options) -> Call:
     mask = None
     if band not in (FULL, CAUSAL):
         mask = additive_mask(q.shape[2], k.shape[2], band, q.dtype, q.device)
-    return Call(widen(q, width), widen(k, width), widen(v, width), mask, band == CAUSAL, options.scale)
+    return Call(pad_head_dim(q, width), pad_head_dim(k, width), pad_head_dim(v, width), mask, band == CAUSAL, options.scale)
 
 
 def _first(x: Tensor, width: int) -> Tensor:

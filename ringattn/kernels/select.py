@@ -1,8 +1,8 @@
 """Tells which kernel fits: why one cannot compute a call, which operator a call will use, and which kernel is worth a try.
 
-`obstacle` is asked before a call sends anything, `resolved` names what ranks must agree on. `pick` is for people, through
-`ringattn doctor`: its order is that of the packages' own claims for each generation of GPU. What is fastest on the GPU at hand
-`ranking` measures.
+`unsupported_reason` is asked before a call sends anything, `resolved` names what ranks must agree on. `pick` is for people,
+through `ringattn doctor`: its order is that of the packages' own claims for each generation of GPU. What is fastest on the GPU
+at hand `ranking` measures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LARGEST = {"flash2": 256, "flash3": 256, "flash4": 256, "cudnn": LARGEST_CUDNN, 
 LARGEST_ON_BLACKWELL = 128  # of flash4, but for 256 with 256 and 192 with 128
 FUSED_BY_TORCH = ("sdpa", "cudnn", "flash", "efficient")
 ANYWHERE = ("sdpa", "reference", Emulated.name)
-CURE = "make the plan with kernel='sdpa'"
+HINT = "make the plan with kernel='sdpa'"
 
 
 class Pick(NamedTuple):
@@ -67,7 +67,7 @@ def resolved(
     return "reference" if kernel in GPUS and bias and softcap else name
 
 
-def obstacle(
+def unsupported_reason(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
@@ -85,21 +85,21 @@ def obstacle(
     value_dim = head_dim if value_dim is None else value_dim
     if kernel == "flex":
         if device.type == "cuda" and dtype == torch.float64:
-            return f"kernel 'flex' takes no float64 on CUDA; {CURE}"
+            return f"kernel 'flex' takes no float64 on CUDA; {HINT}"
     else:
         if device.type != "cuda":
-            return f"kernel {name!r} runs on CUDA and the tensors are on {device.type}; {CURE}"
+            return f"kernel {name!r} runs on CUDA and the tensors are on {device.type}; {HINT}"
         takes = (*HALF, torch.float32) if kernel == "efficient" else HALF
         if dtype not in takes:
             listed = "bfloat16, float16 and float32" if kernel == "efficient" else "bfloat16 and float16"
-            return f"kernel {name!r} takes {listed}, not {short}; {CURE}"
+            return f"kernel {name!r} takes {listed}, not {short}; {HINT}"
         if why := _too_large(kernel, head_dim, value_dim, bias):
-            return f"{why}; {CURE}"
+            return f"{why}; {HINT}"
         found = facts(device)
         found = found if generation is None else found._replace(capability=(generation, 0))
         unfit = _unfit_operator if kernel in FUSED_BY_TORCH else _unfit_package
         if why := unfit(kernel, dtype, head_dim, value_dim, bias, found):
-            return f"{why}; {CURE}"
+            return f"{why}; {HINT}"
     try:
         get(name)
     except InputError as error:
@@ -148,7 +148,7 @@ def pick(device: torch.device | str, dtype: torch.dtype, head_dim: int, *, bias:
     for name, why in _RANKING:
         # flash-attn leaves bias and softcap together to plain mathematics
         wanted = softcap if name == "flex" else not (bias and softcap)
-        if device.type == "cuda" and wanted and obstacle(name, device, dtype, head_dim, bias=bias) is None:
+        if device.type == "cuda" and wanted and unsupported_reason(name, device, dtype, head_dim, bias=bias) is None:
             return Pick(name, why)
     return Pick("sdpa", f"torch's own fused operators; no other kernel that runs here on {device.type} is known to be faster")
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from ringattn.errors import PlanError
 from ringattn.schedule import Kind, Schedule, prune, ring, side_by_side
-from ringattn.schedule.program import Work
+from ringattn.schedule.program import TileBatch
 from ringattn.sequence.layout import Layout, Span, even_parts, joined, take
 from ringattn.sequence.mask import Mask
-from ringattn.sequence.segments import Piece, pieces
+from ringattn.sequence.segments import Segment, tile_segments
 
 WORTH_A_CUT = 0.9  # of the rows: if others need more of them than this, whole blocks travel
 
@@ -53,7 +53,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
+class HeadGroup:
     """One schedule on some of the heads, joined with layout and mask. `whole` is it before pruning."""
 
     heads: Heads
@@ -75,9 +75,9 @@ class Lane:
         """Kept (query, key) pairs of every tile with work."""
         return self.tiles.areas
 
-    def pieces(self, work: Work) -> tuple[Piece, ...]:
+    def segments(self, work: TileBatch) -> tuple[Segment, ...]:
         """What a kernel has to compute of `work`, in rows of its blocks put one behind another."""
-        return self.tiles.pieces(work.i, work.j)
+        return self.tiles.segments(work.i, work.j)
 
 
 class Cuts(NamedTuple):
@@ -90,9 +90,9 @@ class Cuts(NamedTuple):
 EVENLY = Cuts()
 
 
-def make_lanes(
+def make_head_groups(
     schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int, cuts: Cuts = EVENLY
-) -> tuple[Lane, ...]:
+) -> tuple[HeadGroup, ...]:
     """Share the heads out among `schedules` and prune each to the tiles that have work.
 
     Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
@@ -103,21 +103,23 @@ def make_lanes(
     if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
         raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
-    return tuple(_lane(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share)
+    return tuple(
+        _head_group(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share
+    )
 
 
 def _share_keys(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules can run over the same queries, each on some of the keys."""
     queries_travel = any(move.kind.of_queries for schedule in (a, b) for move in schedule.moves)
-    return a.q_home == b.q_home and not (a.resting or b.resting or queries_travel)
+    return a.q_owner == b.q_owner and not (a.resting or b.resting or queries_travel)
 
 
-def pairs(lanes: Sequence[Lane]) -> Counter[int]:
+def pairs(head_groups: Sequence[HeadGroup]) -> Counter[int]:
     """Kept (query, key) pairs that each rank computes, over all heads."""
     work: Counter[int] = Counter()
-    for lane in lanes:
-        areas, heads = lane.areas, lane.heads.of_queries
-        for _, rank, i, j in lane.whole.tiles:
+    for head_group in head_groups:
+        areas, heads = head_group.areas, head_group.heads.of_queries
+        for _, rank, i, j in head_group.whole.tiles:
             work[rank] += areas.get((i, j), 0) * heads
     return work
 
@@ -146,10 +148,10 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
 
 # Small caches: a lane holds every piece of its mask, which for thousands of documents is megabytes.
 @lru_cache(maxsize=512)
-def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> Lane:
-    q_blocks, kv_blocks = blocks(layout, schedule.q_home, cuts.q), blocks(layout.of_keys, schedule.kv_home, cuts.kv)
+def _head_group(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> HeadGroup:
+    q_blocks, kv_blocks = blocks(layout, schedule.q_owner, cuts.q), blocks(layout.of_keys, schedule.kv_owner, cuts.kv)
     tiles = _tiles(q_blocks, kv_blocks, layout, mask)
-    return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
+    return HeadGroup(heads, schedule, q_blocks, kv_blocks, tiles)
 
 
 @lru_cache(maxsize=512)
@@ -162,20 +164,20 @@ class Tiles:
 
     def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
         self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
-        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Piece, ...]] = {}
+        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Segment, ...]] = {}
         areas = {
-            (i, j): sum(piece.area for piece in self.pieces((i,), (j,)))
+            (i, j): sum(segment.area for segment in self.segments((i,), (j,)))
             for i, j in product(range(len(q_spans)), range(len(k_spans)))
         }
         self.areas = {tile: area for tile, area in areas.items() if area}
 
-    def pieces(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Piece, ...]:
+    def segments(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Segment, ...]:
         """Between query blocks `i` and key blocks `j`, each put one behind another."""
         if (i, j) not in self._found:
             q_spans, k_spans = (
                 joined(span for n in some for span in spans[n]) for some, spans in ((i, self._q_spans), (j, self._k_spans))
             )
-            self._found[i, j] = pieces(q_spans, k_spans, self.mask)
+            self._found[i, j] = tile_segments(q_spans, k_spans, self.mask)
         return self._found[i, j]
 
 
@@ -184,10 +186,10 @@ def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: La
     return Tiles(_spans(layout, q_blocks), _spans(layout.of_keys, kv_blocks), mask)
 
 
-def blocks(layout: Layout, homes: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
+def blocks(layout: Layout, owners: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
     """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it makes as many, else evenly."""
-    parts = {rank: _parts(layout.rows(rank), homes.count(rank), cuts[rank] if cuts else ()) for rank in set(homes)}
-    return tuple(Block(rank, *next(parts[rank])) for rank in homes)
+    parts = {rank: _parts(layout.rows(rank), owners.count(rank), cuts[rank] if cuts else ()) for rank in set(owners)}
+    return tuple(Block(rank, *next(parts[rank])) for rank in owners)
 
 
 def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -200,12 +202,12 @@ def trim(layout: Layout, mask: Mask) -> Cuts:
 
     Of a sliding window they are the end of a shard's keys, of packed documents those that other ranks have a part of.
     """
-    (lane,) = make_lanes((ring(layout.world),), layout, mask, 1, 1)
+    (head_group,) = make_head_groups((ring(layout.world),), layout, mask, 1, 1)
     read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
-    for i, j in lane.areas:
-        for piece in lane.tiles.pieces((i,), (j,)) if i != j else ():
-            read[Kind.Q][i].append((piece.q_start, piece.q_stop))
-            read[Kind.KV][j].append((piece.k_start, piece.k_stop))
+    for i, j in head_group.areas:
+        for segment in head_group.tiles.segments((i,), (j,)) if i != j else ():
+            read[Kind.Q][i].append((segment.q_start, segment.q_stop))
+            read[Kind.KV][j].append((segment.k_start, segment.k_stop))
     return Cuts(_hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ringattn._validation import shown
+from ringattn._validation import short_repr
 from ringattn.errors import RingAttnError
 
 KERNELS = ("sdpa", "reference", "cudnn", "flash", "efficient", "flex", "flash2", "flash3", "flash4")
@@ -40,17 +40,17 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     """
     kernel, colon, text = name.partition(":")
     if kernel not in KERNELS:
-        raise error(f"kernel={shown(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
+        raise error(f"kernel={short_repr(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
     if not colon:
         return KernelName(kernel, {})
     known = OPTIONS.get(kernel)
     if known is None:
         having = ", ".join(OPTIONS)
-        raise error(f"kernel={shown(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
+        raise error(f"kernel={short_repr(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
     given = [_option(kernel, known, part, name, error) for part in text.split(",")]
     options = dict(given)
     if len(options) < len(given):
-        raise error(f"kernel={shown(name)}; an option is given twice: give each once")
+        raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 
 
@@ -58,7 +58,7 @@ def _option(kernel: str, known: Mapping[str, str], part: str, name: str, error: 
     option, _, value = part.partition("=")
     meaning = "; ".join(f"{known_option}=N ({what})" for known_option, what in known.items())
     if option not in known:
-        raise error(f"kernel={shown(name)}; options of {kernel!r} are {meaning}, not {shown(option)}")
+        raise error(f"kernel={short_repr(name)}; options of {kernel!r} are {meaning}, not {short_repr(option)}")
     if not (value.isascii() and value.isdigit() and int(value[:6]) <= MOST_SMS and len(value) <= 6):
-        raise error(f"kernel={shown(name)}; give {option} as a whole number: {meaning}")
+        raise error(f"kernel={short_repr(name)}; give {option} as a whole number: {meaning}")
     return option, int(value)

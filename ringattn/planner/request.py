@@ -9,14 +9,14 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ringattn._validation import count, flag, instance, one_of, shown, text, whole
+from ringattn._validation import as_int, count, flag, instance, one_of, short_repr, text
 from ringattn.errors import PlanError
 from ringattn.plan.kernel_names import EMULATED as EMULATED_NAME
 from ringattn.plan.kernel_names import KERNELS, parse
 from ringattn.planner.cost import ITEMSIZE
 from ringattn.planner.topology import PRESETS, Topology
 from ringattn.schedule import Schedule, check
-from ringattn.schedule.catalog import NAMES, Lanes
+from ringattn.schedule.catalog import NAMES, HeadGroups
 from ringattn.schedule.mesh import factors
 from ringattn.schedule.ulysses import ulysses
 from ringattn.sequence.document_layout import by_documents
@@ -41,7 +41,7 @@ class Request(NamedTuple):
     head_dim: int
     dtype: str
     mask: Mask
-    schedule: str | Lanes
+    schedule: str | HeadGroups
     degrees: tuple[int, ...]
     layouts: tuple[Layout, ...]
     kernel: str
@@ -110,7 +110,7 @@ def _kernel(kernel: Any) -> str:
     except ValueError:
         flops = 0.0
     if not 0 < flops < float("inf"):
-        raise PlanError(f"kernel={shown(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
+        raise PlanError(f"kernel={short_repr(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
     return f"{EMULATED}{flops:g}"
 
 
@@ -119,12 +119,13 @@ def _world(world: Any) -> int:
     dimensions = getattr(world, "ndim", 1)
     if isinstance(dimensions, int) and dimensions > 1:
         raise PlanError(
-            f"world has {dimensions} dimensions ({shown(world)}); give the one the sequence is cut over, as in mesh['sequence']"
+            f"world has {dimensions} dimensions ({short_repr(world)}); give the one the sequence is cut over, "
+            "as in mesh['sequence']"
         )
     try:
         world = world.size() if callable(getattr(world, "size", None)) else world
     except Exception:  # a class, or whatever else has a `size`
-        raise PlanError(f"world={shown(world)}; give the number of ranks, or the mesh or group that has them") from None
+        raise PlanError(f"world={short_repr(world)}; give the number of ranks, or the mesh or group that has them") from None
     return count("world", world, PlanError, most=MOST_RANKS)
 
 
@@ -157,7 +158,7 @@ def topology_for(topology: Any, world: int) -> Topology:
     found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
     if found is None:
         raise PlanError(
-            f"topology={shown(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
+            f"topology={short_repr(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
         )
     if found.world not in (None, world):
         raise PlanError(
@@ -173,9 +174,9 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
             raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
         layout.validate(seq_len)
         for name, value, found in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
-            if value is not None and whole(name, value, PlanError) != found:
+            if value is not None and as_int(name, value, PlanError) != found:
                 raise PlanError(
-                    f"{name}={shown(value)} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
+                    f"{name}={short_repr(value)} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
                 )
         _fits(mask, layout.length, layout.of_keys.length, layout.first)
         return (layout,)
@@ -209,7 +210,7 @@ def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
             f"kv_len={keys}, seq_len={seq_len} and mask={mask}: say where the first query stands among the keys with q_offset, "
             f"as in q_offset={max(0, keys - seq_len)}"
         )
-    offset = whole("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
+    offset = as_int("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
     if offset < 0:
         raise PlanError(f"q_offset={q_offset!r}; must be a whole number, 0 or more")
     return count("q_offset", offset, PlanError, least=0)
@@ -226,22 +227,36 @@ def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
 _check_once = lru_cache(maxsize=64)(check)
 
 
-def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | Lanes:
+def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadGroups:
     if isinstance(schedule, str):
         return one_of("schedule", schedule, SCHEDULES, PlanError)
-    lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
-    if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
-        raise PlanError(f"schedule={shown(schedule)}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them")
-    for lane in lanes:
-        if lane.world * degree != world:
-            within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
-            raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and {within}; build it for {world // degree}")
-        if len(lane.tiles) >= len(lane.q_home) * len(lane.kv_home):  # others are for one mask, and checked with it
-            _check_once(lane)
-    if len(lanes) * degree > heads and not any(lane.resting for lane in lanes) and len(lanes) != 2:
+    head_groups = (
+        (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
+    )
+    if not head_groups or not all(isinstance(head_group, Schedule) for head_group in head_groups):
         raise PlanError(
-            f"schedule has {len(lanes)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
+            f"schedule={short_repr(schedule)}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them"
+        )
+    for head_group in head_groups:
+        if head_group.world * degree != world:
+            within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
+            raise PlanError(
+                f"schedule {head_group.name!r} is for {head_group.world} ranks and {within}; build it for {world // degree}"
+            )
+        if len(head_group.tiles) >= len(head_group.q_owner) * len(
+            head_group.kv_owner
+        ):  # others are for one mask, and checked with it
+            _check_once(head_group)
+    if (
+        len(head_groups) * degree > heads
+        and not any(head_group.resting for head_group in head_groups)
+        and len(head_groups) != 2
+    ):
+        raise PlanError(
+            f"schedule has {len(head_groups)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
         )
     if degree > 1:
-        lanes = tuple(one for members in zip(*(ulysses(lane, degree) for lane in lanes), strict=True) for one in members)
-    return lanes
+        head_groups = tuple(
+            one for members in zip(*(ulysses(head_group, degree) for head_group in head_groups), strict=True) for one in members
+        )
+    return head_groups

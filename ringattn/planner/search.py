@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ringattn.errors import PlanError
-from ringattn.plan.head_groups import EVENLY, make_lanes, pairs, trim
+from ringattn.plan.head_groups import EVENLY, make_head_groups, pairs, trim
 from ringattn.plan.plan import Plan
 from ringattn.planner.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.request import Request
@@ -95,8 +95,8 @@ def choose(request: Request) -> Plan:
     forward, backward = chosen[0], chosen[-1]
     notes = f"predicted on {request.topology.name}: {'; '.join(map(_told, request.passes, chosen))}"
     labels = str(forward.named), str(backward.named)
-    lanes = forward.plan.forward if forward is backward else backward.plan.backward
-    return replace(forward.plan, backward=lanes, labels=labels, notes=notes)
+    head_groups = forward.plan.forward if forward is backward else backward.plan.backward
+    return replace(forward.plan, backward=head_groups, labels=labels, notes=notes)
 
 
 @lru_cache(maxsize=256)
@@ -137,8 +137,8 @@ def _shared_out(request: Request, at: int, best: Chosen) -> tuple[Chosen, Sequen
 
 def _best(found: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
     """The cheapest of each pass. One whose inputs rest away from home counts on all passes being its own."""
-    free = [option for option in found if not option.plan.keep]
-    choices = [(option,) * len(passes) for option in found if option.plan.keep]
+    free = [option for option in found if not option.plan.reuse_inputs]
+    choices = [(option,) * len(passes) for option in found if option.plan.reuse_inputs]
     if free:
         choices.append(tuple(_cheapest(free, backward=backward) for backward in passes))
     best, *others = sorted(choices, key=lambda chosen: _sum(chosen, Candidate.total_bytes))
@@ -193,10 +193,10 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
     found = []
     for one in named:
         cuts = trim(layout, request.mask) if one.trimmed else EVENLY
-        lanes = make_lanes(one.lanes, layout, request.mask, request.heads, request.kv_heads, cuts)
+        head_groups = make_head_groups(one.head_groups, layout, request.mask, request.heads, request.kv_heads, cuts)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         kernel, partials = request.kernel, request.partials
-        plan = Plan(request.seq_len, request.world, *model, request.mask, layout, kernel, lanes, lanes, partials)
+        plan = Plan(request.seq_len, request.world, *model, request.mask, layout, kernel, head_groups, head_groups, partials)
         found.append(Candidate(one, plan, request.topology))
     limit = request.buffer_limit
     return found if limit is None else [option for option in found if option.buffer_bytes(request.passes) <= limit]
@@ -207,8 +207,8 @@ def _worthwhile(request: Request) -> list[Layout]:
     """The layouts, without those on which a ring's work is no more even than on one before."""
     found: list[tuple[int, Layout]] = []
     for layout in request.layouts:
-        (lane,) = make_lanes((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
-        most = max(pairs([lane]).values())
+        (head_group,) = make_head_groups((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
+        most = max(pairs([head_group]).values())
         if not any(busiest < LAYOUT_TIE * most for busiest, _ in found):
             found.append((most, layout))
     return [layout for _, layout in found]
@@ -216,8 +216,8 @@ def _worthwhile(request: Request) -> list[Layout]:
 
 def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if not isinstance(request.schedule, str):
-        for lane in make_lanes(request.schedule, layout, request.mask, request.heads, request.kv_heads):
-            check(lane.schedule, lane.areas)
+        for head_group in make_head_groups(request.schedule, layout, request.mask, request.heads, request.kv_heads):
+            check(head_group.schedule, head_group.areas)
         yield Named("given", "", request.schedule)
         return
     if request.schedule == "balanced":
@@ -240,8 +240,8 @@ def _different(ranks: int) -> list[str]:
 def _facts(request: Request, layout: Layout) -> Facts:
     """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
     world = request.world
-    (whole,) = make_lanes((ring(world),), layout, request.mask, request.heads, request.kv_heads)
-    (halves,) = make_lanes((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
+    (whole,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
+    (halves,) = make_head_groups((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
     idle = len(halves.areas) < (2 * world) ** 2
     directions = (1, -1) if idle or len(whole.areas) < world**2 or request.topology.kind == "matrix" else (1,)
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)

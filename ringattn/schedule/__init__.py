@@ -3,7 +3,7 @@
 from ringattn.schedule.catalog import NAMES
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
+from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make, parse
 from ringattn.schedule.mesh import mesh
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
@@ -14,7 +14,7 @@ __all__ = [
     "NAMES",
     "Kind",
     "Move",
-    "Room",
+    "BufferLimits",
     "Schedule",
     "Tile",
     "accumulating_ring",

@@ -14,8 +14,8 @@ that of what runs among the groups.
 `balanced` is made for a mask and a layout, so it is not here: see `planner.solver` and the planner.
 
 What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `lanes.trim`). Within a
-name and among names, what needs less room stands first.
+first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `head_groups.trim`).
+Within a name and among names, what needs less room stands first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ringattn.schedule.ulysses import ulysses
 TRIMMED = 3  # parts: what others need, and what there is before and behind
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
-Lanes = tuple[Schedule, ...]
+HeadGroups = tuple[Schedule, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Named:
 
     name: str
     variant: str
-    lanes: Lanes
+    head_groups: HeadGroups
     trimmed: bool = False  # its blocks are to be cut where a layout knows rows that no other rank needs
 
     def __str__(self) -> str:
@@ -74,8 +74,8 @@ class Facts:
 def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
     """The variants of `name`, one of `NAMES`, inside Ulysses of `degree`."""
     if degree == 1:
-        for variant, lanes, trimmed in _and_trimmed(NAMES[name](facts), facts):
-            yield Named(name, variant, lanes, trimmed)
+        for variant, head_groups, trimmed in _and_trimmed(NAMES[name](facts), facts):
+            yield Named(name, variant, head_groups, trimmed)
         return
     inside = facts.inside(degree)
     groups = [n for n in (1, 2, 4) if facts.kv_heads % (degree * n) == 0] or [1]
@@ -86,20 +86,26 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
                 yield Named(f"ulysses {degree}", _words("", parts, n), ulysses(exchange, degree, groups=n))
             yield Named(f"ulysses {degree}", _words("in stages", 1, n), ulysses(ring(1), degree, stages=degree - 1, groups=n))
         return
-    for variant, lanes, trimmed in _and_trimmed(NAMES[name](inside), inside):
-        for n in groups if facts.kv_heads >= degree * len(lanes) else [1]:
-            wrapped = zip(*(ulysses(lane, degree, stages=degree - 1, groups=n) for lane in lanes), strict=True)
-            found = tuple(lane for member in wrapped for lane in member)
+    for variant, head_groups, trimmed in _and_trimmed(NAMES[name](inside), inside):
+        for n in groups if facts.kv_heads >= degree * len(head_groups) else [1]:
+            wrapped = zip(
+                *(ulysses(head_group, degree, stages=degree - 1, groups=n) for head_group in head_groups), strict=True
+            )
+            found = tuple(head_group for member in wrapped for head_group in member)
             yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found, trimmed)
 
 
-def _and_trimmed(variants: Variants, facts: Facts) -> Iterator[tuple[str, Lanes, bool]]:
+def _and_trimmed(variants: Variants, facts: Facts) -> Iterator[tuple[str, HeadGroups, bool]]:
     """Each as it is, and if its blocks are whole and some of what travels is not needed, without that."""
-    for variant, lanes in variants:
-        yield variant, lanes, False
-        moving = {"q" if move.kind.of_queries else "kv" for lane in lanes for move in lane.moves} & set(facts.trimmed)
-        if moving and all(len(lane.q_home) == len(lane.kv_home) == lane.world for lane in lanes):
-            divided = tuple(divide(lane, **dict.fromkeys(moving, TRIMMED)) for lane in lanes)
+    for variant, head_groups in variants:
+        yield variant, head_groups, False
+        moving = {"q" if move.kind.of_queries else "kv" for head_group in head_groups for move in head_group.moves} & set(
+            facts.trimmed
+        )
+        if moving and all(
+            len(head_group.q_owner) == len(head_group.kv_owner) == head_group.world for head_group in head_groups
+        ):
+            divided = tuple(divide(head_group, **dict.fromkeys(moving, TRIMMED)) for head_group in head_groups)
             yield ", ".join(filter(None, (variant, "trimmed"))), divided, True
 
 
@@ -108,7 +114,7 @@ def _words(variant: str, parts: int, groups: int) -> str:
     return ", ".join(filter(None, words))
 
 
-Variants = Iterator[tuple[str, Lanes]]
+Variants = Iterator[tuple[str, HeadGroups]]
 
 
 def _ring(facts: Facts) -> Variants:

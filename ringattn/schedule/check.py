@@ -13,28 +13,28 @@ from collections.abc import Collection
 from itertools import accumulate, product
 from typing import Any
 
-from ringattn._validation import instance, shown
+from ringattn._validation import instance, short_repr
 from ringattn.errors import ScheduleError
-from ringattn.schedule.ir import A_SCHEDULE, Kind, Move, Room, Schedule, Tile
+from ringattn.schedule.ir import A_SCHEDULE, BufferLimits, Kind, Move, Schedule, Tile
 from ringattn.schedule.program import Message, messages, program
 
 
-def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) -> Room:
+def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) -> BufferLimits:
     """Raise `ScheduleError` naming step and item at the first fault; otherwise the peak of foreign blocks a rank holds.
 
     `alive` are the tiles that have work (default: all of them).
     """
     instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
     expected = (
-        set(pairs_of(alive)) if alive is not None else set(product(range(len(schedule.q_home)), range(len(schedule.kv_home))))
+        set(pairs_of(alive)) if alive is not None else set(product(range(len(schedule.q_owner)), range(len(schedule.kv_owner))))
     )
     _check_form(schedule)
     _check_result(_replay(schedule), schedule, expected)
     _check_links(schedule)
     highest = peak(schedule)
-    if any(used > promised for used, promised in zip(highest, schedule.room, strict=True)):
+    if any(used > promised for used, promised in zip(highest, schedule.limits, strict=True)):
         raise ScheduleError(
-            f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.room}"
+            f"{schedule.name}: some rank holds {highest} foreign blocks, more than the promised {schedule.limits}"
         )
     return highest
 
@@ -46,7 +46,7 @@ def pairs_of(alive: Any) -> Collection[tuple[int, int]]:
     except Exception:  # a tensor without dimensions
         fine = False
     if not fine:
-        raise ScheduleError(f"alive={shown(alive)}; must be a collection of tiles (i, j)")
+        raise ScheduleError(f"alive={short_repr(alive)}; must be a collection of tiles (i, j)")
     found: Collection[tuple[int, int]] = alive
     return found
 
@@ -60,7 +60,7 @@ def _check_form(schedule: Schedule) -> None:
     for move in schedule.moves:
         if move.src not in ranks or move.dst not in ranks or move.src == move.dst:
             raise ScheduleError(f"{schedule.name}: {move} does not go from one rank of {schedule.world} to another")
-        if move.depart < 0 or move.due <= move.depart:
+        if move.depart < 0 or move.arrival <= move.depart:
             raise ScheduleError(
                 f"{schedule.name}: {move} departs in step {move.depart} and would be due no later, or before the first step"
             )
@@ -71,8 +71,8 @@ def _check_form(schedule: Schedule) -> None:
 
 def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int, int]]]:
     """Run all ranks with names for numbers: which tiles each accumulator holds, wherever it is at the end."""
-    held = {(rank, Kind.Q, i) for i, rank in enumerate(schedule.q_home)}
-    held |= {(rank, Kind.KV, j) for j, rank in enumerate(schedule.kv_home)}
+    resident = {(rank, Kind.Q, i) for i, rank in enumerate(schedule.q_owner)}
+    resident |= {(rank, Kind.KV, j) for j, rank in enumerate(schedule.kv_owner)}
     gathered: dict[tuple[int, Kind, int], Counter[tuple[int, int]]] = defaultdict(Counter)
     on_the_way: dict[int, list[tuple[Move, Counter[tuple[int, int]]]]] = defaultdict(list)
     moves, tiles = _by_step(schedule)
@@ -81,15 +81,15 @@ def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int
             if move.kind.moved:
                 gathered[move.dst, move.kind, move.index] += content
             else:
-                held.add((move.dst, move.kind, move.index))
+                resident.add((move.dst, move.kind, move.index))
         for move in moves[step]:
             source = (move.src, move.kind, move.index)
-            if source not in (gathered if move.kind.moved else held):
+            if source not in (gathered if move.kind.moved else resident):
                 raise ScheduleError(f"{schedule.name}, step {step}: rank {move.src} does not hold what it sends in {move}")
-            on_the_way[move.due].append((move, gathered.pop(source) if move.kind.moved else Counter()))
+            on_the_way[move.arrival].append((move, gathered.pop(source) if move.kind.moved else Counter()))
         for tile in tiles[step]:
             for kind, index in ((Kind.Q, tile.i), (Kind.KV, tile.j)):
-                if (tile.rank, kind, index) not in held:
+                if (tile.rank, kind, index) not in resident:
                     raise ScheduleError(
                         f"{schedule.name}, step {step}: rank {tile.rank} computes tile ({tile.i}, {tile.j}) "
                         f"but {kind.value}{index} has not arrived"
@@ -119,12 +119,12 @@ def _check_result(
         for tile in expected:
             wanted[tile[axis]].add(tile)
         for (rank, held_kind, index), tiles in gathered.items():
-            if held_kind is kind and rank != schedule.home(kind, index):
+            if held_kind is kind and rank != schedule.owner(kind, index):
                 raise ScheduleError(
                     f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}"
                 )
         for index, complete in wanted.items():
-            found = gathered[schedule.home(kind, index), kind, index]
+            found = gathered[schedule.owner(kind, index), kind, index]
             if found != Counter(complete):
                 missing, extra = sorted(complete - set(found)), sorted((found - Counter(complete)).elements())
                 raise ScheduleError(
@@ -146,7 +146,7 @@ def _check_links(schedule: Schedule) -> None:
                 raise ScheduleError(f"{schedule.name}: ranks {src} and {dst} disagree on the order of messages between them")
 
 
-def peak(schedule: Schedule) -> Room:
+def peak(schedule: Schedule) -> BufferLimits:
     """The most foreign blocks of each kind that any rank holds in any step, buffers of moves in flight included."""
     instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
     change: dict[tuple[Kind, int], Counter[int]] = defaultdict(Counter)  # by step, for each kind and rank
@@ -161,19 +161,19 @@ def peak(schedule: Schedule) -> Room:
     for step, rank, i, j in schedule.tiles:
         for item in ((rank, Kind.Q, i), (rank, Kind.KV, j)):
             last_read[item] = max(step, last_read.get(item, 0))
-        if schedule.q_home[i] != rank:
+        if schedule.q_owner[i] != rank:
             born[rank, Kind.Q_ACC, i].append(step)
-        if schedule.kv_home[j] != rank:
+        if schedule.kv_owner[j] != rank:
             born[rank, Kind.KV_ACC, j].append(step)
     for kind, index, src, _, depart, _ in schedule.moves:
         last_read[src, kind, index] = max(depart, last_read.get((src, kind, index), 0))
-    for kind, index, src, dst, depart, due in schedule.moves:
+    for kind, index, src, dst, depart, arrival in schedule.moves:
         # The receiver's buffer: until merged for an accumulator, until last read for an input.
-        occupy(kind, dst, depart, due if kind.moved else max(due, last_read.get((dst, kind, index), 0) + 1))
+        occupy(kind, dst, depart, arrival if kind.moved else max(arrival, last_read.get((dst, kind, index), 0) + 1))
         if kind.moved:
             # The sender's: from the first share computed or merged there until the transfer is complete.
-            occupy(kind, src, min((s for s in born[src, kind, index] if s < depart), default=depart), due)
+            occupy(kind, src, min((s for s in born[src, kind, index] if s < depart), default=depart), arrival)
     highest = dict.fromkeys(Kind, 0)
     for (kind, _), steps in change.items():
         highest[kind] = max(highest[kind], *accumulate(steps[step] for step in sorted(steps)))
-    return Room(highest[Kind.Q], highest[Kind.KV], highest[Kind.Q_ACC], highest[Kind.KV_ACC])
+    return BufferLimits(highest[Kind.Q], highest[Kind.KV], highest[Kind.Q_ACC], highest[Kind.KV_ACC])

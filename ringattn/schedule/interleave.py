@@ -27,13 +27,13 @@ def take_turns(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     q, kv = parts_of("take_turns", schedule, q, kv)
     if min(q, kv) != 1:
         raise PlanError(f"take_turns(q={q}, kv={kv}): cut queries or keys, into at least one part")
-    if any(move.src != schedule.home(move.kind, move.index) and not move.kind.moved for move in schedule.moves):
+    if any(move.src != schedule.owner(move.kind, move.index) and not move.kind.moved for move in schedule.moves):
         raise PlanError(f"{schedule.name}: blocks that hop cannot take turns; use split, or routing='direct'")
     turns = _Turns(schedule, q, kv)
-    homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
+    owners = tuple(h for h in schedule.q_owner for _ in range(q)), tuple(h for h in schedule.kv_owner for _ in range(kv))
     name = f"{schedule.name}/{q}x{kv} in turn"
-    made = make(name, schedule.world, turns.tiles(), turns.moves(), schedule.room, homes)
-    return replace(made, room=peak(made))
+    made = make(name, schedule.world, turns.tiles(), turns.moves(), schedule.limits, owners)
+    return replace(made, limits=peak(made))
 
 
 class _Turns:
@@ -61,10 +61,10 @@ class _Turns:
         for move in self.schedule.moves:
             for n, first, last in self.parts_of(move.kind):
                 index = move.index * (self.q if move.kind.of_queries else self.kv) + n
-                in_flight = (move.due - move.depart) * self.parts
+                in_flight = (move.arrival - move.depart) * self.parts
                 if move.kind.moved:
                     depart = self.step(move.depart - 1, last) + 1
-                    yield move._replace(index=index, depart=depart, due=min(depart + in_flight, self.end))
+                    yield move._replace(index=index, depart=depart, arrival=min(depart + in_flight, self.end))
                 else:
-                    due = self.step(move.due, first)
-                    yield move._replace(index=index, depart=max(0, due - in_flight), due=due)
+                    arrival = self.step(move.arrival, first)
+                    yield move._replace(index=index, depart=max(0, arrival - in_flight), arrival=arrival)

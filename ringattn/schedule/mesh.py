@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from itertools import product
 from math import isqrt
 
-from ringattn._validation import one_of, shown, whole
+from ringattn._validation import as_int, one_of, short_repr
 from ringattn.errors import PlanError
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make
 from ringattn.schedule.moves import ROUTINGS, validate
 
 AHEAD = 3  # visits ahead of its use that a block may leave its owner when it goes direct
@@ -39,15 +39,15 @@ def mesh(world: int, *, a: int | None = None, q_routing: str = "hop", kv_routing
     world, _ = validate(world, "hop", 1, 1)
     for name, routing in (("q_routing", q_routing), ("kv_routing", kv_routing)):
         one_of(name, routing, ROUTINGS, PlanError)
-    a = max(factors(world, upto=isqrt(world))) if a is None else whole("a", a, PlanError)
+    a = max(factors(world, upto=isqrt(world))) if a is None else as_int("a", a, PlanError)
     if a < 1 or world % a:
         raise PlanError(
-            f"a={shown(a)}: the ranks of a row must divide world={world}; choose one of {factors(world, upto=world)}"
+            f"a={short_repr(a)}: the ranks of a row must divide world={world}; choose one of {factors(world, upto=world)}"
         )
     grid = _Grid(a, world // a, q_routing == "direct", kv_routing == "direct")
     straight = [word for word, direct in (("q", grid.q_direct), ("kv", grid.kv_direct)) if direct]
     name = "_".join(["mesh", *straight, *["direct"][: len(straight)]])
-    return make(name, world, grid.tiles(), [*grid.kv(), *grid.q(), *grid.q_acc(), *grid.kv_acc()], grid.room())
+    return make(name, world, grid.tiles(), [*grid.kv(), *grid.q(), *grid.q_acc(), *grid.kv_acc()], grid.limits())
 
 
 def factors(world: int, *, upto: int) -> list[int]:
@@ -97,11 +97,11 @@ class _Grid:
             depart = self.step(self.a - 1, m) + 1
             yield Move(Kind.KV_ACC, rank, self.rank(x, y + m), rank, depart, min(depart + 2, self.end))
 
-    def room(self) -> Room:
+    def limits(self) -> BufferLimits:
         """Of Q one block in use and one on its way, of results one more. All KV; all its gradients, and two coming home."""
         foreign_q, foreign_kv = self.a - 1, self.b - 1
         passing_on = self.a == 1  # with a single visit of Q nothing of KV is needed twice
-        return Room(
+        return BufferLimits(
             q=min(foreign_q, AHEAD + 1 if self.q_direct else 2),
             kv=min(foreign_kv, AHEAD + 1 if self.kv_direct else 2) if passing_on else foreign_kv,
             q_acc=min(foreign_q, 1) * min(self.a, 3),

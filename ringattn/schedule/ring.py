@@ -15,8 +15,8 @@ carry data. It is the honest baseline for TokenRing: same time on full-duplex li
 
 from __future__ import annotations
 
-from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.moves import at, ride_home, straight_home, validate, variant, visit
+from ringattn.schedule.ir import BufferLimits, Kind, Schedule, Tile, make
+from ringattn.schedule.moves import accumulate_along, at, return_to_owner, validate, variant, visit
 
 
 def ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int = 1) -> Schedule:
@@ -29,13 +29,13 @@ def ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int
     ]
     inputs = visit(Kind.KV, world, routing, direction, lookahead)
     if routing == "hop":
-        results, room = ride_home(Kind.KV_ACC, world, direction), Room(kv=2, kv_acc=3)
+        results, limits = accumulate_along(Kind.KV_ACC, world, direction), BufferLimits(kv=2, kv_acc=3)
     else:
-        results, room = (
-            straight_home(Kind.KV_ACC, world, direction, lookahead),
-            Room(kv=lookahead + 1, kv_acc=2 * lookahead + 1),
+        results, limits = (
+            return_to_owner(Kind.KV_ACC, world, direction, lookahead),
+            BufferLimits(kv=lookahead + 1, kv_acc=2 * lookahead + 1),
         )
-    return make(variant("ring", routing, direction), world, tiles, [*inputs, *results], room)
+    return make(variant("ring", routing, direction), world, tiles, [*inputs, *results], limits)
 
 
 def bidirectional_ring(world: int, *, routing: str = "hop", lookahead: int = 1) -> tuple[Schedule, Schedule]:

@@ -19,8 +19,8 @@ only, but one way only, and a result that is added to on its way must travel wid
 
 from __future__ import annotations
 
-from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.moves import at, ride_home, straight_home, validate, variant, visit
+from ringattn.schedule.ir import BufferLimits, Kind, Schedule, Tile, make
+from ringattn.schedule.moves import accumulate_along, at, return_to_owner, validate, variant, visit
 
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
@@ -29,17 +29,19 @@ def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahea
     lookahead = ahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
     moves = [
         *visit(Kind.Q, world, routing, direction, lookahead),
-        *straight_home(Kind.Q_ACC, world, direction, lookahead),
+        *return_to_owner(Kind.Q_ACC, world, direction, lookahead),
     ]
-    room = Room(q=2 if routing == "hop" else lookahead + 1, q_acc=2 * lookahead + 1)
-    return make(variant("token_ring", routing, direction), world, _visits(world, direction), moves, room)
+    limits = BufferLimits(q=2 if routing == "hop" else lookahead + 1, q_acc=2 * lookahead + 1)
+    return make(variant("token_ring", routing, direction), world, _visits(world, direction), moves, limits)
 
 
 def accumulating_ring(world: int, *, direction: int = 1) -> Schedule:
     """Q visits every rank, and its result follows a step behind; on the last hop it comes home."""
     world, _ = validate(world, "hop", direction, 1)
-    moves = [*visit(Kind.Q, world, "hop", direction, 1), *ride_home(Kind.Q_ACC, world, direction)]
-    return make(variant("accumulating_ring", "hop", direction), world, _visits(world, direction), moves, Room(q=2, q_acc=3))
+    moves = [*visit(Kind.Q, world, "hop", direction, 1), *accumulate_along(Kind.Q_ACC, world, direction)]
+    return make(
+        variant("accumulating_ring", "hop", direction), world, _visits(world, direction), moves, BufferLimits(q=2, q_acc=3)
+    )
 
 
 def _visits(world: int, direction: int) -> list[Tile]:

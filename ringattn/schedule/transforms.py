@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from ringattn._validation import instance, shown, whole
+from ringattn._validation import as_int, instance, short_repr
 from ringattn.errors import PlanError
 from ringattn.schedule.check import pairs_of, peak
-from ringattn.schedule.ir import A_SCHEDULE, Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.ir import A_SCHEDULE, BufferLimits, Kind, Move, Schedule, Tile, make
 
 MOST_TILES = 1 << 24
 
@@ -37,7 +37,7 @@ def _read(schedule: Schedule, tiles: tuple[Tile, ...]) -> set[int]:
             last_read[item] = max(last_read[item], tile.step)
     kept = set()
     for n, move in reversed(list(enumerate(schedule.moves))):
-        if not move.kind.moved and last_read[move.dst, move.kind, move.index] >= move.due:
+        if not move.kind.moved and last_read[move.dst, move.kind, move.index] >= move.arrival:
             kept.add(n)
             source = (move.src, move.kind, move.index)
             last_read[source] = max(last_read[source], move.depart)
@@ -61,7 +61,7 @@ def _carrying(schedule: Schedule, tiles: tuple[Tile, ...]) -> set[int]:
             if move.kind.moved and item in filled:
                 filled.remove(item)
                 kept.add(n)
-                arriving[move.due].append(move)
+                arriving[move.arrival].append(move)
         for tile in working[step]:
             filled |= {(tile.rank, Kind.Q_ACC, tile.i), (tile.rank, Kind.KV_ACC, tile.j)}
     return kept
@@ -94,12 +94,12 @@ def split(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
             # An input is needed at its first use; a result is complete after the last one of the step before.
             shift = last + 1 - steps if move.kind.moved else first
             index = move.index * (q if move.kind.of_queries else kv) + n
-            at_home = not move.kind.moved and move.src == schedule.home(move.kind, move.index)
+            at_home = not move.kind.moved and move.src == schedule.owner(move.kind, move.index)
             depart = move.depart * steps + (0 if at_home else shift)
-            moves.append(move._replace(index=index, depart=depart, due=move.due * steps + shift))
-    homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
-    parted = make(f"{schedule.name}/{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
-    return replace(parted, room=peak(parted))
+            moves.append(move._replace(index=index, depart=depart, arrival=move.arrival * steps + shift))
+    owners = tuple(h for h in schedule.q_owner for _ in range(q)), tuple(h for h in schedule.kv_owner for _ in range(kv))
+    parted = make(f"{schedule.name}/{q}x{kv}", schedule.world, tiles, moves, schedule.limits, owners)
+    return replace(parted, limits=peak(parted))
 
 
 def divide(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
@@ -110,16 +110,16 @@ def divide(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     for move in schedule.moves:
         parts = q if move.kind.of_queries else kv
         moves += [move._replace(index=move.index * parts + n) for n in range(parts)]
-    homes = tuple(h for h in schedule.q_home for _ in range(q)), tuple(h for h in schedule.kv_home for _ in range(kv))
-    divided = make(f"{schedule.name}|{q}x{kv}", schedule.world, tiles, moves, schedule.room, homes)
-    return replace(divided, room=peak(divided))
+    owners = tuple(h for h in schedule.q_owner for _ in range(q)), tuple(h for h in schedule.kv_owner for _ in range(kv))
+    divided = make(f"{schedule.name}|{q}x{kv}", schedule.world, tiles, moves, schedule.limits, owners)
+    return replace(divided, limits=peak(divided))
 
 
 def parts_of(call: str, schedule: Schedule, q: int, kv: int) -> tuple[int, int]:
     """Into how many parts `call` cuts blocks of queries and of keys."""
     instance("schedule", schedule, Schedule, PlanError, A_SCHEDULE)
-    q, kv = whole("q", q, PlanError), whole("kv", kv, PlanError)
-    said = f"{call}(q={shown(q)}, kv={shown(kv)})"
+    q, kv = as_int("q", q, PlanError), as_int("kv", kv, PlanError)
+    said = f"{call}(q={short_repr(q)}, kv={short_repr(kv)})"
     if min(q, kv) < 1:
         raise PlanError(f"{said}: a block has at least one part")
     if max(q, kv) * q * kv * max(1, len(schedule.tiles)) > MOST_TILES:
@@ -133,9 +133,9 @@ def both_ways(schedule: Schedule) -> tuple[Schedule, Schedule]:
     Rank r takes the part of rank world - 1 - r, with its blocks; so what was a row of a mesh, or a node, still is.
     """
     instance("schedule", schedule, Schedule, PlanError, A_SCHEDULE)
-    last, last_q, last_kv = schedule.world - 1, len(schedule.q_home) - 1, len(schedule.kv_home) - 1
-    per_q, per_kv = (len(homes) // schedule.world for homes in (schedule.q_home, schedule.kv_home))
-    if schedule.q_home != tuple(n // max(1, per_q) for n in range(last_q + 1)) or schedule.resting:
+    last, last_q, last_kv = schedule.world - 1, len(schedule.q_owner) - 1, len(schedule.kv_owner) - 1
+    per_q, per_kv = (len(owners) // schedule.world for owners in (schedule.q_owner, schedule.kv_owner))
+    if schedule.q_owner != tuple(n // max(1, per_q) for n in range(last_q + 1)) or schedule.resting:
         raise PlanError(
             f"{schedule.name} has no mirror image: its ranks own different numbers of blocks, or some rest elsewhere"
         )
@@ -153,8 +153,8 @@ def both_ways(schedule: Schedule) -> tuple[Schedule, Schedule]:
         )
         for m in schedule.moves
     ]
-    homes = schedule.q_home, schedule.kv_home
-    return schedule, make(f"{schedule.name}, mirrored", schedule.world, tiles, moves, schedule.room, homes)
+    owners = schedule.q_owner, schedule.kv_owner
+    return schedule, make(f"{schedule.name}, mirrored", schedule.world, tiles, moves, schedule.limits, owners)
 
 
 def side_by_side(a: Schedule, b: Schedule) -> Schedule:
@@ -165,7 +165,7 @@ def side_by_side(a: Schedule, b: Schedule) -> Schedule:
     """
     for name, one in (("a", a), ("b", b)):
         instance(name, one, Schedule, PlanError, A_SCHEDULE)
-    if (a.world, a.q_home) != (b.world, b.q_home):
+    if (a.world, a.q_owner) != (b.world, b.q_owner):
         raise PlanError(
             f"{a.name} and {b.name} are for other ranks or blocks of queries; run schedules for the same ones side by side"
         )
@@ -173,8 +173,8 @@ def side_by_side(a: Schedule, b: Schedule) -> Schedule:
         raise PlanError(
             f"{a.name} and {b.name} cannot share the keys of one head: in one of them queries travel, and would twice"
         )
-    shift = len(a.kv_home)
+    shift = len(a.kv_owner)
     tiles = [*a.tiles, *(t._replace(j=t.j + shift) for t in b.tiles)]
     moves = [*a.moves, *(m._replace(index=m.index + shift) for m in b.moves)]
-    room = Room(*(x + y for x, y in zip(a.room, b.room, strict=True)))
-    return make(f"{a.name}+{b.name}", a.world, tiles, moves, room, (a.q_home, a.kv_home + b.kv_home))
+    limits = BufferLimits(*(x + y for x, y in zip(a.limits, b.limits, strict=True)))
+    return make(f"{a.name}+{b.name}", a.world, tiles, moves, limits, (a.q_owner, a.kv_owner + b.kv_owner))

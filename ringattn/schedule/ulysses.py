@@ -18,10 +18,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ringattn._validation import count, instance, shown, whole
+from ringattn._validation import as_int, count, instance, short_repr
 from ringattn.errors import PlanError
 from ringattn.schedule.check import peak
-from ringattn.schedule.ir import A_SCHEDULE, MOST_RANKS, Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.ir import A_SCHEDULE, MOST_RANKS, BufferLimits, Kind, Move, Schedule, Tile, make
 
 
 def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -> tuple[Schedule, ...]:
@@ -33,68 +33,70 @@ def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -
     """
     instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
     degree = count("degree", degree, PlanError, most=MOST_RANKS // inner.world)
-    groups, stages = count("groups", groups, PlanError, most=MOST_RANKS), whole("stages", stages, PlanError)
+    groups, stages = count("groups", groups, PlanError, most=MOST_RANKS), as_int("stages", stages, PlanError)
     if degree == 1 and groups == 1:
         return (inner,)
     first = resharded(inner, degree, 0, stages=stages)
-    members = [first, *(_resharded(inner, degree, m, stages, first.room) for m in range(1, degree))]
+    members = [first, *(_resharded(inner, degree, m, stages, first.limits) for m in range(1, degree))]
     steps = max((tile.step for tile in first.tiles), default=0) + 1
-    lanes = list(members)
+    head_groups = list(members)
     for n in range(1, groups):
-        room = later(first, n * steps).room
-        lanes += [_later(lane, n * steps, room) for lane in members]
-    return tuple(lanes)
+        limits = later(first, n * steps).limits
+        head_groups += [_later(head_group, n * steps, limits) for head_group in members]
+    return tuple(head_groups)
 
 
 def resharded(inner: Schedule, degree: int, member: int, *, stages: int = 0) -> Schedule:
     """`inner`, for world / degree ranks, on the ranks that are `member` of their group, with rows from all of the group."""
     instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
     named = (("degree", degree), ("member", member), ("stages", stages))
-    degree, member, stages = (whole(name, value, PlanError) for name, value in named)
+    degree, member, stages = (as_int(name, value, PlanError) for name, value in named)
     if not 1 <= degree <= MOST_RANKS // inner.world or not 0 <= member < degree or not 0 <= stages <= MOST_RANKS:
-        said = f"resharded(degree={shown(degree)}, member={shown(member)}, stages={shown(stages)})"
+        said = f"resharded(degree={short_repr(degree)}, member={short_repr(member)}, stages={short_repr(stages)})"
         raise PlanError(f"{said}: one of the group, and 0 stages or more, of {MOST_RANKS} ranks at most")
     if inner.resting:
         raise PlanError(f"{inner.name} is resharded already; reshard once, with the product of both degrees")
-    lane = _resharded(inner, degree, member, stages, Room())
-    return replace(lane, room=peak(lane))
+    head_group = _resharded(inner, degree, member, stages, BufferLimits())
+    return replace(head_group, limits=peak(head_group))
 
 
-def _resharded(inner: Schedule, degree: int, member: int, stages: int, room: Room) -> Schedule:
-    lane = _Lane(inner, degree, member, stages)
-    parts = lane.homes(inner.q_home), lane.homes(inner.kv_home)
-    rests = lane.rests(inner.q_home), lane.rests(inner.kv_home)
-    moves = [*lane.inputs(), *lane.within(), *lane.results()]
+def _resharded(inner: Schedule, degree: int, member: int, stages: int, limits: BufferLimits) -> Schedule:
+    head_group = _HeadGroup(inner, degree, member, stages)
+    parts = head_group.owners(inner.q_owner), head_group.owners(inner.kv_owner)
+    residents = head_group.residents(inner.q_owner), head_group.residents(inner.kv_owner)
+    moves = [*head_group.inputs(), *head_group.within(), *head_group.results()]
     name = f"ulysses {member} of {degree}" + (f", {inner.name}" if inner.world > 1 else "")
-    return make(name, inner.world * degree, lane.tiles(), moves, room, parts, rests)
+    return make(name, inner.world * degree, head_group.tiles(), moves, limits, parts, residents)
 
 
 def later(schedule: Schedule, steps: int) -> Schedule:
     """`schedule` begun `steps` later, except that inputs leave for where they rest when the share before has begun."""
-    behind = _later(schedule, steps, Room())
-    return replace(behind, room=peak(behind))
+    behind = _later(schedule, steps, BufferLimits())
+    return replace(behind, limits=peak(behind))
 
 
-def _later(schedule: Schedule, steps: int, room: Room) -> Schedule:
+def _later(schedule: Schedule, steps: int, limits: BufferLimits) -> Schedule:
     early = max((tile.step for tile in schedule.tiles), default=0) + 1
     tiles = tuple(tile._replace(step=tile.step + steps) for tile in schedule.tiles)
     moves = [
-        move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), due=move.due + steps)
+        move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), arrival=move.arrival + steps)
         for move in schedule.moves
     ]
-    return replace(schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: (move.depart, move.due))), room=room)
+    return replace(
+        schedule, tiles=tiles, moves=tuple(sorted(moves, key=lambda move: (move.depart, move.arrival))), limits=limits
+    )
 
 
-class _Lane:
+class _HeadGroup:
     """Block n of the inner schedule becomes `degree` blocks, n * degree + m holding the rows of member m."""
 
     def __init__(self, inner: Schedule, degree: int, member: int, stages: int) -> None:
         self.inner, self.degree, self.member, self.stages = inner, degree, member, stages
 
-    def homes(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+    def owners(self, inner: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(rank * self.degree + m for rank in inner for m in range(self.degree))
 
-    def rests(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+    def residents(self, inner: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(self.rank(rank) for rank in inner for _ in range(self.degree))
 
     def rank(self, inner: int) -> int:
@@ -112,7 +114,7 @@ class _Lane:
     def tiles(self) -> Iterator[Tile]:
         """Tiles among blocks of one's own as they arrive, from the first on; all others when everything has."""
         for step, rank, i, j in self.inner.tiles:
-            own = self.inner.q_home[i] == self.inner.kv_home[j] == rank
+            own = self.inner.q_owner[i] == self.inner.kv_owner[j] == rank
             for m, q in self.parts(i):
                 for n, kv in self.parts(j):
                     arrived = max(self.stage(m), self.stage(n)) if own and self.stages else self._all_there
@@ -125,12 +127,12 @@ class _Lane:
     def inputs(self) -> Iterator[Move]:
         """From the owners of the rows to the member that has these heads."""
         needed = self._first_use()
-        for kind, homes in ((Kind.Q, self.inner.q_home), (Kind.KV, self.inner.kv_home)):
-            for index, home in enumerate(homes):
+        for kind, owners in ((Kind.Q, self.inner.q_owner), (Kind.KV, self.inner.kv_owner)):
+            for index, owner in enumerate(owners):
                 for m, block in self.parts(index):
                     if m != self.member:
-                        due = self.stage(m) + needed.get((kind, index), 0)
-                        yield Move(kind, block, home * self.degree + m, self.rank(home), 0, due)
+                        arrival = self.stage(m) + needed.get((kind, index), 0)
+                        yield Move(kind, block, owner * self.degree + m, self.rank(owner), 0, arrival)
 
     def _first_use(self) -> dict[tuple[Kind, int], int]:
         """The step of the inner schedule in which an input is first read or sent at its home."""
@@ -140,31 +142,31 @@ class _Lane:
         ]
         reads += [(m.kind, m.index, m.src, m.depart) for m in self.inner.moves if not m.kind.moved]
         for kind, index, rank, step in reads:
-            if rank == self.inner.home(kind, index):
+            if rank == self.inner.owner(kind, index):
                 steps[kind, index] = min(step, steps.get((kind, index), step))
         return steps
 
     def within(self) -> Iterator[Move]:
         """The moves of the inner schedule; what leaves its home there at once leaves as soon as it has come."""
         for move in self.inner.moves:
-            at_once = move.depart == 0 and not move.kind.moved and move.src == self.inner.home(move.kind, move.index)
+            at_once = move.depart == 0 and not move.kind.moved and move.src == self.inner.owner(move.kind, move.index)
             for m, block in self.parts(move.index):
                 depart = self.stage(m) if at_once else self._all_there + move.depart
-                yield Move(move.kind, block, self.rank(move.src), self.rank(move.dst), depart, self._all_there + move.due)
+                yield Move(move.kind, block, self.rank(move.src), self.rank(move.dst), depart, self._all_there + move.arrival)
 
     def results(self) -> Iterator[Move]:
         """Back to the owners of the rows, each as soon as its last share is in."""
         complete: dict[tuple[Kind, int], int] = defaultdict(int)
         for move in self.inner.moves:
-            if move.kind.moved and move.dst == self.inner.home(move.kind, move.index):
+            if move.kind.moved and move.dst == self.inner.owner(move.kind, move.index):
                 key = move.kind, move.index
-                complete[key] = max(complete[key], self._all_there + move.due)
+                complete[key] = max(complete[key], self._all_there + move.arrival)
         for tile in self.inner.tiles:
             for kind, index in ((Kind.Q_ACC, tile.i), (Kind.KV_ACC, tile.j)):
-                if tile.rank == self.inner.home(kind, index):
+                if tile.rank == self.inner.owner(kind, index):
                     complete[kind, index] = max(complete[kind, index], self._all_there + tile.step + 1)
         for (kind, index), step in complete.items():
-            home = self.inner.home(kind, index)
+            owner = self.inner.owner(kind, index)
             for m, block in self.parts(index):
                 if m != self.member:
-                    yield Move(kind, block, self.rank(home), home * self.degree + m, step, step + self._all_there + 1)
+                    yield Move(kind, block, self.rank(owner), owner * self.degree + m, step, step + self._all_there + 1)

@@ -3,14 +3,14 @@
 from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout, Span, take
 from ringattn.sequence.mask import Band, Mask, Rect, bidirectional_blocks, causal, documents, full, prefix_lm, sliding_window
-from ringattn.sequence.segments import Piece, pieces
+from ringattn.sequence.segments import Segment, tile_segments
 
 __all__ = [
     "Band",
     "LAYOUTS",
     "Layout",
     "Mask",
-    "Piece",
+    "Segment",
     "Rect",
     "Span",
     "bidirectional_blocks",
@@ -18,7 +18,7 @@ __all__ = [
     "causal",
     "documents",
     "full",
-    "pieces",
+    "tile_segments",
     "prefix_lm",
     "sliding_window",
     "take",

@@ -17,7 +17,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import NamedTuple
 
-from ringattn._validation import MOST, count, instance, shown, whole
+from ringattn._validation import MOST, as_int, count, instance, short_repr
 from ringattn.errors import PlanError
 
 
@@ -50,7 +50,8 @@ class Layout:
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and isinstance(self.keys, Layout | None) and _are_shards(self.shards)):
             raise PlanError(
-                f"Layout(name={shown(self.name)}, shards={shown(self.shards)}, keys={shown(self.keys)}); shards must be a "
+                f"Layout(name={short_repr(self.name)}, shards={short_repr(self.shards)}, keys={short_repr(self.keys)}); "
+                "shards must be a "
                 "tuple with a tuple of Span(start, length, stride) for each rank, stride 1 or more, and keys a Layout"
             )
 
@@ -87,12 +88,12 @@ class Layout:
 
     def _shard(self, rank: int) -> tuple[Span, ...]:
         if not isinstance(rank, int) or not 0 <= rank < self.world:
-            raise PlanError(f"rank={shown(rank)}; layout {self.name!r} has ranks 0 to {self.world - 1}")
+            raise PlanError(f"rank={short_repr(rank)}; layout {self.name!r} has ranks 0 to {self.world - 1}")
         return self.shards[rank]
 
     def moved(self, by: int) -> Layout:
         """The same, `by` positions further on; keys stay where they are."""
-        by = whole("by", by, PlanError)
+        by = as_int("by", by, PlanError)
         moved = tuple(tuple(span._replace(start=span.start + by) for span in shard) for shard in self.shards)
         return Layout(self.name, moved, self.keys)
 

@@ -2,7 +2,7 @@
 
 A query at position q sees the key at position k when some rectangle contains (q, k) and `left <= k - q <= right` holds in its
 band. Full, causal, sliding window, packed documents and prefix-LM are all of this form, one to four lines each, and `a & b`
-intersects any two. A mask knows nothing of ranks, layouts, schedules or kernels; `pieces` joins it with a layout.
+intersects any two. A mask knows nothing of ranks, layouts, schedules or kernels; `segments` joins it with a layout.
 
 No torch here, and no sequence length: the plan gives that. `END` stands for "to the end, however long".
 """
@@ -17,7 +17,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
-from ringattn._validation import count, counts, flag, instance, shown, whole
+from ringattn._validation import as_int, count, counts, flag, instance, short_repr
 from ringattn.errors import PlanError
 
 END = 1 << 60  # larger than any sequence, and safe to add and subtract
@@ -51,7 +51,7 @@ class Mask:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not isinstance(self.rects, tuple) or not all(map(_is_rect, self.rects)):
             raise PlanError(
-                f"Mask(name={shown(self.name)}, rects={shown(self.rects)}); rects must be a tuple of "
+                f"Mask(name={short_repr(self.name)}, rects={short_repr(self.rects)}); rects must be a tuple of "
                 "Rect(q_start, q_stop, k_start, k_stop, Band(left, right)) of whole numbers, and the name a text"
             )
         if self.length is not None:
@@ -59,14 +59,14 @@ class Mask:
 
     def keeps(self, q: int, k: int) -> bool:
         """The meaning, for one pair of global positions."""
-        q, k = whole("q", q, PlanError), whole("k", k, PlanError)
+        q, k = as_int("q", q, PlanError), as_int("k", k, PlanError)
         return any(
             r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right for r in self.rects
         )
 
     def near(self, start: int, stop: int) -> tuple[Rect, ...]:
         """Rectangles for all that queries of [start, stop) see: with thousands of documents, a few of them."""
-        start, stop = whole("start", start, PlanError), whole("stop", stop, PlanError)
+        start, stop = as_int("start", start, PlanError), as_int("stop", stop, PlanError)
         if not self._one_after_another:
             return self.rects
         rects, starts, stops = self._in_order
@@ -150,8 +150,8 @@ def causal() -> Mask:
 
 def sliding_window(left: int, right: int = 0) -> Mask:
     """A query at q sees keys q - left .. q + right. `right=0` is causal; flash-attn's `window_size=(left, right)`."""
-    cure = "flash-attn's -1 (no limit) is full(), or causal() with right=0"
-    left, right = (count(name, value, PlanError, least=0, cure=cure) for name, value in (("left", left), ("right", right)))
+    hint = "flash-attn's -1 (no limit) is full(), or causal() with right=0"
+    left, right = (count(name, value, PlanError, least=0, hint=hint) for name, value in (("left", left), ("right", right)))
     return Mask(f"window({left},{right})", (Rect(0, END, 0, END, Band(-left, right)),))
 
 
@@ -160,7 +160,7 @@ def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
     cu, causal = counts("cu_seqlens", cu_seqlens, PlanError), flag("causal", causal, PlanError)
     if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in pairwise(cu)):
         raise PlanError(
-            f"documents(cu_seqlens={shown(cu)}): must start with 0 and never decrease, one entry more than documents"
+            f"documents(cu_seqlens={short_repr(cu)}): must start with 0 and never decrease, one entry more than documents"
         )
     band = Band(right=0) if causal else Band()
     rects = tuple(Rect(a, b, a, b, band) for a, b in pairwise(cu) if a < b)
@@ -189,7 +189,7 @@ def bidirectional_blocks(bounds: Sequence[tuple[int, int]], base: Mask | None = 
     length = END if base.length is None else base.length
     if any(len(block) != 2 for block in blocks) or any(a > b for a, b in pairwise([0, *ends, length])):
         raise PlanError(
-            f"bidirectional_blocks(bounds={shown(bounds)}): pass (start, stop) of each block, in order, none over another"
+            f"bidirectional_blocks(bounds={short_repr(bounds)}): pass (start, stop) of each block, in order, none over another"
             + ("" if base.length is None else f", within {base.length} tokens")
         )
     blocks = [block for block in blocks if block[0] < block[1]]

@@ -1,6 +1,6 @@
 """Layout and mask meet here: what of one tile has to be computed, in local indices.
 
-A tile is one shard of queries against one shard of keys. `pieces` cuts it into rectangles that are full, square causal, or
+A tile is one shard of queries against one shard of keys. `segments` cuts it into rectangles that are full, square causal, or
 carry a band; together they cover every kept cell exactly once and nothing else. This is all a kernel ever learns about masks.
 
 A causal piece is always square, because aten aligns causal top-left and flash-attn bottom-right, and on squares they agree.
@@ -22,7 +22,7 @@ CAUSAL = Band(right=0)
 FEW = 8  # spans that are looked at one by one
 
 
-class Piece(NamedTuple):
+class Segment(NamedTuple):
     """Local rows [q_start, q_stop) against local keys [k_start, k_stop); the band is relative to these starts."""
 
     q_start: int
@@ -54,15 +54,15 @@ class Piece(NamedTuple):
         return min(self.keys, row + self.band.right + 1) - max(0, row + self.band.left)
 
 
-def pieces(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> tuple[Piece, ...]:
+def tile_segments(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> tuple[Segment, ...]:
     """The work in the tile (q_spans, k_spans) under `mask`; empty when no query sees a key."""
     keys = _Keys(k_spans)
     found = (
-        piece
+        segment
         for q_offset, q_span in _with_offsets(q_spans)
         for rect in mask.near(q_span.start, q_span.start + q_span.length * q_span.stride)
         for k_offset, k_span in keys.near(q_span, rect)
-        for piece in _meet(q_span, k_span, rect, q_offset, k_offset)
+        for segment in _meet(q_span, k_span, rect, q_offset, k_offset)
     )
     return _join(found)
 
@@ -87,13 +87,13 @@ class _Keys:
         return self._placed[bisect_right(self._stops, start) : bisect_left(self._starts, stop)]
 
 
-def strips(piece: Piece, rows: int) -> Iterator[Piece]:
+def strips(segment: Segment, rows: int) -> Iterator[Segment]:
     """A band piece cut into runs of at most `rows` rows, each against only the keys those rows see."""
-    left, right = piece.band
-    for begin, end in zip(range(0, piece.rows, rows), [*range(rows, piece.rows, rows), piece.rows], strict=True):
-        first, last = max(0, begin + left), min(piece.keys, end + right)
+    left, right = segment.band
+    for begin, end in zip(range(0, segment.rows, rows), [*range(rows, segment.rows, rows), segment.rows], strict=True):
+        first, last = max(0, begin + left), min(segment.keys, end + right)
         band = Band(left + begin - first, right + begin - first if right < END else END)
-        yield Piece(piece.q_start + begin, piece.q_start + end, piece.k_start + first, piece.k_start + last, band)
+        yield Segment(segment.q_start + begin, segment.q_start + end, segment.k_start + first, segment.k_start + last, band)
 
 
 def _with_offsets(spans: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
@@ -103,7 +103,7 @@ def _with_offsets(spans: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
         offset += span.length
 
 
-def _meet(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) -> Iterator[Piece]:
+def _meet(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) -> Iterator[Segment]:
     """One span against one span inside one rectangle: trim what is dead, then name what is left."""
     q0, q1 = _inside(q_span, rect.q_start, rect.q_stop)
     k0, k1 = _inside(k_span, rect.k_start, rect.k_stop)
@@ -130,34 +130,34 @@ def _inside(span: Span, start: int, stop: int) -> tuple[int, int]:
     return max(0, first), min(span.length, end)
 
 
-def _normal(q0: int, q1: int, k0: int, k1: int, left: int, right: int) -> Iterator[Piece]:
+def _normal(q0: int, q1: int, k0: int, k1: int, left: int, right: int) -> Iterator[Segment]:
     """Full, square causal with full rectangles split off, or a two-sided band."""
     rows, keys = q1 - q0, k1 - k0
     if left > 1 - rows:
         unbounded = right >= keys - 1
-        yield Piece(q0, q1, k0, k1, Band(left, END if unbounded else right))
+        yield Segment(q0, q1, k0, k1, Band(left, END if unbounded else right))
     elif right >= keys - 1:
-        yield Piece(q0, q1, k0, k1, FULL)
+        yield Segment(q0, q1, k0, k1, FULL)
     else:
         # Row i sees keys 0 .. right + i: `right` keys seen by all, a square triangle, and rows below it that see all the rest.
         side = min(rows, keys - right)
-        yield Piece(q0, q1, k0, k0 + right, FULL)
-        yield Piece(q0, q0 + side, k0 + right, k0 + right + side, CAUSAL)
-        yield Piece(q0 + side, q1, k0 + right, k1, FULL)
+        yield Segment(q0, q1, k0, k0 + right, FULL)
+        yield Segment(q0, q0 + side, k0 + right, k0 + right + side, CAUSAL)
+        yield Segment(q0 + side, q1, k0 + right, k1, FULL)
 
 
-def _join(found: Iterable[Piece]) -> tuple[Piece, ...]:
+def _join(found: Iterable[Segment]) -> tuple[Segment, ...]:
     """Join neighbours as they come: full beside full, full below full, and triangle + square + triangle to one triangle."""
-    stack: list[Piece] = []
-    for piece in found:
-        if piece.rows and piece.keys:
-            stack.append(piece)
+    stack: list[Segment] = []
+    for segment in found:
+        if segment.rows and segment.keys:
+            stack.append(segment)
             while _join_top(stack):
                 pass
     return tuple(stack)
 
 
-def _join_top(stack: list[Piece]) -> bool:
+def _join_top(stack: list[Segment]) -> bool:
     if len(stack) >= 2 and stack[-2].band == stack[-1].band == FULL:
         a, b = stack[-2:]
         if (a.q_start, a.q_stop, a.k_stop) == (b.q_start, b.q_stop, b.k_start):

@@ -21,7 +21,7 @@ from peers import LIBRARIES, Setting, deepspeed_ulysses, flash_on_cpu, torch_rin
 from peers.local import Cpu, Emulated
 
 from ringattn.kernels import Operands, Options, Rows, get
-from ringattn.sequence.segments import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Segment
 
 ROWS = 12
 # Query heads, KV heads: as many, fewer, and (for Ulysses on four ranks) a number that does not divide.
@@ -120,8 +120,8 @@ def test_the_emulated_accelerator_takes_the_time_of_the_flops_as_ours_does(monke
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, q.shape[:-1], torch.float32)
     assert [x.shape for x in grads] == [q.shape, k.shape, k.shape]
 
-    block, whole = Operands(q, k, k, None), [Piece(0, 8, 0, 8, CAUSAL)]
-    last = [Piece(0, 3, 0, 5, FULL), Piece(0, 3, 5, 8, CAUSAL)]
+    block, whole = Operands(q, k, k, None), [Segment(0, 8, 0, 8, CAUSAL)]
+    last = [Segment(0, 3, 0, 5, FULL), Segment(0, 3, 5, 8, CAUSAL)]
     ours = get("emulated:1e6")
     ours.forward(block, whole, Options(1.0))
     ours.backward(block, Rows(q, lse, lse), whole, Options(1.0))

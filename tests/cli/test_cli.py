@@ -129,7 +129,7 @@ def test_doctor_tries_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for get, said in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
         monkeypatch.setattr(doctor, "get", get)
         found = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
-        assert len(found) == 2 and all(said in f.found and "kernel='reference'" in f.cure for f in found), found
+        assert len(found) == 2 and all(said in f.found and "kernel='reference'" in f.hint for f in found), found
 
 
 def test_probe_needs_ranks(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_a_known_call_is_captured_and_every_other_refused_on_every_rank_with_the
         wrong = said.pop("an argument")
         assert wrong.startswith("q has shape"), wrong
         for name, text in said.items():
-            cure = "check_finite=False" if name == "check_finite" else "once before the capture, and both with strict=False"
-            assert "CUDA graph is being captured" in text and cure in text, (name, text)
+            hint = "check_finite=False" if name == "check_finite" else "once before the capture, and both with strict=False"
+            assert "CUDA graph is being captured" in text and hint in text, (name, text)
 
 
 def test_numbers_are_not_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Computes what tests/golden/ stores: a fixed set of schedules, plans, outputs, merges, topologies, and one small job.
 
-`python tests/support/golden_cases.py` writes the files anew. Do that only when a change is meant to alter what is stored, and say
-in the commit what changed and why; `git diff tests/golden` shows it line by line, as everything but the checkpoint is text.
+`python tests/support/golden_cases.py` writes the files anew. Do that only when a change is meant to alter what is stored, and
+say in the commit what changed and why; `git diff tests/golden` shows it line by line, as everything but the checkpoint is text.
 
 Inputs are whole numbers divided by 64, drawn by torch's integer generator: they are the same bits on every machine, which
 the normal distribution's are not.
@@ -42,7 +42,7 @@ from ringattn import (
 from ringattn import init as init_ranks
 from ringattn.checkpoint import load, save
 from ringattn.merging import bipartite as bipartite_merge
-from ringattn.merging import delete, grid, segments, shorten, similar, tell, windows
+from ringattn.merging import delete, gather_rows, grid, segments, shorten, similar, windows
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder
 from ringattn.planner import PRESETS, candidates
 from ringattn.schedule import (
@@ -365,7 +365,7 @@ def _merges(plan: Plan) -> dict[str, Any]:
     flags = shard(sixty_fourths(2, 48, seed=2), wide) > 0.5
     found = {
         "windows": (windows(48, 3, batch=2), wide),
-        "words": (segments(tell(flags, wide.layout)), wide),
+        "words": (segments(gather_rows(flags, wide.layout)), wide),
         "grid": (grid(6, 8, batch=2), every),
         "deleted": (delete(~flags, wide.layout), wide),
         "similar": (similar(x, wide.layout, window=8, remove=0.4), wide),

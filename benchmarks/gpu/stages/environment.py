@@ -12,7 +12,7 @@ from stage import Stage
 
 import ringattn
 from ringattn.kernels import KERNELS
-from ringattn.kernels.select import obstacle
+from ringattn.kernels.select import unsupported_reason
 
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current,compute_mode"
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "flash_attn_3", "flash_attn.cute", "flashinfer", "transformers")
@@ -52,7 +52,7 @@ def kernels(stage: Stage) -> None:
     """What each kernel of the library says of this device, for heads of 128."""
     dtype = torch.bfloat16
     for name in KERNELS:
-        why = obstacle(name, stage.device, dtype, 128)
+        why = unsupported_reason(name, stage.device, dtype, 128)
         stage.row("kernels", kernel=name, runs=why is None, why=why or "")
 
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from ringattn.diagnostics.selftest.one_device import SCHEDULES, WORLDS, simulated
-from ringattn.diagnostics.selftest.report import shown
+from ringattn.diagnostics.selftest.report import as_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         outcomes.append(outcome)
         what = outcome.trap or f"{outcome.schedule} over {outcome.world}"
         print(f"{outcome.kernel} {outcome.dtype} {what}: {outcome}", file=sys.stderr, flush=True)
-    print(shown(outcomes, f"ringattn selftest: simulated ranks on {device}"))
+    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {device}"))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
@@ -51,7 +51,8 @@ def _under_torchrun(kernels: list[str]) -> int:
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
         print(
-            shown(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"), flush=True
+            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"),
+            flush=True,
         )
     dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to have its say
     dist.destroy_process_group()

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.batch import Shards, cut, documents_of, padding_of, text_positions, windowed
 from ringattn.integrations.transformers.layers import attend, describe_mask
 from ringattn.integrations.transformers.outputs import check_models
@@ -138,7 +138,7 @@ def _shards(
     first, *others = _windows(text)
     plan = make(**kind, mask=windowed(mask, first), layout=layout)
     _, rank = group_and_rank(group, world)
-    own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
+    own = None if bias is None else bias.index_select(1, resident_positions(plan.layout, rank).to(bias.device))
     shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own, assumed=_assumed(batch))
     for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
         shards.plan(**kind, window=window)

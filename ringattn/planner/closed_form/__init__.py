@@ -28,7 +28,7 @@ from ringattn.planner.cost import BACKWARD_FLOPS, Cost
 from ringattn.planner.topology import Topology
 from ringattn.sequence.layout import Span
 from ringattn.sequence.mask import Mask
-from ringattn.sequence.segments import pieces
+from ringattn.sequence.segments import tile_segments
 
 __all__ = ["Family", "Forecast", "families", "forecast", "rank_families"]
 
@@ -114,7 +114,7 @@ class _Work:
     def _area(self, start: int) -> int:
         """Of the queries from `start` on."""
         spans = (Span(start, self.seq_len - start),), (Span(0, self.seq_len),)
-        return sum(piece.area for piece in pieces(*spans, self._mask))
+        return sum(segment.area for segment in tile_segments(*spans, self._mask))
 
 
 def _pass(family: Family, model: Model, work: _Work, links: Links, *, backward: bool) -> Cost:

@@ -104,19 +104,19 @@ class Clock:
             self._flying += 2 * post.nbytes
 
     def _state(self) -> tuple[int, float, dict[str, float], dict[int, float]]:
-        return self._step, self.now, dict(self._free), {step: due.arrival for step, due in self._due.items()}
+        return self._step, self.now, dict(self._free), {step: arrival.arrival for step, arrival in self._due.items()}
 
     def _leap(self, before: tuple[int, float, dict[str, float], dict[int, float]], times: int, period: int) -> None:
         """Everything that grew over the last period grows `times` more times."""
-        step, now, free, due = before
+        step, now, free, arrival = before
         self._step += times * period
         self.now += times * (self.now - now)
         for resource, then in free.items():
             self._free[resource] += times * (self._free[resource] - then)
         moved = {}
         for number, one in self._due.items():
-            if number - period in due and number - period >= step:  # of this round; what was due later before it stays
-                shift = times * (one.arrival - due[number - period])
+            if number - period in arrival and number - period >= step:  # of this round; what was due later before it stays
+                shift = times * (one.arrival - arrival[number - period])
                 moved[number + times * period] = one._replace(arrival=one.arrival + shift)
             else:
                 moved[number] = one

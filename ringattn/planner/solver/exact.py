@@ -66,7 +66,7 @@ class _Program:
         light = 1.0 if problem.objective == "total" else LIGHT / problem.world
         for line in problem.lines:
             for rank in everyone:
-                if rank != line.home and line.tiles:
+                if rank != line.owner and line.tiles:
                     visit = self._column(weight=light * unit * (line.bytes_in + line.bytes_home))
                     for resource, nbytes in problem.charges(line, rank):
                         through[resource].append((visit, unit * nbytes))

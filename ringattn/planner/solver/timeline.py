@@ -35,7 +35,7 @@ from typing import NamedTuple
 from ringattn.errors import PlanError
 from ringattn.planner.solver.problem import Assignment, Problem, Resource, measure, visits
 from ringattn.schedule.check import peak
-from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make
+from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make
 
 
 def next_batch(problem: Problem, rank: int, left: Collection[int], here: Collection[int], grain: int) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ def _delay(problem: Problem, line: int, rank: int, left: Collection[int], able: 
     """Least for the block to work on first."""
     mine = [tile for tile in problem.lines[line].tiles if tile in left]
     area = sum(problem.area[tile] for tile in mine)
-    if problem.lines[line].home == rank:
+    if problem.lines[line].owner == rank:
         return 3, area, line
     if not problem.lines[line].bytes_home:
         return 2, area, line
@@ -86,7 +86,7 @@ def _fill(problem: Problem, tiles: Sequence[int], grain: int) -> list[int]:
 def _alike(problem: Problem, line: int, other: int, rank: int) -> bool:
     """Both queries or both keys, both own or both foreign."""
     a, b = problem.lines[line], problem.lines[other]
-    return a.kind is b.kind and (a.home == rank) is (b.home == rank)
+    return a.kind is b.kind and (a.owner == rank) is (b.owner == rank)
 
 
 def _crossing(problem: Problem, tile: int, line: int) -> int:
@@ -111,7 +111,7 @@ class Transfer(NamedTuple):
     start: int
     line: int
     rank: int
-    home: bool
+    returning: bool
 
 
 class Timeline:
@@ -129,7 +129,7 @@ class Timeline:
         self.left: list[set[int]] = [set() for _ in world]  # tiles not begun
         for tile, rank in enumerate(ranks):
             self.left[rank].add(tile)
-        own = [{n for n, line in enumerate(self.lines) if line.home == rank} for rank in world]
+        own = [{n for n, line in enumerate(self.lines) if line.owner == rank} for rank in world]
         self.here, self.coming = own, [set(lines) for lines in own]  # blocks at each rank, and those on their way there too
         self.wanted: list[set[int]] = [set() for _ in world]
         self.share: dict[tuple[int, int], set[int]] = {}  # tiles not finished of each visit
@@ -168,15 +168,15 @@ class Timeline:
                 yield batch, now + sum(self.problem.area[tile] for tile in tiles) * self.per_pair
         while (transfer := self._next_transfer(now)) is not None:
             line = self.lines[transfer.line]
-            end = now + (line.bytes_home if transfer.home else line.bytes_in) * self.per_byte
-            for resource in self._route(transfer.line, transfer.rank, transfer.home):
+            end = now + (line.bytes_home if transfer.returning else line.bytes_in) * self.per_byte
+            for resource in self._route(transfer.line, transfer.rank, transfer.returning):
                 self.free[resource] = end
             self.transfers.append(transfer)
             yield transfer, end
 
     def _end(self, item: Batch | Transfer) -> None:
         if isinstance(item, Transfer):
-            if not item.home:
+            if not item.returning:
                 self.here[item.rank].add(item.line)
             return
         self.busy.remove(item.rank)
@@ -188,15 +188,15 @@ class Timeline:
                     if not share:
                         self.finished.append((line, item.rank))
 
-    def _route(self, line: int, rank: int, home: bool) -> tuple[Resource, ...]:
-        owner = self.lines[line].home
-        return self.problem.route(rank, owner) if home else self.problem.route(owner, rank)
+    def _route(self, line: int, rank: int, returning: bool) -> tuple[Resource, ...]:
+        owner = self.lines[line].owner
+        return self.problem.route(rank, owner) if returning else self.problem.route(owner, rank)
 
     def _next_transfer(self, now: int) -> Transfer | None:
         """The most urgent of those whose way is free."""
 
-        def free(line: int, rank: int, home: bool) -> bool:
-            return all(self.free.get(resource, 0) <= now for resource in self._route(line, rank, home))
+        def free(line: int, rank: int, returning: bool) -> bool:
+            return all(self.free.get(resource, 0) <= now for resource in self._route(line, rank, returning))
 
         open_to = [rank for rank, wanted in enumerate(self.wanted) if any(free(n, rank, False) for n in wanted)]
         for stock, rank in sorted((self._stock(rank), rank) for rank in open_to):
@@ -223,10 +223,10 @@ class Timeline:
         area, left, coming = self.problem.area, self.left[rank], self.coming[rank] | {line}
         opened = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, coming))
         total = sum(area[tile] for tile in tiles if tile in left)
-        return -opened / nbytes, -total / nbytes, (rank - self.lines[line].home) % self.problem.world, line
+        return -opened / nbytes, -total / nbytes, (rank - self.lines[line].owner) % self.problem.world, line
 
     def _foreign(self, tile: int, rank: int) -> bool:
-        return any(self.lines[line].home != rank for line in self.problem.sides[tile])
+        return any(self.lines[line].owner != rank for line in self.problem.sides[tile])
 
 
 AHEAD = 2  # steps that an input leaves before the timeline sends it
@@ -250,31 +250,31 @@ def schedule_of(problem: Problem, assignment: Assignment, *, lookahead: int | No
     end = max(when, default=0) + 2
     moves = [
         _result(problem, transfer, read[transfer.line, transfer.rank], lookahead, end)
-        if transfer.home
+        if transfer.returning
         else _input(problem, transfer, read[transfer.line, transfer.rank], lookahead, transfer.start // timeline.step)
         for transfer in timeline.transfers
     ]
-    homes = tuple(problem.q_home), tuple(problem.kv_home)
-    schedule = make(f"balanced_{problem.objective}", problem.world, tiles, moves, Room(), homes)
-    return replace(schedule, room=peak(schedule))
+    owners = tuple(problem.q_owner), tuple(problem.kv_owner)
+    schedule = make(f"balanced_{problem.objective}", problem.world, tiles, moves, BufferLimits(), owners)
+    return replace(schedule, limits=peak(schedule))
 
 
 def _steps(problem: Problem, timeline: Timeline) -> list[int]:
     """The step of every batch. What reads a foreign block cannot be in the first."""
     reached, found = [0] * problem.world, []
     for batch in timeline.batches:
-        foreign = any(problem.lines[line].home != batch.rank for tile in batch.tiles for line in problem.sides[tile])
+        foreign = any(problem.lines[line].owner != batch.rank for tile in batch.tiles for line in problem.sides[tile])
         reached[batch.rank] = max(reached[batch.rank], batch.start // timeline.step, int(foreign))
         found.append(reached[batch.rank])
     return found
 
 
 def _input(problem: Problem, transfer: Transfer, read: list[int], lookahead: int, planned: int) -> Move:
-    line, due = problem.lines[transfer.line], min(read)
-    depart = max(0, due - lookahead, min(planned - AHEAD, due - 1))
-    return Move(line.kind, line.index, line.home, transfer.rank, depart, due)
+    line, arrival = problem.lines[transfer.line], min(read)
+    depart = max(0, arrival - lookahead, min(planned - AHEAD, arrival - 1))
+    return Move(line.kind, line.index, line.owner, transfer.rank, depart, arrival)
 
 
 def _result(problem: Problem, transfer: Transfer, read: list[int], lookahead: int, end: int) -> Move:
     line, depart = problem.lines[transfer.line], max(read) + 1
-    return Move(RESULT[line.kind], line.index, transfer.rank, line.home, depart, min(depart + lookahead, end))
+    return Move(RESULT[line.kind], line.index, transfer.rank, line.owner, depart, min(depart + lookahead, end))

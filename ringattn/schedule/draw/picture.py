@@ -51,11 +51,11 @@ class Grid:
 
     @property
     def left(self) -> float:
-        return 84 if self.time.lanes < 2 else 98
+        return 84 if self.time.head_groups < 2 else 98
 
     @property
     def gap(self) -> float:
-        return 42 if self.time.lanes < 2 else 62
+        return 42 if self.time.head_groups < 2 else 62
 
     @property
     def crowded(self) -> bool:
@@ -65,11 +65,11 @@ class Grid:
     def column(self) -> float:
         """Wide enough for the names of all tiles that one rank computes in one step."""
         most = max((sum(len(str(box)) + 2 for box in cell) for cell in self.time.cells.values()), default=0)
-        return max(76 if self.crowded else 116 if self.time.lanes < 2 else 136, 6.6 * most + 20)
+        return max(76 if self.crowded else 116 if self.time.head_groups < 2 else 136, 6.6 * most + 20)
 
     @property
     def band(self) -> float:
-        return self.tile * max(self.time.lanes, 1)
+        return self.tile * max(self.time.head_groups, 1)
 
     @property
     def bottom(self) -> float:
@@ -97,7 +97,7 @@ class Grid:
         """From edge to edge of two rows; in a step, what comes in is left of what goes out."""
         down = arrow.dst > arrow.src
         tail = self.x(arrow.depart) + 22, self.y(arrow.src) + self.band * down
-        return tail, (self.x(arrow.due) + 12, self.y(arrow.dst) + self.band * (not down))
+        return tail, (self.x(arrow.arrival) + 12, self.y(arrow.dst) + self.band * (not down))
 
     def clear(self, y: float) -> bool:
         """Whether a line of text centred on y stays between two rows."""
@@ -112,20 +112,22 @@ def paint(time: Timeline, canvas: Canvas) -> None:
     for rank in range(time.world):
         canvas.box((grid.left, grid.y(rank)), (grid.right - grid.left, grid.band), PALE)
         canvas.text((72, grid.y(rank) + grid.band / 2 + 4), f"rank {rank}", 12, anchor="end")
-        for lane in range(time.lanes if time.lanes > 1 else 0):
-            canvas.text((grid.left - 8, grid.y(rank) + (lane + 0.5) * grid.tile + 4), letter(lane), 11, MUTED, "end")
+        for head_group in range(time.head_groups if time.head_groups > 1 else 0):
+            canvas.text(
+                (grid.left - 8, grid.y(rank) + (head_group + 0.5) * grid.tile + 4), letter(head_group), 11, MUTED, "end"
+            )
     for step in range(time.steps):
         middle = (grid.x(step) + min(grid.x(step + 1), grid.right)) / 2
         canvas.text((middle, grid.top - 14), f"step {step}", 12, anchor="middle")
     for arrow in time.arrows:
         colours = [COLOURS[kind] for kind in arrow.kinds]
-        title = f"{arrow.label}: rank {arrow.src} to rank {arrow.dst}, steps {arrow.depart} to {arrow.due}"
+        title = f"{arrow.label}: rank {arrow.src} to rank {arrow.dst}, steps {arrow.depart} to {arrow.arrival}"
         canvas.arrow(*grid.ends(arrow), colours, 1.0 if grid.crowded else 1.6, title)
-    for (lane, rank, step), cell in time.cells.items():
+    for (head_group, rank, step), cell in time.cells.items():
         width = (grid.column - 12) / len(cell)
         for n, box in enumerate(cell):
-            x, y = grid.x(step) + 6 + n * width, grid.y(rank) + lane * grid.tile
-            title = f"step {step}, rank {rank}{', lane ' + letter(lane) if time.lanes > 1 else ''}: {box}"
+            x, y = grid.x(step) + 6 + n * width, grid.y(rank) + head_group * grid.tile
+            title = f"step {step}, rank {rank}{', lane ' + letter(head_group) if time.head_groups > 1 else ''}: {box}"
             canvas.box((x + 1, y + 1), (width - 2, grid.tile - 2), owner_colour(box.owner, time.world), title)
             canvas.text((x + width / 2, y + grid.tile / 2 + 4), str(box), 11, anchor="middle")
     for arrow, at in _names(grid):

@@ -20,11 +20,13 @@ def draw_text(
 ) -> str:
     """A table of ranks and steps, and under each step the messages that depart in it; folded at 100 characters.
 
-    `areas` (one mapping per schedule, as in `Lane.areas`) adds the work of each tile in percent of the largest tile's, and of
-    each rank in percent of the busiest rank's.
+    `areas` (one mapping per schedule, as in `HeadGroup.areas`) adds the work of each tile in percent of the largest tile's, and
+    of each rank in percent of the busiest rank's.
     """
     time = timeline(schedules, backward=backward)
-    names = [f"rank {r}{' ' + letter(n) if time.lanes > 1 else ''}" for r in range(time.world) for n in range(time.lanes)]
+    names = [
+        f"rank {r}{' ' + letter(n) if time.head_groups > 1 else ''}" for r in range(time.world) for n in range(time.head_groups)
+    ]
     stub = ["", *names]
     if areas is not None:
         stub = _pad([stub, ["load", *_loads(time, areas)]])
@@ -54,31 +56,35 @@ def _last_active(time: Timeline) -> int:
 
 
 def _tiles(time: Timeline, step: int, areas: Sequence[Mapping[tuple[int, int], int]] | None) -> list[str]:
-    largest = max((area for lane in areas or () for area in lane.values()), default=0) or 1
+    largest = max((area for head_group in areas or () for area in head_group.values()), default=0) or 1
     return [
         " ".join(
-            str(box) if areas is None else f"{box} {areas[lane].get((box.i, box.j), 0) / largest:.0%}"
-            for box in time.cells.get((lane, rank, step), ())
+            str(box) if areas is None else f"{box} {areas[head_group].get((box.i, box.j), 0) / largest:.0%}"
+            for box in time.cells.get((head_group, rank, step), ())
         )
         or "."
         for rank in range(time.world)
-        for lane in range(time.lanes)
+        for head_group in range(time.head_groups)
     ]
 
 
 def _loads(time: Timeline, areas: Sequence[Mapping[tuple[int, int], int]]) -> list[str]:
     work = Counter(dict.fromkeys(range(time.world), 0))
     for box in time.boxes:
-        work[box.rank] += areas[box.lane].get((box.i, box.j), 0)
+        work[box.rank] += areas[box.head_group].get((box.i, box.j), 0)
     busiest = max(work.values(), default=0) or 1
-    return [f"{work[rank] / busiest:.0%}" if lane == 0 else "" for rank in range(time.world) for lane in range(time.lanes)]
+    return [
+        f"{work[rank] / busiest:.0%}" if head_group == 0 else ""
+        for rank in range(time.world)
+        for head_group in range(time.head_groups)
+    ]
 
 
 def _traffic(time: Timeline, step: int, in_full: bool) -> list[str]:
     """One line for each message that departs in `step`, or one for all that carry the same over the same distance."""
     found: Counter[str] = Counter()
     for arrow in (a for a in time.arrows if a.depart == step):
-        late = f" by {arrow.due}" if arrow.due > step + 1 else ""
+        late = f" by {arrow.arrival}" if arrow.arrival > step + 1 else ""
         if in_full:
             found[f"{arrow.src}─{short(arrow.label)}→{arrow.dst}{late}"] += 1
         else:

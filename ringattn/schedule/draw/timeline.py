@@ -19,7 +19,7 @@ from ringattn.schedule.program import Item, messages
 class Box(NamedTuple):
     """A tile: query block i, which belongs to rank `owner`, against key block j."""
 
-    lane: int
+    head_group: int
     rank: int
     step: int
     i: int
@@ -36,7 +36,7 @@ class Arrow(NamedTuple):
     src: int
     dst: int
     depart: int
-    due: int
+    arrival: int
     kinds: tuple[Kind, ...]
     label: str
 
@@ -47,7 +47,7 @@ class Timeline:
 
     name: str
     world: int
-    lanes: int
+    head_groups: int
     backward: bool
     boxes: tuple[Box, ...]
     arrows: tuple[Arrow, ...]
@@ -55,14 +55,14 @@ class Timeline:
     @cached_property
     def steps(self) -> int:
         """At least one; the last may only take in what is due."""
-        return max([box.step for box in self.boxes] + [arrow.due for arrow in self.arrows], default=0) + 1
+        return max([box.step for box in self.boxes] + [arrow.arrival for arrow in self.arrows], default=0) + 1
 
     @cached_property
     def cells(self) -> dict[tuple[int, int, int], list[Box]]:
         """The tiles of each (lane, rank, step) that has any."""
         found = defaultdict(list)
         for box in self.boxes:
-            found[box.lane, box.rank, box.step].append(box)
+            found[box.head_group, box.rank, box.step].append(box)
         return dict(found)
 
     @property
@@ -76,9 +76,9 @@ class Timeline:
 
 def timeline(schedules: Sequence[Schedule], *, backward: bool = False) -> Timeline:
     """The tiles and messages of one pass; each schedule is a lane."""
-    boxes = [Box(n, t.rank, t.step, t.i, t.j, s.q_home[t.i]) for n, s in enumerate(schedules) for t in s.tiles]
+    boxes = [Box(n, t.rank, t.step, t.i, t.j, s.q_owner[t.i]) for n, s in enumerate(schedules) for t in s.tiles]
     arrows = [
-        Arrow(m.src, m.dst, m.depart, m.due, _kinds(m.items), _label(m.items, len(schedules)))
+        Arrow(m.src, m.dst, m.depart, m.arrival, _kinds(m.items), _label(m.items, len(schedules)))
         for m in messages(schedules, backward=backward)
     ]
     world = max((s.world for s in schedules), default=0)
@@ -91,12 +91,12 @@ def _kinds(items: Sequence[Item]) -> tuple[Kind, ...]:
     return tuple(kind for kind in Kind if kind in carried)
 
 
-def _label(items: Sequence[Item], lanes: int) -> str:
-    return " ".join(f"{item.kind.value}{item.index}{letter(item.lane) if lanes > 1 else ''}" for item in items)
+def _label(items: Sequence[Item], head_groups: int) -> str:
+    return " ".join(f"{item.kind.value}{item.index}{letter(item.head_group) if head_groups > 1 else ''}" for item in items)
 
 
-def letter(lane: int) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[lane % 26]
+def letter(head_group: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[head_group % 26]
 
 
 def _count(number: int, thing: str) -> str:
