@@ -282,5 +282,5 @@ def _version(package: str) -> str | None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except RingAttnError as error:
-        raise SystemExit(str(error)) from None
+    except RingAttnError as problem:
+        raise SystemExit(str(problem)) from None

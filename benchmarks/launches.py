@@ -120,8 +120,8 @@ def count(name: str, mask: str) -> Figures:
             found.append(per_tile(launches.counted, tiles_of(plan)))
     totals = [round(sum(detail.values()), 2) for detail in found]
     detail = {f"{way} {op}": n for way, one in zip(("forward", "backward"), found, strict=True) for op, n in one.items()}
-    forward, backward = totals
-    return Figures(name, mask, forward, backward, detail)
+    forth, back = totals
+    return Figures(name, mask, forth, back, detail)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.distributed_c10d import FileStore
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # documented, and not marked as exported
 from transformers import PreTrainedModel
 
 from conformance.batches import batch_for, cases_of

@@ -14,22 +14,15 @@ from common import error, often
 from stage import Stage
 from torch import Tensor
 
-import ringattn.kernels.lse
+from ringattn.kernels import fused
 from ringattn.kernels.lse import Partial
-
-try:
-    from ringattn.kernels import fused
-except ImportError:  # the eager form is all there is
-    fused = None
 
 Way = Callable[[Partial, Sequence[Partial]], Partial]  # (sum so far, partials) to the new sum, perhaps in the old one's memory
 
 
 def run(stage: Stage) -> None:
     shape = (1, 4, 256, 32) if stage.small else (1, 32, 8192, 128)
-    stage.note(
-        shape=str(shape), partials="bfloat16 into float32", fused="yes" if fused else "no: one by one, with torch's operators"
-    )
+    stage.note(shape=str(shape), partials="bfloat16 into float32", fused="yes")
     whole = torch.empty(2, *shape, dtype=torch.float32, device=stage.device).zero_()
     copied = 2 * whole[0].nbytes / often(stage.device, lambda: whole[1].copy_(whole[0]), calls=3 if stage.small else 20)
     stage.note(copy_gb_per_s=round(copied / 1e9, 1))
@@ -76,11 +69,7 @@ def exactly(parts: Sequence[Partial]) -> tuple[Tensor, Tensor]:
 
 
 def ours(into: Partial, parts: Sequence[Partial]) -> Partial:
-    """All at once where the library can do so, else one by one as its engine does."""
-    if fused is None:
-        for part in parts:
-            ringattn.kernels.lse.merge_(into, part)
-        return into
+    """All at once."""
     rows = into.out.shape[2]
     total = Partial(torch.empty_like(into.out), torch.empty_like(into.lse))
     fused.merge([fused.PartialRows(0, rows, *part) for part in (into, *parts)], *total)
@@ -129,11 +118,4 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
 
 
 def surrogate_out() -> Callable[[Tensor, Tensor], Tensor]:
-    make: Callable[[Tensor, Tensor], Tensor]
-    if fused is not None and hasattr(fused, "surrogate_out"):
-        make = fused.surrogate_out
-    else:
-        from ringattn.kernels import adapters as fit
-
-        make = fit.stand_in
-    return make
+    return fused.surrogate_out
