@@ -34,10 +34,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
-from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.planner.topology import PRESETS
-from ringattn.schedule.catalog import NAMES
+from ringattn.planner import DEFAULT_TOPOLOGY, PRESETS, compute_seconds, price, traffic, transfer_seconds
+from ringattn.schedule import NAMES
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 

@@ -19,8 +19,8 @@ import tyro
 from clock import slowest
 
 import ringattn
-from ringattn.comm.consistency import agree
-from ringattn.faults.watchdog import comm_errors
+from ringattn.comm import agree
+from ringattn.faults import comm_errors
 
 FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False}
 

@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -37,14 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn import Plan, causal, full, make_plan, schedule
 from ringattn import kernels as kernel_registry
-from ringattn.comm.p2p import P2P
-from ringattn.comm.simulated import Simulated
-from ringattn.comm.transport import Transport
-from ringattn.execution.autograd import Inputs, attend, run_backward, run_forward
-from ringattn.execution.overlap import _Nowhere
-from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.fused import triton_ops
-from ringattn.kernels.lse import Partial, accum_dtype
+from ringattn.comm import P2P, Port, Simulated, Transport
+from ringattn.execution import Inputs, attend, run_backward, run_forward
+from ringattn.kernels import Grads, Kernel, Operands, Options, Partial, Rows, accum_dtype, fused
+from ringattn.schedule import Message
 
 WORLD, ROWS, HEADS, HEAD_DIM = 4, 8192, 32, 128
 # Operators that start no work on the device.
@@ -110,7 +106,7 @@ def count(name: str, mask: str) -> Figures:
     with FakeTensorMode(allow_non_fake_inputs=True), on_a_gpu():
         inputs = inputs_of(plan, "cuda")
         for backward in (False, True):
-            with Launches() as launches, fused_stand_ins(launches):
+            with Launches() as launches, fused.launches_replaced(lambda name: launches.counted.update([name])):
                 options, transport = Options(HEAD_DIM**-0.5), Simulated(WORLD, copy=False)
                 if not backward:  # not through autograd, which wants a real device behind a leaf
                     results, _ = run_forward(inputs, plan, options, transport, keep=False)
@@ -136,16 +132,6 @@ def on_a_gpu() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "zero_", lambda to: torch.ops.aten.zero_(to)),
         mock.patch.object(torch.Tensor, "contiguous", lambda x: x if x.is_contiguous() else torch.ops.aten.clone(x)),
         mock.patch.object(torch.Tensor, "fill_", lambda to, value: torch.ops.aten.fill_(to, value)),
-    ):
-        yield
-
-
-@contextmanager
-def fused_stand_ins(launches: Launches) -> Iterator[None]:
-    """ringattn's Triton kernels as one launch each."""
-    with (
-        mock.patch("ringattn.kernels.fused.triton_runs", lambda: True),
-        triton_ops.replaced(lambda name: launches.counted.update([name])),
     ):
         yield
 
@@ -185,6 +171,21 @@ def instant_kernel() -> Iterator[None]:
     kernel_registry.get.cache_clear()
 
 
+class Silent(Port):
+    """A port that delivers zeros at once and sends nothing."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        for message, buffer in transfers:
+            if message.dst == self.rank:
+                buffer.zero_()
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        yield from ()
+
+
 class Nowhere(P2P):
     """A transport that hosts rank 1 of 4 and moves nothing: what is left is the engine."""
 
@@ -193,7 +194,7 @@ class Nowhere(P2P):
         self.ranks = (1,)
 
     def ports(self, label: str) -> list[Any]:
-        return [_Nowhere(1)]
+        return [Silent(1)]
 
 
 def host(name: str, rounds: int, *, group: bool = True) -> Figures:

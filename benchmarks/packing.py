@@ -27,8 +27,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Layout, Plan, RingAttnError, attention, make_plan
-from ringattn.planner.cost import traffic
-from ringattn.sequence.layout import Span
+from ringattn.planner import traffic
+from ringattn.sequence import Span
 
 
 @dataclass(frozen=True)

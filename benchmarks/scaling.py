@@ -25,10 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.planner.closed_form import rank_families
-from ringattn.planner.cost import price
-from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.planner.topology import PRESETS
+from ringattn.planner import DEFAULT_TOPOLOGY, PRESETS, price, rank_families
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 PATIENCE = 3600.0  # seconds that ranks wait for the others' turn
@@ -102,7 +99,7 @@ def _kinds(config: Config) -> Iterator[tuple[str, int]]:
 def _topology(config: Config, mesh: DeviceMesh) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     if config.probe:
-        from ringattn.diagnostics.probe import Probe
+        from ringattn.diagnostics import Probe
 
         found = Probe(mesh).topology("probed")
     else:

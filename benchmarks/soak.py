@@ -104,7 +104,7 @@ def _learned(out: Path) -> list[tuple[float, ...]]:
 
 def delayed() -> None:
     """The main job on a rank that sleeps at random before it waits."""
-    from ringattn.comm.shared_memory import SharedMemoryPort  # what `init` takes on one host
+    from ringattn.comm import SharedMemoryPort  # what `init` takes on one host
 
     sleep, wait = random.Random(os.environ["RANK"]), SharedMemoryPort.wait
 
@@ -114,7 +114,6 @@ def delayed() -> None:
 
     mock.patch.object(SharedMemoryPort, "wait", late).start()
     sys.argv = [str(TRAIN), *sys.argv[2:]]
-    sys.path.insert(0, str(TRAIN.parent))
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
 from ringattn.merging import DeleteGate, Merge, bipartite, delete, segments, shorten, similar, windows
-from ringattn.nn import DecoderConfig
-from ringattn.nn.decoder import Block
+from ringattn.nn import Block, DecoderConfig
 
 SHAPE = DecoderConfig(256, 256, 1, 4, 4, 64, 768)
 PARTS = ("decide", "shorten", "merge", "unmerge")

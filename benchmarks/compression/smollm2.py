@@ -52,7 +52,7 @@ from torch import Tensor
 from ringattn import Plan, full, make_plan
 from ringattn.merging import Merge, bipartite, shorten, similar, windows
 from ringattn.nn import Decoder
-from ringattn.sequence.layout import Layout
+from ringattn.sequence import Layout
 
 Choose = Callable[[Tensor, Tensor, Layout], Merge]
 """From what rows are compared by, which of them are protected, and where they lie."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -33,12 +32,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
+from ringattn.cli.train import read_corpus
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder, shift_labels
-from ringattn.plan.head_groups import pairs
-from ringattn.planner.cost import traffic
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "launch"))
-from data import read_corpus
+from ringattn.plan import pairs
+from ringattn.planner import traffic
 
 MERGED = dict(first=1, last=3, schedule="ring")
 VARIANTS: dict[str, dict[str, Any] | None] = {

@@ -14,6 +14,8 @@ What would be faster is measured by `ranking`, whose answer can be given to `mak
 """
 
 from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ringattn.errors import InputError
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
@@ -22,6 +24,7 @@ from ringattn.kernels.flash2 import Flash2
 from ringattn.kernels.flash3 import Flash3
 from ringattn.kernels.flash4 import Flash4
 from ringattn.kernels.flex import Flex
+from ringattn.kernels.lse import Partial, accum_dtype, merge_
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Cudnn, Efficient, Sdpa, TorchFlash
 from ringattn.plan.kernel_names import parse
@@ -45,4 +48,29 @@ def get(name: str) -> Kernel:
     return KERNELS[kernel](**options)
 
 
-__all__ = ["KERNELS", "Emulated", "Operands", "Grads", "Kernel", "Options", "Rows", "get"]
+_LATER = {"unsupported_reason": "select"}  # which takes kernels from here
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"ringattn.kernels.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'ringattn.kernels' has no attribute {name!r}")
+
+
+__all__ = [
+    "KERNELS",
+    "Emulated",
+    "Grads",
+    "Kernel",
+    "Operands",
+    "Options",
+    "Partial",
+    "Rows",
+    "accum_dtype",
+    "get",
+    "merge_",
+    "unsupported_reason",
+]
+
+if TYPE_CHECKING:
+    from ringattn.kernels.select import unsupported_reason as unsupported_reason

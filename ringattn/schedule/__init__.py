@@ -5,6 +5,7 @@ from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
 from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make, parse
 from ringattn.schedule.mesh import mesh
+from ringattn.schedule.program import Message
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.transforms import both_ways, divide, prune, side_by_side, split
@@ -13,6 +14,7 @@ from ringattn.schedule.ulysses import ulysses
 __all__ = [
     "NAMES",
     "Kind",
+    "Message",
     "Move",
     "BufferLimits",
     "Schedule",

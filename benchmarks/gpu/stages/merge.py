@@ -14,8 +14,7 @@ from common import error, often
 from stage import Stage
 from torch import Tensor
 
-from ringattn.kernels import fused
-from ringattn.kernels.lse import Partial
+from ringattn.kernels import Partial, fused
 
 Way = Callable[[Partial, Sequence[Partial]], Partial]  # (sum so far, partials) to the new sum, perhaps in the old one's memory
 
@@ -105,7 +104,7 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
     dtype = torch.bfloat16
     dout, out = partial(shape, dtype, 5, stage.device).out, partial(shape, dtype, 6, stage.device).out
     delta = (dout.float() * out.float()).sum(-1)
-    make = surrogate_out()
+    make = fused.surrogate_out
     found = make(dout, delta)
     again = (dout.double() * found.double()).sum(-1)
     wrong = error(again, delta.double())
@@ -115,7 +114,3 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
     speed = (2 * dout.nbytes + delta.nbytes) / seconds
     figures = dict(us=round(1e6 * seconds, 1), gb_per_s=round(speed / 1e9, 1), of_copy=round(speed / copied, 3))
     stage.note(surrogate_out=figures)
-
-
-def surrogate_out() -> Callable[[Tensor, Tensor], Tensor]:
-    return fused.surrogate_out

@@ -1,4 +1,4 @@
-"""Two pictures of a run: how the loss fell, and which rank computed and sent what when."""
+"""Draws two pictures of a run: how the loss fell, and which rank computed and sent what when."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from ringattn import InputError, Plan
 
 
-def available() -> None:
-    """Raise `InputError` now rather than after hours of training."""
+def check_available() -> None:
+    """Raise `InputError` where matplotlib is missing: at the start, not after hours of training."""
     if find_spec("matplotlib") is None:
         raise InputError("--plots needs matplotlib, which is not installed: pip install 'ringattn[train]', or pass --no-plots")
 
@@ -35,7 +35,7 @@ def loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
 
 
 def schedule_timeline(plan: Plan, path: Path) -> None:
-    """The plan's forward schedule, all lanes, as PNG."""
+    """The plan's forward schedule, of all head groups, as PNG."""
     from ringattn.schedule.draw import draw_png
 
     draw_png([head_group.schedule for head_group in plan.forward], path)

@@ -1,4 +1,4 @@
-"""Where the command writes: as wide as the terminal, or wide where there is none."""
+"""Prints to the terminal at its width, or at a fixed one where there is none."""
 
 from __future__ import annotations
 

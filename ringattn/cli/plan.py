@@ -1,4 +1,4 @@
-"""`ringattn plan`: what every plan for one attention layer would cost, and which one make_plan takes. No torch is needed."""
+"""`ringattn plan`: shows what every plan for one attention layer would cost, and which one make_plan takes, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tyro
 from rich.table import Table
 
 from ringattn._validation import path
-from ringattn.cli.console import console
+from ringattn.cli.terminal import console
 from ringattn.errors import PlanError
 from ringattn.plan.plan import Plan
 from ringattn.planner import Candidate, candidates, make_plan
@@ -19,7 +19,7 @@ from ringattn.planner.request import request
 from ringattn.planner.topology import PRESETS, Topology, load_topology
 from ringattn.sequence.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 
-MANY = 64  # ranks above which every rank for itself takes too long to price
+MANY = 64  # ranks above which pricing each rank by itself takes too long
 
 
 def plan(
@@ -53,18 +53,18 @@ def plan(
         seq_len: Tokens in the whole sequence.
         world: Number of ranks.
         heads: Query heads of the whole model.
-        kv_heads: Key and value heads; as many as heads by default.
+        kv_heads: Key and value heads; by default as many as heads.
         head_dim: Of q, k and v.
         dtype: float32, float64, bfloat16 or float16.
         mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
-        schedule: auto, balanced, or a name from ringattn.schedule.catalog, as ring or token_ring.
+        schedule: auto, balanced, or a name from ringattn.schedule.NAMES, such as ring or token_ring.
         layout: auto, contiguous, zigzag, striped or documents.
-        ulysses: Degree of head resharding.
-        kernel: auto, or a name from ringattn.plan.kernel_names, as flash or flash3:sm_margin=8, or emulated:FLOPS.
+        ulysses: Ranks that trade sequence for heads; divides world.
+        kernel: auto, a name from ringattn.plan.KERNELS, such as flash or flash3:sm_margin=8, or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
         training: Whether backward counts in the choice.
-        kv_len: Keys in the whole sequence; as many as queries by default.
+        kv_len: Keys in the whole sequence; by default as many as queries.
         q_offset: Position of the first query among the keys.
         partials: auto, wide or narrow: what partial sums travel in.
         draw: Write a picture of the chosen schedule to this SVG file.
@@ -100,7 +100,7 @@ def plan(
     out.print(str(chosen), markup=False, highlight=False)
     backward = draw_pass == "backward"
     head_groups = chosen.backward if backward else chosen.forward
-    drawn, areas = [head_group.schedule for head_group in head_groups], [head_group.areas for head_group in head_groups]
+    drawn, areas = [group.schedule for group in head_groups], [group.areas for group in head_groups]
     out.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
         path("--draw", draw, PlanError)
@@ -111,14 +111,14 @@ def plan(
         out.print(f"drawn to {draw}", markup=False, highlight=False)
 
 
-def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
-    title = f"{len(found)} candidates on {found[0].topology.name}, fastest first; chosen: F forward, B backward"
+def _comparison(priced: list[Candidate], chosen: Plan, top: int) -> Table:
+    title = f"{len(priced)} candidates on {priced[0].topology.name}, fastest first; chosen: F forward, B backward"
     table = Table(title=title, title_justify="left")
     for name in ("", "schedule", "layout"):
         table.add_column(name, no_wrap=True)
     for name in ("forward ms", "backward ms", "busiest link MB", "in backward", "all links GB", "buffers MB"):
         table.add_column(name, justify="right")
-    for n, candidate in enumerate(found):
+    for n, candidate in enumerate(priced):
         mark = _mark(candidate, chosen)
         if n < top or mark:
             forward, backward = candidate.cost(backward=False), candidate.cost(backward=True)
@@ -137,7 +137,7 @@ def _comparison(found: list[Candidate], chosen: Plan, top: int) -> Table:
 
 
 def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
-    """Families by closed form, see `forecast`: the rows of the table are what make_plan takes as schedule and ulysses."""
+    """Families of plans, priced by closed form; each row says what make_plan takes as schedule and ulysses."""
     special = ("ulysses", "buffer_limit", "kv_len", "q_offset")
     if any(arguments[name] is not None for name in special) or arguments["partials"] != "auto":
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in (*special, "partials"))
@@ -145,18 +145,18 @@ def _families(seq_len: int, arguments: dict[str, Any], top: int) -> Table:
     asked = request(seq_len=seq_len, **arguments)
     same = {name: getattr(asked, name) for name in ("world", "heads", "kv_heads", "head_dim", "dtype", "mask", "topology")}
     layout = "zigzag" if arguments["layout"] == "auto" else arguments["layout"]
-    found = rank_families(seq_len, **same, layout=layout)
+    families = rank_families(seq_len, **same, layout=layout)
     if not arguments["training"]:
-        found.sort(key=lambda one: one.forward.seconds)
-    table = Table(title=f"{len(found)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
+        families.sort(key=lambda family: family.forward.seconds)
+    table = Table(title=f"{len(families)} families on {asked.topology.name}, {layout}, by closed form", title_justify="left")
     table.add_column("family", no_wrap=True)
     for name in ("forward ms", "backward ms", "busiest link MB", "all links GB", "buffers MB"):
         table.add_column(name, justify="right")
-    for one in found[:top]:
-        seconds = (f"{cost.seconds * 1e3:.4g}" for cost in (one.forward, one.backward))
-        total = (one.forward.total_bytes + one.backward.total_bytes) / 1e9
-        link = max(one.forward.link_bytes, one.backward.link_bytes) / 1e6
-        table.add_row(str(one.family), *seconds, f"{link:.4g}", f"{total:.4g}", f"{one.buffer_bytes / 1e6:.4g}")
+    for family in families[:top]:
+        seconds = (f"{cost.seconds * 1e3:.4g}" for cost in (family.forward, family.backward))
+        total = (family.forward.total_bytes + family.backward.total_bytes) / 1e9
+        link = max(family.forward.link_bytes, family.backward.link_bytes) / 1e6
+        table.add_row(str(family.family), *seconds, f"{link:.4g}", f"{total:.4g}", f"{family.buffer_bytes / 1e6:.4g}")
     return table
 
 
@@ -164,9 +164,7 @@ def _mark(candidate: Candidate, chosen: Plan) -> str:
     if candidate.plan.layout != chosen.layout:
         return ""
     passes = (("F", chosen.forward, candidate.plan.forward), ("B", chosen.backward, candidate.plan.backward))
-    return "".join(
-        mark for mark, a, b in passes if [head_group.schedule for head_group in a] == [head_group.schedule for head_group in b]
-    )
+    return "".join(mark for mark, a, b in passes if [group.schedule for group in a] == [group.schedule for group in b])
 
 
 def _mask(text: str) -> Mask:

@@ -1,4 +1,4 @@
-"""Bytes to train on: files, joined; and windows of them, drawn by (seed, step) alone, so that a resumed run misses nothing."""
+"""Reads the bytes to train on and draws windows of them, by seed and step alone: a resumed run sees what it would have seen."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ringattn import InputError
 
-# Not the library proper: what is installed into it, tests, and modules that are little but tables.
-ELSEWHERE = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+# Passed over in the standard library: packages installed into it, tests, and modules that are little but tables.
+OTHERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
 def read_corpus(paths: Sequence[Path]) -> Tensor:
@@ -22,17 +22,18 @@ def read_corpus(paths: Sequence[Path]) -> Tensor:
     Directories are searched for text: hidden files and files with a zero byte are passed over. Raises `InputError` when a path
     does not exist or nothing is found.
     """
+    given = " ".join(map(str, paths))
     try:
         files = sorted(_standard_library()) if not paths else [file for path in paths for file in _files(path)]
         texts = [text for file in files if b"\0" not in (text := file.read_bytes())]
     except (OSError, ValueError) as error:  # ValueError: no system takes such a path
-        raise InputError(
-            f"--data {' '.join(map(str, paths))}: cannot be read ({error}); give text files, or directories"
-        ) from error
-    whole = b"\n".join(texts)
-    if not whole:
-        raise InputError(f"--data {' '.join(map(str, paths))}: no text found; give text files or directories that hold some")
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+        raise InputError(f"--data {given}: cannot be read ({error}); give text files, or directories") from error
+    joined = b"\n".join(texts)
+    if not joined and not paths:
+        raise InputError("--data: this Python comes without sources of its standard library; give text files or directories")
+    if not joined:
+        raise InputError(f"--data {given}: no text found; give text files or directories that hold some")
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
 
 
 def windows(corpus: Tensor, *, seq_len: int, batch: int, seed: int, step: int) -> Tensor:
@@ -53,4 +54,4 @@ def _files(path: Path) -> list[Path]:
 
 def _standard_library() -> Iterator[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    return (file for file in root.rglob("*.py") if not ELSEWHERE.intersection(file.relative_to(root).parts))
+    return (file for file in root.rglob("*.py") if not OTHERS.intersection(file.relative_to(root).parts))
