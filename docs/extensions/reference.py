@@ -14,11 +14,12 @@ from griffe import Attribute, Class, Docstring, Extension, Module
 
 class Reference(Extension):
     def on_module_members(self, *, node: Any, mod: Module, **_: Any) -> None:
-        for statement in node.body if isinstance(node, ast.Module) else []:
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
-                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-                if isinstance(target, ast.Name) and target.id == "_HOME":
-                    mod.exports = sorted(key.value for key in statement.value.keys if isinstance(key, ast.Constant))
+        if not isinstance(node, ast.Module):
+            return
+        assigned = {ast.unparse(s.targets[0]): s.value for s in node.body if isinstance(s, ast.Assign)}
+        table = assigned.get("_HOME")
+        if isinstance(assigned.get("__all__"), ast.Call) and isinstance(table, ast.Dict):
+            mod.exports = sorted(key.value for key in table.keys if isinstance(key, ast.Constant))
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
         for name in [name for name in cls.members if name.startswith("__") and name not in ("__init__", "__call__")]:
