@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -116,7 +116,8 @@ def count(name: str, mask: str) -> Figures:
             found.append(per_tile(launches.counted, tiles_of(plan)))
     totals = [round(sum(detail.values()), 2) for detail in found]
     detail = {f"{way} {op}": n for way, one in zip(("forward", "backward"), found, strict=True) for op, n in one.items()}
-    return Figures(name, mask, *totals, detail)
+    forth, back = totals
+    return Figures(name, mask, forth, back, detail)
 
 
 @contextmanager
@@ -149,15 +150,17 @@ class Instant(Kernel):
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
             self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        return self.made[key]
+        made: Partial = self.made[key]
+        return made
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
         if key not in self.made:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
-            likes = [torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes]
-            self.made[key] = Grads(*likes, None)
-        return self.made[key]
+            dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
+            self.made[key] = Grads(dq, dk, dv, None)
+        made: Grads = self.made[key]
+        return made
 
 
 @contextmanager
@@ -208,9 +211,10 @@ def peer(rounds: int) -> Figures | None:
     """The same of ring-flash-attention's loop, with a flash-attn that returns at once."""
     sys.path.insert(0, str(Path(__file__).parent))
     from peers import flash_on_cpu, ring_flash
+    from peers.base import Setting
 
     try:
-        loop = ring_flash._part("ring_flash_attn", SimpleNamespace(flops=0))
+        loop = ring_flash._part("ring_flash_attn", cast(Setting, SimpleNamespace(flops=0)))
     except (ImportError, AssertionError):
         return None
     result = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 4), None, None
@@ -241,7 +245,8 @@ def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], lea
         torch.autograd.grad(out, leaves, dout)
         seconds[0].append(middle - begin)
         seconds[1].append(perf_counter() - middle)
-    return Figures(name, "full", *(round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds))
+    forth, back = (round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds)
+    return Figures(name, "full", forth, back)
 
 
 def fake_group() -> None:

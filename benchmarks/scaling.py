@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
 from scaling_report import Point, chosen, curves, draw, print_table
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
@@ -94,7 +96,7 @@ def _kinds(config: Config) -> Iterator[tuple[str, int]]:
     yield from (("weak", rows) for rows in config.rows)
 
 
-def _topology(config: Config, mesh: dist.DeviceMesh) -> Topology:
+def _topology(config: Config, mesh: DeviceMesh) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     if config.probe:
         from ringattn.diagnostics import Probe
@@ -131,8 +133,13 @@ def _measure(
     return Point(scaling, length, schedule, ranks, tokens, pairs, chosen(plan), (forward, both), (costs[0], sum(costs)))
 
 
-def _shape(config: Config) -> dict[str, object]:
-    given = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim, "dtype": config.dtype}
+def _shape(config: Config) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "dtype": config.dtype,
+    }
     return given | {"mask": MASKS[config.mask]()}
 
 

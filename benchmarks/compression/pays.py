@@ -81,7 +81,7 @@ def main(config: Config) -> None:
 
 def _planning(world: int, number: int) -> float:
     """Seconds of a plan that was not made before."""
-    asked = dict(heads=4, head_dim=64, schedule="token_ring", layout="contiguous", topology="cpu")
+    asked: dict[str, Any] = dict(heads=4, head_dim=64, schedule="token_ring", layout="contiguous", topology="cpu")
     begin = perf_counter()
     make_plan(1024 + 64 * number, world=world, **asked)
     return perf_counter() - begin

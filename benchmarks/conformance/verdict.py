@@ -87,6 +87,7 @@ def on_this_rank(model: PreTrainedModel, batch: dict[str, Any], layout: str) -> 
     try:
         with Double():
             inputs, targets = shard_batch(batch, model.config, schedule="ring", layout=layout, dtype=torch.float64)
+            assert targets is not None, "every batch has labels"
             loss = cross_entropy(model(**inputs).logits, targets)
             loss.backward()
             reduce_gradients(model.parameters())

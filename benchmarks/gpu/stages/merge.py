@@ -61,7 +61,10 @@ def one(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) 
 def exactly(parts: Sequence[Partial]) -> tuple[Tensor, Tensor]:
     lse = torch.stack([part.lse.double() for part in parts])
     weights = lse.softmax(0)
-    return sum(w.unsqueeze(-1) * p.out.double() for w, p in zip(weights, parts, strict=True)), lse.logsumexp(0)  # type: ignore
+    total = torch.zeros_like(parts[0].out, dtype=torch.float64)
+    for weight, part in zip(weights, parts, strict=True):
+        total += weight.unsqueeze(-1) * part.out.double()
+    return total, lse.logsumexp(0)
 
 
 def ours(into: Partial, parts: Sequence[Partial]) -> Partial:
