@@ -4,8 +4,8 @@
 
 All schedules are run in turn, round after round, so that a slow minute of the machine hits all of them; the medians of the
 slowest rank are printed, and ratios to the first row. "hidden" compares the pass with compute alone and transfers alone
-(see `ringattn.measure`). With `--transports p2p shared_memory` each schedule runs over both, in turn as well, and the last
-column says how many times less it takes: forward, both passes, CPU time; and forward and backward transfers alone.
+(see `ringattn.execution.overlap`). With `--transports p2p shared_memory` each schedule runs over both, in turn as well, and the
+last column says how many times less it takes: forward, both passes, CPU time; and forward and backward transfers alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, attention, make_plan
-from ringattn.comm.factory import choose
-from ringattn.cost import traffic
-from ringattn.measure import Overlap, overlap
+from ringattn.comm.select import choose
+from ringattn.execution.overlap import Overlap, overlap
+from ringattn.planner.cost import traffic
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 

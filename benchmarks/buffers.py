@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringattn
 from ringattn import Plan, attention, make_plan
-from ringattn.cost import price
-from ringattn.topology import PRESETS
+from ringattn.planner.cost import price
+from ringattn.planner.topology import PRESETS
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import ringattn
+from ringattn.checkpoint import store as checkpoint
+from ringattn.checkpoint.async_save import Saver
 from ringattn.nn import Decoder, DecoderConfig, reduce_gradients, shift_labels
-from ringattn.runtime import checkpoint
-from ringattn.runtime.saver import Saver
 
 WAYS = ("none", "foreground", "background")
 

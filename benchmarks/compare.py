@@ -32,10 +32,10 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.cost import compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.schedule.named import NAMES
-from ringattn.topology import PRESETS
+from ringattn.planner.topology import PRESETS
+from ringattn.schedule.catalog import NAMES
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 

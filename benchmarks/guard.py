@@ -18,8 +18,8 @@ import tyro
 from clock import slowest
 
 import ringattn
-from ringattn.comm.agree import agree
-from ringattn.comm.board import transferring
+from ringattn.comm.consistency import agree
+from ringattn.faults.watchdog import transferring
 
 FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False}
 

@@ -37,14 +37,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn import Plan, causal, full, make_plan, schedule
 from ringattn import kernels as kernel_registry
-from ringattn.autograd import Inputs, attend, run_backward, run_forward
 from ringattn.comm.p2p import P2P
 from ringattn.comm.simulated import Simulated
 from ringattn.comm.transport import Transport
+from ringattn.execution.autograd import Inputs, attend, run_backward, run_forward
+from ringattn.execution.overlap import _Nowhere
 from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.fused import triton_ops
-from ringattn.measure import _Nowhere
-from ringattn.partial import Partial, accum_dtype
+from ringattn.kernels.lse import Partial, accum_dtype
 
 WORLD, ROWS, HEADS, HEAD_DIM = 4, 8192, 32, 128
 # Operators that start no work on the device.

@@ -26,8 +26,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Layout, Plan, RingAttnError, attention, make_plan
-from ringattn.cost import traffic
-from ringattn.layout import Span
+from ringattn.planner.cost import traffic
+from ringattn.sequence.layout import Span
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ringattn
-from ringattn.integrations.transformers import register, shard_batch
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))

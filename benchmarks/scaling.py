@@ -23,10 +23,10 @@ from scaling_report import Point, chosen, curves, draw, print_table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.cost import price
-from ringattn.forecast import rank_families
+from ringattn.planner.closed_form import rank_families
+from ringattn.planner.cost import price
 from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.topology import PRESETS
+from ringattn.planner.topology import PRESETS
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 PATIENCE = 3600.0  # seconds that ranks wait for the others' turn
@@ -100,7 +100,7 @@ def _kinds(config: Config) -> Iterator[tuple[str, int]]:
 def _topology(config: Config, mesh: dist.DeviceMesh) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     if config.probe:
-        from ringattn.runtime.probe import Probe
+        from ringattn.diagnostics.probe import Probe
 
         found = Probe(mesh).topology("probed")
     else:

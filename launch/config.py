@@ -12,7 +12,7 @@ import plots
 import torch
 
 from ringattn import InputError
-from ringattn.arguments import MOST, path, shown
+from ringattn._validation import MOST, path, shown
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder
 
 # What may differ between a run and its continuation: everything else decides what is learned.

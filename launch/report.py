@@ -21,8 +21,8 @@ from rich.table import Table
 from torch.distributed.device_mesh import DeviceMesh
 
 from ringattn import Plan
-from ringattn.cost import traffic
-from ringattn.measure import overlap
+from ringattn.execution.overlap import overlap
+from ringattn.planner.cost import traffic
 
 MIB = 1 << 20
 

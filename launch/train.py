@@ -32,14 +32,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import CheckpointError, CommError, InputError, Plan, RingAttnError, make_plan, shard
-from ringattn.arguments import complaint
-from ringattn.comm.agree import agree
-from ringattn.comm.board import transferring
-from ringattn.comm.journal import note
+from ringattn._validation import complaint
+from ringattn.checkpoint import store as checkpoint
+from ringattn.checkpoint.async_save import Saver
+from ringattn.comm.consistency import agree
+from ringattn.faults.event_log import note
+from ringattn.faults.watchdog import transferring
 from ringattn.nn import Decoder, MergingDecoder, reduce_gradients, shift_labels
-from ringattn.nn.group import sum_over
-from ringattn.runtime import checkpoint
-from ringattn.runtime.saver import Saver
+from ringattn.nn.collectives import sum_over
 
 
 def main(config: TrainConfig) -> None:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Layout": "layout",
-    "Mask": "mask",
+    "Layout": "sequence",
+    "Mask": "sequence",
     "Plan": "plan",
     "RingAttnError": "errors",
     "Schedule": "schedule",
-    "Topology": "topology",
+    "Topology": "planner",
     "CheckpointError": "errors",
     "CommError": "errors",
     "InputError": "errors",
@@ -28,18 +28,18 @@ _HOME = {
     "PlanError": "errors",
     "ScheduleError": "errors",
     "StalledError": "errors",
-    "attention": "functional",
-    "causal": "mask",
-    "documents": "mask",
-    "full": "mask",
+    "attention": "execution.attention",
+    "causal": "sequence",
+    "documents": "sequence",
+    "full": "sequence",
     "init": "runtime",
-    "load_topology": "topology",
+    "load_topology": "planner",
     "make_plan": "planner",
-    "positions": "sharding",
-    "prefix_lm": "mask",
-    "shard": "sharding",
-    "sliding_window": "mask",
-    "unshard": "sharding",
+    "positions": "execution",
+    "prefix_lm": "sequence",
+    "shard": "execution",
+    "sliding_window": "sequence",
+    "unshard": "execution",
 }
 
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -65,20 +65,20 @@ if TYPE_CHECKING:
     from ringattn.errors import RingAttnError as RingAttnError
     from ringattn.errors import ScheduleError as ScheduleError
     from ringattn.errors import StalledError as StalledError
-    from ringattn.functional import attention as attention
-    from ringattn.layout import Layout as Layout
-    from ringattn.mask import Mask as Mask
-    from ringattn.mask import causal as causal
-    from ringattn.mask import documents as documents
-    from ringattn.mask import full as full
-    from ringattn.mask import prefix_lm as prefix_lm
-    from ringattn.mask import sliding_window as sliding_window
+    from ringattn.execution import positions as positions
+    from ringattn.execution import shard as shard
+    from ringattn.execution import unshard as unshard
+    from ringattn.execution.attention import attention as attention
     from ringattn.plan import Plan as Plan
+    from ringattn.planner import Topology as Topology
+    from ringattn.planner import load_topology as load_topology
     from ringattn.planner import make_plan as make_plan
     from ringattn.runtime import init as init
     from ringattn.schedule import Schedule as Schedule
-    from ringattn.sharding import positions as positions
-    from ringattn.sharding import shard as shard
-    from ringattn.sharding import unshard as unshard
-    from ringattn.topology import Topology as Topology
-    from ringattn.topology import load_topology as load_topology
+    from ringattn.sequence import Layout as Layout
+    from ringattn.sequence import Mask as Mask
+    from ringattn.sequence import causal as causal
+    from ringattn.sequence import documents as documents
+    from ringattn.sequence import full as full
+    from ringattn.sequence import prefix_lm as prefix_lm
+    from ringattn.sequence import sliding_window as sliding_window

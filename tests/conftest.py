@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 from thirty import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
 
 torch.set_num_threads(1)
@@ -20,6 +20,8 @@ settings.load_profile("ci")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", type=int, help="how many cases tests/test_properties.py draws")
-    parser.addoption("--cases-report", type=Path, help="where to write the table of tests/thirty.py")
-    parser.addoption("--flash-sources", type=Path, help="folder with the flash-attn packages' sources for tests/test_flash.py")
+    parser.addoption("--cases", type=int, help="how many cases tests/execution/test_properties.py draws")
+    parser.addoption("--cases-report", type=Path, help="where to write the table of tests/support/thirty.py")
+    parser.addoption(
+        "--flash-sources", type=Path, help="folder with the flash-attn packages' sources for tests/kernels/test_flash.py"
+    )

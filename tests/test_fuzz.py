@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 import ringattn
 from ringattn import Layout, Mask, Plan, Schedule, Topology, causal, make_plan
-from ringattn.layout import Span, contiguous
-from ringattn.mask import Band, Rect
 from ringattn.schedule import (
     Kind,
     Move,
@@ -37,6 +35,8 @@ from ringattn.schedule import (
     token_ring,
     ulysses,
 )
+from ringattn.sequence.layout import Span, contiguous
+from ringattn.sequence.mask import Band, Rect
 
 MODEL = dict(heads=4, kv_heads=2, head_dim=8)
 MATRIX = ((0.0, 1e9), (1e9, 0.0))

@@ -28,7 +28,7 @@ def answers(which: str, cases: list[list[str]], tmp_path: Path) -> list[tuple[li
         port = str(s.getsockname()[1])
     place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    process = start([str(ROOT / "tests" / "fuzz_job.py"), which, str(tmp_path / "cases.json")], **place)
+    process = start([str(ROOT / "tests" / "support" / "fuzz_job.py"), which, str(tmp_path / "cases.json")], **place)
     out, err = process.communicate(timeout=58)
     found = [tuple(json.loads(line)) for line in out.splitlines() if line.startswith("[")]
     assert process.returncode == 0 and len(found) == len(cases), (

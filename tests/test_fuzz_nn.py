@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringattn import full, make_plan
-from ringattn.compress import (
+from ringattn.checkpoint import store as checkpoint
+from ringattn.checkpoint.async_save import Saver
+from ringattn.execution.overlap import overlap
+from ringattn.merging import (
     DeleteGate,
     Merge,
     Pay,
@@ -25,8 +28,6 @@ from ringattn.compress import (
     tell,
     windows,
 )
-from ringattn.layout import contiguous
-from ringattn.measure import overlap
 from ringattn.nn import (
     MLP,
     Decoder,
@@ -40,8 +41,7 @@ from ringattn.nn import (
     rotary,
     shift_labels,
 )
-from ringattn.runtime import checkpoint
-from ringattn.runtime.saver import Saver
+from ringattn.sequence.layout import contiguous
 
 CONFIG = DecoderConfig(vocab_size=17, dim=8, layers=2, heads=2, kv_heads=1, head_dim=4, hidden_dim=8)
 PLAN = make_plan(13, world=1, heads=2, kv_heads=1, head_dim=4, schedule="ring")

@@ -1,8 +1,10 @@
-"""The architecture as tests: what may import what, what works without torch, and what the public may rely on."""
+"""The architecture as tests: which file may import which, what works without torch, and what the public may rely on."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,90 +13,126 @@ import ringattn
 
 ROOT = Path(ringattn.__file__).parent
 
-# Each may import itself and what stands before it. Nothing points up.
-LAYERS = [
-    ["errors"],
-    ["arguments"],
-    ["kernel_names"],
-    ["mask"],
-    ["layout"],
-    ["by_documents"],
-    ["pieces"],
-    ["schedule"],
-    ["topology", "payload"],
-    ["lanes"],
-    ["plan"],
-    ["cost"],
-    ["planner"],
-    ["forecast"],
-    ["partial", "comm", "kernels"],
-    ["callers", "engine", "first_order", "joint_backward", "selective"],
-    ["sharding"],
-    ["shapes"],
-    ["work"],
-    ["autograd"],
-    ["op"],
-    ["functional", "measure"],
-    ["compress"],
-    ["nn", "runtime"],
-    ["integrations"],
-    ["selftest"],
-    ["cli"],
-]
-PURE = [
+# From the bottom up: a file may import what stands in its own line or before it. The longest name that fits a file is its
+# place, so a single file may stand elsewhere than its package.
+ORDER = [
     "errors",
-    "arguments",
-    "kernel_names",
-    "mask",
-    "layout",
-    "by_documents",
-    "pieces",
+    "_validation",
+    "sequence",
     "schedule",
-    "topology",
-    "payload",
-    "lanes",
     "plan",
-    "cost",
+    "planner.topology",
+    "planner.cost",
+    "planner.closed_form",
+    "planner.solver",
     "planner",
-    "forecast",
+    "kernels",
+    "comm.process_group",
+    "faults",
+    "comm",
+    "execution",
+    "merging",
+    "nn",
+    "runtime",
+    "checkpoint",
+    "integrations.transformers",
+    "integrations",
+    "diagnostics",
+    "cli",
+    "__main__",
 ]
+PURE = ["errors", "_validation", "sequence", "schedule", "schedule.draw", "plan", "planner"]
+LOOSE = {"__init__", "__main__", "errors", "_validation"}
 
 
-def unit(path: Path) -> str:
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+def module_of(path: Path) -> str:
+    """`kernels.flash2` for ringattn/kernels/flash2.py, `kernels` for ringattn/kernels/__init__.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path) -> set[str]:
-    """Names of top-level ringattn units and other packages that a module imports when it is imported."""
-    tree = ast.parse(path.read_text())
-    lazy = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
-    found = set()
+FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"}
+
+
+def place(module: str) -> int:
+    """The line of `ORDER` that a file stands in."""
+    fits = [unit for unit in ORDER if module == unit or module.startswith(f"{unit}.")]
+    assert fits, f"ringattn/{module.replace('.', '/')} needs a place in ORDER"
+    return ORDER.index(max(fits, key=len))
+
+
+def imports(source: str, *, lazy: bool) -> Iterator[str]:
+    """Files of ringattn that a module imports, as in `FILES`; with `lazy` those too that its functions import when called."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for_types = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {n for part in [*for_types, *(functions if not lazy else [])] for n in ast.walk(part)}
     for node in ast.walk(tree):
-        if node in lazy:
+        if node in skipped:
             continue
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        if isinstance(node, ast.ImportFrom) and node.module == "ringattn":
-            names = [f"ringattn.{ringattn._HOME.get(a.name, a.name)}" for a in node.names]
-        for name in names:
-            parts = name.split(".")
-            found.add(parts[1] if parts[0] == "ringattn" and len(parts) > 1 else parts[0])
-    return found
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("ringattn.") for a in node.names if a.name.startswith("ringattn."))
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here, so that each says what it takes"
+            package, _, module = (node.module or "").partition(".")
+            if package != "ringattn":
+                continue
+            for alias in node.names:
+                exported = ringattn._HOME.get(alias.name, alias.name) if not module else f"{module}.{alias.name}"
+                yield exported if exported in FILES else module
 
 
-MODULES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+def upward(module: str, source: str) -> list[str]:
+    """Imports of `module` that point up."""
+    return [found for found in imports(source, lazy=True) if found and place(found) > place(module)]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_points_up(path: Path) -> None:
-    order = {name: n for n, layer in enumerate(LAYERS) for name in layer}
-    assert unit(path) in order, "a new unit needs its place in LAYERS"
-    for name in imports(path) & set(order):
-        assert order[name] <= order[unit(path)], f"{unit(path)} imports {name}, which stands above it"
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_points_up(module: str) -> None:
+    assert not upward(module, FILES[module].read_text())
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("kernels.sdpa", "from ringattn.comm.p2p import P2P"),
+        ("planner.cost.flows", "from ringattn.planner.request import request"),
+        ("faults.diagnosis", "from ringattn.comm import p2p"),
+        ("execution.engine", "import ringattn.merging.matching"),
+        ("schedule.ring", "def ring():\n    from ringattn import make_plan"),
+    ],
+)
+def test_an_import_that_points_up_is_found(module: str, line: str) -> None:
+    assert upward(module, f"{FILES[module].read_text()}\n{line}\n")
+
+
+def test_no_files_import_each_other() -> None:
+    """A cycle works or not by which file is imported first."""
+    graph = {module: set(imports(path.read_text(), lazy=False)) - {module} for module, path in FILES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
 
 
 def test_the_engine_knows_no_kernel_mask_or_planner() -> None:
-    assert not imports(ROOT / "engine.py") & {"kernels", "mask", "layout", "pieces", "plan", "planner", "cost", "topology"}
+    found = {name.partition(".")[0] for name in imports(FILES["execution.engine"].read_text(), lazy=True)}
+    assert found <= {"comm", "schedule", "errors"}
+    everything = {
+        name
+        for module, path in FILES.items()
+        if module.startswith("execution.")
+        for name in imports(path.read_text(), lazy=True)
+    }
+    assert not {name for name in everything if name.startswith("planner")}
+
+
+def test_few_modules_stand_beside_the_packages() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} <= LOOSE
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_files_are_short(module: str) -> None:
+    assert len(FILES[module].read_text().splitlines()) <= 400
 
 
 def test_the_pure_layer_needs_no_torch() -> None:
@@ -102,7 +140,7 @@ def test_the_pure_layer_needs_no_torch() -> None:
     modules = ", ".join(f"ringattn.{name}" for name in PURE)
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        f"import {modules}, ringattn.schedule.draw\n"
+        f"import {modules}\n"
         "plan = ringattn.make_plan(100, world=4, heads=8, head_dim=64, mask=ringattn.causal())\n"
         "print(plan)"
     )
@@ -151,5 +189,18 @@ def test_the_public_surface_is_a_constant() -> None:
         _ = ringattn.atention
 
 
-def test_no_public_function_shares_a_name_with_a_module() -> None:
-    assert not set(ringattn.__all__) & {unit(p) for p in MODULES}
+PACKAGES = sorted({path.parent for path in FILES.values() if path.name == "__init__.py"})
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: module_of(path / "__init__.py"))
+def test_a_package_has_what_it_lists(package: Path) -> None:
+    name = f"ringattn.{module_of(package / '__init__.py')}"
+    if name.startswith("ringattn.integrations"):
+        pytest.importorskip("transformers")
+    module = __import__(name, fromlist=["__all__"])
+    for public in getattr(module, "__all__", []):
+        assert getattr(module, public) is not None
+
+
+def test_no_public_function_shares_a_name_with_a_package() -> None:
+    assert not set(ringattn.__all__) & {module.partition(".")[0] for module in FILES}

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
-from ringattn.compress import DeleteGate, Merge, bipartite, delete, segments, shorten, similar, windows
+from ringattn.merging import DeleteGate, Merge, bipartite, delete, segments, shorten, similar, windows
 from ringattn.nn import DecoderConfig
 from ringattn.nn.decoder import Block
 

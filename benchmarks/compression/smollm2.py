@@ -7,7 +7,7 @@ The model reads the first 512 tokens of a window as it always does, and each lay
 makes 256 or 128 groups of them in every layer, and the next 256 tokens are scored with those groups in place of the context;
 among themselves they see everything. The context lies before all that is scored, so that any policy may look at all of it,
 and one reading of it serves all policies. Groups are of keys after rotary; similarity is that of a layer's keys, averaged
-over its heads. Rows are merged and groups are weighed by `ringattn.compress`, attention is `ringattn.attention` with
+over its heads. Rows are merged and groups are weighed by `ringattn.merging`, attention is `ringattn.attention` with
 `key_bias`.
 
     keep last        the last row of every window of 2 or 4; the others are dropped
@@ -49,9 +49,9 @@ from text import windows as windows_of_text
 from torch import Tensor
 
 from ringattn import Plan, full, make_plan
-from ringattn.compress import Merge, bipartite, shorten, similar, windows
-from ringattn.layout import Layout
+from ringattn.merging import Merge, bipartite, shorten, similar, windows
 from ringattn.nn import Decoder
+from ringattn.sequence.layout import Layout
 
 Choose = Callable[[Tensor, Tensor, Layout], Merge]
 """From what rows are compared by, which of them are protected, and where they lie."""

@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
-from ringattn.cost import traffic
-from ringattn.lanes import pairs
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder, shift_labels
+from ringattn.plan.head_groups import pairs
+from ringattn.planner.cost import traffic
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "launch"))
 from data import read_corpus

@@ -28,7 +28,7 @@ from conformance.double import Double
 from conformance.models import build, class_name, config_of
 from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
 from ringattn.errors import InputError, PlanError
-from ringattn.integrations.transformers import register
+from ringattn.integrations.transformers.attention_interface import register
 
 LIMIT = 40  # seconds for one case on one rank
 LAYOUTS = {1: "contiguous", 2: "zigzag", 3: "contiguous"}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from conformance.batches import IGNORE
 from conformance.double import Double
 from ringattn.errors import InputError, PlanError
-from ringattn.integrations.transformers import shard_batch
+from ringattn.integrations.transformers.attention_interface import shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 # Both sides compute the same sums in fp64, only in another order. Through the few layers of a tiny model, gradients of loss and

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ringattn import Mask, Plan, make_plan, positions
-from ringattn.autograd import Inputs, attend
 from ringattn.comm.simulated import Simulated, SimulatedPort
+from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import KERNELS, Options
-from ringattn.kernels.pick import obstacle
+from ringattn.kernels.select import obstacle
 from ringattn.schedule.program import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peers.base import Attention, Peer, Setting, two_halves
 from peers.local import Local, choose
-from ringattn.layout import LAYOUTS, Layout
+from ringattn.sequence.layout import LAYOUTS, Layout
 
 ROWS = 2  # the dimension of the sequence
 

@@ -4,8 +4,8 @@ on it, `probe` measures its links, `report` packs what to send with a bug report
     ringattn plan 65536 --world 8 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology nvswitch --draw plan.svg
     ringattn doctor
     ringattn selftest
-    torchrun --nproc-per-node 8 -m ringattn.cli doctor
-    torchrun --nproc-per-node 8 -m ringattn.cli probe --out links.json
+    torchrun --nproc-per-node 8 -m ringattn doctor
+    torchrun --nproc-per-node 8 -m ringattn probe --out links.json
     ringattn report runs/train --out report.zip
 
 Errors that ringattn raises on purpose are one paragraph on stderr and exit status 2.

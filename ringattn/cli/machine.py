@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.table import Table
 
-from ringattn.arguments import count, path
+from ringattn._validation import count, path
 from ringattn.cli.console import console
 from ringattn.errors import InputError, LaunchError, PlanError
-from ringattn.topology import Topology
+from ringattn.planner.topology import Topology
 
 if TYPE_CHECKING:
-    from ringattn.runtime.doctor import Finding
+    from ringattn.diagnostics.doctor import Finding
 
 MOST_MEGABYTES, MOST_REPEATS = 10_000, 10_000
 
@@ -33,7 +33,7 @@ def doctor(
 ) -> None:
     """Show what this machine offers, and say what to do where ringattn cannot run on it (exit status 1).
 
-    Under torchrun (`torchrun ... -m ringattn.cli doctor`) all ranks are examined together: who reaches whom, whether all run
+    Under torchrun (`torchrun ... -m ringattn doctor`) all ranks are examined together: who reaches whom, whether all run
     the same code, and how fast the links between neighbours are.
 
     Args:
@@ -93,8 +93,8 @@ def probe(*, out: Path, megabytes: float = 8.0, repeats: int = 3) -> None:
         )
     import torch.distributed as dist
 
+    from ringattn.diagnostics.probe import Probe
     from ringattn.runtime import init
-    from ringattn.runtime.probe import Probe
 
     mesh = init()
     measured = Probe(mesh, nbytes=int(megabytes * 1e6), repeats=repeats).topology(out.stem)
@@ -117,8 +117,8 @@ def report(paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (), *, out
         out: The file to write.
     """
     _need_torch()
-    from ringattn.runtime.doctor import Finding
-    from ringattn.runtime.report import write
+    from ringattn.diagnostics.bug_report import write
+    from ringattn.diagnostics.doctor import Finding
 
     try:
         findings = _examined()
@@ -137,8 +137,8 @@ def selftest(
 ) -> None:
     """Compare every kernel that runs here with dense attention in fp64, through every schedule (exit status 1 if one is wrong).
 
-    Ranks are simulated in this process; under torchrun (`torchrun ... -m ringattn.cli selftest`) they are real.
-    `python -m ringattn.selftest` is the same and needs nothing but torch.
+    Ranks are simulated in this process; under torchrun (`torchrun ... -m ringattn selftest`) they are real.
+    `python -m ringattn selftest` is the same and needs nothing but torch.
 
     Args:
         kernel: Only these; one that cannot run here counts as a failure.
@@ -146,7 +146,7 @@ def selftest(
         worlds: Numbers of ranks to simulate.
     """
     _need_torch()
-    from ringattn.selftest.__main__ import main
+    from ringattn.diagnostics.selftest.run import main
 
     given = [*(("--kernel", *kernel) if kernel else ()), *(("--device", device) if device else ())]
     sys.exit(main([*given, "--worlds", *map(str, worlds)]))
@@ -160,7 +160,7 @@ def _need_torch() -> None:
 
 
 def _together() -> bool:
-    from ringattn.runtime.doctor import TORCHRUN
+    from ringattn.diagnostics.doctor import TORCHRUN
 
     return all(name in os.environ for name in TORCHRUN)
 
@@ -171,8 +171,8 @@ def _speaks() -> bool:
 
 def _examined() -> list[Finding]:
     """What this machine, or under torchrun all ranks together, find."""
-    from ringattn.runtime.doctor import examine
-    from ringattn.runtime.together import examine_together
+    from ringattn.diagnostics.cluster import examine_together
+    from ringattn.diagnostics.doctor import examine
 
     return list(examine_together() if _together() else examine())
 

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.table import Table
 
-from ringattn.arguments import path
+from ringattn._validation import path
 from ringattn.cli.console import console
 from ringattn.errors import PlanError
-from ringattn.forecast import rank_families
-from ringattn.mask import Mask, causal, documents, full, prefix_lm, sliding_window
-from ringattn.plan import Plan
+from ringattn.plan.plan import Plan
 from ringattn.planner import Candidate, candidates, make_plan
+from ringattn.planner.closed_form import rank_families
 from ringattn.planner.request import request
-from ringattn.topology import PRESETS, Topology, load_topology
+from ringattn.planner.topology import PRESETS, Topology, load_topology
+from ringattn.sequence.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 
 MANY = 64  # ranks above which every rank for itself takes too long to price
 
@@ -57,10 +57,10 @@ def plan(
         head_dim: Of q, k and v.
         dtype: float32, float64, bfloat16 or float16.
         mask: full, causal, window:LEFT[,RIGHT], documents:0,END,END,.. or prefix:LENGTH; several joined with &.
-        schedule: auto, balanced, or a name from ringattn.schedule.named, as ring or token_ring.
+        schedule: auto, balanced, or a name from ringattn.schedule.catalog, as ring or token_ring.
         layout: auto, contiguous, zigzag, striped or documents.
         ulysses: Degree of head resharding.
-        kernel: auto, or a name from ringattn.kernel_names, as flash or flash3:sm_margin=8, or emulated:FLOPS.
+        kernel: auto, or a name from ringattn.plan.kernel_names, as flash or flash3:sm_margin=8, or emulated:FLOPS.
         topology: A preset's name, or a file that probe wrote.
         buffer_limit: Bytes that a rank may hold beyond its own rows.
         training: Whether backward counts in the choice.

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.board import board, follow
-from ringattn.comm.group import is_asynchronous
-from ringattn.comm.unfinished import Reached, recorded
+from ringattn.comm.process_group import is_asynchronous
+from ringattn.faults.pending import Reached, recorded
+from ringattn.faults.watchdog import board, follow
 
 
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:

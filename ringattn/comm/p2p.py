@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.board import board, follow, transferring
-from ringattn.comm.duplex import prepare, receiving, sending, start
-from ringattn.comm.group import capturing, waits_on_stream
-from ringattn.comm.journal import kept, note
+from ringattn.comm.gloo_duplex import prepare, receiving, sending, start
+from ringattn.comm.process_group import capturing, waits_on_stream
 from ringattn.comm.transport import Port, Result
-from ringattn.comm.unfinished import Reached, recorded
+from ringattn.faults.event_log import kept, note
+from ringattn.faults.pending import Reached, recorded
+from ringattn.faults.watchdog import board, follow, transferring
 from ringattn.schedule.program import Message
 
 

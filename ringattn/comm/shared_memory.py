@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.board import transferring
 from ringattn.comm.p2p import P2P, P2PPort
 from ringattn.comm.shared_memory_link import Link, Transfer
+from ringattn.faults.watchdog import transferring
 from ringattn.schedule.program import Message
 
 

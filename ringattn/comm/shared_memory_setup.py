@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ringattn.comm.agree import ranks_named
+from ringattn.comm.consistency import ranks_named
 from ringattn.comm.shared_memory import Links
 from ringattn.comm.shared_memory_link import Link, mapped, shared_memory
 

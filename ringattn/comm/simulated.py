@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ringattn.comm.packing import Wire
 from ringattn.comm.transport import Port, Result
+from ringattn.comm.wire_format import Wire
 from ringattn.errors import CommError, StalledError
 from ringattn.schedule.program import Message
 

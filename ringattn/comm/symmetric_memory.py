@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.comm.board import transferring
 from ringattn.comm.p2p import P2P, P2PPort
+from ringattn.faults.watchdog import transferring
 from ringattn.schedule.program import Message
 
 SLOTS = 4  # of each directed link: chunks that may be under way

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ringattn.comm.packing import Wire
+from ringattn.comm.wire_format import Wire
 from ringattn.schedule.program import Message
 
 Result = TypeVar("Result")

@@ -20,15 +20,15 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from ringattn.comm.agree import agree
+from ringattn.comm.consistency import agree
 from ringattn.errors import InputError
-from ringattn.functional import attention, cast_dtype
+from ringattn.execution.attention import attention, cast_dtype
 from ringattn.integrations.mpu import SequenceParallel, sequence_parallel
-from ringattn.layout import contiguous
-from ringattn.mask import Mask, causal, full
 from ringattn.nn.loss import IGNORE, cross_entropy
 from ringattn.planner import make_plan
-from ringattn.topology import Topology
+from ringattn.planner.topology import Topology
+from ringattn.sequence.layout import contiguous
+from ringattn.sequence.mask import Mask, causal, full
 
 __all__ = ["DistributedAttention", "SequenceParallel", "register_with_transformers", "sequence_parallel", "sp_loss"]
 
@@ -110,7 +110,7 @@ def register_with_transformers(
     """
     if sequence_parallel_size == 1:
         return None
-    from ringattn.integrations.gathered import take_place  # transformers is needed for this function alone
+    from ringattn.integrations.transformers.gathered import take_place  # transformers is needed for this function alone
 
     length = None if seq_length_is_variable else seq_length
     if not seq_length_is_variable and seq_length is None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.comm.group import LAUNCH_HINT, device_type_of
+from ringattn.comm.process_group import LAUNCH_HINT, device_type_of
 from ringattn.errors import InputError, LaunchError
 
 

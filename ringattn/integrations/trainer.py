@@ -5,8 +5,8 @@
 
 World rank = replica x sequence_parallel_size + place in the sequence. Everything that Trainer and its subclasses do to a batch
 is left to them: they are given a model that takes whole batches and returns the loss and logits of one process, while attention
-runs on shards (`ringattn.integrations.whole`). Only what depends on the number of ranks is corrected: which ranks are given
-which batch, how many ranks average gradients and count tokens, and from which ranks predictions are gathered.
+runs on shards (`forward_whole`). Only what depends on the number of ranks is corrected: which ranks are given which batch, how
+many ranks average gradients and count tokens, and from which ranks predictions are gathered.
 
 accelerate knows two ways of its own to cut a sequence and takes no third, so its `ParallelismConfig` stays empty. Under
 DeepSpeed the loss depends on the ZeRO stage, see `deepspeed`; that is refused here.
@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
-from ringattn.comm.board import transferring
 from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
-from ringattn.integrations.on_shards import OnShards
-from ringattn.integrations.transformers import NAME, register
-from ringattn.integrations.unsupported import without_interface
-from ringattn.integrations.whole import bare
+from ringattn.faults.watchdog import transferring
+from ringattn.integrations.transformers.attention_interface import NAME, register
+from ringattn.integrations.transformers.on_shards import OnShards
+from ringattn.integrations.transformers.support.unsupported import without_interface
+from ringattn.integrations.transformers.whole import bare
 from ringattn.nn.loss import IGNORE
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer

@@ -16,7 +16,6 @@ What would be faster is measured by `ranking`, whose answer can be given to `mak
 from functools import cache
 
 from ringattn.errors import InputError
-from ringattn.kernel_names import parse
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.emulated import Emulated
 from ringattn.kernels.flash2 import Flash2
@@ -25,6 +24,7 @@ from ringattn.kernels.flash4 import Flash4
 from ringattn.kernels.flex import Flex
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Cudnn, Efficient, Sdpa, TorchFlash
+from ringattn.plan.kernel_names import parse
 
 KERNELS: dict[str, type[Kernel]] = {
     kernel.name: kernel for kernel in (Sdpa, Reference, Cudnn, TorchFlash, Efficient, Flex, Flash2, Flash3, Flash4)

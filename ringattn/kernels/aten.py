@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.choice import version
+from ringattn.kernels.operator_choice import version
 
 aten = torch.ops.aten
 ALIGNED_KEYS = 16  # rows of a mask begin at multiples of so many keys

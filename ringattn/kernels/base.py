@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.fused import surrogate_out
-from ringattn.mask import Band
-from ringattn.partial import Partial, accum_dtype, merge_, nothing
-from ringattn.pieces import Piece
+from ringattn.kernels.lse import Partial, accum_dtype, merge_, nothing
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import Piece
 
 
 class Options(NamedTuple):

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.mask import Band
-from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import Piece
+from ringattn.kernels.lse import Partial, accum_dtype
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import Piece
 
 PRODUCTS_FORWARD, PRODUCTS_BACKWARD = 2, 5  # matrix products of 2 * area * head_dim flops each
 

@@ -23,14 +23,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ringattn.kernels.adapters import bias_grad, seen, up_to, widen, with_bias
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.constants import kept
-from ringattn.kernels.fit import bias_grad, seen, up_to, widen, with_bias
-from ringattn.kernels.package import Package
+from ringattn.kernels.device_constants import kept
+from ringattn.kernels.external import Package
+from ringattn.kernels.lse import Partial
 from ringattn.kernels.reference import Reference
-from ringattn.mask import Band
-from ringattn.partial import Partial
-from ringattn.pieces import CAUSAL, FULL, Piece, strips
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece, strips
 
 ANY = -1  # a side of a window without bound
 ALIGNED = 8  # head sizes are multiples of this

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ringattn.errors import InputError
+from ringattn.kernels.external import Package, parameters
 from ringattn.kernels.flash import Call, Flash
-from ringattn.kernels.package import Package, parameters
 
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NOT_NEEDED = (

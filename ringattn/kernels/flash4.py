@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.external import Package
 from ringattn.kernels.flash import ANY, Call, Flash
-from ringattn.kernels.package import Package
 
 _SHARED = ("softmax_scale", "causal", "softcap", "window_size_left", "window_size_right")
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ringattn.errors import InputError
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.constants import kept
+from ringattn.kernels.device_constants import kept
+from ringattn.kernels.lse import Partial, accum_dtype
 from ringattn.kernels.reference import Reference
-from ringattn.mask import Band
-from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import FULL
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import FULL
 
 BLOCK = 128
 MASKS_KEPT = 32  # each is two numbers for every two blocks

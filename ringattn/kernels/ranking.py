@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ringattn.errors import InputError
-from ringattn.kernel_names import parse
 from ringattn.kernels import KERNELS, Kernel, Operands, Options, Rows, get
-from ringattn.kernels.pick import obstacle, resolved
-from ringattn.mask import Band
-from ringattn.partial import accum_dtype
-from ringattn.pieces import CAUSAL, Piece
+from ringattn.kernels.lse import accum_dtype
+from ringattn.kernels.select import obstacle, resolved
+from ringattn.plan.kernel_names import parse
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, Piece
 
 WARM_UP, REPEATS = 3, 9
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.mask import Band
-from ringattn.partial import Partial, accum_dtype
-from ringattn.pieces import FULL
+from ringattn.kernels.lse import Partial, accum_dtype
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import FULL
 
 
 def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ringattn.kernels.adapters import bias_grad, seen, widen, with_bias
 from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.choice import CallShape, call_width, chosen
-from ringattn.kernels.constants import kept
-from ringattn.kernels.fit import bias_grad, seen, widen, with_bias
+from ringattn.kernels.device_constants import kept
+from ringattn.kernels.lse import Partial
+from ringattn.kernels.operator_choice import CallShape, call_width, chosen
 from ringattn.kernels.reference import Reference, band_mask
-from ringattn.mask import Band
-from ringattn.partial import Partial
-from ringattn.pieces import CAUSAL, FULL, Piece, strips
+from ringattn.sequence.mask import Band
+from ringattn.sequence.segments import CAUSAL, FULL, Piece, strips
 
 ROWS_PER_MASK = 512
 MASKS_KEPT = 8  # the strips of a window need the same few again and again; each is rows * keys numbers

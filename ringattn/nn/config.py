@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringattn.arguments import MOST, real, shown
+from ringattn._validation import MOST, real, shown
 from ringattn.errors import InputError
 
 

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ringattn.arguments import complaint, flag, instance
-from ringattn.callers import dense, meet, whole_numbers
-from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, group_and_rank
+from ringattn._validation import complaint, flag, instance
+from ringattn.comm.consistency import agree
+from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
-from ringattn.functional import attention
+from ringattn.execution.attention import attention
+from ringattn.execution.checks import dense, meet, whole_numbers
+from ringattn.execution.sharding import positions
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.loss import IGNORE, NUMBERS, check_targets, mean_over, summed
 from ringattn.nn.rotary import apply_rotary, rotary
-from ringattn.plan import Plan
-from ringattn.sharding import positions
+from ringattn.plan.plan import Plan
 
 A_CONFIG = "give a DecoderConfig"
 NO_TARGETS = object()  # unlike None, which a caller may pass by mistake

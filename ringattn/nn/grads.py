@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn.arguments import complaint, shown
-from ringattn.callers import dense
-from ringattn.comm.agree import agree
-from ringattn.comm.group import Group, cannot_move
+from ringattn._validation import complaint, shown
+from ringattn.comm.consistency import agree
+from ringattn.comm.process_group import Group, cannot_move
 from ringattn.errors import InputError
-from ringattn.nn.group import reduction_group, sum_over
+from ringattn.execution.checks import dense
+from ringattn.nn.collectives import reduction_group, sum_over
 
 BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small beside the gradients of a large model
 

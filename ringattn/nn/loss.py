@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringattn.arguments import MOST, complaint, count, shown
-from ringattn.callers import dense, whole_numbers
-from ringattn.comm.agree import agree
-from ringattn.comm.group import Group
+from ringattn._validation import MOST, complaint, count, shown
+from ringattn.comm.consistency import agree
+from ringattn.comm.process_group import Group
 from ringattn.errors import InputError
-from ringattn.nn.group import reduction_group, sum_over
-from ringattn.partial import accum_dtype
+from ringattn.execution.checks import dense, whole_numbers
+from ringattn.kernels.lse import accum_dtype
+from ringattn.nn.collectives import reduction_group, sum_over
 
 IGNORE = -100  # torch's default too
 NUMBERS = (torch.int64, torch.int32)

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ringattn.arguments import count, counts, flag, instance, one_of, real, shown, whole
-from ringattn.comm.group import Group, group_and_rank
-from ringattn.compress import (
+from ringattn._validation import count, counts, flag, instance, one_of, real, shown, whole
+from ringattn.comm.process_group import Group, group_and_rank
+from ringattn.errors import InputError
+from ringattn.merging import (
     DeleteGate,
     Merge,
     Pay,
@@ -36,14 +37,13 @@ from ringattn.compress import (
     tell,
     windows,
 )
-from ringattn.compress.ask import SCORERS
-from ringattn.compress.placement import edges
-from ringattn.errors import InputError
+from ringattn.merging.placement import edges
+from ringattn.merging.policy_inputs import SCORERS
+from ringattn.nn.collectives import sum_over
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.decoder import Block, Decoder, Through
-from ringattn.nn.group import sum_over
-from ringattn.plan import Plan
-from ringattn.topology import Topology
+from ringattn.plan.plan import Plan
+from ringattn.planner.topology import Topology
 
 POLICIES = ("windows", "similar", "bipartite", "words", "gate")
 

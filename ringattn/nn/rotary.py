@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringattn.arguments import real, shown
-from ringattn.callers import dense
+from ringattn._validation import real, shown
 from ringattn.errors import InputError
+from ringattn.execution.checks import dense
 
 MOST_CHANNELS = 1 << 20
 

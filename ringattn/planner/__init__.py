@@ -12,16 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ringattn.kernel_names import KERNELS
-from ringattn.layout import Layout
-from ringattn.mask import Mask, causal
-from ringattn.plan import Plan
-from ringattn.planner.choose import Candidate, allowed, choose
-from ringattn.planner.request import request
+from ringattn.plan.kernel_names import KERNELS
+from ringattn.plan.plan import Plan
+from ringattn.planner.closed_form import rank_families
+from ringattn.planner.cost import Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.request import DEFAULT_TOPOLOGY, request
+from ringattn.planner.search import Candidate, allowed, choose
+from ringattn.planner.topology import PRESETS, Topology, load_topology
 from ringattn.schedule import Schedule
-from ringattn.topology import Topology
+from ringattn.sequence.layout import Layout
+from ringattn.sequence.mask import Mask, causal
 
-__all__ = ["KERNELS", "Candidate", "candidates", "make_plan"]
+__all__ = [
+    "DEFAULT_TOPOLOGY",
+    "KERNELS",
+    "PRESETS",
+    "Candidate",
+    "Cost",
+    "Topology",
+    "candidates",
+    "compute_seconds",
+    "load_topology",
+    "make_plan",
+    "price",
+    "rank_families",
+    "traffic",
+    "transfer_seconds",
+]
 
 
 def make_plan(
@@ -54,9 +71,9 @@ def make_plan(
         head_dim: of q, k and v.
         dtype: float32, float64, bfloat16 or float16, as torch dtype or by name.
         mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them joined with `&`.
-        schedule: "auto", a name (see `ringattn.schedule.named`), a `Schedule`, or several that share the heads. "auto" leaves
+        schedule: "auto", a name (see `ringattn.schedule.catalog`), a `Schedule`, or several that share the heads. "auto" leaves
             out all_gather, whose buffers grow with the whole sequence.
-        layout: "auto", "contiguous", "zigzag", "striped", "documents" (see `ringattn.by_documents`) or a `Layout`.
+        layout: "auto", "contiguous", "zigzag", "striped", "documents" (see `ringattn.sequence.document_layout`) or a `Layout`.
         ulysses: how many neighbouring ranks trade sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
             need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. With a `Schedule` of world /
             ulysses ranks that one runs inside.

@@ -9,19 +9,19 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ringattn.arguments import count, flag, instance, one_of, shown, text, whole
-from ringattn.by_documents import by_documents
-from ringattn.cost import ITEMSIZE
+from ringattn._validation import count, flag, instance, one_of, shown, text, whole
 from ringattn.errors import PlanError
-from ringattn.kernel_names import EMULATED as EMULATED_NAME
-from ringattn.kernel_names import KERNELS, parse
-from ringattn.layout import LAYOUTS, Layout
-from ringattn.mask import Mask, causal, full
+from ringattn.plan.kernel_names import EMULATED as EMULATED_NAME
+from ringattn.plan.kernel_names import KERNELS, parse
+from ringattn.planner.cost import ITEMSIZE
+from ringattn.planner.topology import PRESETS, Topology
 from ringattn.schedule import Schedule, check
-from ringattn.schedule.grid import factors
-from ringattn.schedule.named import NAMES, Lanes
+from ringattn.schedule.catalog import NAMES, Lanes
+from ringattn.schedule.mesh import factors
 from ringattn.schedule.ulysses import ulysses
-from ringattn.topology import PRESETS, Topology
+from ringattn.sequence.document_layout import by_documents
+from ringattn.sequence.layout import LAYOUTS, Layout
+from ringattn.sequence.mask import Mask, causal, full
 
 SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = f"{EMULATED_NAME}:"  # and the flop/s, see `kernels.emulated`

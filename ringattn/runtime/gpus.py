@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from ringattn.comm.agree import ranks_named
+from ringattn.comm.consistency import ranks_named
 from ringattn.errors import LaunchError
 
 ON_CPUS = "or use init(backend='gloo') to run on CPUs"

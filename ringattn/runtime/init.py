@@ -23,15 +23,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
-from ringattn.arguments import count, flag, one_of, path, seconds, shown
-from ringattn.comm.agree import ranks_named
-from ringattn.comm.board import watch
-from ringattn.comm.duplex import finish, prepare, receiving, sending
-from ringattn.comm.factory import TRANSPORTS
-from ringattn.comm.factory import choose as choose_transport
-from ringattn.comm.group import LAUNCH_HINT, backends, device_type_of
-from ringattn.comm.journal import begin
+from ringattn._validation import count, flag, one_of, path, seconds, shown
+from ringattn.comm.consistency import ranks_named
+from ringattn.comm.gloo_duplex import finish, prepare, receiving, sending
+from ringattn.comm.process_group import LAUNCH_HINT, backends, device_type_of
+from ringattn.comm.select import TRANSPORTS
+from ringattn.comm.select import choose as choose_transport
 from ringattn.errors import LaunchError
+from ringattn.faults.event_log import begin
+from ringattn.faults.watchdog import watch
 from ringattn.runtime.gpus import choose, nccl_options
 from ringattn.runtime.hosts import INTERFACE, address, cut_off
 
@@ -64,7 +64,7 @@ def init(
     Args:
         backend: "nccl" or "gloo"; by default nccl where every rank has a GPU of its own, gloo where no rank sees a GPU.
         timeout: seconds that any single communication may take before it is an error.
-        journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on; see `comm.journal`.
+        journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on, see `faults`.
         high_priority_stream: whether NCCL's transfers go before compute that has not begun. None: yes, with nccl.
         max_ctas: thread blocks (CTAs), and so at most SMs, that NCCL may take from compute; 1 to 64. None: as NCCL decides.
         transport: how tensors travel between ranks: "p2p" over the backend; "shared_memory" for those on CPUs, between ranks of

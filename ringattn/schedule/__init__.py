@@ -1,15 +1,17 @@
 """Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
 
+from ringattn.schedule.catalog import NAMES
 from ringattn.schedule.check import check, peak
-from ringattn.schedule.grid import mesh
+from ringattn.schedule.interleave import take_turns
 from ringattn.schedule.ir import Kind, Move, Room, Schedule, Tile, make, parse
-from ringattn.schedule.passes import both_ways, divide, prune, side_by_side, split
+from ringattn.schedule.mesh import mesh
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
-from ringattn.schedule.turns import take_turns
+from ringattn.schedule.transforms import both_ways, divide, prune, side_by_side, split
 from ringattn.schedule.ulysses import ulysses
 
 __all__ = [
+    "NAMES",
     "Kind",
     "Move",
     "Room",

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from itertools import accumulate, product
 from typing import Any
 
-from ringattn.arguments import instance, shown
+from ringattn._validation import instance, shown
 from ringattn.errors import ScheduleError
 from ringattn.schedule.ir import A_SCHEDULE, Kind, Move, Room, Schedule, Tile
 from ringattn.schedule.program import Message, messages, program

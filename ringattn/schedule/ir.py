@@ -27,11 +27,11 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from ringattn.arguments import count, instance, shown, text
+from ringattn._validation import count, instance, shown, text
 from ringattn.errors import ScheduleError
 
 A_SCHEDULE = "give a Schedule, as ring(4) makes one"
-MOST_RANKS = 4096  # a schedule lists every tile; `ringattn.forecast` prices more ranks by closed form
+MOST_RANKS = 4096  # a schedule lists every tile; `ringattn.planner.closed_form` prices more ranks by closed form
 MOST = 1 << 20  # steps and blocks: far more than any algorithm has, and few enough to go through one by one
 
 

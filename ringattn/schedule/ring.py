@@ -16,7 +16,7 @@ carry data. It is the honest baseline for TokenRing: same time on full-duplex li
 from __future__ import annotations
 
 from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.routes import at, ride_home, straight_home, validate, variant, visit
+from ringattn.schedule.moves import at, ride_home, straight_home, validate, variant, visit
 
 
 def ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int = 1) -> Schedule:

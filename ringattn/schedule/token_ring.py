@@ -20,7 +20,7 @@ only, but one way only, and a result that is added to on its way must travel wid
 from __future__ import annotations
 
 from ringattn.schedule.ir import Kind, Room, Schedule, Tile, make
-from ringattn.schedule.routes import at, ride_home, straight_home, validate, variant, visit
+from ringattn.schedule.moves import at, ride_home, straight_home, validate, variant, visit
 
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ringattn.arguments import count, instance, shown, whole
+from ringattn._validation import count, instance, shown, whole
 from ringattn.errors import PlanError
 from ringattn.schedule.check import peak
 from ringattn.schedule.ir import A_SCHEDULE, MOST_RANKS, Kind, Move, Room, Schedule, Tile, make

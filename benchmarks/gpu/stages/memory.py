@@ -1,9 +1,9 @@
 """Measures the most memory that one rank takes during a pass, beside what its plan says.
 
 One rank of several runs alone: what it receives are buffers that nobody fills, so its memory is that of a rank in a process of
-its own. `ringattn.cost.memory` counts from the plan what the engine should hold. The kernel is emulated: scratch memory of a
-real one is its own affair, and is measured too, without a bound. On a CPU the fused kernels are stand-ins that take the memory
-they would take on a GPU, since torch's operators in their place need temporaries.
+its own. `ringattn.planner.cost.memory` counts from the plan what the engine should hold. The kernel is emulated: scratch memory
+of a real one is its own affair, and is measured too, without a bound. On a CPU the fused kernels are stand-ins that take the
+memory they would take on a GPU, since torch's operators in their place need temporaries.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ringattn import Plan, full
-from ringattn.cost.memory import pass_bytes
 from ringattn.kernels import fused
 from ringattn.kernels.fused import triton_ops
+from ringattn.planner.cost.memory import pass_bytes
 
 RANK = 1
 ALLOWED = 0.10

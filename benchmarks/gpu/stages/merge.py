@@ -14,8 +14,8 @@ from common import error, often
 from stage import Stage
 from torch import Tensor
 
-import ringattn.partial
-from ringattn.partial import Partial
+import ringattn.kernels.lse
+from ringattn.kernels.lse import Partial
 
 try:
     from ringattn.kernels import fused
@@ -76,7 +76,7 @@ def ours(into: Partial, parts: Sequence[Partial]) -> Partial:
     """All at once where the library can do so, else one by one as its engine does."""
     if fused is None:
         for part in parts:
-            ringattn.partial.merge_(into, part)
+            ringattn.kernels.lse.merge_(into, part)
         return into
     rows = into.out.shape[2]
     total = Partial(torch.empty_like(into.out), torch.empty_like(into.lse))
@@ -130,7 +130,7 @@ def surrogate_out() -> Callable[[Tensor, Tensor], Tensor]:
     if fused is not None and hasattr(fused, "surrogate_out"):
         make = fused.surrogate_out
     else:
-        from ringattn.kernels import fit
+        from ringattn.kernels import adapters as fit
 
         make = fit.stand_in
     return make

@@ -22,7 +22,7 @@ from real import judge, schedules_are_right, takes_transport
 from stage import Stage
 
 import ringattn
-from ringattn.comm.board import watch
+from ringattn.faults.watchdog import watch
 
 SEVERAL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 FROM = (2, 30)

@@ -18,7 +18,7 @@ from stage import NotApplicable, Stage
 import ringattn
 
 try:
-    from ringattn.comm.factory import TRANSPORTS
+    from ringattn.comm.select import TRANSPORTS
 except ImportError:
     TRANSPORTS = ("p2p",)
 OVERLAPPING = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ringattn.partial import Partial, accum_dtype, merge_
+from ringattn.kernels.lse import Partial, accum_dtype, merge_
 
 if TYPE_CHECKING:
     from ringattn.kernels.fused import PartialRows, SumRows

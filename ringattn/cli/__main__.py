@@ -1,5 +1,0 @@
-"""`python -m ringattn.cli`, for torchrun."""
-
-from ringattn.cli import main
-
-main()

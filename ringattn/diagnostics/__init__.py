@@ -1,0 +1,8 @@
+"""Looks at machines: what is installed and works, how fast links are, and what to send with a bug report."""
+
+from ringattn.diagnostics.bug_report import write
+from ringattn.diagnostics.cluster import examine_together
+from ringattn.diagnostics.doctor import Finding, examine
+from ringattn.diagnostics.probe import Probe
+
+__all__ = ["Finding", "Probe", "examine", "examine_together", "write"]

@@ -1,0 +1,189 @@
+"""What this machine offers, and whether ringattn runs on it: facts, and for whatever is wrong the cure.
+
+It tries rather than asks: the attention kernel computes a small block and is held against the reference, and gloo opens a group
+of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is
+changed. What only all ranks can tell is in `together`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend
+
+import ringattn
+from ringattn.comm.process_group import described
+from ringattn.kernels import KERNELS, Operands, Options, get
+from ringattn.kernels.select import obstacle, pick, resolved
+from ringattn.sequence.segments import CAUSAL, Piece
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+class Finding(NamedTuple):
+    """One line of the report. A cure means that ringattn cannot run as things are."""
+
+    what: str
+    found: str
+    cure: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, in the order in which a person would ask."""
+    yield Finding("python", platform.python_version())
+    yield Finding("ringattn", ringattn.__version__)
+    yield Finding("torch", torch.__version__)
+    yield _backends()
+    yield _devices()
+    yield from _sdpa()
+    yield from _other_kernels()
+    yield from _auto()
+    yield _gloo()
+    yield _torchrun()
+    for name in INTERFACES:
+        yield Finding(name, os.environ.get(name, "not set: the backend chooses"))
+    yield _memory()
+
+
+def _backends() -> Finding:
+    if not dist.is_available():
+        return Finding("backends", "none", "this torch was built without torch.distributed; install an official build")
+    there = [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+    return Finding("backends", ", ".join(there), "" if there else "this torch has no backend; install an official build")
+
+
+def _devices() -> Finding:
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cpus = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads for each process"
+    return Finding("devices", f"{cpus}; {', '.join(gpus) or 'no GPU'}")
+
+
+def _sdpa() -> Iterator[Finding]:
+    """What "sdpa" stands for here, and whether its numbers are right: everything else can be done without."""
+    cure = "make plans with kernel='reference', and report this torch version"
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        what = f"sdpa kernel, {_short(dtype)}"
+        try:
+            off = _off("sdpa", dtype)
+        except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
+            yield Finding(what, f"fails: {error}", cure)
+            continue
+        name = resolved("sdpa", _device(), dtype, 16, 16, 2)
+        yield Finding(what, f"{name} on {_device().type}, within {off:.0e} of the reference", "" if off < tolerance else cure)
+
+
+def _other_kernels() -> Iterator[Finding]:
+    """Those that a plan may ask for by name: whether they run here, and if not, why. None is needed, so none has a cure."""
+    for name in KERNELS:
+        if name in ("sdpa", "reference"):
+            continue
+        why = obstacle(name, _device(), torch.bfloat16, 16)
+        if why is None:
+            try:
+                found = f"runs, within {_off(name, torch.bfloat16):.0e} of the reference"
+            except Exception as error:  # whatever a package may raise, the others are still to be tried
+                found = f"there, but fails: {error}"
+        else:
+            found = why.removeprefix(f"kernel {name!r}").lstrip(": ")
+            for instead in ("; make the plan with kernel='sdpa'", ", or make the plan with kernel='sdpa'"):
+                found = found.removesuffix(instead)
+        yield Finding(f"{name} kernel", found)
+
+
+def _auto() -> Iterator[Finding]:
+    """Which operator the default takes on each device, and a kernel by name that is worth measuring."""
+    name, why = pick(_device(), torch.bfloat16, 128)
+    better = "" if name == "sdpa" else f"; try kernel={name!r} ({why}), or measure with `ringattn doctor --rank-kernels`"
+    yield Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
+    for device in _devices_to_ask():
+        for dtype, dims in _ASKED.items():
+            sizes: dict[str, list[str]] = {}
+            for dim in dims:
+                sizes.setdefault(_default(device, dtype, dim), []).append(str(dim))
+            found = ", ".join(f"{operator} for {' and '.join(which)}" for operator, which in sizes.items())
+            yield Finding(f"default on {device}, {_short(dtype)}", found if len(sizes) > 1 else next(iter(sizes)))
+
+
+_ASKED = {torch.bfloat16: (64, 128, 256), torch.float32: (128,)}  # head sizes
+
+
+def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """What computes a head size, and what a band of it or torch's own attention, where that is another."""
+    plain, band = (resolved("sdpa", device, dtype, dim, dim, 1, bands=bands) for bands in (False, True))
+    others = [] if plain == band else [f"{band} for bands"]
+    own = _torchs_own(device, dtype, dim) if device.type == "cuda" else plain
+    if own != plain:
+        others.append(f"torch itself: {own}")
+    return f"{plain} ({', '.join(others)})" if others else plain
+
+
+def _torchs_own(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """The operator that scaled_dot_product_attention takes here in training."""
+    try:
+        q = torch.empty(1, 1, 64, dim, device=device, dtype=dtype, requires_grad=True)
+        return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # a private function, which may change
+        return f"unknown, {error}"
+
+
+def _devices_to_ask() -> list[torch.device]:
+    gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return gpus or [torch.device("cpu")]
+
+
+def _off(name: str, dtype: torch.dtype) -> float:
+    """How far a small block is from the reference."""
+    whole, options = (Piece(0, 33, 0, 33, CAUSAL),), Options(0.25)
+    q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(_device(), dtype).unbind()
+    found, wanted = (get(n).forward(Operands(q, k, v, None), whole, options).out.float() for n in (name, "reference"))
+    return (found - wanted).abs().max().item()
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _gloo() -> Finding:
+    cure = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
+    members = dist.group.WORLD if dist.is_initialized() else None
+    if members is not None:
+        return Finding("gloo", f"in a group, {described(members)}")
+    try:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        return Finding("gloo", f"cannot open a group: {error}", cure)
+    return Finding("gloo", "opens a group")
+
+
+def _torchrun() -> Finding:
+    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    missing = [name for name in TORCHRUN if name not in there]
+    if not there:
+        return Finding("torchrun", "not under torchrun (one process; start ranks with `torchrun --nproc-per-node N ...`)")
+    cure = f"{', '.join(missing)} not set: start every rank with torchrun, or set all of them" if missing else ""
+    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in there.items()), cure)
+
+
+def _memory() -> Finding:
+    found = []
+    try:
+        with open("/proc/meminfo") as meminfo:
+            free = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
+        found.append(f"{free / 2**20:.1f} GiB on the host")
+    except (OSError, StopIteration):
+        found.append("unknown on the host (no /proc/meminfo)")
+    if torch.cuda.is_available():
+        found += [f"{torch.cuda.mem_get_info(n)[0] / 2**30:.1f} GiB on GPU {n}" for n in range(torch.cuda.device_count())]
+    return Finding("free memory", ", ".join(found))

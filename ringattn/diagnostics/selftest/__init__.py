@@ -1,0 +1,36 @@
+"""Compares every kernel that runs here with dense attention in fp64, forward and backward, through schedules and merges.
+
+    python -m ringattn selftest                                             on one device, ranks simulated in one process
+    torchrun --standalone --nproc-per-node N -m ringattn selftest          over gloo, or NCCL where there are GPUs
+
+It needs torch alone. On one device every schedule is carried out for 2, 4 and 8 simulated ranks, with the tiles, merges and
+packing that real ranks have; what only a link can get wrong is tested under torchrun. Then come traps: shapes and biases that
+have broken kernels before. Exit status 1 if anything failed.
+
+`cases` and `traps` are what is asked, `simulated_error` and `equal_bits` answer for one kernel and schedule, `simulated` goes
+through all of it and gives plain data, for scripts.
+"""
+
+from ringattn.diagnostics.selftest.case import Case, cases, traps
+from ringattn.diagnostics.selftest.one_device import (
+    SCHEDULES,
+    WORLDS,
+    Outcome,
+    equal_bits,
+    kernels_here,
+    simulated,
+    simulated_error,
+)
+
+__all__ = [
+    "SCHEDULES",
+    "WORLDS",
+    "Case",
+    "Outcome",
+    "cases",
+    "equal_bits",
+    "kernels_here",
+    "simulated",
+    "simulated_error",
+    "traps",
+]

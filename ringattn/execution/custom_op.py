@@ -1,0 +1,266 @@
+"""`attention` for torch.compile: an operator that the compiler neither looks into nor cuts a graph at.
+
+Eager mode keeps its autograd function; the operator wraps the same two functions, `run_forward` and `run_backward`. Eager mode
+uses it where selective checkpointing looks on (`selective`) and nowhere else, since it hosts a single rank, while simulation
+hosts all of them, and since it has to hand over what rests on this rank as one tensor of known size (`kept`), which is a copy
+that eager mode does not make.
+
+An operator takes tensors, numbers and text. So a plan comes as its digest and a group by its name; `known_as` finds both while
+the graph is traced, and the graph holds for this plan and this group only. Plans so named stay for the life of the process, as
+the graphs do that name them: there are as many as torch's recompile limit lets there be, and backward may run when its caller
+has let go of the plan. The rank is an argument because the size of `kept` follows from it, and compiled code is cached on disk
+by its arguments.
+
+Everything that depends on tensors, ranks and peers happens when the operator runs: arguments are checked and agreed on in each
+call, and errors are those of eager mode. The fake kernel tells shapes even of a call that is going to be refused.
+
+For backward a compiled call saves what an eager one does: q, k, v, out and lse, or `kept` in place of q, k and v. Within
+activation checkpointing all of it is computed, and sent, again.
+
+What it does not do: keep the order of attentions that do not depend on each other within one graph. The compiler may change
+it, and ranks on which it does so differently would exchange the wrong tensors. In a transformer each depends on the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from ringattn.comm.consistency import Gradient
+from ringattn.comm.process_group import Group, group_and_rank
+from ringattn.comm.select import transport_for
+from ringattn.comm.wire_format import Spec, pack, unpack
+from ringattn.errors import LaunchError, MismatchError, PlanError
+from ringattn.execution.autograd import Inputs, rests, run_backward, run_forward
+from ringattn.execution.first_order import only_once
+from ringattn.execution.shapes import InputSizes, Shapes
+from ringattn.kernels import Options
+from ringattn.kernels.lse import accum_dtype
+from ringattn.plan.plan import Plan
+from ringattn.schedule.program import Item
+
+Check = Callable[..., tuple[dist.ProcessGroup | None, bool]]
+
+WHERE = "str plan, str group, int rank, float? scale, float? softcap"
+FORWARD = (
+    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient, str? strict) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+BACKWARD = (
+    "(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? key_bias, Tensor? sinks, Tensor out, Tensor lse, Tensor kept, "
+    f"{WHERE}) -> Tensor[]"
+)
+
+# `mode="reduce-overhead"` captures CUDA graphs, which can repeat neither the agreement that a call begins with nor what the
+# host does between transfers. With this tag they end before these operators and begin after them; torch has it from 2.8 on.
+_unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+OUTSIDE_GRAPHS: dict[str, Any] = {} if _unsafe is None else {"tags": (_unsafe,)}
+
+NOT_YET = -1  # the rank of a process that has none
+
+_plans: dict[str, Plan] = {}
+
+
+def known_as(plan: Plan, group: Group | None) -> tuple[str, str, int]:
+    """What stands for `plan` and `group` in a graph, and this process's rank. What is wrong with them is said when it runs."""
+    _plans[plan.digest] = plan
+    try:
+        process_group, rank = group_and_rank(group, plan.world)
+    except LaunchError:
+        return plan.digest, "", NOT_YET
+    except MismatchError as error:
+        return plan.digest, "" if group is None else f"!{error}", NOT_YET
+    return plan.digest, "" if group is None or process_group is None else process_group.group_name, rank
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler (seconds) wherever ringattn is imported. Dynamo
+# then runs the function while it traces, and guards on the identity of its arguments.
+known_as._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Register `ringattn::attention`, which gives out, lse and `kept`; `check` answers for its arguments on all ranks."""
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        sinks: Tensor | None,
+        plan: str,
+        group: str,
+        rank: int,
+        scale: float | None,
+        softcap: float | None,
+        gradient: bool,
+        strict: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
+        how = {"True": True, "False": False}.get(strict or "", strict)
+        # The graph is made, with or without a backward pass: a rank without one cannot take part in that of others.
+        asked = Gradient.NEEDED if gradient else Gradient.OFF
+        process_group, _ = check(inputs, known, _group(group), scale, softcap, asked, how)
+        if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
+            raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
+        keep = known.keep and gradient
+        with torch.autocast(q.device.type, enabled=False):
+            (out, lse), (held,) = run_forward(
+                [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
+            )
+        specs = _kept_specs(known, rank, out, key_bias) if keep else {}
+        tensors = [tensor for item in specs for tensor in held[item]]
+        kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
+        return out.contiguous(), lse.contiguous(), kept
+
+    op = torch.library.custom_op("ringattn::attention", forward, mutates_args=(), schema=FORWARD, **OUTSIDE_GRAPHS)
+    op.register_fake(_fake_forward)
+    op.register_autograd(_differentiate, setup_context=_remember)
+    return op
+
+
+def options_for(plan: Plan, scale: float | None, softcap: float | None) -> Options:
+    return Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    plan: str,
+    group: str,
+    rank: int,
+    scale: float | None,
+    softcap: float | None,
+    gradient: bool,
+    strict: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    known = _plan(plan)
+    fits = q.ndim == 4 and q.shape[2] == known.heads
+    batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, known.rows(max(rank, 0)))
+    out = q.new_empty(batch, rows, known.heads, v.shape[-1] if v.ndim else known.head_dim)
+    lse = q.new_empty(batch, known.heads, rows, dtype=accum_dtype(q.dtype))
+    keep = known.keep and gradient and rank != NOT_YET and (key_bias is None or key_bias.ndim in (2, 3))
+    specs = _kept_specs(known, rank, out, key_bias) if keep else {}
+    return out, lse, _bytes(out, sum(spec.nbytes for some in specs.values() for spec in some))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, key_bias, sinks, plan, *where = inputs
+    own = (None, None, None) if _plan(plan).keep else (q, k, v)
+    ctx.save_for_backward(*own, key_bias, sinks, *output)
+    ctx.where = (plan, *where[:-2])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Any, ...]:
+    *inputs, out, lse, kept = ctx.saved_tensors
+    dq, dk, dv, *more = _backward(dout, *inputs, out, lse, kept, *ctx.where)
+    given = [tensor is not None for tensor in inputs[3:]]
+    dbias, dsinks = (more.pop(0) if there else None for there in given)
+    return (*only_once([dq, dk, dv, dbias, dsinks], dout, out), *[None] * (len(ctx.where) + 2))
+
+
+def _run_backward(
+    dout: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    plan: str,
+    group: str,
+    rank: int,
+    scale: float | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    known = _plan(plan)
+    inputs = _or_ghosts(q, k, v, known, rank, out, key_bias, sinks)
+    process_group, _ = group_and_rank(_group(group), known.world)
+    specs = _kept_specs(known, rank, out, key_bias) if q is None else {}
+    tensors = unpack(kept, [spec for some in specs.values() for spec in some])
+    sizes = {item: len(some) for item, some in specs.items()}
+    options = options_for(known, scale, softcap)
+    with torch.autocast(dout.device.type, enabled=False):
+        (grads,) = run_backward(
+            [inputs], [out, lse], [dout], [sizes], iter(tensors), known, options, transport_for(process_group)
+        )
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+_backward = torch.library.custom_op(
+    "ringattn::attention_backward", _run_backward, mutates_args=(), schema=BACKWARD, **OUTSIDE_GRAPHS
+)
+
+
+@_backward.register_fake
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    plan: str,
+    group: str,
+    rank: int,
+    scale: float | None,
+    softcap: float | None,
+) -> list[Tensor]:
+    inputs = _or_ghosts(q, k, v, _plan(plan), rank, out, key_bias, sinks)
+    return [t.new_empty(t.shape) for t in inputs if t is not None]
+
+
+def _or_ghosts(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    plan: Plan,
+    rank: int,
+    out: Tensor,
+    key_bias: Tensor | None,
+    sinks: Tensor | None = None,
+) -> Inputs:
+    """The inputs of a call that gave `out`; of those that were not saved only the shapes."""
+    if q is None or k is None or v is None:
+        (batch, rows, _, dim), keys, ghost = out.shape, plan.kv_rows(rank), out.new_zeros(())
+        q = ghost.expand(batch, rows, plan.heads, plan.head_dim)
+        k, v = (ghost.expand(batch, keys, plan.kv_heads, n) for n in (plan.head_dim, dim))
+    return Inputs(q, k, v, key_bias, sinks)
+
+
+def _kept_specs(plan: Plan, rank: int, out: Tensor, key_bias: Tensor | None) -> dict[Item, Sequence[Spec]]:
+    """What `kept` consists of, in order. Sizes may be symbols, which no cache can hold."""
+    bias_heads = 0 if key_bias is None else 1 if key_bias.ndim == 2 else key_bias.shape[1]
+    shapes = Shapes(plan, InputSizes(out.shape[0], out.shape[-1], out.dtype, bias_heads), backward=False)
+    return {item: shapes.specs(item) for item in rests(plan, rank)}
+
+
+def _bytes(like: Tensor, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.uint8)
+
+
+def _plan(digest: str) -> Plan:
+    if digest not in _plans:
+        raise PlanError(f"plan {digest} is not known here: a compiled graph runs in the process that has traced it")
+    return _plans[digest]
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    if name.startswith("!"):
+        raise MismatchError(name[1:])
+    registry: Any = distributed_c10d
+    return cast(dist.ProcessGroup, registry._resolve_process_group(name)) if name else None

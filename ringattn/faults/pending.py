@@ -1,0 +1,140 @@
+"""Tracks transfers that the host has posted and the GPU has not finished yet.
+
+Waiting for an NCCL transfer returns at once and only makes the GPU's stream wait, so the host is far ahead when a peer fails.
+What this rank really waits for is the oldest transfer whose work is not complete. The board's watching thread asks for it a few
+times a second; nothing is asked on the thread that trains.
+
+Asking means querying a CUDA event. By default CUDA refuses that, and breaks the capture, while any thread captures a graph, so
+the watching thread first takes the capture mode in which captures of other threads do not concern it
+(cudaThreadExchangeStreamCaptureMode, CUDA runtime API, stream management). Where it cannot, nothing is tracked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ringattn.comm.process_group import capturing, timeout_of
+
+EARLY = 5.0  # seconds before the backend's own deadline, at which it would end the process without naming anybody
+MOST = 1 << 14  # posted and not looked at; more only if the watching thread has ended
+THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
+
+
+class Posted(NamedTuple):
+    """One transfer or batch: what to tell others while it lasts, its handles, and when it was posted (monotonic seconds)."""
+
+    doing: tuple[Any, ...]
+    works: Sequence[Any]  # each with `is_completed`
+    group: dist.ProcessGroup | None
+    device: torch.device
+    since: float
+    finished: Callable[[], None] | None  # to call once it is complete
+
+    @property
+    def deadline(self) -> float:
+        """When to give it up. The timeout is read now, as training loops shorten it after the first steps."""
+        group = dist.group.WORLD if self.group is None else self.group
+        assert group is not None
+        timeout = timeout_of(group, self.device)
+        return self.since + max(timeout / 2, timeout - EARLY)
+
+
+class Reached(NamedTuple):
+    """A stream's arrival at an event, in the form of a transfer's handle."""
+
+    event: Any
+
+    def is_completed(self) -> bool:
+        return bool(self.event.query())
+
+
+def recorded(device: torch.device, *, timed: bool = False) -> Any:
+    """An event recorded on the device's current stream, with its time if it is `timed`."""
+    module = getattr(torch, device.type)
+    event = module.Event(enable_timing=timed)
+    event.record(module.current_stream(device))
+    return event
+
+
+class Unfinished:
+    """What has been posted, oldest first."""
+
+    def __init__(self) -> None:
+        self._posted: deque[Posted] = deque(maxlen=MOST)
+        self._paused = False
+        self._first: Posted | None = None  # as last found, and since when it has been
+        self._found = 0.0
+        self._may_query: bool | None = None  # not known before the watching thread has tried
+
+    def add(
+        self,
+        doing: tuple[Any, ...],
+        works: Sequence[Any],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        finished: Callable[[], None] | None = None,
+    ) -> None:
+        """Called by the thread that posts. What a CUDA graph captures does not run now and cannot be asked about."""
+        self._paused = capturing(device)
+        if not self._paused and self._may_query is not False:
+            self._posted.append(Posted(doing, works, group, device, time.monotonic(), finished))
+
+    def oldest(self) -> Posted | None:
+        """The first that is not complete, those before it being let go; None while a graph is captured. For one thread only."""
+        before, self._first = self._first, self._next()
+        if self._first is not before:
+            self._found = time.monotonic()
+        return self._first
+
+    def clear(self) -> None:
+        """Nobody will look any more; what is kept here would keep its group."""
+        self._may_query = False
+        self._posted.clear()
+
+    def seconds(self) -> float:
+        """For how long `oldest` has found the same; 0 if there is none."""
+        return time.monotonic() - self._found if self._first is not None else 0.0
+
+    def _next(self) -> Posted | None:
+        while self._posted and not self._paused:
+            first = self._posted[0]
+            if self._may_query is None:
+                self._may_query = _queries_are_safe(first.device)
+            if not self._may_query:
+                self._posted.clear()
+                return None
+            if not all(map(_is_complete, first.works)):
+                return first
+            self._posted.popleft()
+            if first.finished is not None:
+                with contextlib.suppress(RuntimeError):  # of the device
+                    first.finished()
+        return None
+
+
+def _is_complete(work: Any) -> bool:
+    try:
+        return bool(work.is_completed())
+    except RuntimeError:  # of the device, which the thread that trains will meet too
+        return False
+
+
+def _queries_are_safe(device: torch.device) -> bool:
+    """Make queries of this thread harmless to captures by others; whether that worked."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.set_device(device)  # of this thread, which would else use memory of the first GPU
+        runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
+        mode = ctypes.c_int(THREAD_LOCAL)
+        return int(runtime.cudaThreadExchangeStreamCaptureMode(ctypes.byref(mode))) == 0
+    except (OSError, AttributeError, RuntimeError):
+        return False

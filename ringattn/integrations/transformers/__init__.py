@@ -1,0 +1,6 @@
+"""Runs Hugging Face transformers models on sequences cut over ranks, with attn_implementation="ringattn"."""
+
+from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers.whole import forward_whole
+
+__all__ = ["forward_whole", "register", "shard_batch"]

@@ -1,0 +1,1 @@
+"""Models with towers beside their text decoder: vision, audio."""

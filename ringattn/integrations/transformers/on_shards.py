@@ -1,0 +1,69 @@
+"""A model that takes whole batches and runs them on shards, and is the model it stands for in everything else.
+
+Trainer and its subclasses call the model and read its outputs; they ask it also for its class, its config and its parameters,
+and accelerate takes wrappers off it. All of that goes to the model itself. Only the call differs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.integrations.transformers.whole import bare, forward_whole
+
+
+class _LossOnly(dict[str, Any]):
+    """The loss of `outputs`; what else they have is gathered where a loss of the trainer's own asks for it by name."""
+
+    def __init__(self, outputs: Any) -> None:
+        super().__init__(loss=outputs["loss"])
+        self._outputs = outputs
+
+    def __missing__(self, name: str) -> Any:
+        return self._outputs[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._outputs, name)
+
+
+class OnShards:
+    """`model`, whose calls are `forward_whole` over `mesh`, for gradients that are averaged over ranks.
+
+    sharding: for `shard_batch`.
+    loss_only: whether only the loss is wanted of a call with labels, so that logits need not be gathered.
+    """
+
+    __slots__ = ("_loss_only", "_mesh", "_model", "_sharding")
+
+    def __init__(self, model: Any, mesh: DeviceMesh, sharding: dict[str, Any], loss_only: bool = False) -> None:
+        for name, value in zip(self.__slots__, (loss_only, mesh, model, sharding), strict=True):
+            object.__setattr__(self, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        batch = inspect.signature(bare(self._model).forward).bind_partial(*args).arguments | kwargs
+        outputs = forward_whole(self._model, batch, self._mesh, averaged_over=self._mesh.size(), **self._sharding)
+        loss = outputs.get("loss")
+        return _LossOnly(outputs) if self._loss_only and loss is not None else outputs
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance() then answers as for the model
+        return type(self._model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._model, name)
+
+    def __dir__(self) -> list[str]:
+        return dir(self._model)
+
+    def __repr__(self) -> str:
+        return f"{self._model!r} on shards"

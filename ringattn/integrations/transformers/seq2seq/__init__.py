@@ -1,0 +1,1 @@
+"""Encoder-decoder models on shards: two sequences cut over the same ranks."""

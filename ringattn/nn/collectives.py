@@ -1,0 +1,34 @@
+"""Sums over a group, where no plan says how many ranks there are."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringattn.comm.collectives import all_reduce
+from ringattn.comm.process_group import Group, group_and_rank
+from ringattn.errors import InputError, MismatchError
+from ringattn.execution.checks import check_group, told
+from ringattn.faults.watchdog import transferring
+
+
+def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
+    """`group`, or the default group, as a process group; None where there is nothing to reduce: no group, or one member."""
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return None
+    try:
+        check_group(group)
+        world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
+        return group_and_rank(group, world)[0]
+    except (InputError, MismatchError) as error:
+        raise told(error, group) from None
+
+
+def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tensor:
+    """`tensor`, replaced by its sum over `group`. Raises `CommError` when a rank is gone; `what` names the sum."""
+    if group is None:
+        return tensor
+    with transferring("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):
+        all_reduce(tensor, group)
+    return tensor

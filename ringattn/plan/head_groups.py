@@ -1,0 +1,220 @@
+"""Schedules joined with a layout and a mask: lanes. For each, the heads it works on, the blocks every rank owns, the pieces of
+every tile, and what `prune` leaves of the schedule.
+
+Which schedules these are is decided elsewhere (`planner`), and what a rank does with them too (`plan`). No torch here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise, product
+from typing import NamedTuple
+
+from ringattn.errors import PlanError
+from ringattn.schedule import Kind, Schedule, prune, ring, side_by_side
+from ringattn.schedule.program import Work
+from ringattn.sequence.layout import Layout, Span, even_parts, joined, take
+from ringattn.sequence.mask import Mask
+from ringattn.sequence.segments import Piece, pieces
+
+WORTH_A_CUT = 0.9  # of the rows: if others need more of them than this, whole blocks travel
+
+
+class Block(NamedTuple):
+    """Local rows [start, stop) of `rank`."""
+
+    rank: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+class Heads(NamedTuple):
+    """Query heads [q_start, q_stop) and the KV heads [kv_start, kv_stop) that they use, the same number of them each."""
+
+    q_start: int
+    q_stop: int
+    kv_start: int
+    kv_stop: int
+
+    @property
+    def of_queries(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def of_keys(self) -> int:
+        return self.kv_stop - self.kv_start
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One schedule on some of the heads, joined with layout and mask. `whole` is it before pruning."""
+
+    heads: Heads
+    whole: Schedule
+    q_blocks: tuple[Block, ...]
+    kv_blocks: tuple[Block, ...]
+    tiles: Tiles
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Only the tiles that have work, and the moves that serve one."""
+        return _prune(self.whole, self.tiles)
+
+    def block(self, kind: Kind, index: int) -> Block:
+        return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
+
+    @property
+    def areas(self) -> Mapping[tuple[int, int], int]:
+        """Kept (query, key) pairs of every tile with work."""
+        return self.tiles.areas
+
+    def pieces(self, work: Work) -> tuple[Piece, ...]:
+        """What a kernel has to compute of `work`, in rows of its blocks put one behind another."""
+        return self.tiles.pieces(work.i, work.j)
+
+
+class Cuts(NamedTuple):
+    """Of each rank, the local rows at which its blocks are cut; none where they are cut evenly."""
+
+    q: tuple[tuple[int, ...], ...] = ()
+    kv: tuple[tuple[int, ...], ...] = ()
+
+
+EVENLY = Cuts()
+
+
+def make_lanes(
+    schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int, cuts: Cuts = EVENLY
+) -> tuple[Lane, ...]:
+    """Share the heads out among `schedules` and prune each to the tiles that have work.
+
+    Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
+    rank's rows; otherwise lanes share a KV head.
+    """
+    if len(schedules) == 2 > kv_heads and _share_keys(*schedules):
+        schedules = [side_by_side(*schedules)]
+    if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
+        raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
+    shares = share_heads(heads, kv_heads, len(schedules))
+    return tuple(_lane(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share)
+
+
+def _share_keys(a: Schedule, b: Schedule) -> bool:
+    """Whether two schedules can run over the same queries, each on some of the keys."""
+    queries_travel = any(move.kind.of_queries for schedule in (a, b) for move in schedule.moves)
+    return a.q_home == b.q_home and not (a.resting or b.resting or queries_travel)
+
+
+def pairs(lanes: Sequence[Lane]) -> Counter[int]:
+    """Kept (query, key) pairs that each rank computes, over all heads."""
+    work: Counter[int] = Counter()
+    for lane in lanes:
+        areas, heads = lane.areas, lane.heads.of_queries
+        for _, rank, i, j in lane.whole.tiles:
+            work[rank] += areas.get((i, j), 0) * heads
+    return work
+
+
+def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
+    """Cut the heads into `parts` shares, as even as can be: along KV heads where that is no less even, else between queries.
+
+    A share that cuts through KV heads is given as several runs, each with a whole number of queries to every KV head; both
+    sides of the cut then use that KV head. Shares may be empty.
+    """
+    group = heads // kv_heads
+    if -(-kv_heads // parts) * group <= -(-heads // parts):
+        return [[Heads(a * group, b * group, a, b)][: b - a] for a, b in even_parts(kv_heads, parts)]
+    return [list(_runs(a, b, group)) for a, b in even_parts(heads, parts)]
+
+
+def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
+    """Query heads [start, stop): up to the next KV head, all that have a KV head to themselves, and what is left."""
+    inner_start, inner_stop = -(-start // group) * group, stop // group * group
+    if inner_start > inner_stop:
+        inner_start = inner_stop = stop
+    for a, b in ((start, min(inner_start, stop)), (inner_start, inner_stop), (max(inner_stop, inner_start), stop)):
+        if a < b:
+            yield Heads(a, b, a // group, -(-b // group))
+
+
+# Small caches: a lane holds every piece of its mask, which for thousands of documents is megabytes.
+@lru_cache(maxsize=512)
+def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> Lane:
+    q_blocks, kv_blocks = blocks(layout, schedule.q_home, cuts.q), blocks(layout.of_keys, schedule.kv_home, cuts.kv)
+    tiles = _tiles(q_blocks, kv_blocks, layout, mask)
+    return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
+
+
+@lru_cache(maxsize=512)
+def _prune(schedule: Schedule, tiles: Tiles) -> Schedule:
+    return prune(schedule, tiles.areas.keys())
+
+
+class Tiles:
+    """What a mask leaves to do between the blocks of a layout; kept apart from lanes, since many share it."""
+
+    def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
+        self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
+        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Piece, ...]] = {}
+        areas = {
+            (i, j): sum(piece.area for piece in self.pieces((i,), (j,)))
+            for i, j in product(range(len(q_spans)), range(len(k_spans)))
+        }
+        self.areas = {tile: area for tile, area in areas.items() if area}
+
+    def pieces(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Piece, ...]:
+        """Between query blocks `i` and key blocks `j`, each put one behind another."""
+        if (i, j) not in self._found:
+            q_spans, k_spans = (
+                joined(span for n in some for span in spans[n]) for some, spans in ((i, self._q_spans), (j, self._k_spans))
+            )
+            self._found[i, j] = pieces(q_spans, k_spans, self.mask)
+        return self._found[i, j]
+
+
+@lru_cache(maxsize=16)
+def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: Layout, mask: Mask) -> Tiles:
+    return Tiles(_spans(layout, q_blocks), _spans(layout.of_keys, kv_blocks), mask)
+
+
+def blocks(layout: Layout, homes: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
+    """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it makes as many, else evenly."""
+    parts = {rank: _parts(layout.rows(rank), homes.count(rank), cuts[rank] if cuts else ()) for rank in set(homes)}
+    return tuple(Block(rank, *next(parts[rank])) for rank in homes)
+
+
+def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return pairwise((0, *cuts, rows)) if cuts and count == len(cuts) + 1 else even_parts(rows, count)
+
+
+@lru_cache(maxsize=64)
+def trim(layout: Layout, mask: Mask) -> Cuts:
+    """Cuts before and behind the rows that any other rank needs, so that the rest need not travel; none if that saves little.
+
+    Of a sliding window they are the end of a shard's keys, of packed documents those that other ranks have a part of.
+    """
+    (lane,) = make_lanes((ring(layout.world),), layout, mask, 1, 1)
+    read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
+    for i, j in lane.areas:
+        for piece in lane.tiles.pieces((i,), (j,)) if i != j else ():
+            read[Kind.Q][i].append((piece.q_start, piece.q_stop))
+            read[Kind.KV][j].append((piece.k_start, piece.k_stop))
+    return Cuts(_hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys))
+
+
+def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """From the first to the last row of each rank that another reads; nothing where that is nearly all of what is read from."""
+    hulls = [(min(start for start, _ in runs), max(stop for _, stop in runs)) if runs else (0, 0) for runs in read]
+    rows = sum(layout.rows(rank) for rank, runs in enumerate(read) if runs)
+    return tuple(hulls) if sum(stop - start for start, stop in hulls) < WORTH_A_CUT * rows else ()
+
+
+def _spans(layout: Layout, found: Sequence[Block]) -> list[tuple[Span, ...]]:
+    return [take(layout.shards[block.rank], block.start, block.stop) for block in found]

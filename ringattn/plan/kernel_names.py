@@ -1,0 +1,64 @@
+"""Names of kernels, and the options that a name may carry, as make_plan(kernel=...) takes them and plans keep them.
+
+An option stands behind a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
+on every rank. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ringattn._validation import shown
+from ringattn.errors import RingAttnError
+
+KERNELS = ("sdpa", "reference", "cudnn", "flash", "efficient", "flex", "flash2", "flash3", "flash4")
+EMULATED = "emulated"  # behind its colon stand the flop/s, see `kernels.emulated`
+MOST_SMS = 1024  # streaming multiprocessors; no GPU has as many
+# By kernel: the options its name may carry, with what each means.
+OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "flash3": {"sm_margin": f"multiprocessors to leave to others, as NCCL; 0 to {MOST_SMS}"},
+}
+
+
+class KernelName(NamedTuple):
+    """A kernel and its options."""
+
+    kernel: str
+    options: Mapping[str, int]
+
+    def __str__(self) -> str:
+        given = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{given}" if given else self.kernel
+
+
+def parse(name: str, error: type[RingAttnError]) -> KernelName:
+    """A name taken apart. Options with their default, 0, are left out of `str()` of it, so that equal plans have equal names.
+
+    Raises:
+        error: no such kernel, an option that it does not have, or a value that is none.
+    """
+    kernel, colon, text = name.partition(":")
+    if kernel not in KERNELS:
+        raise error(f"kernel={shown(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
+    if not colon:
+        return KernelName(kernel, {})
+    known = OPTIONS.get(kernel)
+    if known is None:
+        having = ", ".join(OPTIONS)
+        raise error(f"kernel={shown(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
+    given = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(given)
+    if len(options) < len(given):
+        raise error(f"kernel={shown(name)}; an option is given twice: give each once")
+    return KernelName(kernel, options)
+
+
+def _option(kernel: str, known: Mapping[str, str], part: str, name: str, error: type[RingAttnError]) -> tuple[str, int]:
+    option, _, value = part.partition("=")
+    meaning = "; ".join(f"{known_option}=N ({what})" for known_option, what in known.items())
+    if option not in known:
+        raise error(f"kernel={shown(name)}; options of {kernel!r} are {meaning}, not {shown(option)}")
+    if not (value.isascii() and value.isdigit() and int(value[:6]) <= MOST_SMS and len(value) <= 6):
+        raise error(f"kernel={shown(name)}; give {option} as a whole number: {meaning}")
+    return option, int(value)

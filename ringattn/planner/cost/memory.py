@@ -1,0 +1,133 @@
+"""Counts the memory that one rank takes during a pass: what the engine holds at each moment, walked through in its order.
+
+`peak_bytes` in `sizes` bounds what a schedule moves; this is all of it: messages, foreign blocks, results of kernels, up to
+`MERGED_AT_ONCE` of which wait to be merged, and what the pass returns. Left out are the kernel's own scratch memory and, where
+merges are not fused, the temporaries of torch's operators. No torch here.
+"""
+
+from __future__ import annotations
+
+from ringattn.plan.plan import Plan
+from ringattn.planner.cost.sizes import ITEMSIZE, Sizes
+from ringattn.schedule.ir import Kind
+from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step, Work
+
+
+def pass_bytes(
+    plan: Plan, rank: int, *, batch: int = 1, backward: bool = False, bias_heads: int = 0, surrogates: bool = True
+) -> int:
+    """The most bytes that one pass of `rank` takes at once, beyond its inputs and what it saves from forward for backward.
+
+    surrogates: whether the kernel's backward asks for out, of which foreign queries bring only delta (see `kernels.fused`).
+    """
+    walk = _Walk(plan, rank, batch, backward, bias_heads, surrogates and backward)
+    for step in plan.program(rank, backward=backward):
+        walk.step(step)
+    return walk.end()
+
+
+class _Walk:
+    """What is held after each event. Blocks of inputs are held as the messages in which they came."""
+
+    def __init__(self, plan: Plan, rank: int, batch: int, backward: bool, bias_heads: int, surrogates: bool) -> None:
+        self.plan, self.rank, self.backward, self.batch = plan, rank, backward, batch
+        self.sizes = Sizes(plan, batch=batch, backward=backward, bias_heads=bias_heads)
+        self.surrogates = surrogates
+        self.messages: dict[Message, int] = {}
+        self.blocks: dict[Item, int] = {}
+        self.shares: dict[Item, list[int]] = {}
+        wide = max(4, ITEMSIZE[plan.dtype])
+        self.statistics = (
+            2 * wide * batch * plan.heads * plan.rows(rank) if backward else 0
+        )  # delta, and lse as kernels want it
+        self.peak = 0
+
+    def step(self, step: Step) -> None:
+        for message in step.due:
+            del self.messages[message]
+            for item in message.items if message.dst == self.rank else ():
+                part = self.sizes.travelling(item)
+                if item.kind.moved:
+                    self.add(item, part)
+                else:
+                    self.blocks[item._replace(new=False)] = self.blocks.get(item._replace(new=False), 0) + part
+            self.seen()
+        for message in step.post:
+            self.post(message)
+        for tiles in step.tiles:
+            self.compute(tiles)
+        for item in step.release:
+            self.blocks.pop(item, None)
+
+    def post(self, message: Message) -> None:
+        nbytes = sum(map(self.sizes.travelling, message.items))
+        leaving = [self.shares.pop(item) for item in message.items if item.kind.moved and message.src == self.rank]
+        # A block goes on as it came, and a single tensor as it lies; what has several tensors is copied into one message.
+        copied = message.dst == self.rank or not self._lies_ready(message)
+        self.messages[message] = nbytes if copied or leaving else 0
+        self.seen(sum(map(sum, leaving)) if copied else 0)
+
+    def compute(self, tiles: Work) -> None:
+        lane = self.sizes.lanes[tiles.lane]
+        pieces = lane.pieces(tiles)
+        for kind, indices, start, stop in (
+            (Kind.Q_ACC, tiles.i, "q_start", "q_stop"),
+            (Kind.KV_ACC, tiles.j, "k_start", "k_stop"),
+        ):
+            if kind is Kind.KV_ACC and not self.backward:
+                continue
+            first = min((getattr(piece, start) for piece in pieces), default=0)
+            last = max((getattr(piece, stop) for piece in pieces), default=0)
+            begin = 0
+            for index in indices:
+                item, rows = Item(tiles.lane, kind, index), lane.block(kind, index).rows
+                self.add(item, self.sizes.share(item, max(0, min(last, begin + rows) - max(first, begin))))
+                begin += rows
+        for index in tiles.i if self.surrogates else ():
+            item = Item(tiles.lane, Kind.Q, index)
+            if lane.block(Kind.Q, index).rank != self.rank and item in self.blocks:
+                # A surrogate out, as large as dq.
+                share = self.sizes.share(Item(tiles.lane, Kind.Q_ACC, index), lane.block(Kind.Q, index).rows)
+                self.blocks[item] = max(self.blocks[item], self.sizes.travelling(item) + share)
+        self.seen(self._joined(Kind.Q, tiles.lane, tiles.i) + self._joined(Kind.KV, tiles.lane, tiles.j))
+
+    def _joined(self, kind: Kind, lane: int, indices: tuple[int, ...]) -> int:
+        """Several blocks are put one behind another for the kernel, which is a copy while it runs."""
+        if len(indices) == 1:
+            return 0
+        return sum(self.sizes.travelling(Item(lane, kind, index)) for index in indices)
+
+    def end(self) -> int:
+        """The peak, when what the pass returns has been made of what is left."""
+        alone = len(self.shares) == (2 if self.backward else 1) and all(len(some) == 1 for some in self.shares.values())
+        rows, keys, dim = self.plan.rows(self.rank), self.plan.kv_rows(self.rank), self.plan.head_dim
+        narrow, wide = ITEMSIZE[self.plan.dtype], max(4, ITEMSIZE[self.plan.dtype])
+        returned = narrow * self.batch * rows * self.plan.heads * dim
+        if self.backward:
+            returned += 2 * narrow * self.batch * keys * self.plan.kv_heads * dim
+        else:
+            returned += wide * self.batch * rows * self.plan.heads
+        self.seen(0 if alone else returned)
+        return self.peak
+
+    def add(self, item: Item, nbytes: int) -> None:
+        waiting = self.shares.setdefault(item, [])
+        if len(waiting) == MERGED_AT_ONCE:
+            self.seen(self.sizes.held(item))
+            waiting[:] = [self.sizes.held(item)]
+        waiting.append(nbytes)
+
+    def seen(self, beside: int = 0) -> None:
+        held = (self.messages, self.blocks)
+        total = sum(sum(some.values()) for some in held) + sum(map(sum, self.shares.values()))
+        self.peak = max(self.peak, total + self.statistics + beside)
+
+    def _lies_ready(self, message: Message) -> bool:
+        if len(message.items) > 1:
+            return False
+        (item,) = message.items
+        if item in self.blocks or item._replace(new=False) in self.blocks:
+            return True
+        fields = len(self.sizes.fields(item))
+        whole = self.batch == 1 and len(self.sizes.lanes) == 1
+        return fields == 1 and (whole or item.kind.moved)

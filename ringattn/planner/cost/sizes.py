@@ -1,0 +1,104 @@
+"""Bytes of everything in a pass: as it travels, as it is held, on every directed link, and at most at once.
+
+Counted, not estimated, from the table in `payload` that `work` makes its tensors of. No time and no links here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ringattn.plan.plan import Plan
+from ringattn.plan.wire_fields import Field, fields
+from ringattn.schedule.ir import Kind
+from ringattn.schedule.program import Item, Message, Step
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+
+
+class Sizes:
+    """Bytes of every item of one pass, as it travels and as it is held.
+
+    `bias_heads`: heads of key_bias, which travels with KV: 0 when there is none, 1 when all heads share it, else kv_heads.
+    Values are taken to have the head_dim of queries.
+    """
+
+    def __init__(self, plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> None:
+        self.plan, self.batch, self.backward, self.bias_heads = plan, batch, backward, bias_heads
+        self.lanes = plan.backward if backward else plan.forward
+        narrow, wide = ITEMSIZE[plan.dtype], max(4, ITEMSIZE[plan.dtype])  # sums, lse, delta and biases are wide: fp32, or fp64
+        wire = {
+            (n, kind): narrow if not kind.moved or plan.rounds(lane, kind) else wide
+            for n, lane in enumerate(self.lanes)
+            for kind in Kind
+        }
+        self._travelling = {
+            (*key, new): self._per_row(*key, size, wide, bias_heads, new) for key, size in wire.items() for new in (False, True)
+        }
+        self._rows = [([b.rows for b in lane.kv_blocks], [b.rows for b in lane.q_blocks]) for lane in self.lanes]
+        self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
+        self._share = {key: self._per_row(*key, narrow, wide, bias_heads) for key in wire}
+
+    def travelling(self, item: Item) -> int:
+        """Bytes of `item` in a message."""
+        return self._rows[item.lane][item.kind.of_queries][item.index] * self._travelling[item.lane, item.kind, item.new]
+
+    def held(self, item: Item) -> int:
+        """Bytes of `item` between messages: sums are wide."""
+        return self._rows[item.lane][item.kind.of_queries][item.index] * self._held[item.lane, item.kind]
+
+    def fields(self, item: Item) -> tuple[Field, ...]:
+        """The tensors of `item` in a message."""
+        return fields(item.kind, backward=self.backward, bias=self.bias_heads > 0, new=item.new)
+
+    def share(self, item: Item, rows: int) -> int:
+        """Bytes of what one kernel call adds to `rows` rows of accumulator `item`, as the kernel gives it."""
+        return rows * self._share[item.lane, item.kind]
+
+    def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
+        """Of one row of all the lane's heads."""
+        of = self.lanes[lane].heads
+        heads = {"q": of.of_queries, "kv": of.of_keys, "bias": of.of_keys if bias_heads > 1 else bias_heads}
+        return self.batch * sum(
+            heads[field.heads] * (wide if field.wide else itemsize) * (self.plan.head_dim if field.dim else 1)
+            for field in fields(kind, backward=self.backward, bias=bias_heads > 0, new=new)
+        )
+
+
+def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> dict[tuple[int, int], int]:
+    """Bytes from each rank to each other that it sends anything to, in one pass: exactly what a transport counts."""
+    sizes = Sizes(plan, batch=batch, backward=backward, bias_heads=bias_heads)
+    links: Counter[tuple[int, int]] = Counter()
+    for message in plan.messages(backward=backward):
+        links[message.src, message.dst] += sum(map(sizes.travelling, message.items))
+    return dict(links)
+
+
+def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
+    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
+    held: dict[Item | Message, int] = {}
+    peak = 0
+    for step in program:
+        for message in step.due:
+            del held[message]
+            if message.dst == rank:
+                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
+                held.update((item, sizes.held(item)) for item in whole)
+        for message in step.post:
+            held[message] = sum(map(sizes.travelling, message.items))
+            for item in message.items if message.src == rank else ():
+                if item.kind.moved:
+                    held.pop(item, None)
+        for work in step.tiles:
+            results = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
+            for item in results:
+                if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
+                    held[item] = sizes.held(item)
+        peak = max(peak, sum(held.values()))
+        for item in step.release:
+            held.pop(item, None)
+    return peak
+
+
+def _home(sizes: Sizes, item: Item) -> int:
+    return sizes.lanes[item.lane].schedule.home(item.kind, item.index)

@@ -1,0 +1,94 @@
+"""The best assignment there is, by a solver: the yardstick for `search`, for up to about 8 ranks.
+
+A mixed-integer program. Every tile is at one rank; a rank that computes a tile of a foreign block is visited by it; no rank
+works beyond the cap; the objective is the bytes of all visits, or a bound on every port or link. Among equals in the busiest,
+the fewest bytes win. It may stop at a time limit with less than the best, and then differ from run to run, so it never decides
+what ranks do by themselves: hand its assignment to `schedule_of`, and the schedule to all of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from ringattn.errors import PlanError
+from ringattn.planner.solver.problem import Assignment, Problem, Resource
+
+LIGHT = 1e-3  # weight of all bytes against those of the busiest, shared out among ranks
+
+
+class Exact(NamedTuple):
+    """`gap` is how far at most, in parts of the value found, the best may still be below it: 0 is proven."""
+
+    assignment: Assignment
+    gap: float
+
+
+def exact(problem: Problem, *, time_limit: float = 60.0) -> Exact:
+    """The assignment with the least objective, or the best found within `time_limit` seconds. Needs SciPy."""
+    try:
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import coo_array
+    except ImportError as error:
+        raise PlanError("exact balanced schedules need SciPy: pip install ringattn[plan]") from error
+    if not problem.tiles:
+        return Exact({}, 0.0)
+    program = _Program(problem)
+    row, column, value = zip(*program.entries, strict=True)
+    matrix = coo_array((value, (row, column)), shape=(len(program.upper), len(program.weight))).tocsr()
+    answer: Any = milp(
+        program.weight,
+        constraints=LinearConstraint(matrix, program.lower, program.upper),
+        bounds=Bounds(0, program.most),
+        integrality=program.whole,
+        options={"time_limit": time_limit},
+    )
+    if answer.x is None:
+        raise PlanError(f"no assignment within {time_limit} s ({answer.message}): allow more time, or use `search`")
+    at = np.reshape(answer.x[: len(problem.tiles) * problem.world], (-1, problem.world)).argmax(axis=1)
+    return Exact({tile: int(rank) for tile, rank in zip(problem.tiles, at, strict=True)}, float(answer.mip_gap))
+
+
+class _Program:
+    """Columns: every tile at every rank, then every visit, then the bytes of the busiest resource. Rows: what must hold."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.entries: list[tuple[int, int, float]] = []
+        self.lower: list[float] = []
+        self.upper: list[float] = []
+        self.weight: list[float] = []
+        self.most: list[float] = []
+        self.whole: list[int] = []
+        everyone, unit = range(problem.world), 1 / max(1, *(line.bytes_in + line.bytes_home for line in problem.lines))
+        at = [[self._column(whole=1) for _ in everyone] for _ in problem.tiles]
+        through: dict[Resource, list[tuple[int, float]]] = defaultdict(list)
+        light = 1.0 if problem.objective == "total" else LIGHT / problem.world
+        for line in problem.lines:
+            for rank in everyone:
+                if rank != line.home and line.tiles:
+                    visit = self._column(weight=light * unit * (line.bytes_in + line.bytes_home))
+                    for resource, nbytes in problem.charges(line, rank):
+                        through[resource].append((visit, unit * nbytes))
+                    for tile in line.tiles:
+                        self._row([(at[tile][rank], 1.0), (visit, -1.0)], -1.0, 0.0)
+        for ranks in at:
+            self._row([(column, 1.0) for column in ranks], 1.0, 1.0)
+        for rank in everyone:
+            work = [(ranks[rank], area / problem.cap) for ranks, area in zip(at, problem.area, strict=True)]
+            self._row(work, 0.0, 1.0)
+        if problem.objective != "total":
+            busiest = self._column(weight=1.0, most=float("inf"))
+            for visits in through.values():
+                self._row([*visits, (busiest, -1.0)], -float("inf"), 0.0)
+
+    def _column(self, *, weight: float = 0.0, most: float = 1.0, whole: int = 0) -> int:
+        self.weight.append(weight)
+        self.most.append(most)
+        self.whole.append(whole)
+        return len(self.weight) - 1
+
+    def _row(self, entries: list[tuple[int, float]], lower: float, upper: float) -> None:
+        self.entries += [(len(self.upper), column, value) for column, value in entries]
+        self.lower.append(lower)
+        self.upper.append(upper)

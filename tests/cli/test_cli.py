@@ -1,0 +1,157 @@
+"""The console script, as a user meets it: in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringattn import load_topology
+from ringattn.cli.planning import _mask
+from ringattn.diagnostics import doctor
+from ringattn.kernels import Kernel, Reference
+from ringattn.kernels.lse import Partial
+from ringattn.sequence.mask import causal, documents, full, prefix_lm, sliding_window
+
+MODEL = ["--world", "4", "--heads", "8", "--kv-heads", "2", "--head-dim", "64"]
+NO_TORCH = """
+import sys
+class No:
+    def find_spec(self, name, *rest):
+        if name == 'torch': raise ImportError('no torch here')
+sys.meta_path.insert(0, No())
+"""
+
+
+def run(*arguments: str, before: str = "", timeout: float = 50) -> subprocess.CompletedProcess[str]:
+    code = f"{before}\nimport sys; sys.argv[0] = 'ringattn'\nfrom ringattn.cli import main; main()"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "160"}
+    environment["PYTHONPATH"] = ":".join(sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=timeout
+    )
+
+
+def test_plan_compares_chooses_and_draws(tmp_path: Path) -> None:
+    """Without torch, which planning must not need."""
+    ran = run(
+        "plan",
+        "4096",
+        *MODEL,
+        "--topology",
+        "pcie",
+        "--top",
+        "99",
+        "--draw",
+        f"{tmp_path}/plan.svg",
+        before=NO_TORCH,
+    )
+    assert ran.returncode == 0, ran.stderr
+    for word in (
+        "candidates on pcie",
+        "token_ring (direct)",
+        "forward ms",
+        "buffers MB",
+        "digest ",
+        "predicted on pcie",
+        "step 0",
+    ):
+        assert word in ran.stdout, word
+    assert (tmp_path / "plan.svg").read_text().lstrip().startswith("<")
+
+
+def test_plan_takes_what_make_plan_takes() -> None:
+    flags = "--dtype bfloat16 --mask documents:0,1000,4096&window:512 --schedule token_ring --layout zigzag --kernel reference"
+    ran = run("plan", "4096", *MODEL, *flags.split(), "--ulysses", "1", "--top", "1", "--draw-pass", "backward")
+    assert ran.returncode == 0, ran.stderr
+    assert "causal documents(2) & window(512,0) mask" in ran.stdout and "kernel reference" in ran.stdout
+    assert "token_ring" in ran.stdout and "backward" in ran.stdout and "striped" not in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--topology", "warp"], "topology='warp'; choose one of pcie"),
+        (["--topology", "no/such.json"], "topology file no/such.json cannot be read"),
+        (["--schedule", "spiral"], "schedule='spiral'"),
+        (["--mask", "window:x"], "--mask window:x"),
+        (["--ulysses", "3"], "ulysses=3"),
+    ],
+)
+def test_errors_are_one_paragraph_and_status_2(arguments: list[str], said: str) -> None:
+    ran = run("plan", "4096", *MODEL, *arguments)
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert ran.stderr.startswith("ringattn: ") and said in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def test_thousands_of_ranks_are_priced_by_closed_form() -> None:
+    flags = "--world 4096 --heads 32 --kv-heads 8 --head-dim 128 --dtype bfloat16 --topology rails"
+    ran = run("plan", "4194304", *flags.split(), before=NO_TORCH)
+    assert ran.returncode == 0, ran.stderr
+    assert "families on rails, zigzag, by closed form" in ran.stdout and "ulysses 32 x mesh" in ran.stdout
+    ran = run("plan", "4194304", *flags.split(), "--ulysses", "2")
+    assert ran.returncode == 2 and "add --schedule" in ran.stderr
+
+
+def test_masks_have_names() -> None:
+    assert _mask("full") == full() and _mask("causal") == causal() and _mask("prefix:7") == prefix_lm(7)
+    assert _mask("window:9") == sliding_window(9) and _mask("window:9,2") == sliding_window(9, 2)
+    assert _mask("documents:0,5,9 & window:3") == documents((0, 5, 9)) & sliding_window(3)
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    ran = run("doctor")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for word in ("torch", "gloo", "sdpa kernel, bfloat16", "GLOO_SOCKET_IFNAME", "free memory", "not under torchrun"):
+        assert word in ran.stdout, word
+
+
+def test_doctor_says_what_to_do() -> None:
+    ran = run("doctor", before="import os; os.environ['RANK'] = '0'")
+    assert ran.returncode == 1 and "WORLD_SIZE" in ran.stdout and "start every rank" in ran.stdout
+    ran = run("doctor", before=NO_TORCH)
+    assert ran.returncode == 2 and "pip install torch" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_doctor_tries_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose numbers are off, and one whose operator this torch does not have."""
+
+    class Off(Reference):
+        def forward(self, *args: Any) -> Partial:
+            out, lse = super().forward(*args)
+            return Partial(out + 0.1, lse)
+
+    def missing(name: str) -> Kernel:
+        raise AttributeError("'_OpNamespace' 'aten' object has no attribute 'attention'")
+
+    for get, said in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
+        monkeypatch.setattr(doctor, "get", get)
+        found = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
+        assert len(found) == 2 and all(said in f.found and "kernel='reference'" in f.cure for f in found), found
+
+
+def test_probe_needs_ranks(tmp_path: Path) -> None:
+    ran = run("probe", "--out", f"{tmp_path}/links.json")
+    assert ran.returncode == 2 and "torchrun" in ran.stderr and "Traceback" not in ran.stderr
+    assert not (tmp_path / "links.json").exists()
+
+
+def test_probe_measures_what_plan_reads(tmp_path: Path) -> None:
+    out = tmp_path / "loopback.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringattn"]
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [*command, "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2"],
+        capture_output=True, text=True, env=environment, timeout=50,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "to 1" in ran.stdout and str(out) in ran.stdout
+    links = load_topology(out)
+    assert (links.name, links.kind, links.world) == ("loopback", "matrix", 2)
+    assert 1e-7 < links.latency(0, 1) < 1 and 1e6 < links.bandwidths[1][0] < 1e13 and 1e7 < links.flops < 1e15
+    ran = run("plan", "512", "--world", "2", "--heads", "4", "--head-dim", "64", "--topology", str(out))
+    assert ran.returncode == 0 and "candidates on loopback" in ran.stdout, ran.stderr
+    ran = run("plan", "512", *MODEL, "--topology", str(out))
+    assert ran.returncode == 2 and "describes 2 ranks and world=4" in ran.stderr

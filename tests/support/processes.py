@@ -1,0 +1,34 @@
+"""Processes outside of any job: a clean environment, a free port, and whether this machine allows network namespaces."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD", "LOCAL"))}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_alone(
+    env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))"
+) -> subprocess.CompletedProcess[str]:
+    text = {name: str(value) for name, value in env.items()}
+    return subprocess.run([sys.executable, "-c", code], env=CLEAN | text, capture_output=True, text=True, timeout=40)
+
+
+def environment(**changes: object) -> dict[str, object]:
+    return dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()) | changes
+
+
+def namespaces_allowed() -> bool:
+    if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
+        return False
+    name = f"ringattn-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
