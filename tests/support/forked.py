@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-HERE = str(Path(__file__).parent)
+TESTS = str(Path(__file__).parents[1])
 GRACE = 10.0  # seconds that ranks get to end after SIGTERM, when one of them has failed
 
 
@@ -50,7 +50,7 @@ class Command:
         self._output = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
         for path in self._output:
             path.touch()
-        search = [path for path in sys.path if path and not path.startswith(HERE)]
+        search = [path for path in sys.path if path and not path.startswith(TESTS)]
         given = (list(map(str, self._output)), list(command), dict(environment), search, ranks)
         self._process = context.Process(target=_run, args=given, daemon=True)
         self._process.start()
