@@ -80,7 +80,10 @@ def _settings() -> dict[str, Any]:
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
-        "deterministic algorithms": (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        ),
         "number of threads": torch.get_num_threads(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()),
         "precision of matmul": torch.get_float32_matmul_precision(),
@@ -124,6 +127,8 @@ def _modules(*prefixes: str) -> list[ModuleType]:
     found = []
     for name, module in list(sys.modules.items()):
         last = name.rpartition(".")[2]
-        if any(name == p or (p == OURS and name.startswith(p + ".")) or (p == "test_" and last.startswith(p)) for p in prefixes):
+        if any(
+            name == p or (p == OURS and name.startswith(p + ".")) or (p == "test_" and last.startswith(p)) for p in prefixes
+        ):
             found.append(module)
     return [module for module in found if isinstance(module, ModuleType)]
