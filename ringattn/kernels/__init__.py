@@ -42,7 +42,8 @@ def register(kernel: K) -> K:
         InputError: it is no subclass of `Kernel` that can be made, or its name is taken.
     """
     if not isinstance(kernel, type) or not issubclass(kernel, Kernel) or isabstract(kernel):
-        raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with piece_forward and piece_backward")
+        methods = " and ".join(sorted(getattr(kernel, "__abstractmethods__", ()) or Kernel.__abstractmethods__))
+        raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with {methods}")
     name = getattr(kernel, "name", None)
     summary = (kernel.__doc__ or "").strip().partition("\n")[0]
     NAMES.register(name, KernelInfo(summary, kernel.options))  # type: ignore[arg-type]  # it refuses what is no name
