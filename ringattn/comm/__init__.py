@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
+    "all_gather": "collectives",
+    "all_reduce": "collectives",
     "agree": "consistency",
     "P2P": "p2p",
     "TRANSPORTS": "select",
@@ -29,6 +31,8 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from ringattn.comm.collectives import all_gather as all_gather
+    from ringattn.comm.collectives import all_reduce as all_reduce
     from ringattn.comm.consistency import agree as agree
     from ringattn.comm.p2p import P2P as P2P
     from ringattn.comm.select import TRANSPORTS as TRANSPORTS

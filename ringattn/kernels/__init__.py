@@ -10,8 +10,9 @@ names it. What would be faster is measured by `ranking`, whose answer can be giv
 """
 
 from functools import cache
+from importlib import import_module
 from inspect import isabstract
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringattn._validation import short_repr
 from ringattn.errors import InputError
@@ -21,7 +22,7 @@ from ringattn.kernels.flash2 import Flash2
 from ringattn.kernels.flash3 import Flash3
 from ringattn.kernels.flash4 import Flash4
 from ringattn.kernels.flex import Flex
-from ringattn.kernels.lse import Partial
+from ringattn.kernels.lse import Partial, accum_dtype, merge_
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Cudnn, Efficient, Sdpa, TorchFlash
 from ringattn.plan.kernel_names import KERNELS as NAMES
@@ -76,6 +77,15 @@ def get(name: str) -> Kernel:
     return Emulated(float(name.partition(":")[2])) if kernel is Emulated else kernel(**parse(name, InputError).options)
 
 
+_LATER = {"unsupported_reason": "select"}  # which takes kernels from here
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"ringattn.kernels.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'ringattn.kernels' has no attribute {name!r}")
+
+
 __all__ = [
     "KERNELS",
     "Emulated",
@@ -87,7 +97,13 @@ __all__ = [
     "Partial",
     "Reference",
     "Rows",
+    "accum_dtype",
     "get",
+    "merge_",
     "register",
     "unregister",
+    "unsupported_reason",
 ]
+
+if TYPE_CHECKING:
+    from ringattn.kernels.select import unsupported_reason as unsupported_reason

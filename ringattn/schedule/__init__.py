@@ -5,6 +5,7 @@ from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
 from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make, parse
 from ringattn.schedule.mesh import mesh
+from ringattn.schedule.program import Message
 from ringattn.schedule.ring import bidirectional_ring, ring
 from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.transforms import both_ways, divide, prune, side_by_side, split
@@ -14,6 +15,7 @@ __all__ = [
     "NAMES",
     "CatalogRequest",
     "Kind",
+    "Message",
     "Move",
     "BufferLimits",
     "Schedule",
