@@ -26,7 +26,7 @@ from ringattn.kernels.lse import Partial, accum_dtype, merge_
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Cudnn, Efficient, Sdpa, TorchFlash
 from ringattn.plan.kernel_names import KERNELS as NAMES
-from ringattn.plan.kernel_names import KernelInfo, parse
+from ringattn.plan.kernel_names import KernelInfo, KernelOption, parse
 
 KERNELS: dict[str, type[Kernel]] = {
     kernel.name: kernel for kernel in (Sdpa, Reference, Cudnn, TorchFlash, Efficient, Flex, Flash2, Flash3, Flash4)
@@ -92,6 +92,7 @@ __all__ = [
     "Grads",
     "Kernel",
     "KernelCall",
+    "KernelOption",
     "Operands",
     "Options",
     "Partial",
