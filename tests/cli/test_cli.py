@@ -1,6 +1,5 @@
 """The console script as a user meets it, in a process of its own; and the library without the packages of the command line."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from public import PUBLIC
+from spawn import finish, start, torchrun
 
 from ringattn import InputError, load_topology
 from ringattn.cli import COMMANDS
@@ -43,12 +43,11 @@ print(plan.digest, x.grad.isfinite().all())
 
 
 def run(*arguments: str, before: str = "", timeout: float = 50) -> subprocess.CompletedProcess[str]:
+    """The console script; where torch must be missing, in an interpreter of its own."""
     code = f"{before}\nimport sys; sys.argv[0] = 'ringattn'\nfrom ringattn.cli import main; main()"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "160"}
-    environment["PYTHONPATH"] = ":".join(sys.path)
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=timeout
-    )
+    command = ["-c", code, *arguments]
+    ended, out, err = finish(start(command, fresh=bool(before), COLUMNS="160", PYTHONPATH=":".join(sys.path)), timeout)
+    return subprocess.CompletedProcess(command, ended, out, err)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
@@ -228,14 +227,9 @@ def test_probe_needs_ranks(tmp_path: Path) -> None:
 
 def test_probe_measures_what_plan_reads(tmp_path: Path) -> None:
     out = tmp_path / "loopback.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringattn"]
-    environment = os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2"],
-        capture_output=True, text=True, env=environment, timeout=50,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "to 1" in ran.stdout and str(out) in ran.stdout
+    code, said, err = torchrun("-m", "ringattn", "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2", ranks=2)
+    assert code == 0, err
+    assert "to 1" in said and str(out) in said
     links = load_topology(out)
     assert (links.name, links.kind, links.world) == ("loopback", "matrix", 2)
     assert 1e-7 < links.latency(0, 1) < 1 and 1e6 < links.bandwidths[1][0] < 1e13 and 1e7 < links.flops < 1e15
