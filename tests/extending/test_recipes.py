@@ -5,6 +5,7 @@ Everything is compared with dense attention in fp64. What was registered is gone
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -58,12 +59,21 @@ def load(name: str) -> ModuleType:
     return module
 
 
+@contextmanager
+def loaded(recipe: str) -> Iterator[ModuleType]:
+    """What it registers is gone afterwards: ranks, too, live on for other tests."""
+    try:
+        yield load(recipe)
+    finally:
+        if recipe in REGISTRIES:
+            package, name = REGISTRIES[recipe]
+            package.unregister(name)
+
+
 @pytest.fixture
 def recipe(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    yield load(request.param)
-    if request.param in REGISTRIES:
-        package, name = REGISTRIES[request.param]
-        package.unregister(name)
+    with loaded(request.param) as module:
+        yield module
 
 
 def adding(name: str) -> pytest.MarkDecorator:
@@ -184,8 +194,8 @@ class Block(nn.Module):
         return x + self.back(out.transpose(1, 2).flatten(-2))
 
 
-def integrated() -> list[Any]:
-    recipe, block = load("integration"), Block()
+def integrated(recipe: ModuleType) -> list[Any]:
+    block = Block()
     plan = make_plan(LENGTH, world=RANKS, heads=2, head_dim=8, dtype="float64", schedule="token_ring", layout="zigzag")
     x = shard(drawn(1, LENGTH, 16, seed=3), plan).requires_grad_()
     with recipe.ShardedAttention(plan):
@@ -198,8 +208,8 @@ def integrated() -> list[Any]:
     return [positions(plan).numpy(), y.detach().numpy(), x.grad.numpy(), *(p.grad.numpy() for p in block.parameters())]
 
 
-def transported() -> list[Any]:
-    recipe, group = load("transport"), dist.group.WORLD
+def transported(recipe: ModuleType) -> list[Any]:
+    group = dist.group.WORLD
     assert group is not None
     comm.choose(group, "store")
     transport = comm.transport_for(group)
@@ -215,9 +225,13 @@ def transported() -> list[Any]:
 
 
 def on_rank(rank: int) -> dict[str, list[Any]]:
-    load("merge_policy")
-    found = {"decoder": decoder_loss(RANKS), "merged": merged_attention(), "integrated": integrated()}
-    return found | {"transported": transported()}
+    with loaded("merge_policy"):
+        found = {"decoder": decoder_loss(RANKS), "merged": merged_attention()}
+    with loaded("integration") as integration:
+        found["integrated"] = integrated(integration)
+    with loaded("transport") as transport:
+        found["transported"] = transported(transport)
+    return found
 
 
 @pytest.fixture(scope="module")
