@@ -175,4 +175,5 @@ class Registry(dict[str, T]):
 
 def definition_of(registered: Any) -> str:
     """Where a registered class or function is defined: ranks compare it, as equal names may stand for different code."""
-    return f"{registered.__module__}.{registered.__qualname__}"
+    named = registered if hasattr(registered, "__qualname__") else type(registered)
+    return f"{named.__module__}.{named.__qualname__}"
