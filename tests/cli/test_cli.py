@@ -116,6 +116,14 @@ def test_plan_compares_chooses_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").read_text().lstrip().startswith("<")
 
 
+def test_a_schedule_of_many_lines_is_left_to_the_picture() -> None:
+    ran = run(
+        "plan", "4096", "--world", "8", "--heads", "8", "--head-dim", "64", "--schedule", "ring", "--ulysses", "8", "--top", "1"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "--draw FILE.svg draws it" in ran.stdout and "step 1" not in ran.stdout and ran.stdout.count("\n") < 40
+
+
 def test_plan_takes_what_make_plan_takes() -> None:
     flags = "--dtype bfloat16 --mask documents:0,1000,4096&window:512 --schedule token_ring --layout zigzag --kernel reference"
     ran = run("plan", "4096", *MODEL, *flags.split(), "--ulysses", "1", "--top", "1", "--draw-pass", "backward")
