@@ -161,6 +161,7 @@ def _one_run(rank: int, world: int, store: str, pipe: Connection, folder: str, w
         start.again()
         shared = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=timedelta(seconds=45))
+        dist.barrier()  # a rank that destroyed the group at once would cut off those that are still connecting
         before = State()
         pipe.send((True, function(rank, *args)))
     except BaseException:
