@@ -66,7 +66,7 @@ def begin(directory: str | Path, **said: Any) -> None:
     note("begin", **said)
 
 
-def kept() -> bool:
+def is_logging() -> bool:
     """Whether this rank keeps a journal."""
     return dist.is_initialized() and dist.group.WORLD in _journals
 

@@ -47,7 +47,7 @@ class Posted(NamedTuple):
         return self.since + max(timeout / 2, timeout - EARLY)
 
 
-class Reached(NamedTuple):
+class StreamEvent(NamedTuple):
     """A stream's arrival at an event, in the form of a transfer's handle."""
 
     event: Any
@@ -56,7 +56,7 @@ class Reached(NamedTuple):
         return bool(self.event.query())
 
 
-def recorded(device: torch.device, *, timed: bool = False) -> Any:
+def record_event(device: torch.device, *, timed: bool = False) -> Any:
     """An event recorded on the device's current stream, with its time if it is `timed`."""
     module = getattr(torch, device.type)
     event = module.Event(enable_timing=timed)

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _under_torchrun(kernels: list[str]) -> int:
     import torch.distributed as dist
 
-    from ringattn.comm.process_group import described
+    from ringattn.comm.process_group import describe_backends
     from ringattn.diagnostics.selftest.ranks import over_ranks
     from ringattn.runtime import init
 
@@ -51,7 +51,7 @@ def _under_torchrun(kernels: list[str]) -> int:
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
         print(
-            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"),
+            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {describe_backends(mesh.get_group())}, {device.type}"),
             flush=True,
         )
     dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to have its say
