@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, attention, make_plan
-from ringattn.comm.select import choose
-from ringattn.execution.overlap import Overlap, overlap
-from ringattn.planner.cost import traffic
+from ringattn.comm import choose
+from ringattn.execution import Overlap, overlap
+from ringattn.planner import traffic
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ringattn
-from ringattn.checkpoint import store as checkpoint
-from ringattn.checkpoint.async_save import Saver
+from ringattn.checkpoint import Saver, save
 from ringattn.nn import Decoder, DecoderConfig, reduce_gradients, shift_labels
 
 WAYS = ("none", "foreground", "background")
@@ -65,7 +64,7 @@ def main(config: Config) -> None:
         saver, number = Saver(shared[0], keep=1), iter(range(1, 10**6))
         ask: dict[str, Callable[[], object]] = {
             "none": lambda: None,
-            "foreground": lambda: checkpoint.save(Path(shared[0], "foreground"), next(number), model, optimizer, keep=1),
+            "foreground": lambda: save(Path(shared[0], "foreground"), next(number), model, optimizer, keep=1),
             "background": lambda: saver.save(next(number), model, optimizer),
         }
         found: dict[str, list[list[float]]] = {way: [] for way in WAYS}

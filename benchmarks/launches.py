@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -37,14 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn import Plan, causal, full, make_plan, schedule
 from ringattn import kernels as kernel_registry
-from ringattn.comm.p2p import P2P
-from ringattn.comm.simulated import Simulated
-from ringattn.comm.transport import Transport
-from ringattn.execution.autograd import Inputs, attend, run_backward, run_forward
-from ringattn.execution.overlap import _Nowhere
-from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.fused import triton_ops
-from ringattn.kernels.lse import Partial, accum_dtype
+from ringattn.comm import P2P, Port, Simulated, Transport
+from ringattn.execution import Inputs, attend, run_backward, run_forward
+from ringattn.kernels import Grads, Kernel, Operands, Options, Partial, Rows, accum_dtype, fused
+from ringattn.schedule import Message
 
 WORLD, ROWS, HEADS, HEAD_DIM = 4, 8192, 32, 128
 # Operators that start no work on the device.
@@ -110,7 +106,7 @@ def count(name: str, mask: str) -> Figures:
     with FakeTensorMode(allow_non_fake_inputs=True), on_a_gpu():
         inputs = inputs_of(plan, "cuda")
         for backward in (False, True):
-            with Launches() as launches, fused_stand_ins(launches):
+            with Launches() as launches, fused.launches_replaced(lambda name: launches.counted.update([name])):
                 options, transport = Options(HEAD_DIM**-0.5), Simulated(WORLD, copy=False)
                 if not backward:  # not through autograd, which wants a real device behind a leaf
                     results, _ = run_forward(inputs, plan, options, transport, keep=False)
@@ -120,7 +116,8 @@ def count(name: str, mask: str) -> Figures:
             found.append(per_tile(launches.counted, tiles_of(plan)))
     totals = [round(sum(detail.values()), 2) for detail in found]
     detail = {f"{way} {op}": n for way, one in zip(("forward", "backward"), found, strict=True) for op, n in one.items()}
-    return Figures(name, mask, *totals, detail)
+    forth, back = totals
+    return Figures(name, mask, forth, back, detail)
 
 
 @contextmanager
@@ -139,16 +136,6 @@ def on_a_gpu() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def fused_stand_ins(launches: Launches) -> Iterator[None]:
-    """ringattn's Triton kernels as one launch each."""
-    with (
-        mock.patch("ringattn.kernels.fused.triton_runs", lambda: True),
-        triton_ops.replaced(lambda name: launches.counted.update([name])),
-    ):
-        yield
-
-
 class Instant(Kernel):
     """Returns the same tensors every time, at once."""
 
@@ -163,15 +150,17 @@ class Instant(Kernel):
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
             self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        return self.made[key]
+        made: Partial = self.made[key]
+        return made
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
         if key not in self.made:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
-            likes = [torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes]
-            self.made[key] = Grads(*likes, None)
-        return self.made[key]
+            dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
+            self.made[key] = Grads(dq, dk, dv, None)
+        made: Grads = self.made[key]
+        return made
 
 
 @contextmanager
@@ -182,6 +171,21 @@ def instant_kernel() -> Iterator[None]:
     kernel_registry.get.cache_clear()
 
 
+class Silent(Port):
+    """A port that delivers zeros at once and sends nothing."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        for message, buffer in transfers:
+            if message.dst == self.rank:
+                buffer.zero_()
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        yield from ()
+
+
 class Nowhere(P2P):
     """A transport that hosts rank 1 of 4 and moves nothing: what is left is the engine."""
 
@@ -190,7 +194,7 @@ class Nowhere(P2P):
         self.ranks = (1,)
 
     def ports(self, label: str) -> list[Any]:
-        return [_Nowhere(1)]
+        return [Silent(1)]
 
 
 def host(name: str, rounds: int, *, group: bool = True) -> Figures:
@@ -207,9 +211,10 @@ def peer(rounds: int) -> Figures | None:
     """The same of ring-flash-attention's loop, with a flash-attn that returns at once."""
     sys.path.insert(0, str(Path(__file__).parent))
     from peers import flash_on_cpu, ring_flash
+    from peers.base import Setting
 
     try:
-        loop = ring_flash._part("ring_flash_attn", SimpleNamespace(flops=0))
+        loop = ring_flash._part("ring_flash_attn", cast(Setting, SimpleNamespace(flops=0)))
     except (ImportError, AssertionError):
         return None
     result = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 4), None, None
@@ -240,7 +245,8 @@ def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], lea
         torch.autograd.grad(out, leaves, dout)
         seconds[0].append(middle - begin)
         seconds[1].append(perf_counter() - middle)
-    return Figures(name, "full", *(round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds))
+    forth, back = (round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds)
+    return Figures(name, "full", forth, back)
 
 
 def fake_group() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Layout, Plan, RingAttnError, attention, make_plan
-from ringattn.planner.cost import traffic
-from ringattn.sequence.layout import Span
+from ringattn.planner import traffic
+from ringattn.sequence import Span
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def _zigzag(lengths: list[int], world: int) -> Layout:
     return Layout("zigzag of every document", tuple(map(tuple, shards)))
 
 
-def _plan(config: Config, lengths: list[int], world: int, **given: object) -> Plan:
+def _plan(config: Config, lengths: list[int], world: int, **given: Any) -> Plan:
     topology = config.topology
     found = ringattn.load_topology(topology) if topology and Path(topology).exists() else topology
-    model = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=config.dtype)
+    model: dict[str, Any] = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=config.dtype)
     mask = ringattn.documents((0, *accumulate(lengths)))
     return make_plan(sum(lengths), world=world, **model, mask=mask, topology=found, **given)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
 from time import perf_counter
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ringattn
-from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
@@ -60,6 +61,7 @@ def main(config: Config) -> None:
 
     def sharded(batch: dict[str, Tensor]) -> Tensor:
         inputs, targets = shard_batch(batch, model.config, mesh, schedule=config.schedule, topology="cpu")
+        assert targets is not None, "the batch has labels"
         loss = cross_entropy(model(**inputs).logits, targets, mesh)
         loss.backward()
         reduce_gradients(model.parameters(), mesh)
@@ -102,7 +104,7 @@ def _whole(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _grads(model: PreTrainedModel) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters()]
+    return [cast(Tensor, p.grad).clone() for p in model.parameters()]
 
 
 def _model(attention: str) -> PreTrainedModel:

@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
 from scaling_report import Point, chosen, curves, draw, print_table
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.planner.closed_form import rank_families
-from ringattn.planner.cost import price
-from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.planner.topology import PRESETS
+from ringattn.planner import DEFAULT_TOPOLOGY, PRESETS, price, rank_families
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 PATIENCE = 3600.0  # seconds that ranks wait for the others' turn
@@ -97,10 +96,10 @@ def _kinds(config: Config) -> Iterator[tuple[str, int]]:
     yield from (("weak", rows) for rows in config.rows)
 
 
-def _topology(config: Config, mesh: dist.DeviceMesh) -> Topology:
+def _topology(config: Config, mesh: DeviceMesh) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     if config.probe:
-        from ringattn.diagnostics.probe import Probe
+        from ringattn.diagnostics import Probe
 
         found = Probe(mesh).topology("probed")
     else:
@@ -134,8 +133,13 @@ def _measure(
     return Point(scaling, length, schedule, ranks, tokens, pairs, chosen(plan), (forward, both), (costs[0], sum(costs)))
 
 
-def _shape(config: Config) -> dict[str, object]:
-    given = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim, "dtype": config.dtype}
+def _shape(config: Config) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "dtype": config.dtype,
+    }
     return given | {"mask": MASKS[config.mask]()}
 
 

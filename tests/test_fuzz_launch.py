@@ -3,18 +3,15 @@
 import dataclasses
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 from spawn import start
 
+from ringattn.cli.train import TrainConfig
 from ringattn.nn import Decoder, DecoderConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "launch"))
-
-from config import TrainConfig  # noqa: E402
 
 NUMBERS = ["0", "-1", "1000000000", "9" * 30, "9" * 5000, "0.5", "nan", "inf", "-inf", "1e400"]
 TEXTS = ["", "no such thing", "größe", "x" * 5000, "None", "/", "..", "/proc/no/such", "/dev/null/x", "[1, 2]"]

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ringattn import Mask, Plan, make_plan, positions
-from ringattn.comm.simulated import Simulated, SimulatedPort
-from ringattn.execution.autograd import Inputs, attend
-from ringattn.kernels import KERNELS, Options
-from ringattn.kernels.select import unsupported_reason
-from ringattn.schedule.program import Message
+from ringattn.comm import Simulated, SimulatedPort
+from ringattn.execution import Inputs, attend
+from ringattn.kernels import KERNELS, Options, unsupported_reason
+from ringattn.schedule import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
 WANTED = ("sdpa", "reference", "cudnn", "flash", "flash2", "flash3", "flash4")

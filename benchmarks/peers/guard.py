@@ -55,9 +55,9 @@ def _dense(whole: Whole, positions: Tensor, causal: bool, dtype: torch.dtype) ->
     group = whole.q.shape[2] // whole.k.shape[2]
     q, dout = (x[:, positions, :group].transpose(1, 2).to(dtype) for x in (whole.q, whole.dout))
     k, v = (x[:, :, :1].transpose(1, 2).to(dtype) for x in (whole.k, whole.v))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = q, k, v = tuple(x.clone().requires_grad_() for x in (q, k, v))
     keep = positions[:, None] >= torch.arange(k.shape[2]) if causal else None
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=keep, enable_gqa=group > 1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=group > 1)
     dq, *of_keys = torch.autograd.grad(out, leaves, dout)
     for grad in (sums := [x.float() for x in of_keys]):
         dist.all_reduce(grad)
@@ -66,4 +66,5 @@ def _dense(whole: Whole, positions: Tensor, causal: bool, dtype: torch.dtype) ->
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+    distance: float = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+    return distance

@@ -36,7 +36,8 @@ class Cpu:
         q, k, v = map(_dense_rows, (q, k, v))
         operator = aten._scaled_dot_product_flash_attention_for_cpu
         if not before:
-            return operator(q, k, v, 0.0, causal, scale=scale)
+            out, lse = operator(q, k, v, 0.0, causal, scale=scale)
+            return out, lse
         # The operator's causal mask starts at the first query and key, so keys that all queries see are a call of their own.
         seen, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
         return merge(*operator(q, *seen, 0.0, False, scale=scale), *operator(q, *diagonal, 0.0, True, scale=scale))
@@ -48,7 +49,8 @@ class Cpu:
         dout, q, k, v, out = map(_dense_rows, (dout, q, k, v, out))
         operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
         if not before:
-            return operator(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+            dq, dk, dv = operator(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+            return dq, dk, dv
         seen, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
         dq, *of_seen = operator(dout, q, *seen, out, lse, 0.0, False, scale=scale)
         dq_too, *of_diagonal = operator(dout, q, *diagonal, out, lse, 0.0, True, scale=scale)

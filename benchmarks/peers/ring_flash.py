@@ -65,7 +65,8 @@ def _llama3(heads: int, setting: Setting) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         one = (x.squeeze(0) for x in (q, k, v))
         given = (ends_q, ends_k, longest_q, longest_k, heads, keys)
-        return part.llama3_flash_attn_varlen_func(*one, *given, causal=setting.causal).unsqueeze(0)
+        out: Tensor = part.llama3_flash_attn_varlen_func(*one, *given, causal=setting.causal)
+        return out.unsqueeze(0)
 
     return attention
 

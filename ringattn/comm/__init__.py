@@ -4,10 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
+    "all_gather": "collectives",
+    "all_reduce": "collectives",
     "agree": "consistency",
     "P2P": "p2p",
     "TRANSPORTS": "select",
     "choose": "select",
+    "register": "select",
+    "unregister": "select",
     "transport_for": "select",
     "SharedMemoryPort": "shared_memory",
     "Simulated": "simulated",
@@ -26,11 +30,15 @@ def __getattr__(name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from ringattn.comm.collectives import all_gather as all_gather
+    from ringattn.comm.collectives import all_reduce as all_reduce
     from ringattn.comm.consistency import agree as agree
     from ringattn.comm.p2p import P2P as P2P
     from ringattn.comm.select import TRANSPORTS as TRANSPORTS
     from ringattn.comm.select import choose as choose
+    from ringattn.comm.select import register as register
     from ringattn.comm.select import transport_for as transport_for
+    from ringattn.comm.select import unregister as unregister
     from ringattn.comm.shared_memory import SharedMemoryPort as SharedMemoryPort
     from ringattn.comm.simulated import Simulated as Simulated
     from ringattn.comm.simulated import SimulatedPort as SimulatedPort

@@ -1,5 +1,7 @@
 """Chooses the transport of a group: shared memory where all of its ranks are on one host, else point-to-point messages.
 
+`TRANSPORTS` lists them; `register` adds one, which is used only when named.
+
 `init` chooses once for the default group, together with all ranks; other groups follow it, each with its own connections. Where
 `init` was not called, or with `transport="p2p"`, only `P2P` is used. Symmetric memory, between GPUs, is used only when named.
 """
@@ -7,30 +9,75 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
+from ringattn._validation import Registry, definition_of, short_repr
 from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import describe_backends
 from ringattn.comm.shared_memory import Links, SharedMemory
 from ringattn.comm.shared_memory_setup import Rendezvous, connect, host_mismatch
 from ringattn.comm.symmetric_memory import Arena, SymmetricMemory, open_arena, unsupported_reason
-from ringattn.errors import LaunchError
+from ringattn.comm.transport import Transport
+from ringattn.errors import InputError, LaunchError
 from ringattn.faults.watchdog import comm_errors
 
 AUTOMATIC, PLAIN, SHARED, SYMMETRIC = "automatic", "p2p", "shared_memory", "symmetric_memory"
-TRANSPORTS = (PLAIN, SHARED, SYMMETRIC)
 DEADLINE = 120.0  # seconds, where no backend has a timeout
 
+
+class TransportInfo(NamedTuple):
+    """A transport with a name. `make` builds it, where it was registered."""
+
+    summary: str
+    make: Callable[[dist.ProcessGroup], Transport] | None = None
+
+
+TRANSPORTS: Registry[TransportInfo] = Registry(
+    "transport",
+    {
+        PLAIN: TransportInfo("messages over the group's backend, gloo or NCCL"),
+        SHARED: TransportInfo("memory that ranks of one host share, for tensors on CPUs"),
+        SYMMETRIC: TransportInfo("memory that GPUs of one host share"),
+    },
+    reserved=(AUTOMATIC,),
+)
+
 _choices: WeakKeyDictionary[dist.ProcessGroup, str] = WeakKeyDictionary()  # a choice ends with its group, and so do links
-_links: WeakKeyDictionary[dist.ProcessGroup, Links | Arena | None] = WeakKeyDictionary()
+_links: WeakKeyDictionary[dist.ProcessGroup, Links | Arena | Transport | None] = WeakKeyDictionary()
 _set_ups: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # number of set-ups: each uses new keys in the store
 
 
-def transport_for(group: dist.ProcessGroup | None) -> P2P:
+def register(name: str, make: Callable[[dist.ProcessGroup], Transport]) -> None:
+    """Register a transport for `init(transport=name)` and `choose(group, name)`. Call it on every rank.
+
+    Args:
+        name: letters, digits, _ and -.
+        make: a class or function of a process group. It is called once for each group, on all of its ranks together, and its
+            result serves every call of that group: it may keep connections, and must keep calls apart.
+
+    Ranks compare where `make` is defined before they use it.
+
+    Raises:
+        InputError: the name is taken or is not a name; `make` cannot be called.
+    """
+    if not callable(make):
+        raise InputError(f"make={short_repr(make)}; give a class or function of a process group that returns a Transport")
+    summary = (make.__doc__ or "").strip().partition("\n")[0]
+    TRANSPORTS.register(name, TransportInfo(summary, make))
+
+
+def unregister(name: str) -> None:
+    """Remove a registered transport; groups that use it go on. Raises `InputError` if there is none of this name."""
+    TRANSPORTS.unregister(name)
+
+
+def transport_for(group: dist.ProcessGroup | None) -> Transport:
     """The transport for this process's rank of `group`. Collective in the first call with a group.
 
     Raises:
@@ -43,9 +90,11 @@ def transport_for(group: dist.ProcessGroup | None) -> P2P:
         choice = _choice(group)
         _links[group] = None if choice == PLAIN else _set_up(group, choice)
     links = _links[group]
+    if links is None:
+        return P2P(group)
     if isinstance(links, Arena):
         return SymmetricMemory(group, links)
-    return P2P(group) if links is None else SharedMemory(group, links)
+    return SharedMemory(group, links) if isinstance(links, Links) else links
 
 
 def choose(group: dist.ProcessGroup, transport: str | None) -> None:
@@ -54,12 +103,14 @@ def choose(group: dist.ProcessGroup, transport: str | None) -> None:
     The choice of the default group holds for all groups that have no choice of their own and have not been used yet.
 
     Raises:
-        LaunchError: ranks request different transports, or shared memory was requested by name and is not possible.
+        LaunchError: ranks request different transports, there is none of this name, or shared memory was requested by name and
+            is not possible.
         CommError: a rank did not take part.
     """
     choice = AUTOMATIC if transport is None else transport
     if dist.get_world_size(group) > 1:
-        different = _disagreement(group, choice)
+        make = TRANSPORTS[choice].make if choice in TRANSPORTS else None
+        different = _disagreement(group, choice if make is None else f"{choice} ({definition_of(make)})")
         if different:
             raise LaunchError(f"ranks disagree on transport: {different}. Give all ranks the same one")
     _choices[group] = choice
@@ -84,8 +135,10 @@ def transport_supports(group: dist.ProcessGroup, device: torch.device) -> bool:
     return _choice(group) == SYMMETRIC and device.type == "cuda"
 
 
-def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
+def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | Transport | None:
     """Connect the ranks of `group`; None where the choice is automatic and only p2p is possible."""
+    if choice not in (AUTOMATIC, SHARED, SYMMETRIC):
+        return _registered(group, choice)
     with comm_errors(f"setting up {choice} transport", _failure_message(group)):
         links = _arena(group) if choice == SYMMETRIC else _shared(group)
     if not isinstance(links, str):
@@ -93,6 +146,13 @@ def _set_up(group: dist.ProcessGroup, choice: str) -> Links | Arena | None:
     if choice == AUTOMATIC:
         return None
     raise LaunchError(f"transport={choice!r} is not possible here: {links}. Leave transport out, or use transport='p2p'")
+
+
+def _registered(group: dist.ProcessGroup, choice: str) -> Transport:
+    make = TRANSPORTS[choice].make if choice in TRANSPORTS else None
+    if make is None:
+        raise LaunchError(f"transport={choice!r}; choose one of {', '.join(TRANSPORTS)}, or register it before it is used")
+    return make(group)
 
 
 def _shared(group: dist.ProcessGroup) -> Links | str:

@@ -27,7 +27,7 @@ from ringattn.planner.request import Request
 from ringattn.planner.solved import shared_out
 from ringattn.planner.topology import Topology
 from ringattn.schedule import check, ring, split
-from ringattn.schedule.catalog import NAMES, Facts, Named, named
+from ringattn.schedule.catalog import NAMES, CatalogEntry, CatalogRequest, Named, automatic_names, named
 from ringattn.schedule.ir import MOST_RANKS
 from ringattn.sequence.layout import Layout
 from ringattn.sequence.mask import full
@@ -223,21 +223,17 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if request.schedule == "balanced":
         yield from shared_out(request, layout, request.degrees[0])
         return
-    facts = _facts(request, layout)
+    asked = _catalog_request(request, layout)
     for degree in request.degrees:
-        groups = request.world // degree
-        for name in _different(groups) if request.schedule == "auto" else [request.schedule]:
-            yield from _variants(name, facts, degree)
+        ranks = request.world // degree
+        for name in automatic_names(ranks) if request.schedule == "auto" else [request.schedule]:
+            variants = _variants(name, NAMES[name], asked, degree)
+            if not variants and request.schedule != "auto":
+                raise PlanError(f"schedule={name!r} has no variant for {ranks} ranks; choose another, or other ranks")
+            yield from variants
 
 
-def _different(ranks: int) -> list[str]:
-    """Names that differ on so few ranks. all_gather is left out: its buffers grow with the whole sequence."""
-    if ranks == 1:
-        return ["ring"]
-    return [name for name in NAMES if name != "all_gather" and (ranks > 2 or name not in ("ring_direct", "mesh"))]
-
-
-def _facts(request: Request, layout: Layout) -> Facts:
+def _catalog_request(request: Request, layout: Layout) -> CatalogRequest:
     """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
     world = request.world
     (whole,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
@@ -247,9 +243,10 @@ def _facts(request: Request, layout: Layout) -> Facts:
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     node_size = request.topology.node_size or 1
     cut = tuple(what for what, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
-    return Facts(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
+    return CatalogRequest(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
 
 
 @lru_cache(maxsize=64)
-def _variants(name: str, facts: Facts, degree: int) -> tuple[Named, ...]:
-    return tuple(named(name, facts, degree))
+def _variants(name: str, entry: CatalogEntry, asked: CatalogRequest, degree: int) -> tuple[Named, ...]:
+    """`entry` is what the name stands for now: it may be registered anew."""
+    return tuple(named(name, asked, degree))

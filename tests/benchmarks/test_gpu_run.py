@@ -29,7 +29,7 @@ def run(folder: Path, *arguments: str, timeout: float, **modules: str) -> tuple[
     for name, code in modules.items():
         (shadow / f"{name}.py").write_text(code)
     command = [str(GPU / "run.py"), "--device", "cpu", "--out", str(folder / "out"), *arguments]
-    code, out, err = finish(start(command, PYTHONPATH=str(shadow)), timeout)
+    code, out, err = finish(start(command, fresh=True, PYTHONPATH=str(shadow)), timeout)
     results = {path.stem: json.loads(path.read_text()) for path in (folder / "out").glob("*.json")}
     return code, out + err, results
 
@@ -56,7 +56,7 @@ def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
     report = [str(GPU / "report.py"), str(tmp_path / "out"), "--into", str(page)]
     filled = []
     for _ in range(2):
-        code, _, err = finish(start(report), timeout=30)
+        code, _, err = finish(start(report, fresh=True), timeout=30)
         assert code == 0, err
         filled.append(page.read_text())
     assert filled[0] == filled[1] != PAGE.read_text()

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,12 +18,15 @@ import torch
 from spawn import finish, start
 from thirty import DEADLINE
 
+from ringattn import InputError
+from ringattn.cli.train import TrainConfig, read_corpus, windows
+from ringattn.cli.train.report import Log
+from ringattn.cli.train.restart import checkpoint_to_resume
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = shlex.split("--seq-len 203 --batch 2 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3")
 LEARNED = ("step", "loss", "bits_per_byte", "gradient_norm", "lr")  # the rest of a line is time
-
-sys.path.insert(0, str(TRAIN.parent))
 
 
 def torchrun(*flags: str, ranks: int = 2) -> tuple[str, str]:
@@ -166,23 +168,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(straight):
 
 
 def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
-    from config import TrainConfig
-    from train import _checkpoint_to_resume
-
     config = TrainConfig(out=tmp_path / "run")
     for n in (1, 2):
-        assert _checkpoint_to_resume(config) is None
+        assert checkpoint_to_resume(config) is None
         (config.out / "metrics.jsonl").write_text(f"run {n}")
-    assert _checkpoint_to_resume(config) is None
+    assert checkpoint_to_resume(config) is None
     assert not list(config.out.iterdir())
     assert [(tmp_path / f"run.{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["run 1", "run 2"]
 
 
 def test_windows_depend_on_seed_and_step_alone(tmp_path):
-    from data import read_corpus, windows
-
-    from ringattn import InputError
-
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.txt").write_text("first")
@@ -241,8 +236,6 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path):
 
 
 def test_a_rank_that_dies_while_it_trims_the_log_loses_no_line(tmp_path, monkeypatch):
-    from report import Log
-
     lines = "".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(lines)
 
@@ -251,19 +244,17 @@ def test_a_rank_that_dies_while_it_trims_the_log_loses_no_line(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        Log(tmp_path / "metrics.jsonl", speaks=True, done=2, steps=9)
+        Log(tmp_path / "metrics.jsonl", reports=True, done=2, steps=9)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 @pytest.mark.case(29)
 def test_metrics_that_cannot_be_written_cost_a_warning_and_no_training(tmp_path, capsys):
-    from report import Log
-
     line = {"loss": 1.0, "bits_per_byte": 1.0, "tokens_per_second": 1.0, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").mkdir()
-    with Log(tmp_path / "metrics.jsonl", speaks=True, done=0, steps=2) as log:
+    with Log(tmp_path / "metrics.jsonl", reports=True, done=0, steps=2) as log:
         log.step(line | {"step": 1})
-    with Log(tmp_path / "other.jsonl", speaks=True, done=0, steps=2) as log:
+    with Log(tmp_path / "other.jsonl", reports=True, done=0, steps=2) as log:
         log.file.close()
         log.file = full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
         log.step(line | {"step": 1})

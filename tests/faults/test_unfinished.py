@@ -133,8 +133,8 @@ def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.Mo
     ],
 )
 def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str) -> None:
-    assert watchdog._is_of_a_lost_peer(dist.DistBackendError(words))
-    assert not watchdog._is_of_a_lost_peer(ValueError(words)) and not watchdog._is_of_a_lost_peer(
+    assert watchdog._caused_by_lost_peer(dist.DistBackendError(words))
+    assert not watchdog._caused_by_lost_peer(ValueError(words)) and not watchdog._caused_by_lost_peer(
         RuntimeError("CUDA error: out of")
     )
 

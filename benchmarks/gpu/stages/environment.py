@@ -11,8 +11,7 @@ import torch
 from stage import Stage
 
 import ringattn
-from ringattn.kernels import KERNELS
-from ringattn.kernels.select import unsupported_reason
+from ringattn.kernels import KERNELS, unsupported_reason
 
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current,compute_mode"
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "flash_attn_3", "flash_attn.cute", "flashinfer", "transformers")

@@ -19,7 +19,7 @@ import torch
 from common import Example, OneRank, Shards, backward, forward, kernels_here, one_rank, plan_for, synchronize, tiles
 from dense import random_inputs
 from stage import Stage
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is documented there
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,7 +105,8 @@ class Operators(TorchDispatchMode):
 def launched_on_cpu(action: Callable[[], Any]) -> Counter[str]:
     with Operators() as counting:
         action()
-    return counting.found
+    found: Counter[str] = counting.found
+    return found
 
 
 def host_time(stage: Stage, e: Example, schedule: str, mask: str) -> None:

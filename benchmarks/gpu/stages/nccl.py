@@ -22,7 +22,7 @@ from real import judge, schedules_are_right, takes_transport
 from stage import Stage
 
 import ringattn
-from ringattn.faults.watchdog import watch
+from ringattn.faults import watch
 
 SEVERAL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 FROM = (2, 30)
@@ -78,7 +78,7 @@ def join(device: str, timeout: float) -> torch.device:
     """This process's rank in a group over NCCL or gloo."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cpu":
-        given = {"transport": "p2p"} if takes_transport() else {}
+        given: dict[str, Any] = {"transport": "p2p"} if takes_transport() else {}
         ringattn.init(backend="gloo", timeout=timeout, **given)
         return torch.device("cpu")
     if torch.cuda.device_count() >= world:
