@@ -268,7 +268,7 @@ class Watchdog:
         return dist.is_initialized() and dist.group.WORLD is self._group()
 
     def _ask(self, question: Callable[[], Any], otherwise: Any, seconds: float = ANSWER) -> Any:
-        """The store's answer; `otherwise` if closed, if the store is gone, or if it does not answer in time, which closes this."""
+        """The store's answer; `otherwise` if closed, if the store is gone, or without an answer in time, which closes this."""
         answers: list[Any] = []
         self._questions.put(lambda: answers.append(question()))
         now = time.monotonic()
