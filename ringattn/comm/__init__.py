@@ -1,9 +1,9 @@
-"""Moves bytes between ranks, over torch.distributed, shared memory or within one process; all agree before anything moves."""
+"""Moves bytes between ranks over torch.distributed, shared memory or within one process."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_HOME = {
+_MODULES = {
     "all_gather": "collectives",
     "all_reduce": "collectives",
     "agree": "consistency",
@@ -21,12 +21,12 @@ _HOME = {
     "Message": "transport",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"ringattn.comm.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"ringattn.comm.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'ringattn.comm' has no attribute {name!r}")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ringattn._validation import as_finite_float, error_message, flag, short_repr
 from ringattn.comm.consistency import Gradient, agree
 from ringattn.comm.process_group import Group, cannot_move, capturing
-from ringattn.comm.select import moves
+from ringattn.comm.select import transport_supports
 from ringattn.errors import InputError
 from ringattn.execution.autograd import Inputs
 from ringattn.execution.checks import as_strided_tensor, resolve_group
@@ -65,7 +65,7 @@ def checked_on_all_ranks(
         "strict": strict,
     }
     every_call = True if check_finite or isinstance(strict, str) else strict
-    needed = agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.describe, gradient=gradient)
+    needed = agree(process_group, fields, every_call=every_call, device=q.device, details=plan.describe, gradient=gradient)
     return process_group, needed
 
 
@@ -132,7 +132,7 @@ def _graph_cannot_check(check_finite: bool | str) -> str:
 
 
 def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
-    return None if group is not None and moves(group, q.device) else cannot_move(group, "q", q)
+    return None if group is not None and transport_supports(group, q.device) else cannot_move(group, "q", q)
 
 
 def _not_finite(inputs: Inputs, where: bool | str) -> str | None:

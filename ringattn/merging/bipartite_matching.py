@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import one_of
-from ringattn.comm.all_to_all import everyone
+from ringattn.comm.all_to_all import all_gather_rows
 from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
@@ -156,7 +156,7 @@ class _There:
             picked = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
             works.append(work(plan, rank, *picked, b[rank]))
         answers = run_matching(works, plan, self.transport)
-        parts = everyone([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
+        parts = all_gather_rows([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
         found = []
         for tables, of_ranks in zip(of_rows, parts, strict=True):
             answer = torch.cat(of_ranks).transpose(0, 1)
