@@ -28,8 +28,8 @@ class KernelName(NamedTuple):
     options: Mapping[str, int]
 
     def __str__(self) -> str:
-        given = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
-        return f"{self.kernel}:{given}" if given else self.kernel
+        options_ = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{options_}" if options_ else self.kernel
 
 
 def parse(name: str, error: type[RingAttnError]) -> KernelName:
@@ -47,9 +47,9 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     if known is None:
         having = ", ".join(OPTIONS)
         raise error(f"kernel={short_repr(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
-    given = [_option(kernel, known, part, name, error) for part in text.split(",")]
-    options = dict(given)
-    if len(options) < len(given):
+    options_ = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(options_)
+    if len(options) < len(options_):
         raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 

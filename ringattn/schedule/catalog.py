@@ -1,21 +1,22 @@
-"""Schedules by name, each with the variants among which the planner picks by price.
+"""Lists schedules by name, each with the variants among which the planner chooses by price.
 
-    ring                 KV from neighbour to neighbour, either way round
-    bidirectional_ring   half of the heads each way
+    ring                 KV from neighbour to neighbour, in either direction
+    bidirectional_ring   half of the heads in each direction
     ring_direct          KV from its owner straight to each rank, a few at a time
-    token_ring           Q to neighbours or straight to each rank, partial results straight home; or half of the heads each way
-    accumulating_ring    Q to neighbours, and one result that rides along and gathers
-    mesh                 Q along rows, KV along columns, hopping or direct; a few sensible grids
+    token_ring           Q to neighbours or straight to each rank, partial results straight back; or half of the heads
+                         in each direction
+    accumulating_ring    Q to neighbours, followed by one result that accumulates
+    mesh                 Q along rows, KV along columns, by hop or direct; a few suitable grids
     all_gather           KV from its owner to all ranks at once: one exchange, and buffers as large as the whole sequence
 
-Each of them also inside Ulysses, in which groups of ranks trade sequence for heads (see `schedule.ulysses`); the name is then
-that of what runs among the groups.
+Each of them also inside Ulysses, in which groups of ranks exchange sequence for heads (see `schedule.ulysses`); the name is
+then that of the schedule among the groups.
 
-`balanced` is made for a mask and a layout, so it is not here: see `planner.solver` and the planner.
+`balanced` is built for a mask and a layout, so it is not here: see `planner.solver` and the planner.
 
-What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `head_groups.trim`).
-Within a name and among names, what needs less room stands first.
+Blocks may be cut into parts that travel separately: halves, of which a mask may leave one unread; quarters, so that the first
+tile starts and the first result leaves early; or trimmed to the rows that another rank needs (see `head_groups.trim`).
+Within a name and among names, schedules with smaller buffers come first.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.transforms import both_ways, divide, split
 from ringattn.schedule.ulysses import ulysses
 
-TRIMMED = 3  # parts: what others need, and what there is before and behind
+TRIMMED = 3  # parts: the rows that others need, and those before and after them
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
 HeadGroups = tuple[Schedule, ...]
@@ -45,7 +46,7 @@ class Named:
     name: str
     variant: str
     head_groups: HeadGroups
-    trimmed: bool = False  # its blocks are to be cut where a layout knows rows that no other rank needs
+    trimmed: bool = False  # cut its blocks where a layout has rows that no other rank needs
 
     def __str__(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
@@ -53,7 +54,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choice of variants depends on. `node_size` is 1 where ranks do not stand in nodes."""
+    """What the choice of variants depends on. `node_size` is 1 where ranks are not grouped in nodes."""
 
     world: int
     heads: int
@@ -64,7 +65,7 @@ class Facts:
     trimmed: tuple[str, ...] = ()  # "q", "kv": of which a layout has rows that no other rank needs
 
     def inside(self, degree: int) -> Facts:
-        """What is left to a schedule that runs inside Ulysses of `degree`."""
+        """The facts for a schedule that runs inside Ulysses of `degree`."""
         node = self.node_size // degree if self.node_size % degree == 0 else 1
         of_one = max(1, self.heads // degree), max(1, self.kv_heads // degree)
         narrowed = replace(self, directions=self.directions[-1:], parts=self.parts[-1:])  # those that move least in most cases
@@ -91,12 +92,12 @@ def named(name: str, facts: Facts, degree: int = 1) -> Iterator[Named]:
             wrapped = zip(
                 *(ulysses(head_group, degree, stages=degree - 1, groups=n) for head_group in head_groups), strict=True
             )
-            found = tuple(head_group for member in wrapped for head_group in member)
-            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found, trimmed)
+            interleaved = tuple(head_group for member in wrapped for head_group in member)
+            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), interleaved, trimmed)
 
 
 def _and_trimmed(variants: Variants, facts: Facts) -> Iterator[tuple[str, HeadGroups, bool]]:
-    """Each as it is, and if its blocks are whole and some of what travels is not needed, without that."""
+    """Each variant, and where its blocks are uncut and some rows that travel are not needed, also one without these rows."""
     for variant, head_groups in variants:
         yield variant, head_groups, False
         moving = {"q" if move.kind.of_queries else "kv" for head_group in head_groups for move in head_group.moves} & set(
@@ -161,8 +162,8 @@ def _mesh(facts: Facts) -> Variants:
 
 
 def _all_gather(facts: Facts) -> Variants:
-    everyone = ring(facts.world, routing="direct", lookahead=max(1, facts.world - 1))
-    yield "", (replace(everyone, name="all_gather"),)
+    schedule = ring(facts.world, routing="direct", lookahead=max(1, facts.world - 1))
+    yield "", (replace(schedule, name="all_gather"),)
 
 
 def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
