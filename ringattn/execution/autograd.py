@@ -163,7 +163,7 @@ def residents(plan: Plan, rank: int) -> list[Item]:
             found.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
             found.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
     inputs = [item for item in found if not item.kind.moved]
-    stay = [item for item in inputs if plan.forward[item.head_group].schedule.rest(item.kind, item.index) == rank]
+    stay = [item for item in inputs if plan.forward[item.head_group].schedule.resident_rank(item.kind, item.index) == rank]
     return sorted(stay, key=lambda item: (item.head_group, item.kind.value, item.index))
 
 

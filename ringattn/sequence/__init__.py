@@ -1,4 +1,4 @@
-"""Says which positions each rank holds and which keys each query sees: masks, layouts, their join per tile. No torch."""
+"""Describes which positions each rank holds and which keys each query sees: masks, layouts, and segments per tile. No torch."""
 
 from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout, Span, take
