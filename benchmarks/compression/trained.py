@@ -65,7 +65,7 @@ class Config:
     seq_len: int = 1024
     lr: float = 4e-3
     json: Path = Path("benchmarks/results/compression_trained.json")
-    plot: Path = Path("docs/compression_trained.png")
+    plot: Path = Path("docs/images/compression_trained.png")
 
     @property
     def genome(self) -> bool:
@@ -94,7 +94,7 @@ def trained(config: Config, variant: str, seed: int) -> dict[str, Any]:
     plan = _plan(config.seq_len, config.task, 1)
     torch.manual_seed(seed)
     how = VARIANTS[variant]
-    model = Decoder(shape) if how is None else MergingDecoder(shape, Merging(**how, **MERGED))
+    model = Decoder(shape) if how is None else MergingDecoder(shape, Merging(**{**how, **MERGED}))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     text, held_out = _text(config)
     budget = config.steps * step_flops(shape, plan, None, None)

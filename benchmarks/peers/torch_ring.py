@@ -56,7 +56,8 @@ class _Ring(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = local, method, causal, scale
-        return out.transpose(1, 2)
+        rows: Tensor = out.transpose(1, 2)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
-"""Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
+"""Defines schedules as data, and their readers: check, draw, transforms, program. Pure Python, no torch."""
 
-from ringattn.schedule.catalog import NAMES
+from ringattn.schedule.catalog import NAMES, CatalogRequest, register, unregister
 from ringattn.schedule.check import check, peak
 from ringattn.schedule.interleave import take_turns
 from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make, parse
@@ -13,6 +13,7 @@ from ringattn.schedule.ulysses import ulysses
 
 __all__ = [
     "NAMES",
+    "CatalogRequest",
     "Kind",
     "Message",
     "Move",
@@ -29,10 +30,12 @@ __all__ = [
     "parse",
     "peak",
     "prune",
+    "register",
     "ring",
     "side_by_side",
     "split",
     "take_turns",
     "token_ring",
     "ulysses",
+    "unregister",
 ]

@@ -1,6 +1,5 @@
 """The console script as a user meets it, in a process of its own; and the library without the packages of the command line."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from public import PUBLIC
+from spawn import finish, start, torchrun
 
 from ringattn import InputError, load_topology
 from ringattn.cli import COMMANDS
@@ -43,12 +43,11 @@ print(plan.digest, x.grad.isfinite().all())
 
 
 def run(*arguments: str, before: str = "", timeout: float = 50) -> subprocess.CompletedProcess[str]:
+    """The console script; where torch must be missing, in an interpreter of its own."""
     code = f"{before}\nimport sys; sys.argv[0] = 'ringattn'\nfrom ringattn.cli import main; main()"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "160"}
-    environment["PYTHONPATH"] = ":".join(sys.path)
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=timeout
-    )
+    command = ["-c", code, *arguments]
+    ended, out, err = finish(start(command, fresh=bool(before), COLUMNS="160", PYTHONPATH=":".join(sys.path)), timeout)
+    return subprocess.CompletedProcess(command, ended, out, err)
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
@@ -117,6 +116,14 @@ def test_plan_compares_chooses_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").read_text().lstrip().startswith("<")
 
 
+def test_a_schedule_of_many_lines_is_left_to_the_picture() -> None:
+    ran = run(
+        "plan", "4096", "--world", "8", "--heads", "8", "--head-dim", "64", "--schedule", "ring", "--ulysses", "8", "--top", "1"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "--draw FILE.svg draws it" in ran.stdout and "step 1" not in ran.stdout and ran.stdout.count("\n") < 40
+
+
 def test_plan_takes_what_make_plan_takes() -> None:
     flags = "--dtype bfloat16 --mask documents:0,1000,4096&window:512 --schedule token_ring --layout zigzag --kernel reference"
     ran = run("plan", "4096", *MODEL, *flags.split(), "--ulysses", "1", "--top", "1", "--draw-pass", "backward")
@@ -126,7 +133,7 @@ def test_plan_takes_what_make_plan_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["--topology", "warp"], "topology='warp'; choose one of pcie"),
         (["--topology", "no/such.json"], "topology file no/such.json cannot be read"),
@@ -135,10 +142,10 @@ def test_plan_takes_what_make_plan_takes() -> None:
         (["--ulysses", "3"], "ulysses=3"),
     ],
 )
-def test_errors_are_one_paragraph_and_status_2(arguments: list[str], said: str) -> None:
+def test_errors_are_one_paragraph_and_status_2(arguments: list[str], output: str) -> None:
     ran = run("plan", "4096", *MODEL, *arguments)
     assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr.startswith("ringattn: ") and said in ran.stderr and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("ringattn: ") and output in ran.stderr and ran.stderr.count("\n") == 1
 
 
 def test_thousands_of_ranks_are_priced_by_closed_form() -> None:
@@ -181,10 +188,10 @@ def test_doctor_tries_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Kernel:
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute 'attention'")
 
-    for get, said in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
+    for get, output in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
         monkeypatch.setattr(doctor, "get", get)
-        found = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
-        assert len(found) == 2 and all(said in f.found and "kernel='reference'" in f.hint for f in found), found
+        actual = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
+        assert len(actual) == 2 and all(output in f.found and "kernel='reference'" in f.hint for f in actual), actual
 
 
 @pytest.mark.parametrize(
@@ -228,14 +235,9 @@ def test_probe_needs_ranks(tmp_path: Path) -> None:
 
 def test_probe_measures_what_plan_reads(tmp_path: Path) -> None:
     out = tmp_path / "loopback.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ringattn"]
-    environment = os.environ | {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2"],
-        capture_output=True, text=True, env=environment, timeout=50,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert "to 1" in ran.stdout and str(out) in ran.stdout
+    code, output, err = torchrun("-m", "ringattn", "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2", ranks=2)
+    assert code == 0, err
+    assert "to 1" in output and str(out) in output
     links = load_topology(out)
     assert (links.name, links.kind, links.world) == ("loopback", "matrix", 2)
     assert 1e-7 < links.latency(0, 1) < 1 and 1e6 < links.bandwidths[1][0] < 1e13 and 1e7 < links.flops < 1e15

@@ -66,7 +66,7 @@ def _simulated(kernels: Sequence[str], device: str | None, worlds: Sequence[int]
 def _over_ranks(kernels: Sequence[str]) -> bool:
     import torch.distributed as dist
 
-    from ringattn.comm.process_group import described
+    from ringattn.comm.process_group import describe_backends
     from ringattn.diagnostics.selftest.ranks import over_ranks
     from ringattn.runtime import init
 
@@ -76,7 +76,7 @@ def _over_ranks(kernels: Sequence[str]) -> bool:
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
         print(
-            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"),
+            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {describe_backends(mesh.get_group())}, {device.type}"),
             flush=True,
         )
     dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to print before
