@@ -17,9 +17,11 @@ class Reference(Extension):
         if not isinstance(node, ast.Module):
             return
         assigned = {ast.unparse(s.targets[0]): s.value for s in node.body if isinstance(s, ast.Assign)}
-        table = assigned.get("_HOME")
-        if isinstance(assigned.get("__all__"), ast.Call) and isinstance(table, ast.Dict):
-            mod.exports = sorted(key.value for key in table.keys if isinstance(key, ast.Constant))
+        public = assigned.get("__all__")
+        if isinstance(public, ast.Call) and ast.unparse(public.func) == "sorted":
+            table = assigned.get(ast.unparse(public.args[0]))
+            if isinstance(table, ast.Dict):
+                mod.exports = sorted(key.value for key in table.keys if isinstance(key, ast.Constant))
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
         for name in [name for name in cls.members if name.startswith("__") and name not in ("__init__", "__call__")]:
