@@ -137,6 +137,15 @@ def _inventory_of_index() -> Iterator[str]:
             yield match[1]
 
 
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        assert (ROOT / target).exists(), f"{page.name} links {target}, which is not there"
+        heads = re.findall(r"^#+ (.*)", (ROOT / target).read_text(), re.MULTILINE) if anchor else []
+        found = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        assert not anchor or anchor in found, f"{page.name} links {target}#{anchor}, which is not there"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.stem)
 def test_files_named_on_pages_exist(page: Path) -> None:
     """The log is left out: it tells of files as they were."""
