@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import ringattn
 from ringattn import Layout, Mask, Plan, Schedule, Topology, causal, make_plan
 from ringattn.schedule import (
+    BufferLimits,
     Kind,
     Move,
-    Room,
     accumulating_ring,
     bidirectional_ring,
     both_ways,
@@ -84,16 +84,24 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "load_topology": (ringattn.load_topology, dict(path=SAVED)),
     "Schedule": (Schedule, {name: getattr(RING, name) for name in Schedule.__dataclass_fields__}),
     "Move in Schedule": (
-        lambda **move: make("mine", 2, RING.tiles, [Move(**move)], Room(9, 9, 9, 9)).digest,
-        dict(kind=Kind.Q, index=0, src=0, dst=1, depart=0, due=1),
+        lambda **move: make("mine", 2, RING.tiles, [Move(**move)], BufferLimits(9, 9, 9, 9)).digest,
+        dict(kind=Kind.Q, index=0, src=0, dst=1, depart=0, arrival=1),
     ),
-    "Schedule.home": (RING.home, dict(kind=Kind.Q, index=1)),
-    "Schedule.rest": (RING.rest, dict(kind=Kind.Q, index=1)),
-    "Schedule.to_rest": (RING.to_rest, dict(move=RING.moves[0])),
-    "Schedule.straight_home": (RING.straight_home, dict(kind=Kind.Q_ACC)),
+    "Schedule.home": (RING.owner, dict(kind=Kind.Q, index=1)),
+    "Schedule.rest": (RING.resident_rank, dict(kind=Kind.Q, index=1)),
+    "Schedule.to_rest": (RING.moves_to_resident, dict(move=RING.moves[0])),
+    "Schedule.straight_home": (RING.returns_to_owner, dict(kind=Kind.Q_ACC)),
     "make": (
         make,
-        dict(name="mine", world=2, tiles=RING.tiles, moves=RING.moves, room=RING.room, homes=((0, 1), (0, 1)), rests=((), ())),
+        dict(
+            name="mine",
+            world=2,
+            tiles=RING.tiles,
+            moves=RING.moves,
+            limits=RING.limits,
+            owners=((0, 1), (0, 1)),
+            residents=((), ()),
+        ),
     ),
     "parse": (parse, dict(text=str(RING))),
     "check": (check, dict(schedule=RING, alive={(0, 0), (0, 1), (1, 0), (1, 1)})),

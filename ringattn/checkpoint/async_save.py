@@ -22,7 +22,7 @@ from ringattn._validation import seconds
 from ringattn.checkpoint.coordination import agreed
 from ringattn.checkpoint.store import fit, state_of, write
 from ringattn.errors import CheckpointError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 
 
 class Saver:
@@ -78,7 +78,7 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        with transferring("waiting for a checkpoint", "the last checkpoint was not completed, those before it are untouched"):
+        with comm_errors("waiting for a checkpoint", "the last checkpoint was not completed, those before it are untouched"):
             return writing.result()  # or what the thread's collectives raised because a rank is gone
 
 

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ringattn._validation import complaint, shown
+from ringattn._validation import error_message, short_repr
 from ringattn.errors import CheckpointError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ def world() -> int:
 
 def together(doing: str, about: object = "") -> AbstractContextManager[None]:
     """Around what all ranks do with checkpoints: a `CommError` says which of them is gone."""
-    return transferring(doing, f"rank {rank()}: {doing} {{about}} failed", about)
+    return comm_errors(doing, f"rank {rank()}: {doing} {{about}} failed", about)
 
 
 def of_all(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -41,9 +41,9 @@ def agreed(action: Callable[[], T], **same: object) -> T:
     """What `action` finds on this rank. What it raises on any rank is raised on all, which would wait for that one else; and so
     is `CheckpointError` where the values of `same` differ."""
     found: list[T] = []
-    problem = complaint(lambda: found.append(action()))
+    problem = error_message(lambda: found.append(action()))
     with together("comparing what ranks are to do"):
-        everyone = of_all((problem, {name: shown(value) for name, value in same.items()}))
+        everyone = of_all((problem, {name: short_repr(value) for name, value in same.items()}))
     problems = [said for said, _ in everyone]
     for number, said in enumerate(problems):
         if said:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from torch.distributed.checkpoint.state_dict_loader import load as read_state
 from torch.distributed.checkpoint.state_dict_saver import save as write_state
 
-from ringattn._validation import count, flag, instance, shown, whole
+from ringattn._validation import as_int, count, flag, instance, short_repr
 from ringattn._validation import path as path_of
 from ringattn.checkpoint.coordination import agreed, from_first_rank, joined, of_all, on_first_rank, rank, together, world
 from ringattn.checkpoint.directory import about as about_of
@@ -53,7 +53,8 @@ def save(
     Args:
         directory: where the run's checkpoints live; made if missing.
         step: optimizer steps done so far.
-        model, optimizer: with the same state on every rank. torch's random state is saved too, each rank's own.
+        model: with the same parameters and buffers on every rank.
+        optimizer: with the same state on every rank. torch's random state is saved too, each rank's own.
         config: whatever must be the same to go on (JSON values); `load` compares it.
         keep: so many newest checkpoints stay, older ones are deleted once this one is complete.
 
@@ -188,7 +189,7 @@ def _loadable(checkpoint: Path, model: torch.nn.Module, config: Mapping[str, Any
     try:
         stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's own, and whatever a damaged pickle calls
-        raise CheckpointError(f"checkpoint {checkpoint} is incomplete: {shown(error)}; {INSTEAD}") from error
+        raise CheckpointError(f"checkpoint {checkpoint} is incomplete: {short_repr(error)}; {INSTEAD}") from error
     names = {f"model.{name}" for name in get_model_state_dict(model)}
     if unknown := [key for key in stored if key.startswith("model.") and key not in names]:
         raise CheckpointError(
@@ -208,8 +209,8 @@ def fit(
 ) -> None:
     """Raise `CheckpointError` for what is no path, no model, no optimizer, or no configuration that JSON can hold."""
     count("step", step, CheckpointError, least=0)
-    if whole("keep", keep, CheckpointError) < 1:
-        raise CheckpointError(f"keep={shown(keep)}: at least the checkpoint just written must stay; pass 1 or more")
+    if as_int("keep", keep, CheckpointError) < 1:
+        raise CheckpointError(f"keep={short_repr(keep)}: at least the checkpoint just written must stay; pass 1 or more")
     flag("any_world", any_world, CheckpointError)
     path_of("path of a checkpoint, or directory of several", where, CheckpointError)
     if trained is not None:
@@ -219,7 +220,7 @@ def fit(
     try:
         json.dumps(dict(config or {}))
     except Exception as error:
-        raise CheckpointError(f"config={shown(config)}; must be a mapping of JSON values ({shown(error)})") from None
+        raise CheckpointError(f"config={short_repr(config)}; must be a mapping of JSON values ({short_repr(error)})") from None
 
 
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ranks: int | None = None) -> dict[str, Any]:

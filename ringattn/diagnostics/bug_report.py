@@ -37,7 +37,7 @@ def write(out: Path, findings: Iterable[Finding], paths: Sequence[Path]) -> list
     """
     logs = [log for path in paths for log in _logs(path)]
     told = {
-        "doctor.txt": "\n".join(f"{what}: {found}{f' (TO DO: {cure})' if cure else ''}" for what, found, cure in findings),
+        "doctor.txt": "\n".join(f"{what}: {found}{f' (TO DO: {hint})' if hint else ''}" for what, found, hint in findings),
         "environment.txt": "\n".join(f"{name}={value}" for name, value in chosen(os.environ)),
         "packages.txt": "\n".join(sorted({f"{one.name}=={one.version}" for one in distributions()}, key=str.lower)),
         "system.txt": "\n".join(_system()),

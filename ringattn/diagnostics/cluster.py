@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 import ringattn
-from ringattn.comm.consistency import ranks_named
+from ringattn.comm.consistency import format_ranks
 from ringattn.comm.gloo_duplex import finish, prepare, receiving, sending
 from ringattn.diagnostics.doctor import Finding, examine
 from ringattn.planner import make_plan
@@ -49,8 +49,8 @@ def examine_together(timeout: float = 60.0) -> Iterator[Finding]:
     cut_off = {n: said for n in range(world) if (said := store.get(f"cut off/{n}").decode())}
     if cut_off:
         said = "; ".join(f"rank {n} cannot connect to rank {peers}" for n, peers in cut_off.items())
-        cure = "set GLOO_SOCKET_IFNAME to the interface that joins the hosts (see `ip address`), and open its ports"
-        yield Finding("reachable peers", said, cure)
+        hint = "set GLOO_SOCKET_IFNAME to the interface that joins the hosts (see `ip address`), and open its ports"
+        yield Finding("reachable peers", said, hint)
         return
     mesh = init(timeout=timeout)
     try:
@@ -91,16 +91,16 @@ def _compared(everyone: list[dict[str, str]]) -> Iterator[Finding]:
         by_value: dict[str, list[int]] = {}
         for rank, said in enumerate(everyone):
             by_value.setdefault(said[what], []).append(rank)
-        told = "; ".join(f"{value} on {ranks_named(ranks, len(everyone))}" for value, ranks in by_value.items())
+        told = "; ".join(f"{value} on {format_ranks(ranks, len(everyone))}" for value, ranks in by_value.items())
         if what == "ranks":
             yield Finding(what, f"{len(everyone)}: {told}")
         else:
-            cure = (
+            hint = (
                 "install the same on every host: ranks that differ disagree on plans, or on results"
                 if len(by_value) > 1
                 else ""
             )
-            yield Finding(what, told, cure)
+            yield Finding(what, told, hint)
 
 
 def _clocks() -> Finding:
@@ -110,12 +110,12 @@ def _clocks() -> Finding:
         dist.barrier()
         spreads.append((max(read := _gather(time.time())) - min(read), read.index(max(read)), read.index(min(read))))
     spread, ahead, behind = min(spreads)
-    cure = (
+    hint = (
         f"synchronise clocks (chrony, ntp): times in the logs of ranks {ahead} and {behind} do not compare"
         if spread > APART
         else ""
     )
-    return Finding("clocks", f"within {spread:.2g} s of each other", cure)
+    return Finding("clocks", f"within {spread:.2g} s of each other", hint)
 
 
 def _links(mesh: DeviceMesh) -> Finding:
@@ -143,7 +143,7 @@ def _links(mesh: DeviceMesh) -> Finding:
     found = f"{low / 1e9:.2g} to {high / 1e9:.2g} GB/s each way, all at once; slowest from rank {src} to {dst}"
     if damaged:
         return Finding(
-            "neighbours", f"{found}; {ranks_named(damaged, world)} received damaged bytes", "do not train on this network"
+            "neighbours", f"{found}; {format_ranks(damaged, world)} received damaged bytes", "do not train on this network"
         )
     return Finding("neighbours", found)
 
@@ -159,7 +159,7 @@ def _hosts(own: list[Finding]) -> Iterator[Finding]:
     for finding, ranks in told.items():
         if finding.what in ("python", "torch", "ringattn", "torchrun"):
             continue  # said above, of all ranks
-        where = "" if ranks == asked else f" (host of {ranks_named(ranks, len(by_rank))})"
+        where = "" if ranks == asked else f" (host of {format_ranks(ranks, len(by_rank))})"
         yield finding._replace(found=finding.found + where)
 
 

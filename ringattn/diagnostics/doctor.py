@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 import ringattn
-from ringattn.comm.process_group import described
+from ringattn.comm.process_group import describe_backends
 from ringattn.kernels import KERNELS, Operands, Options, get
-from ringattn.kernels.select import obstacle, pick, resolved
-from ringattn.sequence.segments import CAUSAL, Piece
+from ringattn.kernels.select import pick, resolved, unsupported_reason
+from ringattn.sequence.segments import CAUSAL, Segment
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
     what: str
     found: str
-    cure: str = ""
+    hint: str = ""
 
 
 def examine() -> Iterator[Finding]:
@@ -66,16 +66,16 @@ def _devices() -> Finding:
 
 def _sdpa() -> Iterator[Finding]:
     """What "sdpa" stands for here, and whether its numbers are right: everything else can be done without."""
-    cure = "make plans with kernel='reference', and report this torch version"
+    hint = "make plans with kernel='reference', and report this torch version"
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         what = f"sdpa kernel, {_short(dtype)}"
         try:
             off = _off("sdpa", dtype)
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
-            yield Finding(what, f"fails: {error}", cure)
+            yield Finding(what, f"fails: {error}", hint)
             continue
         name = resolved("sdpa", _device(), dtype, 16, 16, 2)
-        yield Finding(what, f"{name} on {_device().type}, within {off:.0e} of the reference", "" if off < tolerance else cure)
+        yield Finding(what, f"{name} on {_device().type}, within {off:.0e} of the reference", "" if off < tolerance else hint)
 
 
 def _other_kernels() -> Iterator[Finding]:
@@ -83,7 +83,7 @@ def _other_kernels() -> Iterator[Finding]:
     for name in KERNELS:
         if name in ("sdpa", "reference"):
             continue
-        why = obstacle(name, _device(), torch.bfloat16, 16)
+        why = unsupported_reason(name, _device(), torch.bfloat16, 16)
         if why is None:
             try:
                 found = f"runs, within {_off(name, torch.bfloat16):.0e} of the reference"
@@ -139,7 +139,7 @@ def _devices_to_ask() -> list[torch.device]:
 
 def _off(name: str, dtype: torch.dtype) -> float:
     """How far a small block is from the reference."""
-    whole, options = (Piece(0, 33, 0, 33, CAUSAL),), Options(0.25)
+    whole, options = (Segment(0, 33, 0, 33, CAUSAL),), Options(0.25)
     q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(_device(), dtype).unbind()
     found, wanted = (get(n).forward(Operands(q, k, v, None), whole, options).out.float() for n in (name, "reference"))
     return (found - wanted).abs().max().item()
@@ -154,16 +154,16 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _gloo() -> Finding:
-    cure = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
+    hint = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
     members = dist.group.WORLD if dist.is_initialized() else None
     if members is not None:
-        return Finding("gloo", f"in a group, {described(members)}")
+        return Finding("gloo", f"in a group, {describe_backends(members)}")
     try:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         dist.destroy_process_group()
     except (RuntimeError, ValueError) as error:
-        return Finding("gloo", f"cannot open a group: {error}", cure)
+        return Finding("gloo", f"cannot open a group: {error}", hint)
     return Finding("gloo", "opens a group")
 
 
@@ -172,8 +172,8 @@ def _torchrun() -> Finding:
     missing = [name for name in TORCHRUN if name not in there]
     if not there:
         return Finding("torchrun", "not under torchrun (one process; start ranks with `torchrun --nproc-per-node N ...`)")
-    cure = f"{', '.join(missing)} not set: start every rank with torchrun, or set all of them" if missing else ""
-    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in there.items()), cure)
+    hint = f"{', '.join(missing)} not set: start every rank with torchrun, or set all of them" if missing else ""
+    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in there.items()), hint)
 
 
 def _memory() -> Finding:

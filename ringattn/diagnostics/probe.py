@@ -26,7 +26,7 @@ from ringattn.kernels.fused import PartialRows, merge
 from ringattn.planner.cost import MERGE
 from ringattn.planner.topology import Topology
 from ringattn.schedule.program import MERGED_AT_ONCE
-from ringattn.sequence.segments import FULL, Piece
+from ringattn.sequence.segments import FULL, Segment
 
 SHARED = 0.75  # of the sum of its links: a rank that gets less out of all of them at once has them behind one port
 
@@ -102,14 +102,14 @@ class Probe:
         on_gpu = self.device == "cuda"
         rows, heads, dim, dtype = (8192, 16, 128, torch.bfloat16) if on_gpu else (1024, 4, 64, torch.float32)
         q, k, v = torch.randn(3, 1, heads, rows, dim, device=self.device, dtype=dtype).unbind()
-        kernel, whole = get("sdpa"), (Piece(0, rows, 0, rows, FULL),)
+        kernel, whole = get("sdpa"), (Segment(0, rows, 0, rows, FULL),)
         seconds = self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(dim**-0.5)), together=True)
         return 4 * rows * rows * heads * dim / seconds
 
     def _launch(self) -> float:
         """Seconds of the smallest kernel call."""
         q, k, v = torch.randn(3, 1, 1, 1, 64, device=self.device).unbind()
-        kernel, whole = get("sdpa"), (Piece(0, 1, 0, 1, FULL),)
+        kernel, whole = get("sdpa"), (Segment(0, 1, 0, 1, FULL),)
         return self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(1.0)), together=True)
 
     def _memory(self) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import sqrt
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,7 +31,7 @@ from ringattn.plan.plan import Plan
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item
 
-Held: TypeAlias = dict[Item, Payload]
+Resident: TypeAlias = dict[Item, Payload]
 
 
 class Inputs(NamedTuple):
@@ -53,6 +54,11 @@ def attend(inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Tr
     return list(zip(results[::2], results[1::2], strict=True))
 
 
+def options_for(plan: Plan, scale: float | None, softcap: float | None) -> Options:
+    """What a kernel is told beside its operands; the scale is 1 / sqrt(head_dim) where none is given."""
+    return Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Autocast switched off, if it is on: switching costs more than a small kernel."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -62,7 +68,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        keep = plan.keep and any(ctx.needs_input_grad)
+        keep = plan.reuse_inputs and any(ctx.needs_input_grad)
         results, kept = run_forward(inputs, plan, options, transport, keep=keep)
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
         ctx.mark_non_differentiable(*results[1::2])
@@ -91,18 +97,18 @@ class _Attend(torch.autograd.Function):
 
 def run_forward(
     inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep: bool
-) -> tuple[list[Tensor], list[Held]]:
+) -> tuple[list[Tensor], list[Resident]]:
     """out and lse of each rank that `transport` hosts, one after another; and, with `keep`, what rests there for backward."""
     works = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
-    held: list[Held] = [{} for _ in works]
-    made = _carried_out(plan, works, held, transport, backward=False)
+    resident: list[Resident] = [{} for _ in works]
+    made = _carried_out(plan, works, resident, transport, backward=False)
     results: list[Tensor] = []
     for i, work, gathered in zip(inputs, works, made, strict=True):
         out, lse = work.result(gathered)
         if i.sinks is not None:
             out, lse = _with_sinks(out, lse, i.sinks)
         results += [out.transpose(1, 2), lse]
-    return results, [resting(work, blocks) if keep else {} for work, blocks in zip(works, held, strict=True)]
+    return results, [resting(work, blocks) if keep else {} for work, blocks in zip(works, resident, strict=True)]
 
 
 def run_backward(
@@ -122,8 +128,8 @@ def run_backward(
         delta, safe_lse = row_statistics(dout, out, lse)
         deltas.append(delta)
         works.append(Backward(plan, rank, options, **engine_order(i), dout=dout, lse=safe_lse, delta=delta, out=out))
-    held = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
-    made = _carried_out(plan, works, held, transport, backward=True)
+    resident = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
+    made = _carried_out(plan, works, resident, transport, backward=True)
     found: list[tuple[Tensor | None, ...]] = []
     for i, work, gathered, delta, lse in zip(inputs, works, made, deltas, results[1::2], strict=True):
         dq, dk, dv, dbias = work.result(gathered)
@@ -135,42 +141,42 @@ def run_backward(
 
 
 def _carried_out(
-    plan: Plan, works: Sequence[Forward | Backward], held: Sequence[Held], transport: Transport, *, backward: bool
+    plan: Plan, works: Sequence[Forward | Backward], resident: Sequence[Resident], transport: Transport, *, backward: bool
 ) -> list[dict[Item, Any]]:
     """What each hosted rank has at the end of one pass; under the pass's name in profiles, errors and journals."""
-    name = plan.called(backward=backward)
+    name = plan.pass_name(backward=backward)
     runs = [
         run(plan.program(work.rank, backward=backward), work, port, blocks)
-        for work, port, blocks in zip(works, transport.ports(name), held, strict=True)
+        for work, port, blocks in zip(works, transport.ports(name), resident, strict=True)
     ]
     with span(name) if profiling() else nullcontext():
         return transport.drive(runs)
 
 
-def rests(plan: Plan, rank: int) -> list[Item]:
+def residents(plan: Plan, rank: int) -> list[Item]:
     """The inputs that `resting` finds on `rank`, told from its program alone: those it takes in, sends on or computes with."""
     found: set[Item] = set()
     for step in plan.program(rank, backward=False):
-        for message in (*(m for m in step.due if m.dst == rank), *(m for m in step.post if m.src == rank)):
+        for message in (*(m for m in step.arrival if m.dst == rank), *(m for m in step.post if m.src == rank)):
             found.update(message.items)
         for tiles in step.tiles:
-            found.update(Item(tiles.lane, Kind.Q, i) for i in tiles.i)
-            found.update(Item(tiles.lane, Kind.KV, j) for j in tiles.j)
+            found.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
+            found.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
     inputs = [item for item in found if not item.kind.moved]
-    stay = [item for item in inputs if plan.forward[item.lane].schedule.rest(item.kind, item.index) == rank]
-    return sorted(stay, key=lambda item: (item.lane, item.kind.value, item.index))
+    stay = [item for item in inputs if plan.forward[item.head_group].schedule.resident_rank(item.kind, item.index) == rank]
+    return sorted(stay, key=lambda item: (item.head_group, item.kind.value, item.index))
 
 
-def resting(work: Forward, held: Held) -> Held:
+def resting(work: Forward, resident: Resident) -> Resident:
     """What stays on this rank until backward. Own rows are copied, or all heads of them would stay."""
-    stays = {item: payload for item, payload in held.items() if work.rests_here(item)}
+    stays = {item: payload for item, payload in resident.items() if work.rests_here(item)}
     return {i: tuple(t.clone() for t in payload) if work.owns(i) else payload for i, payload in stays.items()}
 
 
-def back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Held:
+def back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Resident:
     """What has stayed, as backward has it: to own queries comes at once what those of others will be sent."""
-    held = {item: tuple(next(kept) for _ in range(size)) for item, size in sizes.items()}
-    return {i: (*payload, *work.own(i._replace(new=True))) if work.owns(i) else payload for i, payload in held.items()}
+    resident = {item: tuple(next(kept) for _ in range(size)) for item, size in sizes.items()}
+    return {i: (*payload, *work.own(i._replace(new=True))) if work.owns(i) else payload for i, payload in resident.items()}
 
 
 def _ghost(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from ringattn.plan.plan import Plan
 from ringattn.plan.wire_fields import Field, fields
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item
-from ringattn.schedule.program import Work as TileBatch
+from ringattn.schedule.program import TileBatch as TileBatch
 
 Sums = tuple[SumRows, ...]
 
@@ -41,7 +41,7 @@ class _Pass(ABC):
 
     def __init__(self, plan: Plan, rank: int, options: Options, **tensors: Tensor | None) -> None:
         self.plan, self.rank, self.options = plan, rank, options
-        self.lanes = plan.backward if self.backward else plan.forward
+        self.head_groups = plan.backward if self.backward else plan.forward
         self.kernel = get(plan.kernel)
         self.tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         q, v, bias = self.tensors["q"], self.tensors["v"], self.tensors.get("bias")
@@ -59,7 +59,7 @@ class _Pass(ABC):
 
     def rests_here(self, item: Item) -> bool:
         """Whether input `item` stays on this rank from forward to backward."""
-        return self.lanes[item.lane].schedule.rest(item.kind, item.index) == self.rank
+        return self.head_groups[item.head_group].schedule.resident_rank(item.kind, item.index) == self.rank
 
     def owns(self, item: Item) -> bool:
         """Whether the rows of `item` are this rank's."""
@@ -70,7 +70,7 @@ class _Pass(ABC):
         block = self.shapes.block(item)
         if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
             raise ScheduleError(f"rank {self.rank} has {item} in hand, which belongs to rank {block.rank}")
-        first, count = self.shapes.heads(field, item.lane)
+        first, count = self.shapes.heads(field, item.head_group)
         if count != tensor.shape[1]:
             tensor = tensor.narrow(1, first, count)
         return tensor if block.rows == tensor.shape[2] else tensor.narrow(2, block.start, block.rows)
@@ -78,7 +78,7 @@ class _Pass(ABC):
     @property
     def _shared(self) -> bool:
         """Whether several lanes have gradients for the same KV heads."""
-        several = sum(lane.heads.of_keys for lane in self.lanes) > self.plan.kv_heads
+        several = sum(head_group.heads.of_keys for head_group in self.head_groups) > self.plan.kv_heads
         return several or self.tensors.get("bias", self.tensors["k"]).shape[1] == 1
 
 
@@ -90,7 +90,7 @@ class Forward(_Pass):
     def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, PartialRows]:
         batch = self.shapes.batch(self.kernel, tiles)
         (query,), keys = _touched(q, batch.rows), _touched(kv, batch.keys)
-        out, lse = self.kernel.forward(_operands(query, keys), batch.pieces, self.options)
+        out, lse = self.kernel.forward(_operands(query, keys), batch.segments, self.options)
         return {s.item: PartialRows(s.start, s.stop, _part(out, s), _part(lse, s)) for s in batch.q_spans}
 
     def merge(self, item: Item, shares: Sequence[PartialRows]) -> PartialRows:
@@ -116,7 +116,7 @@ class Forward(_Pass):
         alone = _only(gathered, rows)
         if alone and alone.out.shape[1] == heads and _is_final(alone.out, self.dtype) and alone.lse.dtype == self.accum:
             return Partial(alone.out, alone.lse.contiguous())  # of a single rank, say: the kernel's own tensors
-        covered = sum(self.shapes.block(item).rows * self.lanes[item.lane].heads.of_queries for item in gathered)
+        covered = sum(self.shapes.block(item).rows * self.head_groups[item.head_group].heads.of_queries for item in gathered)
         new = torch.empty if covered == rows * heads else torch.zeros
         out = new(batch, rows, heads, dim, dtype=self.dtype, device=self.device).transpose(1, 2)
         lse = torch.empty(batch, heads, rows, dtype=self.accum, device=self.device)
@@ -149,7 +149,7 @@ class Backward(_Pass):
         batch = self.shapes.batch(self.kernel, tiles)
         query, dout, lse, delta, *out = _touched(q, batch.rows)
         operands, rows = _operands(query, _touched(kv, batch.keys)), Rows(dout, lse, delta, *out)
-        dq, *others = self.kernel.backward(operands, rows, batch.pieces, self.options)
+        dq, *others = self.kernel.backward(operands, rows, batch.segments, self.options)
         of_keys = [grad for grad in others if grad is not None]
         shares: dict[Item, Sums] = {s.item: (SumRows(s.start, s.stop, _part(dq, s)),) for s in batch.q_spans}
         for s in batch.kv_spans:
@@ -199,7 +199,7 @@ class Backward(_Pass):
                 for part in sums:
                     target.narrow(2, part.start, part.stop - part.start).add_(part.values)
             return total.to(dtype)
-        covered = sum(self.shapes.block(item).rows * self.shapes.heads(field, item.lane)[1] for item in parts)
+        covered = sum(self.shapes.block(item).rows * self.shapes.heads(field, item.head_group)[1] for item in parts)
         total = _by_rows(like, rows, dtype)
         if covered < rows * heads:
             total.zero_()

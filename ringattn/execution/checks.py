@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn._validation import complaint, instance, shown
+from ringattn._validation import error_message, instance, short_repr
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError, MismatchError, RingAttnError
@@ -21,7 +21,7 @@ from ringattn.sequence.layout import Layout
 CURES = {Plan: "make one with make_plan(...)", Layout: "give the layout of the rows, as plan.layout"}
 
 
-def meet(
+def resolve_group(
     what: Plan | Layout, group: Group | None, kind: type[Plan] | type[Layout] = Plan
 ) -> tuple[dist.ProcessGroup | None, int]:
     """The process group of a call with this plan or layout and the rank in it, as `group_and_rank`.
@@ -29,16 +29,16 @@ def meet(
     A rank that has no plan, or no group for it, takes part in the agreement of the others: all raise, and name it.
     """
     error: RingAttnError | None = None
-    problem = complaint(lambda: _check(what, group, kind))
+    problem = error_message(lambda: _check(what, group, kind))
     if problem is None:
         try:
             return group_and_rank(group, what.world)
         except MismatchError as mismatch:
             error = mismatch
-    raise told(error or InputError(problem), group)
+    raise agreed_error(error or InputError(problem), group)
 
 
-def told(error: RingAttnError, group: object) -> RingAttnError:
+def agreed_error(error: RingAttnError, group: object) -> RingAttnError:
     """`error`, in the words in which all ranks of `group` now hear of it."""
     try:
         agree(_somewhere(group), {}, str(error))
@@ -50,10 +50,10 @@ def told(error: RingAttnError, group: object) -> RingAttnError:
     return error
 
 
-def dense(name: str, value: object) -> Tensor:
+def as_strided_tensor(name: str, value: object) -> Tensor:
     """A tensor of the ordinary kind; raises `InputError` for anything else."""
     if not isinstance(value, Tensor):
-        raise InputError(f"{name}={shown(value)}; must be a tensor")
+        raise InputError(f"{name}={short_repr(value)}; must be a tensor")
     if value.is_nested or value.layout != torch.strided:
         raise InputError(f"{name} is a tensor of layout {value.layout}; make it dense, as with {name}.to_dense()")
     return value
@@ -75,7 +75,7 @@ def _check(what: object, group: object, kind: type[Plan] | type[Layout]) -> None
 
 def check_group(group: object) -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup | DeviceMesh):
-        raise InputError(f"group={shown(group)}; give a process group, a 1-D DeviceMesh, or None for the default group")
+        raise InputError(f"group={short_repr(group)}; give a process group, a 1-D DeviceMesh, or None for the default group")
 
 
 def _somewhere(group: object) -> dist.ProcessGroup | None:

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from ringattn.comm.transport import Port
 from ringattn.comm.wire_format import Wire
 from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step
-from ringattn.schedule.program import Work as TileBatch
+from ringattn.schedule.program import TileBatch as TileBatch
 
 Payload = tuple[Tensor, ...]
 
@@ -140,7 +140,7 @@ def run(
                 resident[item] = payload
 
     def arrive(step: Step) -> Generator[None, None, None]:
-        for message in step.due:
+        for message in step.arrival:
             handed_over = yield from port.wait(message)
             buffer = buffers.pop(message)
             if message.dst == port.rank:
@@ -150,7 +150,7 @@ def run(
     def depart(step: Step) -> None:
         for message in step.post:
             sends = message.src == port.rank
-            buffers[message] = outgoing(message) if sends else port.room(ops.wire(message.items), ops.device)
+            buffers[message] = outgoing(message) if sends else port.allocate(ops.wire(message.items), ops.device)
         port.post([(message, buffers[message]) for message in step.post])
 
     def compute(tiles: TileBatch) -> None:
@@ -162,7 +162,7 @@ def run(
         if profiled:
             yield from _in_spans(step, arrive, depart, compute)
         else:
-            if step.due:
+            if step.arrival:
                 yield from arrive(step)
             if step.post:
                 depart(step)
@@ -177,7 +177,7 @@ def run(
 
 def _in_spans(step: Step, arrive: Any, depart: Any, compute: Any) -> Generator[None, None, None]:
     """A step whose parts are seen in a profile."""
-    if step.due:
+    if step.arrival:
         with span(step, "wait"):
             yield from arrive(step)
     if step.post:

@@ -16,13 +16,13 @@ from torch.autograd import forward_ad
 
 from ringattn.errors import InputError
 
-CURE = (
+HINT = (
     "compute the term that needs it with torch.nn.functional.scaled_dot_product_attention on the whole sequence (see unshard), "
     "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
 TWICE = (
     "a second derivative of attention (create_graph=True, gradient penalties, torch.autograd.functional.hessian): attention "
-    f"over shards can be differentiated once; {CURE}, or detach the gradient if it is meant to be a constant"
+    f"over shards can be differentiated once; {HINT}, or detach the gradient if it is meant to be a constant"
 )
 
 
@@ -31,12 +31,12 @@ def unsupported_transform(*tensors: object) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return (
             "attention was called under torch.func (grad, vjp, jvp, vmap, jacrev, ...), which cannot carry out transfers "
-            f"between ranks; use loss.backward() or torch.autograd.grad on plain tensors, or {CURE}"
+            f"between ranks; use loss.backward() or torch.autograd.grad on plain tensors, or {HINT}"
         )
     if forward_ad._current_level >= 0:
         for x in tensors:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-                return f"attention was called with a dual tensor of forward-mode differentiation, and has none; {CURE}"
+                return f"attention was called with a dual tensor of forward-mode differentiation, and has none; {HINT}"
     return None
 
 

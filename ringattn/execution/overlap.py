@@ -16,16 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import complaint, count, flag
+from ringattn._validation import count, error_message, flag
 from ringattn.comm.consistency import agree
-from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import Group, backends
 from ringattn.comm.select import transport_for
-from ringattn.comm.transport import Port
+from ringattn.comm.transport import Port, Transport
 from ringattn.errors import InputError
-from ringattn.execution.autograd import Held, back, resting
+from ringattn.execution.autograd import Resident, back, resting
 from ringattn.execution.blocks import Backward, Forward
-from ringattn.execution.checks import meet
+from ringattn.execution.checks import resolve_group
 from ringattn.execution.engine import run
 from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.lse import Partial, accum_dtype
@@ -57,11 +56,11 @@ class _Idle(Kernel):
 
     name = "idle"
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         lse = torch.zeros(block.q.shape[:-1], dtype=accum_dtype(block.q.dtype), device=block.q.device)
         return Partial(torch.empty_like(block.q), lse)
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         return Grads(torch.empty_like(block.q), torch.empty_like(block.k), torch.empty_like(block.v), None)
 
 
@@ -82,9 +81,9 @@ class _Nowhere(Port):
 
 def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward: bool = False, repeats: int = 5) -> Overlap:
     """Median over `repeats` interleaved rounds of one forward (or backward) pass of `plan` with random inputs."""
-    process_group, rank = meet(plan, group)
+    process_group, rank = resolve_group(plan, group)
     said: dict[str, object] = {"call": "overlap"}
-    problem = complaint(lambda: said.update(_asked(plan, batch, backward, repeats)))
+    problem = error_message(lambda: said.update(_asked(plan, batch, backward, repeats)))
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu(process_group) else torch.device("cpu")
     agree(process_group, said, problem, device=device)
     batch = int(batch)
@@ -92,15 +91,15 @@ def overlap(plan: Plan, *, batch: int = 1, group: Group | None = None, backward:
     work = _work(plan, rank, batch, backward, device)
     kernel, idle = work.kernel, _Idle()
 
-    kept = _kept(plan, rank, batch, device, transport) if backward and plan.keep else {}
+    kept = _kept(plan, rank, batch, device, transport) if backward and plan.reuse_inputs else {}
 
     def once(kernel: Kernel, port: Port) -> float:
         work.kernel = kernel
         sizes = {item: len(payload) for item, payload in kept.items()}
-        held = back(work, sizes, (t for payload in kept.values() for t in payload)) if isinstance(work, Backward) else {}
+        resident = back(work, sizes, (t for payload in kept.values() for t in payload)) if isinstance(work, Backward) else {}
         _settle(process_group, device)
         begin = perf_counter()
-        transport.drive([run(plan.program(rank, backward=backward), work, port, held)])
+        transport.drive([run(plan.program(rank, backward=backward), work, port, resident)])
         _settle(None, device)
         return perf_counter() - begin
 
@@ -141,14 +140,14 @@ def _work(plan: Plan, rank: int, batch: int, backward: bool, device: torch.devic
     return Backward(plan, rank, options, q=q, k=k, v=v, dout=dout, lse=lse, delta=torch.zeros_like(lse))
 
 
-def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: P2P) -> Held:
+def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: Transport) -> Resident:
     """What stays on this rank from a forward pass."""
     work = _work(plan, rank, batch, False, device)
     assert isinstance(work, Forward)
-    held: Held = {}
+    resident: Resident = {}
     (port,) = transport.ports("forward")
-    transport.drive([run(plan.program(rank, backward=False), work, port, held)])
-    return resting(work, held)
+    transport.drive([run(plan.program(rank, backward=False), work, port, resident)])
+    return resting(work, resident)
 
 
 def _on_gpu(group: dist.ProcessGroup | None) -> bool:

@@ -21,8 +21,8 @@ from ringattn.plan.plan import Plan
 from ringattn.plan.wire_fields import Field, fields
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item
-from ringattn.schedule.program import Work as TileBatch
-from ringattn.sequence.segments import Piece
+from ringattn.schedule.program import TileBatch as TileBatch
+from ringattn.sequence.segments import Segment
 
 
 class InputSizes(NamedTuple):
@@ -53,7 +53,7 @@ class Span(NamedTuple):
 class Batch(NamedTuple):
     """What one kernel call computes: only the rows and keys that its pieces touch, half of them in many zigzag tiles."""
 
-    pieces: Prepared
+    segments: Prepared
     rows: Touched
     keys: Touched
     q_spans: tuple[Span, ...]
@@ -65,7 +65,7 @@ class Shapes:
 
     def __init__(self, plan: Plan, inputs: InputSizes, *, backward: bool) -> None:
         self.plan, self.inputs, self.backward = plan, inputs, backward
-        self.lanes = plan.backward if backward else plan.forward
+        self.head_groups = plan.backward if backward else plan.forward
         self.accum = accum_dtype(inputs.dtype)
         self._wires: dict[tuple[Item, ...], Wire] = {}
         self._batches: dict[tuple[Kernel, TileBatch], Batch] = {}
@@ -74,7 +74,7 @@ class Shapes:
         return fields(kind, backward=self.backward, bias=self.inputs.bias_heads > 0, new=new)
 
     def block(self, item: Item) -> Block:
-        return self.lanes[item.lane].block(item.kind, item.index)
+        return self.head_groups[item.head_group].block(item.kind, item.index)
 
     def wire(self, items: tuple[Item, ...]) -> Wire:
         """The layout of a message that carries `items`."""
@@ -87,9 +87,9 @@ class Shapes:
         """What `item` looks like on the wire, wherever it comes from."""
         return [self._spec(field, item) for field in self.fields(item.kind, new=item.new)]
 
-    def heads(self, field: Field, lane: int) -> tuple[int, int]:
+    def heads(self, field: Field, head_group: int) -> tuple[int, int]:
         """First head and number of heads that `field` of this lane has of the whole tensor."""
-        heads = self.lanes[lane].heads
+        heads = self.head_groups[head_group].heads
         if field.heads == "q":
             return heads.q_start, heads.of_queries
         if field.heads == "bias" and self.inputs.bias_heads == 1:
@@ -104,26 +104,26 @@ class Shapes:
         return batch
 
     def _make_batch(self, kernel: Kernel, tiles: TileBatch) -> Batch:
-        pieces = self.lanes[tiles.lane].pieces(tiles)
+        segments = self.head_groups[tiles.head_group].segments(tiles)
         sides: list[tuple[Touched, tuple[Span, ...]]] = []
         for kind, indices, runs in (
-            (Kind.Q_ACC, tiles.i, [(p.q_start, p.q_stop) for p in pieces]),
-            (Kind.KV_ACC, tiles.j, [(p.k_start, p.k_stop) for p in pieces]),
+            (Kind.Q_ACC, tiles.i, [(p.q_start, p.q_stop) for p in segments]),
+            (Kind.KV_ACC, tiles.j, [(p.k_start, p.k_stop) for p in segments]),
         ):
-            items = [Item(tiles.lane, kind, index) for index in indices]
+            items = [Item(tiles.head_group, kind, index) for index in indices]
             sizes = [self.block(item).rows for item in items]
             first, stop = (min(a for a, _ in runs), max(b for _, b in runs)) if runs else (0, 0)
             touched = Touched(first, None) if (first, stop) == (0, sum(sizes)) else Touched(first, stop - first)
             sides.append((touched, _spans(items, sizes, first, stop)))
         (rows, q_spans), (keys, kv_spans) = sides
-        moved = [_moved(piece, rows.start, keys.start) for piece in pieces]
+        moved = [_moved(segment, rows.start, keys.start) for segment in segments]
         return Batch(kernel.prepare(moved), rows, keys, q_spans, kv_spans)
 
     def _spec(self, field: Field, item: Item) -> Spec:
         dims = () if field.dim is None else (self.plan.head_dim if field.dim == "qk" else self.inputs.value_dim,)
-        narrow = not item.kind.moved or self.plan.rounds(self.lanes[item.lane], item.kind)
+        narrow = not item.kind.moved or self.plan.rounds_on_wire(self.head_groups[item.head_group], item.kind)
         dtype = self.inputs.dtype if narrow and not field.wide else self.accum
-        return Spec((self.inputs.batch, self.heads(field, item.lane)[1], self.block(item).rows, *dims), dtype)
+        return Spec((self.inputs.batch, self.heads(field, item.head_group)[1], self.block(item).rows, *dims), dtype)
 
 
 @lru_cache(maxsize=128)
@@ -142,10 +142,10 @@ def _spans(items: Sequence[Item], sizes: Sequence[int], first: int, stop: int) -
     return tuple(spans)
 
 
-def _moved(piece: Piece, rows: int, keys: int) -> Piece:
-    return piece._replace(
-        q_start=piece.q_start - rows,
-        q_stop=piece.q_stop - rows,
-        k_start=piece.k_start - keys,
-        k_stop=piece.k_stop - keys,
+def _moved(segment: Segment, rows: int, keys: int) -> Segment:
+    return segment._replace(
+        q_start=segment.q_start - rows,
+        q_stop=segment.q_stop - rows,
+        k_start=segment.k_start - keys,
+        k_stop=segment.k_stop - keys,
     )

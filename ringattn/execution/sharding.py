@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import complaint, flag, instance, shown, whole
+from ringattn._validation import as_int, error_message, flag, instance, short_repr
 from ringattn.comm.collectives import all_gather, all_reduce
 from ringattn.comm.consistency import Gradient, agree
 from ringattn.comm.process_group import Group, cannot_move, group_and_rank
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense, meet
+from ringattn.execution.checks import as_strided_tensor, resolve_group
 from ringattn.execution.joint_backward import gradient_of, in_backward
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.plan.plan import Plan
 from ringattn.sequence.layout import Layout
 
@@ -29,10 +29,10 @@ def positions(plan: Plan, rank: int | None = None, *, keys: bool = False) -> Ten
 
     `rank` defaults to this process's rank in the default group.
     """
-    return held(_layout(plan, keys), _rank(plan, rank))
+    return resident_positions(_layout(plan, keys), _rank(plan, rank))
 
 
-def held(layout: Layout, rank: int) -> Tensor:
+def resident_positions(layout: Layout, rank: int) -> Tensor:
     """The positions that `rank` holds, in its order: int64 (rows,)."""
     spans = [torch.arange(s.start, s.start + s.length * s.stride, s.stride) for s in layout.shards[rank]]
     return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
@@ -40,7 +40,7 @@ def held(layout: Layout, rank: int) -> Tensor:
 
 def in_order(layout: Layout) -> Tensor:
     """What sorts the shards, put one behind another, into the order of the sequence: int64 (length,)."""
-    return torch.cat([held(layout, rank) for rank in range(layout.world)]).argsort()
+    return torch.cat([resident_positions(layout, rank) for rank in range(layout.world)]).argsort()
 
 
 def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys: bool = False) -> Tensor:
@@ -49,11 +49,11 @@ def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys:
     Raises `InputError` when `x` has another length than the plan. Gradients flow back to the rows taken.
     """
     layout = _layout(plan, keys)
-    dim = whole("dim", dim, InputError)
-    if not -dense("x", x).ndim <= dim < x.ndim or x.shape[dim] != layout.length:
+    dim = as_int("dim", dim, InputError)
+    if not -as_strided_tensor("x", x).ndim <= dim < x.ndim or x.shape[dim] != layout.length:
         raise InputError(
             f"shard(x): the plan is for {layout.length} positions and x of shape {tuple(x.shape)} does not have as many along "
-            f"dim {shown(dim)}; pass the whole sequence, or make a plan for its length"
+            f"dim {short_repr(dim)}; pass the whole sequence, or make a plan for its length"
         )
     return x.index_select(dim, positions(plan, rank, keys=keys).to(x.device) - layout.first)
 
@@ -64,25 +64,28 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
     In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the
     whole counts `world` times: divide it by `world`, or compute the loss on shards.
     """
-    process_group, rank = meet(plan, group)
-    problem, said = complaint(lambda: _check_shard(x, plan, dim, keys, process_group, rank)), {}
+    process_group, rank = resolve_group(plan, group)
+    problem, said = error_message(lambda: _check_shard(x, plan, dim, keys, process_group, rank)), {}
     if problem is None:
         others = [n for d, n in enumerate(x.shape) if d != dim % x.ndim]
         said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
     device = x.device if isinstance(x, Tensor) else None
     gradient = gradient_of(x)
     fields = {"call": "unshard"} | said
-    if agree(process_group, fields, problem, device=device, behind=plan.facts, gradient=gradient) and gradient == Gradient.NONE:
+    if (
+        agree(process_group, fields, problem, device=device, details=plan.describe, gradient=gradient)
+        and gradient == Gradient.NONE
+    ):
         x = in_backward(x)
     gathered: Tensor = _Unshard.apply(x, plan, int(dim), process_group, rank, keys)
     return gathered
 
 
 def _check_shard(x: Tensor, plan: Plan, dim: int, keys: bool, group: dist.ProcessGroup | None, rank: int) -> None:
-    rows, dim = _layout(plan, keys).rows(rank), whole("dim", dim, InputError)
-    if not -dense("x", x).ndim <= dim < x.ndim or x.shape[dim] != rows:
+    rows, dim = _layout(plan, keys).rows(rank), as_int("dim", dim, InputError)
+    if not -as_strided_tensor("x", x).ndim <= dim < x.ndim or x.shape[dim] != rows:
         raise InputError(
-            f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {shown(dim)}"
+            f"unshard(x): x of shape {tuple(x.shape)} does not have the {rows} rows of rank {rank} along dim {short_repr(dim)}"
         )
     if problem := cannot_move(group, "x", x):
         raise InputError(problem)
@@ -116,7 +119,7 @@ class _SumAndCut(torch.autograd.Function):
         plan, dim, group, rank, keys = ctx.how = how
         grad = grad.contiguous().clone()
         if group is not None:
-            with transferring("gathering gradients", f"rank {rank}: backward of unshard failed"):
+            with comm_errors("gathering gradients", f"rank {rank}: backward of unshard failed"):
                 all_reduce(grad, group)
         return shard(grad, plan, dim=dim, rank=rank, keys=keys)
 
@@ -133,7 +136,7 @@ def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> li
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(layout.world)]
-    with transferring("gathering a sequence", f"rank {dist.get_rank(group)}: unshard failed"):
+    with comm_errors("gathering a sequence", f"rank {dist.get_rank(group)}: unshard failed"):
         all_gather(parts, padded, group)
     return [part[: layout.rows(r)] for r, part in enumerate(parts)]
 
@@ -141,7 +144,7 @@ def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> li
 def _rank(plan: Plan, rank: int | None) -> int:
     if rank is None:
         return group_and_rank(None, plan.world)[1]
-    rank = whole("rank", rank, InputError)
+    rank = as_int("rank", rank, InputError)
     if not 0 <= rank < plan.world:
-        raise InputError(f"rank={shown(rank)}: the plan has ranks 0 to {plan.world - 1}")
+        raise InputError(f"rank={short_repr(rank)}: the plan has ranks 0 to {plan.world - 1}")
     return rank

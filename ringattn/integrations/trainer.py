@@ -29,12 +29,14 @@ from torch.utils.data import DataLoader
 
 from ringattn.comm.collectives import all_gather
 from ringattn.errors import InputError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.integrations.transformers.attention_interface import NAME, register
 from ringattn.integrations.transformers.on_shards import OnShards
 from ringattn.integrations.transformers.support.unsupported import without_interface
 from ringattn.integrations.transformers.whole import bare
 from ringattn.nn.loss import IGNORE
+
+__all__ = ["SequenceParallel"]
 
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
     from transformers import Trainer as Base
@@ -223,6 +225,6 @@ def _of_replicas(trainer: Any, data: Any) -> Any:
 def _concatenated(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     tensor = (tensor.unsqueeze(0) if tensor.ndim == 0 else tensor).contiguous()
     parts = [torch.empty_like(tensor) for _ in range(mesh.size())]
-    with transferring("gathering predictions", f"rank {dist.get_rank()}: predictions of the replicas could not be gathered"):
+    with comm_errors("gathering predictions", f"rank {dist.get_rank()}: predictions of the replicas could not be gathered"):
         all_gather(parts, tensor, mesh.get_group())
     return torch.cat(parts)

@@ -46,7 +46,7 @@ def seen(out: Tensor, lse: Tensor, block: Operands, band: Band) -> Partial:
     return Partial(out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf))
 
 
-def widen(x: Tensor, width: int) -> Tensor:
+def pad_head_dim(x: Tensor, width: int) -> Tensor:
     """With zeros up to `width`, and in memory as the operators assume without looking."""
     return pad(_readable(x), (0, width - x.shape[-1])) if x.shape[-1] < width else _readable(x)
 

@@ -9,17 +9,18 @@ A kernel knows neither ranks nor masks nor schedules. Subclasses compute one pie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.fused import surrogate_out
 from ringattn.kernels.lse import Partial, accum_dtype, merge_, nothing
+from ringattn.plan.kernel_names import KernelOption
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import Piece
+from ringattn.sequence.segments import Segment
 
 
 class Options(NamedTuple):
@@ -37,11 +38,11 @@ class Operands(NamedTuple):
     v: Tensor  # (batch, kv_heads, keys, head_dim)
     bias: Tensor | None  # (batch, kv_heads or 1, keys), added to the scaled logits
 
-    def cut(self, piece: Piece) -> Operands:
+    def cut(self, segment: Segment) -> Operands:
         q, k, v, bias = self
-        k, v = (x.narrow(2, piece.k_start, piece.keys) for x in (k, v))
-        bias = None if bias is None else bias.narrow(2, piece.k_start, piece.keys)
-        return Operands(q.narrow(2, piece.q_start, piece.rows), k, v, bias)
+        k, v = (x.narrow(2, segment.k_start, segment.keys) for x in (k, v))
+        bias = None if bias is None else bias.narrow(2, segment.k_start, segment.keys)
+        return Operands(q.narrow(2, segment.q_start, segment.rows), k, v, bias)
 
 
 class Rows(NamedTuple):
@@ -52,8 +53,8 @@ class Rows(NamedTuple):
     delta: Tensor  # (batch, heads, rows): sum(dout * out)
     out: Tensor | None = None  # as dout: the true one, or any with the same delta, see `fused.surrogate_out`
 
-    def cut(self, piece: Piece) -> Rows:
-        dout, lse, delta, out = (None if x is None else x.narrow(2, piece.q_start, piece.rows) for x in self)
+    def cut(self, segment: Segment) -> Rows:
+        dout, lse, delta, out = (None if x is None else x.narrow(2, segment.q_start, segment.rows) for x in self)
         return Rows(dout, lse, delta, out)  # type: ignore[arg-type]  # only out may be None
 
     @property
@@ -71,62 +72,97 @@ class Grads(NamedTuple):
     dbias: Tensor | None
 
 
-class Prepared(tuple[Piece, ...]):
+class Prepared(tuple[Segment, ...]):
     """Pieces as one kernel wants them. Made once and used in every call, since with many documents there are thousands."""
 
     rows_occur_once: bool
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece]) -> Prepared:
-        prepared = cls(pieces)
-        prepared.rows_occur_once = _rows_occur_once(pieces)
+    def of(cls, segments: Sequence[Segment]) -> Prepared:
+        prepared = cls(segments)
+        prepared.rows_occur_once = _rows_occur_once(segments)
         return prepared
 
 
+class KernelCall(NamedTuple):
+    """What of a call decides whether a kernel can compute it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int  # of q and k
+    value_dim: int
+    heads: int = 1
+    bias: bool = False
+    softcap: bool = False
+    bands: bool = False  # whether there are masks other than causal
+    generation: int | None = None  # major compute capability; that of the device where it is None
+
+
 class Kernel(ABC):
-    """Walks over pieces; a subclass gives the arithmetic of a single one."""
+    """Walks over pieces; a subclass gives the arithmetic of a single one, and says what it cannot compute.
+
+    Attributes:
+        name: as make_plan(kernel=...) takes it.
+        options: whole numbers that the name may carry ("flash3:sm_margin=8"), which are keywords of the constructor.
+        needs_out: whether backward takes `Rows.out` and not delta.
+    """
 
     name: str
-    needs_out = False  # whether backward takes `Rows.out` and not delta
+    options: ClassVar[Mapping[str, KernelOption]] = {}
+    needs_out = False
+
+    @classmethod
+    def unsupported_reason(cls, call: KernelCall) -> str | None:
+        """Why it cannot compute such a call, in words; None if it can. Asked before anything is sent."""
+        return None
+
+    @classmethod
+    def supports(cls, call: KernelCall) -> bool:
+        return cls.unsupported_reason(call) is None
+
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        """What computes the call, by name. Ranks compare it: where it differs, results could."""
+        return cls.name
 
     @abstractmethod
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         """Attention within one rectangle. Every row sees at least one key, unless its bias is -inf."""
 
     @abstractmethod
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         """This rectangle's share of the gradients."""
 
-    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """The pieces as this kernel wants them; it may cut some up, and take them in another order."""
-        return pieces
+        return segments
 
-    def parts_forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Iterable[Partial]:
+    def parts_forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Iterable[Partial]:
         """The answer for every piece, in order; a kernel may compute several in one call."""
-        return (self.piece_forward(block.cut(piece), piece.band, options) for piece in pieces)
+        return (self.segment_forward(block.cut(segment), segment.band, options) for segment in segments)
 
-    def parts_backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Iterable[Grads]:
+    def parts_backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Iterable[Grads]:
         """Every piece's share, in order."""
-        return (self.piece_backward(block.cut(piece), rows.cut(piece), piece.band, options) for piece in pieces)
+        return (self.segment_backward(block.cut(segment), rows.cut(segment), segment.band, options) for segment in segments)
 
-    def prepare(self, pieces: Sequence[Piece]) -> Prepared:
-        """What `forward` and `backward` take in the place of `pieces`, to save them the same work in every call."""
-        return pieces if isinstance(pieces, Prepared) else Prepared.of(self.refine(pieces))
+    def prepare(self, segments: Sequence[Segment]) -> Prepared:
+        """What `forward` and `backward` take in the place of `segments`, to save them the same work in every call."""
+        return segments if isinstance(segments, Prepared) else Prepared.of(self.refine(segments))
 
-    def _pieces(self, pieces: Sequence[Piece], block: Operands) -> Prepared:
+    def _segments(self, segments: Sequence[Segment], block: Operands) -> Prepared:
         """Of an empty batch none: fused operators refuse it, each in its own way."""
-        return self.prepare(pieces if block.q.shape[0] else ())
+        return self.prepare(segments if block.q.shape[0] else ())
 
-    def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
-        block, options = _upright(block, options)
-        q, pieces = block.q, self._pieces(pieces, block)
-        if _is_whole(pieces, block):
-            return self.piece_forward(block, pieces[0].band, options)
+    def forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Partial:
+        block, options = positive_scale(block, options)
+        q, segments = block.q, self._segments(segments, block)
+        if _is_whole(segments, block):
+            return self.segment_forward(block, segments[0].band, options)
         # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
-        once = pieces.rows_occur_once
+        once = segments.rows_occur_once
         total = nothing(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
-        for piece, part in zip(pieces, self.parts_forward(block, pieces, options), strict=True):
-            into = Partial(*(x.narrow(2, piece.q_start, piece.rows) for x in total))
+        for segment, part in zip(segments, self.parts_forward(block, segments, options), strict=True):
+            into = Partial(*(x.narrow(2, segment.q_start, segment.rows) for x in total))
             if once:
                 into.out.copy_(part.out)
                 into.lse.copy_(part.lse)
@@ -134,38 +170,38 @@ class Kernel(ABC):
                 merge_(into, part)
         return total
 
-    def backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Grads:
+    def backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Grads:
         if options.scale < 0:
-            block, options = _upright(block, options)
-            grads = self.backward(block, rows, pieces, options)
+            block, options = positive_scale(block, options)
+            grads = self.backward(block, rows, segments, options)
             return grads._replace(dq=-grads.dq)
         if self.needs_out and rows.out is None:
             rows = rows._replace(out=rows.any_out)  # once for all pieces
-        pieces = self._pieces(pieces, block)
-        if _is_whole(pieces, block):
-            return self.piece_backward(block, rows, pieces[0].band, options)
-        dtype = block.q.dtype if len(pieces) == 1 else accum_dtype(block.q.dtype)
+        segments = self._segments(segments, block)
+        if _is_whole(segments, block):
+            return self.segment_backward(block, rows, segments[0].band, options)
+        dtype = block.q.dtype if len(segments) == 1 else accum_dtype(block.q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in block[:3])
         total = Grads(dq, dk, dv, None if block.bias is None else torch.zeros_like(block.bias))
-        for piece, part in zip(pieces, self.parts_backward(block, rows, pieces, options), strict=True):
-            total.dq.narrow(2, piece.q_start, piece.rows).add_(part.dq)
+        for segment, part in zip(segments, self.parts_backward(block, rows, segments, options), strict=True):
+            total.dq.narrow(2, segment.q_start, segment.rows).add_(part.dq)
             for whole, share in zip(total[1:], part[1:], strict=True):
                 if whole is not None and share is not None:
-                    whole.narrow(2, piece.k_start, piece.keys).add_(share)
+                    whole.narrow(2, segment.k_start, segment.keys).add_(share)
         return total
 
 
-def _upright(block: Operands, options: Options) -> tuple[Operands, Options]:
+def positive_scale(block: Operands, options: Options) -> tuple[Operands, Options]:
     """The same logits from a positive scale: fused operators take the largest product in a row to have the largest logit."""
     if options.scale > 0:
         return block, options
     return block._replace(q=-block.q), options._replace(scale=-options.scale)
 
 
-def _rows_occur_once(pieces: Sequence[Piece]) -> bool:
-    runs = sorted((piece.q_start, piece.q_stop) for piece in pieces)
+def _rows_occur_once(segments: Sequence[Segment]) -> bool:
+    runs = sorted((segment.q_start, segment.q_stop) for segment in segments)
     return all(stop <= start for (_, stop), (start, _) in pairwise(runs))
 
 
-def _is_whole(pieces: Sequence[Piece], block: Operands) -> bool:
-    return len(pieces) == 1 and (pieces[0].rows, pieces[0].keys) == (block.q.shape[2], block.k.shape[2])
+def _is_whole(segments: Sequence[Segment], block: Operands) -> bool:
+    return len(segments) == 1 and (segments[0].rows, segments[0].keys) == (block.q.shape[2], block.k.shape[2])

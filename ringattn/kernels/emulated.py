@@ -16,7 +16,7 @@ import torch
 from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
 from ringattn.kernels.lse import Partial, accum_dtype
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import Piece
+from ringattn.sequence.segments import Segment
 
 PRODUCTS_FORWARD, PRODUCTS_BACKWARD = 2, 5  # matrix products of 2 * area * head_dim flops each
 
@@ -29,27 +29,27 @@ class Emulated(Kernel):
     def __init__(self, flops: float) -> None:
         self.flops = flops
 
-    def forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Partial:
-        self._take(block, pieces, PRODUCTS_FORWARD)
+    def forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Partial:
+        self._take(block, segments, PRODUCTS_FORWARD)
         out = block.q.new_zeros(*block.q.shape[:-1], block.v.shape[-1])
         return Partial(out, out.new_zeros(out.shape[:-1], dtype=accum_dtype(out.dtype)))
 
-    def backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Grads:
-        self._take(block, pieces, PRODUCTS_BACKWARD)
+    def backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Grads:
+        self._take(block, segments, PRODUCTS_BACKWARD)
         dbias = None if block.bias is None else torch.zeros_like(block.bias)
         return Grads(torch.zeros_like(block.q), torch.zeros_like(block.k), torch.zeros_like(block.v), dbias)
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         return self.forward(block, _whole(block, band), options)
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         return self.backward(block, rows, _whole(block, band), options)
 
-    def _take(self, block: Operands, pieces: Sequence[Piece], products: int) -> None:
+    def _take(self, block: Operands, segments: Sequence[Segment], products: int) -> None:
         batch, heads, _, head_dim = block.q.shape
-        area = sum(piece.area for piece in pieces)
+        area = sum(segment.area for segment in segments)
         time.sleep(2 * products * area * head_dim * heads * batch / self.flops)
 
 
-def _whole(block: Operands, band: Band) -> list[Piece]:
-    return [Piece(0, block.q.shape[2], 0, block.k.shape[2], band)]
+def _whole(block: Operands, band: Band) -> list[Segment]:
+    return [Segment(0, block.q.shape[2], 0, block.k.shape[2], band)]

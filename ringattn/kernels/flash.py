@@ -23,14 +23,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.adapters import bias_grad, seen, up_to, widen, with_bias
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, up_to, with_bias
+from ringattn.kernels.base import Grads, KernelCall, Operands, Options, Rows
+from ringattn.kernels.cuda_only import CudaOnly
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.external import Package
 from ringattn.kernels.lse import Partial
+from ringattn.kernels.operator_choice import Facts
 from ringattn.kernels.reference import Reference
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece, strips
+from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
 
 ANY = -1  # a side of a window without bound
 ALIGNED = 8  # head sizes are multiples of this
@@ -62,13 +64,26 @@ class Call(NamedTuple):
         return self.window == (ANY, 0)
 
 
-class Flash(Kernel):
+class Flash(CudaOnly):
     package: ClassVar[Package]
+    generations: ClassVar[range]  # of GPUs it is for, by major compute capability
+    largest_head_dim = 256
     needs_out = True
     one_head_dim: ClassVar[bool] = True  # whether v must have as many channels as q and k
 
     def __init__(self) -> None:
         self.module, self.calls = self.package.load()
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        generation, known = device.capability[0], cls.generations
+        if generation in known:
+            return None
+        return f"kernel {cls.name!r} is for compute capability {known[0]} to {known[-1]}, and this is {generation}"
+
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        return Reference.name if call.bias and call.softcap else cls.name  # the channels of a bias would be capped too
 
     @abstractmethod
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
@@ -78,32 +93,35 @@ class Flash(Kernel):
     def call_backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv, shaped as q, k, v."""
 
-    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
-        fits = [[piece] if piece.rows <= piece.keys or piece.band == FULL else strips(piece, piece.keys) for piece in pieces]
+    def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        fits = [
+            [segment] if segment.rows <= segment.keys or segment.band == FULL else strips(segment, segment.keys)
+            for segment in segments
+        ]
         return sorted((part for parts in fits for part in parts), key=_window_of)
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         (part,) = self._run_forward([block], [band], options)
         return part
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         (part,) = self._run_backward([block], [rows], [band], options)
         return part
 
-    def parts_forward(self, block: Operands, pieces: Sequence[Piece], options: Options) -> Iterator[Partial]:
-        for _, run in groupby(pieces, _window_of):
+    def parts_forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Iterator[Partial]:
+        for _, run in groupby(segments, _window_of):
             some = list(run)
-            yield from self._run_forward([block.cut(piece) for piece in some], [piece.band for piece in some], options)
+            yield from self._run_forward([block.cut(segment) for segment in some], [segment.band for segment in some], options)
 
-    def parts_backward(self, block: Operands, rows: Rows, pieces: Sequence[Piece], options: Options) -> Iterator[Grads]:
-        for _, run in groupby(pieces, _window_of):
+    def parts_backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Iterator[Grads]:
+        for _, run in groupby(segments, _window_of):
             some = list(run)
-            blocks, cuts = [block.cut(piece) for piece in some], [rows.cut(piece) for piece in some]
-            yield from self._run_backward(blocks, cuts, [piece.band for piece in some], options)
+            blocks, cuts = [block.cut(segment) for segment in some], [rows.cut(segment) for segment in some]
+            yield from self._run_backward(blocks, cuts, [segment.band for segment in some], options)
 
     def _run_forward(self, blocks: Sequence[Operands], bands: Sequence[Band], options: Options) -> Iterable[Partial]:
         if _beyond(blocks[0], options):
-            return [Reference().piece_forward(block, band, options) for block, band in zip(blocks, bands, strict=True)]
+            return [Reference().segment_forward(block, band, options) for block, band in zip(blocks, bands, strict=True)]
         out, lse = self.call_forward(self._call(blocks, bands, options))
         dim, sizes = blocks[0].v.shape[-1], [block.q.shape[2] for block in blocks]
         outs, lses = _unpack(out.narrow(-1, 0, dim), sizes, blocks[0]), _unpack_lse(lse, sizes, blocks[0])
@@ -114,11 +132,11 @@ class Flash(Kernel):
     ) -> Iterable[Grads]:
         first = blocks[0]
         if _beyond(first, options):
-            return [Reference().piece_backward(*parts, options) for parts in zip(blocks, rows, bands, strict=True)]
+            return [Reference().segment_backward(*parts, options) for parts in zip(blocks, rows, bands, strict=True)]
         call = self._call(blocks, bands, options)
         width = call.v.shape[-1]
-        dout = _pack([widen(r.dout, width) for r in rows])
-        out = _pack([widen(r.any_out, width) for r in rows])
+        dout = _pack([pad_head_dim(r.dout, width) for r in rows])
+        out = _pack([pad_head_dim(r.any_out, width) for r in rows])
         grads = self.call_backward(call, dout, out, _pack_lse([r.lse for r in rows]))
         dim, bias, value_dim = first.q.shape[-1], first.bias, first.v.shape[-1]
         sizes = ([b.q.shape[2] for b in blocks], [b.k.shape[2] for b in blocks], [b.k.shape[2] for b in blocks])
@@ -151,7 +169,7 @@ class Flash(Kernel):
         width, value_width = up_to(ALIGNED, q.shape[-1]), up_to(ALIGNED, v.shape[-1])
         if self.one_head_dim:
             width = value_width = max(width, value_width)
-        return widen(q, width), widen(k, width), widen(v, value_width)
+        return pad_head_dim(q, width), pad_head_dim(k, width), pad_head_dim(v, value_width)
 
 
 def window(rows: int, keys: int, band: Band) -> tuple[int, int]:
@@ -167,8 +185,8 @@ def window(rows: int, keys: int, band: Band) -> tuple[int, int]:
     return left, right
 
 
-def _window_of(piece: Piece) -> tuple[int, int]:
-    return window(piece.rows, piece.keys, piece.band)
+def _window_of(segment: Segment) -> tuple[int, int]:
+    return window(segment.rows, segment.keys, segment.band)
 
 
 def _size(block: Operands) -> tuple[int, int]:

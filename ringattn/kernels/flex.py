@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ringattn.errors import InputError
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.lse import Partial, accum_dtype
 from ringattn.kernels.reference import Reference
@@ -38,6 +38,11 @@ MASKS_KEPT = 32  # each is two numbers for every two blocks
 class Flex(Kernel):
     name = "flex"
 
+    @classmethod
+    def unsupported_reason(cls, call: KernelCall) -> str | None:
+        no_float64 = call.device.type == "cuda" and call.dtype == torch.float64
+        return "kernel 'flex' takes no float64 on CUDA" if no_float64 else None
+
     def __init__(self) -> None:
         try:
             from torch.nn.attention.flex_attention import AuxRequest, flex_attention
@@ -46,16 +51,16 @@ class Flex(Kernel):
         self.function: Callable[..., Any] = flex_attention
         self.aux = AuxRequest(lse=True)
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         q, k, v, bias = block  # detached, because flex looks at requires_grad even where no gradient is recorded
         still = Operands(q.detach(), k.detach(), v.detach(), None if bias is None else bias.detach())
         with torch.no_grad():
             out, lse = self._attend(still, band, options)
         return Partial(out, lse.to(accum_dtype(out.dtype)))
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         if not self._differentiates(block.q):
-            return Reference().piece_backward(block, rows, band, options)
+            return Reference().segment_backward(block, rows, band, options)
         leaves = Operands(*(None if x is None else x.detach().requires_grad_() for x in block))  # type: ignore[arg-type]
         with torch.enable_grad():
             out, lse = self._attend(leaves, band, options)

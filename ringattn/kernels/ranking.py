@@ -21,10 +21,10 @@ from torch import Tensor
 from ringattn.errors import InputError
 from ringattn.kernels import KERNELS, Kernel, Operands, Options, Rows, get
 from ringattn.kernels.lse import accum_dtype
-from ringattn.kernels.select import obstacle, resolved
+from ringattn.kernels.select import resolved, unsupported_reason
 from ringattn.plan.kernel_names import parse
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, Piece
+from ringattn.sequence.segments import CAUSAL, Segment
 
 WARM_UP, REPEATS = 3, 9
 
@@ -77,13 +77,13 @@ def rank(
         parse(name, InputError)
     names = kernels or [name for name in KERNELS if name != "reference"]
     block, dout = _tensors(device, dtype, batch, rows, (heads, kv_heads), (head_dim, value_dim), bias)
-    options, pieces = Options(head_dim**-0.5, softcap), [Piece(0, rows, 0, rows, band)]
+    options, segments = Options(head_dim**-0.5, softcap), [Segment(0, rows, 0, rows, band)]
     running: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
     failed: dict[str, str] = {}
     for name in names:
-        why = obstacle(name, device, dtype, head_dim, value_dim, bias=bias)
+        why = unsupported_reason(name, device, dtype, head_dim, value_dim, bias=bias)
         try:
-            passes = None if why else _passes(get(name), block, dout, pieces, options)
+            passes = None if why else _passes(get(name), block, dout, segments, options)
         except Exception as error:  # whatever a package may raise, the others are still to be measured
             why, passes = f"{type(error).__name__}: {error}", None
         if passes is None:
@@ -118,17 +118,17 @@ def _tensors(
 
 
 def _passes(
-    kernel: Kernel, block: Operands, dout: Tensor, pieces: list[Piece], options: Options
+    kernel: Kernel, block: Operands, dout: Tensor, segments: list[Segment], options: Options
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """Both passes, warmed up."""
-    out, lse = kernel.forward(block, pieces, options)
+    out, lse = kernel.forward(block, segments, options)
     rows = Rows(dout, lse, (dout.to(lse.dtype) * out).sum(-1))
 
     def forward() -> object:
-        return kernel.forward(block, pieces, options)
+        return kernel.forward(block, segments, options)
 
     def backward() -> object:
-        return kernel.backward(block, rows, pieces, options)
+        return kernel.backward(block, rows, segments, options)
 
     for _ in range(WARM_UP):
         forward(), backward()

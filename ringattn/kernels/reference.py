@@ -24,7 +24,7 @@ def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:
 class Reference(Kernel):
     name = "reference"
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         q, k, v, bias = block
         logits, _ = _logits(q, k, bias, band, options)
         peak = logits.amax(-1, keepdim=True)
@@ -33,7 +33,7 @@ class Reference(Kernel):
         out = weights @ _repeat(v, q) / total.masked_fill(total == 0, 1.0)
         return Partial(out, (peak + total.log()).squeeze(-1))
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, k, v, bias = block
         logits, capped = _logits(q, k, bias, band, options)
         probs = torch.exp(logits - rows.lse.unsqueeze(-1))

@@ -14,15 +14,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.kernels.adapters import bias_grad, seen, widen, with_bias
+from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, with_bias
 from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
+from ringattn.kernels.cuda_only import CudaOnly, short_dtype, width_of
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.lse import Partial
-from ringattn.kernels.operator_choice import CallShape, call_width, chosen
+from ringattn.kernels.operator_choice import (
+    LARGEST_CUDNN,
+    LARGEST_FLASH,
+    CallShape,
+    Facts,
+    call_width,
+    chosen,
+    cudnn_takes,
+    efficient_takes,
+    flash_takes,
+)
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece, strips
+from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
 
 ROWS_PER_MASK = 512
 MASKS_KEPT = 8  # the strips of a window need the same few again and again; each is rows * keys numbers
@@ -32,30 +43,39 @@ class Sdpa(Kernel):
     name = "sdpa"
     needs_out = True
 
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        if call.softcap:
+            return Reference.name
+        shape = CallShape(call.dtype, width_of(call), 2, call.bands, call.heads)
+        return chosen(cls.name, call.device, shape)
+
     def operator(self, block: Operands, band: Band) -> Fused | None:
         """The operator that computes a piece, or None where only plain mathematics can."""
         return FUSED.get(chosen(self.name, block.q.device, _shape(block, band)))
 
-    def refine(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+    def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         return [
-            part for piece in pieces for part in ([piece] if piece.band in (FULL, CAUSAL) else strips(piece, ROWS_PER_MASK))
+            part
+            for segment in segments
+            for part in ([segment] if segment.band in (FULL, CAUSAL) else strips(segment, ROWS_PER_MASK))
         ]
 
-    def piece_forward(self, block: Operands, band: Band, options: Options) -> Partial:
+    def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
         fused = self._fused(block, band, options)
         if fused is None:
-            return Reference().piece_forward(block, band, options)
+            return Reference().segment_forward(block, band, options)
         out, lse = fused.forward(_call(block, band, options))
         return seen(_first(out, block.v.shape[-1]), lse, block, band)
 
-    def piece_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
+    def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, _, v, bias = block
         fused = self._fused(block, band, options)
         if fused is None:
-            return Reference().piece_backward(block, rows, band, options)
+            return Reference().segment_backward(block, rows, band, options)
         call = _call(block, band, options)
         width = call.q.shape[-1]
-        dq, dk, dv = fused.backward(call, widen(rows.dout, width), widen(rows.any_out, width), rows.lse)
+        dq, dk, dv = fused.backward(call, pad_head_dim(rows.dout, width), pad_head_dim(rows.any_out, width), rows.lse)
         dim = q.shape[-1]
         dbias = None if bias is None else bias_grad(dk, dim, bias, options.scale)
         return Grads(_first(dq, dim), _first(dk, dim), _first(dv, v.shape[-1]), dbias)
@@ -64,16 +84,50 @@ class Sdpa(Kernel):
         return None if options.softcap is not None else self.operator(block, band)
 
 
-class Cudnn(Sdpa):
+class _Pinned(CudaOnly, Sdpa):
+    """One of torch's operators in particular. Bands, and what it does not take, go to the memory-efficient one."""
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        shape = CallShape(call.dtype, width_of(call), 2)
+        if efficient_takes(shape, device) and cls.takes(shape, device):
+            return None
+        (major, minor), cudnn = device.capability, f" and cuDNN {device.cudnn}" if cls is Cudnn else ""
+        size = f"head size {shape.width} in {short_dtype(call.dtype)}"
+        return f"torch's operator {cls.name!r} does not take {size} with compute capability {major}.{minor}{cudnn}"
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return True
+
+
+class Cudnn(_Pinned):
     name = "cudnn"
+    largest_head_dim = LARGEST_CUDNN
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        if device.deterministic:
+            return "kernel 'cudnn' has no deterministic backward, and torch.use_deterministic_algorithms(True) asks for one"
+        return super().unsupported_there(call, device)
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return cudnn_takes(shape, device)
 
 
-class TorchFlash(Sdpa):
+class TorchFlash(_Pinned):
     name = "flash"
+    largest_head_dim = LARGEST_FLASH
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return flash_takes(shape, device)
 
 
-class Efficient(Sdpa):
+class Efficient(_Pinned):
     name = "efficient"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _shape(block: Operands, band: Band) -> CallShape:
@@ -99,7 +153,7 @@ def _call(block: Operands, band: Band, options: Options) -> Call:
     mask = None
     if band not in (FULL, CAUSAL):
         mask = additive_mask(q.shape[2], k.shape[2], band, q.dtype, q.device)
-    return Call(widen(q, width), widen(k, width), widen(v, width), mask, band == CAUSAL, options.scale)
+    return Call(pad_head_dim(q, width), pad_head_dim(k, width), pad_head_dim(v, width), mask, band == CAUSAL, options.scale)
 
 
 def _first(x: Tensor, width: int) -> Tensor:

@@ -5,30 +5,36 @@
     bipartite                     by similarity, over the whole sequence; not causal
     delete                        what a learned gate lets go
 
-Each returns a `Merge`, which says what becomes one. `shorten(merge, plan)` makes a `Short` of it, which merges this rank's
-rows, has the plan for attention over the groups, and unmerges. Merges in a row are one: `first.then(second)`.
+Each returns a `Merge`, which says what becomes one. `shorten(merge, plan)` makes a `MergedSequence` of it, which merges this
+rank's rows, has the plan for attention over the groups, and unmerges. Merges in a row are one: `first.then(second)`.
+`POLICIES` lists them by the names under which a model takes them; `register` adds one.
 """
 
 from ringattn.merging.bipartite_matching import bipartite
-from ringattn.merging.exchange import tell
+from ringattn.merging.exchange import gather_rows
 from ringattn.merging.gate import DeleteGate, RateController, delete
 from ringattn.merging.merge import Merge, grid, segments, windows
-from ringattn.merging.merged_sequence import Short, shorten
-from ringattn.merging.placement import Pay
+from ringattn.merging.merged_sequence import MergedSequence, shorten
+from ringattn.merging.placement import LayerCost
+from ringattn.merging.policies import POLICIES, MergeRequest, register, unregister
 from ringattn.merging.similar_rows import similar
 
 __all__ = [
     "DeleteGate",
     "Merge",
-    "Pay",
+    "LayerCost",
+    "MergeRequest",
+    "POLICIES",
     "RateController",
-    "Short",
+    "MergedSequence",
     "bipartite",
     "delete",
     "grid",
     "segments",
     "shorten",
     "similar",
-    "tell",
+    "gather_rows",
+    "register",
+    "unregister",
     "windows",
 ]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import one_of
-from ringattn.comm.all_to_all import everyone
+from ringattn.comm.all_to_all import all_gather_rows
 from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.merging.exchange import told
 from ringattn.merging.matching import (
     NONE,
@@ -35,12 +35,12 @@ from ringattn.merging.matching import (
     by_chance,
     by_energy,
     chosen,
-    meet,
+    fixed_point,
     plan_for,
-    units,
+    run_matching,
 )
 from ringattn.merging.merge import Merge
-from ringattn.merging.policy_inputs import Ask, asked
+from ringattn.merging.policy_inputs import MatchArgs, asked
 from ringattn.schedule.catalog import NAMES
 from ringattn.sequence.layout import Layout
 
@@ -67,9 +67,17 @@ def bipartite(
     """In the whole sequence the most similar rows become one; refused under a causal mask. Collective.
 
     Args:
-        metric, layout, remove, threshold, protected, scorer, margin, seed, layer, group: as in `similar`, where the whole
-            sequence is one window.
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine.
+        layout: which rows each rank has: `plan.layout`.
+        remove: the share of all rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most so many.
+        protected: bool (batch, rows), this rank's: rows that stay alone.
+        scorer: "alternate", "energy" or "random", as in `similar`, where the whole sequence is one window.
+        margin: for "energy": the cosine from which rows count as alike.
+        seed: for "random".
+        layer: for "random": which layer merges.
         schedule: by which rows meet: ring, token_ring, mesh or all_gather.
+        group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 
     Returns:
         The same merge on every rank, for any number of ranks and by any schedule, ties included.
@@ -78,7 +86,7 @@ def bipartite(
         InputError: an argument does not fit. Raised on every rank.
         MismatchError: ranks came with different arguments. Raised on every rank.
     """
-    ask = Ask(remove, threshold, scorer, margin, seed, layer)
+    ask = MatchArgs(remove, threshold, scorer, margin, seed, layer)
 
     def more() -> dict[str, object]:
         return {"by": one_of("schedule", schedule, NAMES, InputError)}
@@ -89,10 +97,10 @@ def bipartite(
 
 
 def over_ranks(
-    metrics: Sequence[Tensor], protected: Sequence[Tensor], layout: Layout, ask: Ask, schedule: str, transport: Transport
+    metrics: Sequence[Tensor], protected: Sequence[Tensor], layout: Layout, ask: MatchArgs, schedule: str, transport: Transport
 ) -> list[Merge]:
     """`bipartite` on each rank that `transport` hosts."""
-    there = _There(layout, transport, [units(metric) for metric in metrics])
+    there = _There(layout, transport, [fixed_point(metric) for metric in metrics])
     free = told([~p for p in protected], layout, transport)
     sides = _sides(there, free, ask, schedule)
     answers = there.ask(Best, [side == A for side in sides], [side == B for side in sides], schedule)
@@ -105,7 +113,7 @@ def over_ranks(
     return found
 
 
-def _sides(there: _There, free: Sequence[Tensor], ask: Ask, schedule: str) -> list[Tensor]:
+def _sides(there: _There, free: Sequence[Tensor], ask: MatchArgs, schedule: str) -> list[Tensor]:
     """(batch, seq_len) of A, B and neither, on each hosted rank."""
     index = torch.arange(there.layout.length, device=free[0].device)
     if ask.scorer == "energy":
@@ -119,7 +127,7 @@ def _sides(there: _There, free: Sequence[Tensor], ask: Ask, schedule: str) -> li
     return [alternate(index.expand_as(f), f) for f in free]
 
 
-def _pairs(like: Tensor, ask: Ask) -> Tensor | None:
+def _pairs(like: Tensor, ask: MatchArgs) -> Tensor | None:
     return None if ask.remove is None else torch.tensor([int(like.shape[-1] * ask.remove)], device=like.device)
 
 
@@ -143,12 +151,12 @@ class _There:
         works = []
         for rank, own, a, b in zip(self.transport.ranks, self.directions, of_rows, of_others, strict=True):
             local = torch.full((self.layout.length + 1,), -1, device=own.device)
-            mine = held(self.layout, rank).to(own.device)
+            mine = resident_positions(self.layout, rank).to(own.device)
             local[mine] = torch.arange(len(mine), device=own.device)
             picked = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
             works.append(work(plan, rank, *picked, b[rank]))
-        answers = meet(works, plan, self.transport)
-        parts = everyone([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
+        answers = run_matching(works, plan, self.transport)
+        parts = all_gather_rows([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
         found = []
         for tables, of_ranks in zip(of_rows, parts, strict=True):
             answer = torch.cat(of_ranks).transpose(0, 1)
@@ -163,7 +171,7 @@ def _table(layout: Layout, where: Tensor) -> list[Tensor]:
     """For each rank the positions it has of `where`, (batch, count), in order, filled up with -1 to the most in the batch."""
     tables = []
     for rank in range(layout.world):
-        mine = held(layout, rank).to(where.device).sort().values
+        mine = resident_positions(layout, rank).to(where.device).sort().values
         here = where[:, mine]
         positions = mine.where(here, layout.length).sort(dim=1).values[:, : int(here.sum(1).amax())]
         tables.append(positions.where(positions < layout.length, -1))

@@ -20,20 +20,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn._validation import complaint
-from ringattn.comm.all_to_all import everyone, swap
+from ringattn._validation import error_message
+from ringattn.comm.all_to_all import all_gather_rows, exchange_rows
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense, meet
-from ringattn.execution.sharding import held, in_order
+from ringattn.execution.checks import as_strided_tensor, resolve_group
+from ringattn.execution.sharding import in_order, resident_positions
 from ringattn.kernels.lse import accum_dtype
 from ringattn.sequence.layout import Layout
 
 
-class Home(NamedTuple):
+class OwnerMap(NamedTuple):
     """Of every position of a layout, the rank that has it and its local row there: int64 (length,)."""
 
     rank: Tensor
@@ -41,52 +41,52 @@ class Home(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # each holds two numbers a row, and where merging goes by content there is a new one in every step
-def homes(layout: Layout) -> Home:
+def owners(layout: Layout) -> OwnerMap:
     """Where every position of `layout` is."""
-    found = Home(*torch.empty(2, layout.length, dtype=torch.int64))
+    found = OwnerMap(*torch.empty(2, layout.length, dtype=torch.int64))
     for rank in range(layout.world):
-        own = held(layout, rank)
+        own = resident_positions(layout, rank)
         found.rank[own] = rank
         found.row[own] = torch.arange(len(own))
     return found
 
 
-class Route:
+class SlotExchange:
     """One rank's part of the way between rows of `before` and slots of `after`.
 
     slots: int64 (batch, seq_len), for each row of the whole sequence its slot, or -1 for none. The same on every rank.
     """
 
     def __init__(self, slots: Tensor, before: Layout, after: Layout, rank: int) -> None:
-        device, batch, room = slots.device, slots.shape[0], after.length
-        row_home, slot_home = (Home(*(t.to(device) for t in homes(layout))) for layout in (before, after))
+        device, batch, capacity = slots.device, slots.shape[0], after.length
+        row_home, slot_home = (OwnerMap(*(t.to(device) for t in owners(layout))) for layout in (before, after))
         self.rank, self.batch, self.rows, self.slots = rank, batch, before.rows(rank), after.rows(rank)
         world = before.world
         which = torch.arange(batch, device=device)[:, None]
         owner = slot_home.rank[slots]  # of a row without slot it is never read
         used = slots >= 0
 
-        own = held(before, rank).to(device)
-        key = (owner[:, own] * batch + which) * room + slots[:, own]
+        own = resident_positions(before, rank).to(device)
+        key = (owner[:, own] * batch + which) * capacity + slots[:, own]
         self.leaving = used[:, own]  # (batch, rows): which of this rank's rows have a slot
         parcels, self.parcel = key[self.leaving].unique(return_inverse=True)
-        self.sent = torch.bincount(parcels // (batch * room), minlength=world).tolist()
+        self.sent = torch.bincount(parcels // (batch * capacity), minlength=world).tolist()
 
         mine = used & (owner == rank)
-        parcels = ((row_home.rank * batch + which) * room + slots)[mine].unique()
-        of_batch, slot = parcels // room % batch, parcels % room
+        parcels = ((row_home.rank * batch + which) * capacity + slots)[mine].unique()
+        of_batch, slot = parcels // capacity % batch, parcels % capacity
         self.target = of_batch * self.slots + slot_home.row[slot]
-        self.taken = torch.bincount(parcels // (batch * room), minlength=world).tolist()
+        self.taken = torch.bincount(parcels // (batch * capacity), minlength=world).tolist()
 
 
-def up(routes: Sequence[Route], rows: Sequence[Tensor], transport: Transport) -> list[Tensor]:
+def up(routes: Sequence[SlotExchange], rows: Sequence[Tensor], transport: Transport) -> list[Tensor]:
     """The sum over each slot's rows, 0 where it has none. rows: (batch, rows, dim); returns (batch, slots, dim), for each rank
     that `transport` hosts. Sums are made and sent in fp32 (fp64 for fp64; whole numbers as they are)."""
     leaving = []
-    for route, own in zip(routes, rows, strict=True):
-        of_rows = own.to(_wide(own.dtype))[route.leaving]
-        leaving.append(of_rows.new_zeros(sum(route.sent), own.shape[-1]).index_add(0, route.parcel, of_rows))
-    came = swap(leaving, [route.sent for route in routes], [route.taken for route in routes], transport)
+    for exchange, own in zip(routes, rows, strict=True):
+        of_rows = own.to(_wide(own.dtype))[exchange.leaving]
+        leaving.append(of_rows.new_zeros(sum(exchange.sent), own.shape[-1]).index_add(0, exchange.parcel, of_rows))
+    came = exchange_rows(leaving, [exchange.sent for exchange in routes], [exchange.taken for exchange in routes], transport)
     return [
         parts.new_zeros(r.batch * r.slots, parts.shape[-1])
         .index_add(0, r.target, parts)
@@ -96,14 +96,14 @@ def up(routes: Sequence[Route], rows: Sequence[Tensor], transport: Transport) ->
     ]
 
 
-def down(routes: Sequence[Route], slots: Sequence[Tensor], transport: Transport) -> list[Tensor]:
+def down(routes: Sequence[SlotExchange], slots: Sequence[Tensor], transport: Transport) -> list[Tensor]:
     """What is in each row's slot, 0 for a row without one. slots: (batch, slots, dim); returns (batch, rows, dim)."""
-    leaving = [own.flatten(0, 1)[route.target] for route, own in zip(routes, slots, strict=True)]
-    came = swap(leaving, [route.taken for route in routes], [route.sent for route in routes], transport)
+    leaving = [own.flatten(0, 1)[exchange.target] for exchange, own in zip(routes, slots, strict=True)]
+    came = exchange_rows(leaving, [exchange.taken for exchange in routes], [exchange.sent for exchange in routes], transport)
     found = []
-    for route, parts in zip(routes, came, strict=True):
-        of_rows = parts.new_zeros(route.batch, route.rows, parts.shape[-1])
-        found.append(of_rows.masked_scatter(route.leaving.unsqueeze(-1), parts[route.parcel]))
+    for exchange, parts in zip(routes, came, strict=True):
+        of_rows = parts.new_zeros(exchange.batch, exchange.rows, parts.shape[-1])
+        found.append(of_rows.masked_scatter(exchange.leaving.unsqueeze(-1), parts[exchange.parcel]))
     return found
 
 
@@ -111,10 +111,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return accum_dtype(dtype) if dtype.is_floating_point else dtype
 
 
-def tell(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
+def gather_rows(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
     """(batch, seq_len) on every rank, in the order of the sequence; collective. flags: bool or int64 (batch, rows).
 
-    For policies that go by what rows hold: `segments(tell(tokens == SPACE, plan.layout))`.
+    For policies that go by what rows hold: `segments(gather_rows(tokens == SPACE, plan.layout))`.
 
     Raises:
         InputError: flags are not for the rows of this rank. Raised on every rank.
@@ -124,10 +124,10 @@ def tell(flags: Tensor, layout: Layout, group: Group | None = None) -> Tensor:
 
 
 def tell_as(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: Layout, group: Group | None) -> Tensor:
-    """`tell` for an argument that is called `name` where it comes from."""
-    process_group, rank = meet(layout, group, Layout)
+    """`gather_rows` for an argument that is called `name` where it comes from."""
+    process_group, rank = resolve_group(layout, group, Layout)
     said: dict[str, object] = {"call": "tell"}
-    problem = complaint(lambda: _check(name, flags, dtypes, layout, rank)) or cannot_move(process_group, name, flags)
+    problem = error_message(lambda: _check(name, flags, dtypes, layout, rank)) or cannot_move(process_group, name, flags)
     if problem is None:
         said |= {"layout": layout.digest, f"dtype of {name}": flags.dtype, "batch": flags.shape[0]}
     agree(process_group, said, problem, device=flags.device if isinstance(flags, Tensor) else None)
@@ -135,7 +135,7 @@ def tell_as(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: L
 
 
 def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: Layout, rank: int) -> None:
-    if dense(name, flags).ndim != 2 or flags.shape[1] != layout.rows(rank) or flags.dtype not in dtypes:
+    if as_strided_tensor(name, flags).ndim != 2 or flags.shape[1] != layout.rows(rank) or flags.dtype not in dtypes:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise InputError(
             f"{name}: {flags.dtype} of shape {tuple(flags.shape)}; give {kinds} (batch, rows) with the "
@@ -146,6 +146,6 @@ def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: La
 def told(found: Sequence[Tensor], layout: Layout, transport: Transport) -> list[Tensor]:
     """(batch, rows, ...) of every rank as (batch, seq_len, ...), on each rank that `transport` hosts."""
     counts = [layout.rows(rank) for rank in range(layout.world)]
-    parts = everyone([own.transpose(0, 1).contiguous() for own in found], counts, transport)
+    parts = all_gather_rows([own.transpose(0, 1).contiguous() for own in found], counts, transport)
     order = in_order(layout).to(found[0].device)
     return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

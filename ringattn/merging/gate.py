@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ringattn._validation import count, number
 from ringattn.comm.process_group import Group
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense
+from ringattn.execution.checks import as_strided_tensor
 from ringattn.merging.exchange import tell_as
 from ringattn.merging.merge import DELETED, Merge
 from ringattn.sequence.layout import Layout
@@ -38,7 +38,7 @@ class DeleteGate(nn.Module):
         Each row by itself, in a sum whose order does not hang on how many rows there are: it decides the same on any number of
         ranks.
         """
-        if dense("x", x).ndim != 3 or x.shape[-1] != len(self.weight) or not x.is_floating_point():
+        if as_strided_tensor("x", x).ndim != 3 or x.shape[-1] != len(self.weight) or not x.is_floating_point():
             raise InputError(f"x: {x.dtype} of shape {tuple(x.shape)}; give floating-point (batch, rows, {len(self.weight)})")
         with torch.autocast(x.device.type, enabled=False):
             wide = x.double()
@@ -48,7 +48,7 @@ class DeleteGate(nn.Module):
 
     def keeps(self, g: Tensor) -> Tensor:
         """bool: which rows stay when deletion is hard."""
-        if not dense("g", g).is_floating_point():
+        if not as_strided_tensor("g", g).is_floating_point():
             raise InputError(f"g: {g.dtype}; give what the gate has returned")
         return g.detach() > -self.scale / 2
 
@@ -83,7 +83,7 @@ class RateController(nn.Module):
 
     def forward(self, deleted: Tensor) -> Tensor:
         """The weight. deleted: the share of rows deleted over all ranks, a scalar. In training, a step of the controller."""
-        if dense("deleted", deleted).numel() != 1 or deleted.is_complex():
+        if as_strided_tensor("deleted", deleted).numel() != 1 or deleted.is_complex():
             raise InputError(f"deleted: {deleted.dtype} of shape {tuple(deleted.shape)}; give one number, a share of rows")
         if self.training:
             error = self.target - deleted.detach().double()

@@ -13,13 +13,13 @@ Bipartite soft matching, on any number of sequences at once: who may merge, whom
     labels   a row of A that is chosen takes the name of its row of B
 
 Bolya et al. 2022, https://arxiv.org/abs/2210.09461 (ToMe); energy: Tran et al. 2024, https://arxiv.org/abs/2405.16148 (PiToMe).
-Similarities are whole numbers (see `units`), so all of this gives the same answer wherever and in whatever parts it is
+Similarities are whole numbers (see `fixed_point`), so all of this gives the same answer wherever and in whatever parts it is
 computed. Rows are along the last dimension; pure functions, no communication.
 
 Every row against every other, over ranks: what a matching policy needs, run by the engine that runs attention.
 
 The schedule, the program and the transport are those of attention; only the payload is another. Instead of queries, keys and
-values directions travel (see `units`), and instead of (out, lse) merged by log-sum-exp a state merged by its own rule:
+values directions travel (see `fixed_point`), and instead of (out, lse) merged by log-sum-exp a state merged by its own rule:
 
     Best      (similarity, position) of the most similar row; the larger wins, and of equals the first
     Energy    the sum of energies
@@ -45,7 +45,7 @@ from ringattn.execution.engine import Payload, run
 from ringattn.plan.plan import Plan
 from ringattn.planner import make_plan
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Work
+from ringattn.schedule.program import Item, TileBatch
 from ringattn.sequence.layout import Layout, Span
 from ringattn.sequence.mask import full
 
@@ -55,7 +55,7 @@ NONE = -(1 << 62)  # below every similarity
 MOST_CHANNELS = 4096  # squares of so many numbers of 20 bits sum up to less than 2^53
 
 
-def units(metric: Tensor) -> Tensor:
+def fixed_point(metric: Tensor) -> Tensor:
     """Directions of the rows of `metric`, (..., dim): whole numbers in int32. A row of zeros, or one with NaN or inf, is 0."""
     if metric.shape[-1] > MOST_CHANNELS:
         raise InputError(
@@ -73,7 +73,7 @@ def units(metric: Tensor) -> Tensor:
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
-    """(..., rows of a, rows of b): whole numbers in fp64, `SAME` times the cosine. a, b: from `units`."""
+    """(..., rows of a, rows of b): whole numbers in fp64, `SAME` times the cosine. a, b: from `fixed_point`."""
     return a.double() @ b.double().transpose(-1, -2)
 
 
@@ -107,7 +107,7 @@ def by_energy(energy: Tensor, free: Tensor, pairs: Tensor) -> Tensor:
 def energies(similarities: Tensor, margin: float) -> Tensor:
     """PiToMe's energy of each pair: the similarity itself above the margin, exp(similarity - margin) - 1 below.
 
-    similarities: from `units.similarity`. Returns int64, in parts of `ENERGY`.
+    similarities: from `fixed_point.similarity`. Returns int64, in parts of `ENERGY`.
     """
     table = _table(margin).to(similarities.device)
     return table[((similarities / SAME).clamp(-1, 1) * (1 << STEPS)).round().long() + (1 << STEPS)]
@@ -123,7 +123,7 @@ def _table(margin: float) -> Tensor:
 def best(a: Tensor, b: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of `a` its largest similarity to a row of `b`, int64, and where that is: the first such of `positions`.
 
-    a, b: from `units`, (..., rows, dim); positions: int64, of the rows of b, below 0 for one that is not to be had.
+    a, b: from `fixed_point`, (..., rows, dim); positions: int64, of the rows of b, below 0 for one that is not to be had.
     """
     found = similarity(a, b).masked_fill((positions < 0).unsqueeze(-2), float(NONE))
     most = found.amax(-1)
@@ -163,24 +163,24 @@ class Matching(ABC):
         """int64 (batch, rows, state): of these rows against these others."""
 
     def own(self, item: Item) -> Payload:
-        block = self.plan.forward[item.lane].block(item.kind, item.index)
+        block = self.plan.forward[item.head_group].block(item.kind, item.index)
         return tuple(tensor[:, block.start : block.stop] for tensor in self.of[item.kind])
 
     def wire(self, items: tuple[Item, ...]) -> Wire:
         return Wire(spec for item in items for spec in self._specs(item))
 
     def _specs(self, item: Item) -> Sequence[Spec]:
-        count = self.plan.forward[item.lane].block(item.kind, item.index).rows
+        count = self.plan.forward[item.head_group].block(item.kind, item.index).rows
         if item.kind is Kind.Q_ACC:
             return [Spec((len(self.of[Kind.Q][0]), count, self.state), torch.int64)]
         return [Spec((t.shape[0], count, *t.shape[2:]), t.dtype) for t in self.of[item.kind]]
 
-    def compute(self, tiles: Work, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Payload]:
+    def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> dict[Item, Payload]:
         others, positions = (torch.cat(parts, dim=1) for parts in zip(*kv, strict=True))
         found: dict[Item, Payload] = {}
         for index, (rows,) in zip(tiles.i, q, strict=True):
             parts = [self.compare(some, others, positions) for some in rows.split(BLOCK, dim=1)]
-            found[Item(tiles.lane, Kind.Q_ACC, index)] = (torch.cat(parts, dim=1),)
+            found[Item(tiles.head_group, Kind.Q_ACC, index)] = (torch.cat(parts, dim=1),)
         return found
 
     def operand(self, item: Item, payload: Payload) -> Payload:
@@ -205,7 +205,7 @@ class Matching(ABC):
 
     def result(self, gathered: dict[Item, list[Payload]]) -> Tensor:
         """int64 (batch, rows, state), of this rank's rows in order."""
-        blocks = sorted((self.plan.forward[item.lane].block(item.kind, item.index).start, item) for item in gathered)
+        blocks = sorted((self.plan.forward[item.head_group].block(item.kind, item.index).start, item) for item in gathered)
         nothing = self.of[Kind.Q][0].new_empty(len(self.of[Kind.Q][0]), 0, self.state, dtype=torch.int64)
         return torch.cat([nothing, *(self.merge(item, gathered[item])[0] for _, item in blocks)], dim=1)
 
@@ -242,7 +242,7 @@ class Energy(Matching):
         return (total[0] + share[0],)
 
 
-def meet(works: Sequence[Matching], plan: Plan, transport: Transport) -> list[Tensor]:
+def run_matching(works: Sequence[Matching], plan: Plan, transport: Transport) -> list[Tensor]:
     """The answers to the rows of each rank that `transport` hosts."""
     ports = transport.ports("matching")
     runs = [run(plan.program(work.rank, backward=False), work, port) for work, port in zip(works, ports, strict=True)]

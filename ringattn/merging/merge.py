@@ -8,7 +8,7 @@ A group stands at its last row, its leader: what stands there has all of the gro
 known: it is its last row for what is decided by position, the end of the window for what is decided by looking at a window.
 Groups keep the order of their leaders, so a causal mask over groups is a causal mask over their numbers.
 
-What this module does not do: choose (the policies), or move anything (`route`).
+What this module does not do: choose (the policies), or move anything (`exchange`).
 
 Groups given from outside: words, the subtokens of an identifier, patches of a picture.
 
@@ -34,9 +34,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ringattn._validation import count, counts, instance, shown, text, whole
+from ringattn._validation import as_int, count, counts, instance, short_repr, text
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense
+from ringattn.execution.checks import as_strided_tensor
 
 DELETED = -1
 MOST_ROWS = 1 << 32  # of all sequences of a batch: eight bytes each
@@ -72,7 +72,7 @@ class Merge:
         """
         text("sees_all", sees_all, InputError)
         for name, given in (("labels", labels), *([("decided", decided)] if decided is not None else [])):
-            dense(name, given)
+            as_strided_tensor(name, given)
         labels = labels[None] if labels.ndim == 1 else labels
         decided = decided[None] if decided is not None and decided.ndim == 1 else decided
         _check(labels, decided)
@@ -154,7 +154,9 @@ def device_for(device: torch.device | str) -> torch.device:
     try:
         return torch.zeros(0, device=device).device
     except Exception as error:  # torch has many ways of saying that there is none
-        raise InputError(f"device={shown(device)}; give a device that is here, as 'cpu' ({shown(str(error))})") from None
+        raise InputError(
+            f"device={short_repr(device)}; give a device that is here, as 'cpu' ({short_repr(str(error))})"
+        ) from None
 
 
 def _check(labels: Tensor, decided: Tensor | None) -> None:
@@ -178,10 +180,10 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
         lookahead: how many rows beyond an end had to be read to know that it is one: 0 where the end itself shows it (a space),
             1 where it shows in the next row (the start of a word). A causal model learns of the segment so much later.
     """
-    ends = ends[None] if dense("ends", ends).ndim == 1 else ends
+    ends = ends[None] if as_strided_tensor("ends", ends).ndim == 1 else ends
     if ends.dtype != torch.bool or ends.ndim != 2:
         raise InputError(f"ends: {ends.dtype} of shape {tuple(ends.shape)}; give bool (batch, seq_len)")
-    lookahead = count("lookahead", lookahead, InputError, least=0, cure="it counts rows")
+    lookahead = count("lookahead", lookahead, InputError, least=0, hint="it counts rows")
     number = ends.long().cumsum(1) - ends.long()  # ends before this row
     where = torch.arange(ends.shape[1], device=ends.device).expand_as(ends)
     open_ended = number == ends.sum(1, keepdim=True)  # no end in sight: never known within the sequence
@@ -191,11 +193,11 @@ def segments(ends: Tensor, *, lookahead: int = 0) -> Merge:
 def grid(height: int, width: int, by: tuple[int, int] = (2, 2), *, batch: int = 1, device: torch.device | str = "cpu") -> Merge:
     """Patches of `by` = (rows, columns) of a picture of height x width become one; the sequence is the picture row by row."""
     if not isinstance(by, tuple | list) or len(by) != 2:
-        raise InputError(f"by={shown(by)}; give rows and columns of a patch, as in (2, 2)")
+        raise InputError(f"by={short_repr(by)}; give rows and columns of a patch, as in (2, 2)")
     sides = {"height": height, "width": width, "by: rows": by[0], "by: columns": by[1], "batch": batch}
-    height, width, rows, columns, batch = (whole(name, value, InputError) for name, value in sides.items())
+    height, width, rows, columns, batch = (as_int(name, value, InputError) for name, value in sides.items())
     if min(height, width, rows, columns, batch) < 1 or max(height, width, height * width * batch) > MOST_ROWS:
-        said = f"grid({shown(height)}, {shown(width)}, by={shown((rows, columns))}), batch={shown(batch)}"
+        said = f"grid({short_repr(height)}, {short_repr(width)}, by={short_repr((rows, columns))}), batch={short_repr(batch)}"
         raise InputError(f"{said}: all must be 1 or more, and no more than {MOST_ROWS:,} rows in all")
     row, column = torch.meshgrid(torch.arange(height) // rows, torch.arange(width) // columns, indexing="ij")
     labels = (row * -(-width // columns) + column).flatten()
@@ -221,11 +223,14 @@ def windows(
         cu_seqlens: of packed documents: windows begin anew with each, and none holds rows of two.
         batch: sequences, all merged alike.
     """
-    seq_len, factor = count("seq_len", seq_len, InputError, most=MOST_ROWS), min(whole("factor", factor, InputError), MOST_ROWS)
+    seq_len, factor = (
+        count("seq_len", seq_len, InputError, most=MOST_ROWS),
+        min(as_int("factor", factor, InputError), MOST_ROWS),
+    )
     batch, cuts = count("batch", batch, InputError, most=MOST_ROWS // seq_len), counts("cu_seqlens", cu_seqlens, InputError)
     labels, ends = (found.to(device_for(device)) for found in runs(seq_len, factor, cuts))
     if protected is not None:
-        if dense("protected", protected).dtype != torch.bool or tuple(protected.shape) != (seq_len,):
+        if as_strided_tensor("protected", protected).dtype != torch.bool or tuple(protected.shape) != (seq_len,):
             raise InputError(f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool ({seq_len},)")
         # Numbers of windows stay below those of rows as long as each is the first row of its window.
         labels = alone(labels, protected.to(labels.device))
@@ -245,10 +250,10 @@ def alone(labels: Tensor, protected: Tensor) -> Tensor:
 def starts(seq_len: int, width: int, cu_seqlens: Sequence[int] = ()) -> list[tuple[int, int]]:
     """(first row, rows) of each window of `width` rows, beginning anew with each document."""
     if width < 1:
-        raise InputError(f"windows of {shown(width)} rows: must be 1 or more")
+        raise InputError(f"windows of {short_repr(width)} rows: must be 1 or more")
     bounds = tuple(cu_seqlens) or (0, seq_len)
     if bounds[0] != 0 or bounds[-1] != seq_len or any(a > b for a, b in pairwise(bounds)):
-        raise InputError(f"cu_seqlens={shown(list(bounds))}: must start with 0, never decrease and end with {seq_len}")
+        raise InputError(f"cu_seqlens={short_repr(list(bounds))}: must start with 0, never decrease and end with {seq_len}")
     return [(a, min(width, end - a)) for begin, end in pairwise(bounds) for a in range(begin, end, width)]
 
 

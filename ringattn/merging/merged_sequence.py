@@ -21,18 +21,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ringattn._validation import complaint, count, instance, shown
+from ringattn._validation import count, error_message, instance, short_repr
 from ringattn.comm.consistency import Gradient, agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.comm.select import transport_for
 from ringattn.errors import InputError
-from ringattn.execution.checks import check_group, dense
+from ringattn.execution.checks import as_strided_tensor, check_group
 from ringattn.execution.joint_backward import gradient_of, in_backward
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.kernels.lse import accum_dtype
-from ringattn.merging.exchange import Route, down, up
+from ringattn.merging.exchange import SlotExchange, down, up
 from ringattn.merging.merge import Merge
-from ringattn.merging.placement import Pay, Placement, crosses, is_causal, placed, seen, untimely
+from ringattn.merging.placement import LayerCost, Placement, crosses, is_causal, placed, seen, untimely
 from ringattn.plan.plan import Plan
 
 How = Literal["mean", "sum", "last"]
@@ -40,7 +40,7 @@ CHOICES = ("schedule", "topology", "ulysses", "buffer_limit", "training", "parti
 
 
 @dataclass(frozen=True, eq=False)
-class Short:
+class MergedSequence:
     """A merged sequence on its ranks. Made by `shorten`.
 
     Attributes:
@@ -76,9 +76,9 @@ class Short:
         batch, rows = self.groups.batch, self.full.rows(self.rank)
         problem = self._misfit("x", x, rows)
         if problem is None and (not isinstance(how, str) or how not in ("mean", "sum", "last")):
-            problem = f"how={shown(how)}; choose mean, sum or last"
+            problem = f"how={short_repr(how)}; choose mean, sum or last"
         if problem is None and weights is not None:
-            problem = complaint(lambda: _real("weights", weights))
+            problem = error_message(lambda: _real("weights", weights))
         if problem is None and weights is not None and (how == "last" or tuple(weights.shape) != (batch, rows)):
             problem = f"weights has shape {tuple(weights.shape)}; give {(batch, rows)}, with how='mean' or 'sum'"
         gradient = gradient_of(x, weights)
@@ -118,7 +118,7 @@ class Short:
         slots = self.placement.of(self.groups.numbers)
         whole = torch.zeros(slots.shape[0], self.plan.seq_len + 1, dtype=torch.int64, device=slots.device)
         whole.scatter_add_(1, slots.where(slots >= 0, self.plan.seq_len), torch.ones_like(slots))
-        return whole[:, held(self.plan.layout, self.rank).to(slots.device)]
+        return whole[:, resident_positions(self.plan.layout, self.rank).to(slots.device)]
 
     @cached_property
     def key_bias(self) -> Tensor:
@@ -137,15 +137,15 @@ class Short:
     @cached_property
     def positions(self) -> Tensor:
         """int64 (batch, slots): the row at which each of this rank's groups stands, its last; 0 in a slot that is empty."""
-        own = held(self.plan.layout, self.rank).to(self.placement.leaders.device)
+        own = resident_positions(self.plan.layout, self.rank).to(self.placement.leaders.device)
         return self.placement.leaders[:, own].clamp(min=0)
 
     @cached_property
-    def _to_groups(self) -> Route:
+    def _to_groups(self) -> SlotExchange:
         return self._route(self.groups.numbers)
 
     @cached_property
-    def _from_groups(self) -> Route:
+    def _from_groups(self) -> SlotExchange:
         if not is_causal(self.full.mask):
             return self._to_groups
         merge, known = self.groups, self.groups.latest
@@ -153,14 +153,14 @@ class Short:
         stands = self.placement.leaders.gather(1, self.placement.of(known).clamp(min=0))
         return self._route(known.where(seen(self.full.mask, here, stands), -1))
 
-    def _route(self, groups: Tensor) -> Route:
-        return Route(self.placement.of(groups), self.full.layout, self.plan.layout, self.rank)
+    def _route(self, groups: Tensor) -> SlotExchange:
+        return SlotExchange(self.placement.of(groups), self.full.layout, self.plan.layout, self.rank)
 
     def _own(self, whole: Tensor) -> Tensor:
-        return whole[:, held(self.full.layout, self.rank).to(whole.device)]
+        return whole[:, resident_positions(self.full.layout, self.rank).to(whole.device)]
 
     def _misfit(self, name: str, x: Tensor, rows: int) -> str | None:
-        problem = complaint(lambda: _real(name, x))
+        problem = error_message(lambda: _real(name, x))
         if problem is not None:
             return problem
         expected = (self.groups.batch, rows)
@@ -182,7 +182,7 @@ class Short:
 
 
 def _real(name: str, x: Tensor) -> None:
-    if dense(name, x).is_complex():
+    if as_strided_tensor(name, x).is_complex():
         raise InputError(f"{name} has dtype {x.dtype}; give real numbers")
 
 
@@ -193,9 +193,9 @@ def shorten(
     group: Group | None = None,
     layout: Literal["auto", "stay", "even"] = "auto",
     bucket: int = 1,
-    pay: Pay | None = None,
+    pay: LayerCost | None = None,
     **choices: Any,
-) -> Short:
+) -> MergedSequence:
     """Plan attention over the groups of `merge`. No communication: every rank does the same by itself.
 
     Args:
@@ -218,10 +218,10 @@ def shorten(
     instance("plan", plan, Plan, InputError, "make one with make_plan(...)")
     check_group(group)
     if pay is not None:
-        instance("pay", pay, Pay, InputError, "give a Pay(layers, batch, dim, row_flops), or None")
+        instance("pay", pay, LayerCost, InputError, "give a Pay(layers, batch, dim, row_flops), or None")
     bucket = count("bucket", bucket, InputError)
     if unknown := [name for name in choices if name not in CHOICES]:
-        raise InputError(f"{unknown[0]}={shown(choices[unknown[0]])}; of make_plan's arguments give {', '.join(CHOICES)}")
+        raise InputError(f"{unknown[0]}={short_repr(choices[unknown[0]])}; of make_plan's arguments give {', '.join(CHOICES)}")
     _, rank = group_and_rank(group, plan.world)
     if merge.seq_len != plan.seq_len:
         raise InputError(f"merge is of {merge.seq_len} rows and the plan for {plan.seq_len}; make both for one sequence")
@@ -242,5 +242,5 @@ def shorten(
             f"the group at row {row} is known at row {int(merge.ready[:, row].max())}, and mask {plan.mask} shows it earlier; "
             "let windows begin anew where the mask changes: cu_seqlens=(0, prefix, seq_len)"
         )
-    short, placement = placed(merge, plan, layout, bucket, pay or Pay(), choices)
-    return Short(merge, plan, short, placement, group, rank)
+    short, placement = placed(merge, plan, layout, bucket, pay or LayerCost(), choices)
+    return MergedSequence(merge, plan, short, placement, group, rank)

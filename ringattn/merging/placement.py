@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ringattn._validation import count, number, shown
+from ringattn._validation import count, number, short_repr
 from ringattn.errors import InputError
-from ringattn.merging.exchange import homes
+from ringattn.merging.exchange import owners
 from ringattn.merging.merge import DELETED, Merge
 from ringattn.plan.plan import Plan
 from ringattn.planner import make_plan
@@ -71,9 +71,9 @@ def stay(merge: Merge, layout: Layout, bucket: int = 1, edges: Sequence[int] = (
     runs = _runs(merge, {*owners, *edges}, bucket)
     shards: list[list[Span]] = [[] for _ in range(layout.world)]
     rank = 0
-    for start, room, offset in zip(runs.starts, runs.rooms, runs.offsets, strict=True):
+    for start, capacity, offset in zip(runs.starts, runs.rooms, runs.offsets, strict=True):
         rank = owners.get(start, rank)
-        shards[rank].append(Span(offset, room))
+        shards[rank].append(Span(offset, capacity))
     held = Layout(f"{layout.name}, merged", tuple(joined(span for span in shard if span.length) for shard in shards))
     return _placement(merge, held, runs)
 
@@ -114,12 +114,12 @@ def _runs(merge: Merge, starts: Iterable[int], bucket: int) -> _Runs:
 
 
 def _placement(merge: Merge, layout: Layout, runs: _Runs) -> Placement:
-    batch, most, room, slots = merge.batch, max(1, *merge.counts), sum(runs.rooms), runs.slots
+    batch, most, capacity, slots = merge.batch, max(1, *merge.counts), sum(runs.rooms), runs.slots
     where = torch.arange(merge.seq_len, device=slots.device).expand(batch, -1)
     numbers, leads = merge.numbers.where(merge.leads, most), merge.leads  # others write where nobody reads
     of_groups = torch.zeros(batch, most + 1, dtype=torch.int64, device=slots.device).scatter(1, numbers, slots)
-    leaders = torch.full((batch, room + 1), DELETED, device=slots.device)
-    leaders = leaders.scatter(1, slots.where(leads, room), where)[:, :room]
+    leaders = torch.full((batch, capacity + 1), DELETED, device=slots.device)
+    leaders = leaders.scatter(1, slots.where(leads, capacity), where)[:, :capacity]
     return Placement(layout, of_groups[:, :most], leaders)
 
 
@@ -133,21 +133,21 @@ def over_slots(mask: Mask, merge: Merge, placement: Placement) -> Mask:
 
     Raises `InputError` when it cannot be said in slots: the mask is a window and groups stand at unequal distances.
     """
-    room, inner = placement.layout.length, edges(mask, merge.seq_len)
+    capacity, inner = placement.layout.length, edges(mask, merge.seq_len)
     before = pad(merge.leads.cumsum(1), (1, 0))[:, torch.tensor(inner, device=merge.into.device, dtype=torch.int64)]
     slots = pad(placement.slots, (0, 1)).gather(1, before)  # of the first group there or behind
     counts = torch.tensor(merge.counts, device=slots.device)[:, None]
-    first: dict[int, int] = dict(zip(inner, slots.where(before < counts, room).amin(0).tolist(), strict=True))
+    first: dict[int, int] = dict(zip(inner, slots.where(before < counts, capacity).amin(0).tolist(), strict=True))
 
     def slot(position: int) -> int:
-        return first.get(position, 0 if position <= 0 else END if position >= END else room)
+        return first.get(position, 0 if position <= 0 else END if position >= END else capacity)
 
     rects = (
         Rect(slot(r.q_start), slot(r.q_stop), slot(r.k_start), slot(r.k_stop), _band(r.band, mask, placement))
         for r in mask.rects
     )
     kept = tuple(r for r in rects if r.q_start < r.q_stop and r.k_start < r.k_stop)
-    return Mask(f"{mask.name.removesuffix(OVER)}{OVER}", kept, room if mask.length is not None else None)
+    return Mask(f"{mask.name.removesuffix(OVER)}{OVER}", kept, capacity if mask.length is not None else None)
 
 
 def _band(band: Band, mask: Mask, placement: Placement) -> Band:
@@ -222,7 +222,7 @@ WORTH_A_LOOK = 1.1  # times the mean
 
 
 @dataclass(frozen=True)
-class Pay:
+class LayerCost:
     """What merging is reckoned with, beside attention.
 
     layers: that run on the groups.                     batch: sequences in a step.
@@ -241,10 +241,12 @@ class Pay:
         number("row_flops", self.row_flops, InputError, least=0)
 
 
-def placed(merge: Merge, plan: Plan, layout: str, bucket: int, pay: Pay, choices: Mapping[str, Any]) -> tuple[Plan, Placement]:
+def placed(
+    merge: Merge, plan: Plan, layout: str, bucket: int, pay: LayerCost, choices: Mapping[str, Any]
+) -> tuple[Plan, Placement]:
     """The plan over groups and where they lie."""
     if not isinstance(layout, str) or layout not in ("auto", "stay", "even"):
-        raise InputError(f"layout={shown(layout)}; choose auto, stay or even")
+        raise InputError(f"layout={short_repr(layout)}; choose auto, stay or even")
     inner = edges(plan.mask, plan.seq_len) if merge.batch > 1 else ()  # one sequence is in line with itself
     if layout == "even" or (layout == "auto" and in_stripes(plan.layout)):
         return _plan(merge, plan, even(merge, plan.layout, bucket, inner), choices)
@@ -274,7 +276,7 @@ def _plan(merge: Merge, plan: Plan, placement: Placement, choices: Mapping[str, 
     return made, placement
 
 
-def _layers(plan: Plan, topology: Topology, pay: Pay, passes: Sequence[bool]) -> float:
+def _layers(plan: Plan, topology: Topology, pay: LayerCost, passes: Sequence[bool]) -> float:
     """Seconds of all layers in all passes."""
     rows = max(plan.rows(rank) for rank in range(plan.world)) * pay.batch
     beside = rows * pay.row_flops / topology.flops
@@ -283,9 +285,9 @@ def _layers(plan: Plan, topology: Topology, pay: Pay, passes: Sequence[bool]) ->
     )
 
 
-def _moving(merge: Merge, plan: Plan, placement: Placement, topology: Topology, pay: Pay) -> float:
+def _moving(merge: Merge, plan: Plan, placement: Placement, topology: Topology, pay: LayerCost) -> float:
     """Seconds on the wire to merge once; unmerging, and the backward of both, take the same rows the same way."""
-    rows, slots = homes(plan.layout), homes(placement.layout)
+    rows, slots = owners(plan.layout), owners(placement.layout)
     links: Counter[tuple[int, int]] = Counter()
     for at in placement.of(merge.numbers).cpu():
         used = at >= 0

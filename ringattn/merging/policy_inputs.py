@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import complaint, one_of, real, shown, whole
+from ringattn._validation import as_finite_float, as_int, error_message, one_of, short_repr
 from ringattn.comm.consistency import agree
-from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
+from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense, meet
+from ringattn.execution.checks import as_strided_tensor, resolve_group
 from ringattn.merging.matching import MOST_CHANNELS
 from ringattn.sequence.layout import Layout
 
@@ -53,7 +53,7 @@ def _signed(number: int) -> int:
 SCORERS = ("alternate", "energy", "random")
 
 
-class Ask(NamedTuple):
+class MatchArgs(NamedTuple):
     """How much merges, and who may; see `similar`."""
 
     remove: float | None = None
@@ -72,37 +72,39 @@ class Ask(NamedTuple):
             raise InputError(problem)
         one_of("scorer", self.scorer, SCORERS, InputError)
         for name in ("seed", "layer"):
-            whole(name, getattr(self, name), InputError)
-        if real(self.margin) is None or abs(self.margin) > 2:
-            raise InputError(f"margin={shown(self.margin)}: is a cosine, from -1 to 1")
+            as_int(name, getattr(self, name), InputError)
+        if as_finite_float(self.margin) is None or abs(self.margin) > 2:
+            raise InputError(f"margin={short_repr(self.margin)}: is a cosine, from -1 to 1")
 
     def _problem(self) -> str | None:
         if self.remove is None and self.threshold is None:
             return "give remove (a share of the rows), threshold (a cosine), or both"
-        if self.remove is not None and not 0 < (real(self.remove) or 0) <= 0.5:
-            return f"remove={shown(self.remove)}: must be more than 0 and at most 0.5, since half of the rows are merged into"
-        if self.threshold is not None and (real(self.threshold) is None or not -1 <= self.threshold <= 1):
-            return f"threshold={shown(self.threshold)}: is a cosine, from -1 to 1"
+        if self.remove is not None and not 0 < (as_finite_float(self.remove) or 0) <= 0.5:
+            return (
+                f"remove={short_repr(self.remove)}: must be more than 0 and at most 0.5, since half of the rows are merged into"
+            )
+        if self.threshold is not None and (as_finite_float(self.threshold) is None or not -1 <= self.threshold <= 1):
+            return f"threshold={short_repr(self.threshold)}: is a cosine, from -1 to 1"
         return None
 
 
 def asked(
-    ask: Ask,
+    ask: MatchArgs,
     metric: Tensor,
     layout: Layout,
     protected: Tensor | None,
     group: Group | None,
     more: Callable[[], dict[str, object]],
-) -> tuple[P2P, Tensor]:
+) -> tuple[Transport, Tensor]:
     """The transport to use and this rank's protected rows, when all ranks ask the same. `more`: what else they are to agree on.
 
     Raises:
         InputError: something does not fit. Raised on every rank.
         MismatchError: ranks ask for different things. Raised on every rank.
     """
-    process_group, rank = meet(layout, group, Layout)
+    process_group, rank = resolve_group(layout, group, Layout)
     fields: dict[str, object] = {"call": "merging"}
-    problem = complaint(lambda: fields.update(_fields(ask, metric, layout, rank, protected, process_group) | more()))
+    problem = error_message(lambda: fields.update(_fields(ask, metric, layout, rank, protected, process_group) | more()))
     agree(process_group, fields, problem, device=metric.device if isinstance(metric, Tensor) else None)
     if protected is None:
         protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
@@ -110,12 +112,12 @@ def asked(
 
 
 def _fields(
-    ask: Ask, metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None
+    ask: MatchArgs, metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None
 ) -> dict[str, object]:
     """What ranks have to agree on; raises `InputError` for what is wrong."""
     ask.check()
     for name, tensor in (("metric", metric), ("protected", metric if protected is None else protected)):
-        dense(name, tensor)
+        as_strided_tensor(name, tensor)
     if problem := _misfit(metric, layout, rank, protected, group):
         raise InputError(problem)
     return {"merge by": ask, "layout": layout.digest, "batch": metric.shape[0], "metric channels": metric.shape[-1]}

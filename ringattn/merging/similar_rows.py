@@ -17,15 +17,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ringattn._validation import counts, whole
+from ringattn._validation import as_int, counts
 from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
-from ringattn.execution.sharding import held
-from ringattn.merging.exchange import Route, homes, told, up
-from ringattn.merging.matching import NONE, A, B, alternate, best, by_chance, by_energy, chosen, energies, similarity, units
+from ringattn.execution.sharding import resident_positions
+from ringattn.merging.exchange import SlotExchange, owners, told, up
+from ringattn.merging.matching import (
+    NONE,
+    A,
+    B,
+    alternate,
+    best,
+    by_chance,
+    by_energy,
+    chosen,
+    energies,
+    fixed_point,
+    similarity,
+)
 from ringattn.merging.merge import MOST_ROWS, Merge, runs, starts
-from ringattn.merging.policy_inputs import Ask, asked
+from ringattn.merging.policy_inputs import MatchArgs, asked
 from ringattn.sequence.layout import Layout, Span, joined
 
 
@@ -47,13 +59,17 @@ def similar(
     """In every window the most similar rows become one; causal, known at the end of each window. Collective.
 
     Args:
-        metric: (batch, rows, dim), this rank's rows of what is compared by cosine: keys averaged over heads, say. layout: of
-        the rows over ranks: `plan.layout`. window: rows in a window; the last may have fewer. remove: the share of a window's
-        rows that merge into others, up to 0.5. threshold: cosine above which rows merge; with `remove` too, at most so many.
-        One of the two must be given. protected: bool (batch, rows), this rank's: rows that stay alone. scorer: "alternate":
-        every other row may merge into one of the rest (ToMe); "energy": only rows that are like many others
-            may (PiToMe, with `margin`, the cosine from which rows count as alike); "random": into one of every two rows, drawn
-            by (seed, layer, position).
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine: keys averaged over heads, say.
+        layout: which rows each rank has: `plan.layout`.
+        window: rows in a window; the last may have fewer.
+        remove: the share of a window's rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most so many.
+        protected: bool (batch, rows), this rank's: rows that stay alone.
+        scorer: "alternate": every other row may merge into one of the rest (ToMe); "energy": only rows that are like many
+            others may (PiToMe, with `margin`); "random": into one of every two rows, drawn by (seed, layer, position).
+        margin: for "energy": the cosine from which rows count as alike.
+        seed: for "random".
+        layer: for "random": which layer merges, so that layers draw differently.
         cu_seqlens: of packed documents: windows begin anew with each.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 
@@ -64,12 +80,12 @@ def similar(
         InputError: an argument does not fit. Raised on every rank.
         MismatchError: ranks came with different arguments. Raised on every rank.
     """
-    ask = Ask(remove, threshold, scorer, margin, seed, layer)
+    ask = MatchArgs(remove, threshold, scorer, margin, seed, layer)
     cuts: tuple[int, ...] = ()
 
     def more() -> dict[str, object]:
         nonlocal cuts, window
-        cuts, window = counts("cu_seqlens", cu_seqlens, InputError), min(whole("window", window, InputError), MOST_ROWS)
+        cuts, window = counts("cu_seqlens", cu_seqlens, InputError), min(as_int("window", window, InputError), MOST_ROWS)
         starts(layout.length, window, cuts)
         return {"window": window, "cu_seqlens": cuts}
 
@@ -84,28 +100,28 @@ def in_windows(
     layout: Layout,
     window: int,
     cu_seqlens: tuple[int, ...],
-    ask: Ask,
+    ask: MatchArgs,
     transport: Transport,
 ) -> list[Merge]:
     """`similar` on each rank that `transport` hosts."""
-    whole = _whole_windows(layout, window, cu_seqlens)
-    values = [torch.cat([units(m), p.int().unsqueeze(-1)], dim=-1) for m, p in zip(metrics, protected, strict=True)]
+    whole_windows = _whole_windows(layout, window, cu_seqlens)
+    values = [torch.cat([fixed_point(m), p.int().unsqueeze(-1)], dim=-1) for m, p in zip(metrics, protected, strict=True)]
     batch = metrics[0].shape[0]
-    if whole is not layout:
+    if whole_windows is not layout:
         every = torch.arange(layout.length, device=metrics[0].device).expand(batch, -1)
-        routes = [Route(every, layout, whole, rank) for rank in transport.ranks]
-        values = up(routes, values, transport)
+        exchanges = [SlotExchange(every, layout, whole_windows, rank) for rank in transport.ranks]
+        values = up(exchanges, values, transport)
     found = []
     for rank, own in zip(transport.ranks, values, strict=True):
-        rows = held(whole, rank).to(own.device)
+        rows = resident_positions(whole_windows, rank).to(own.device)
         found.append(
-            _decided(own[..., :-1], own[..., -1] > 0, rows, _table(whole, rank, window, cu_seqlens).to(own.device), ask)
+            _decided(own[..., :-1], own[..., -1] > 0, rows, _table(whole_windows, rank, window, cu_seqlens).to(own.device), ask)
         )
     ends = runs(layout.length, window, cu_seqlens)[1].to(metrics[0].device)
-    return [Merge.of(labels, decided=ends.expand(batch, -1)) for labels in told(found, whole, transport)]
+    return [Merge.of(labels, decided=ends.expand(batch, -1)) for labels in told(found, whole_windows, transport)]
 
 
-def _decided(metric: Tensor, protected: Tensor, positions: Tensor, table: Tensor, ask: Ask) -> Tensor:
+def _decided(metric: Tensor, protected: Tensor, positions: Tensor, table: Tensor, ask: MatchArgs) -> Tensor:
     """int64 (batch, rows): for each row the position of the one it merges into. table: (windows, width) local rows, or -1."""
     there, at = table >= 0, table.clamp(min=0)
     u, where = metric[:, at], positions[at]
@@ -129,7 +145,7 @@ def _decided(metric: Tensor, protected: Tensor, positions: Tensor, table: Tensor
 def _whole_windows(layout: Layout, window: int, cu_seqlens: tuple[int, ...]) -> Layout:
     """`layout` with every window on the rank of its first row; itself, if that is so already."""
     found = starts(layout.length, window, cu_seqlens)
-    owner = homes(layout).rank
+    owner = owners(layout).rank
     first = torch.tensor(found)[:, 0].repeat_interleave(torch.tensor(found)[:, 1])
     if torch.equal(owner, owner[first]):
         return layout
@@ -142,8 +158,8 @@ def _whole_windows(layout: Layout, window: int, cu_seqlens: tuple[int, ...]) -> 
 @lru_cache(maxsize=32)
 def _table(layout: Layout, rank: int, window: int, cu_seqlens: tuple[int, ...]) -> Tensor:
     """(windows, width): the local rows of each of this rank's windows, filled up with -1."""
-    home, found = homes(layout), torch.tensor(starts(layout.length, window, cu_seqlens))
-    first, length = found[home.rank[found[:, 0]] == rank].unbind(1)
+    owner_of, found = owners(layout), torch.tensor(starts(layout.length, window, cu_seqlens))
+    first, length = found[owner_of.rank[found[:, 0]] == rank].unbind(1)
     step = torch.arange(min(window, layout.length))
-    rows = home.row[(first[:, None] + step).clamp(max=layout.length - 1)]
+    rows = owner_of.row[(first[:, None] + step).clamp(max=layout.length - 1)]
     return rows.where(step < length[:, None], -1)

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringattn.comm.collectives import all_reduce
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError, MismatchError
-from ringattn.execution.checks import check_group, told
-from ringattn.faults.watchdog import transferring
+from ringattn.execution.checks import agreed_error, check_group
+from ringattn.faults.watchdog import comm_errors
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
@@ -22,13 +22,13 @@ def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
         world = group.size() if isinstance(group, DeviceMesh) else dist.get_world_size(group)
         return group_and_rank(group, world)[0]
     except (InputError, MismatchError) as error:
-        raise told(error, group) from None
+        raise agreed_error(error, group) from None
 
 
 def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tensor:
     """`tensor`, replaced by its sum over `group`. Raises `CommError` when a rank is gone; `what` names the sum."""
     if group is None:
         return tensor
-    with transferring("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):
+    with comm_errors("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):
         all_reduce(tensor, group)
     return tensor

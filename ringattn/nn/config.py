@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ringattn._validation import MOST, real, shown
+from ringattn._validation import MOST, as_finite_float, short_repr
 from ringattn.errors import InputError
 
 
@@ -34,10 +34,10 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= MOST:
-                raise InputError(f"{name}={shown(value)}: must be a whole number of 1 or more, up to {MOST:,}")
+                raise InputError(f"{name}={short_repr(value)}: must be a whole number of 1 or more, up to {MOST:,}")
         for name in ("rope_theta", "norm_eps"):
-            if (real(getattr(self, name)) or 0) <= 0:
-                raise InputError(f"{name}={shown(getattr(self, name))}: must be positive")
+            if (as_finite_float(getattr(self, name)) or 0) <= 0:
+                raise InputError(f"{name}={short_repr(getattr(self, name))}: must be positive")
         if self.heads % self.kv_heads:
             raise InputError(
                 f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; each KV head serves equally many query ones"

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ringattn._validation import complaint, flag, instance
+from ringattn._validation import error_message, flag, instance
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.execution.attention import attention
-from ringattn.execution.checks import dense, meet, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, resolve_group, whole_numbers
 from ringattn.execution.sharding import positions
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.loss import IGNORE, NUMBERS, check_targets, mean_over, summed
@@ -93,7 +93,7 @@ class Block(nn.Module):
         return y
 
 
-class Through(NamedTuple):
+class BlockArgs(NamedTuple):
     """What blocks are run with: all that a pass of the decoder has been called with."""
 
     tokens: Tensor
@@ -173,17 +173,17 @@ class Decoder(nn.Module):
     def _hidden(
         self, tokens: Tensor, plan: Plan, group: Group | None, checkpoint: bool, targets: object = NO_TARGETS
     ) -> Tensor:
-        process_group, rank = meet(plan, group)
-        problem = complaint(lambda: self._check(tokens, plan, rank, checkpoint, targets))
-        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, behind=plan.facts)
-        through = Through(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
+        process_group, rank = resolve_group(plan, group)
+        problem = error_message(lambda: self._check(tokens, plan, rank, checkpoint, targets))
+        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, details=plan.describe)
+        through = BlockArgs(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
         normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
         return normed
 
     def _check(self, tokens: Tensor, plan: Plan, rank: int, checkpoint: bool, targets: object) -> None:
         """Raise `InputError` for what does not fit the plan or the model."""
         flag("checkpoint", checkpoint, InputError)
-        if dense("tokens", tokens).ndim != 2 or tokens.shape[1] != plan.rows(rank):
+        if as_strided_tensor("tokens", tokens).ndim != 2 or tokens.shape[1] != plan.rows(rank):
             raise InputError(
                 f"tokens has shape {tuple(tokens.shape)}, the plan gives rank {rank} {plan.rows(rank)} rows: "
                 "pass (batch, rows) as shard(tokens, plan) returns it"
@@ -194,12 +194,12 @@ class Decoder(nn.Module):
         whole_numbers("tokens", tokens, self.config.vocab_size)
         if targets is NO_TARGETS:
             return
-        if (found := dense("targets", targets)).shape != tokens.shape:
+        if (found := as_strided_tensor("targets", targets)).shape != tokens.shape:
             raise InputError(
                 f"targets has shape {tuple(found.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
             )
         check_targets(found, self.config.vocab_size, where)
 
-    def _blocks(self, x: Tensor, through: Through) -> Tensor:
+    def _blocks(self, x: Tensor, through: BlockArgs) -> Tensor:
         """All blocks, on the residual stream."""
         return through(self.layers, x)

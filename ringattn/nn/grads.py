@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import complaint, shown
+from ringattn._validation import error_message, short_repr
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense
+from ringattn.execution.checks import as_strided_tensor
 from ringattn.nn.collectives import reduction_group, sum_over
 
 BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small beside the gradients of a large model
@@ -37,10 +37,10 @@ def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -
     """
     process_group = reduction_group(group)
     trained: list[Tensor] = []
-    problem = complaint(lambda: trained.extend(_trained(parameters, process_group)))
+    problem = error_message(lambda: trained.extend(_trained(parameters, process_group)))
     shapes = [(tuple(p.shape), p.dtype) for p in trained]
     said = {"call": "reduce_gradients", "shapes of parameters": sha256(repr(shapes).encode()).hexdigest()[:16]}
-    agree(process_group, said, problem, behind=lambda: {"number of parameters": len(trained)})
+    agree(process_group, said, problem, details=lambda: {"number of parameters": len(trained)})
     if process_group is None:
         return
     for bucket in _buckets(trained):
@@ -52,13 +52,13 @@ def _trained(parameters: Iterable[Tensor], group: dist.ProcessGroup | None) -> l
     try:
         found = [] if isinstance(parameters, Tensor) else list(parameters)
     except Exception:
-        raise InputError(f"parameters={shown(parameters)}; give model.parameters(), or a list of them") from None
+        raise InputError(f"parameters={short_repr(parameters)}; give model.parameters(), or a list of them") from None
     if isinstance(parameters, Tensor):
         raise InputError("parameters is one tensor; give model.parameters(), or a list of them")
-    trained = [p for p in found if dense("parameters: one of them", p).requires_grad]
+    trained = [p for p in found if as_strided_tensor("parameters: one of them", p).requires_grad]
     for p in trained:
         if p.grad is not None:
-            dense("parameters: the gradient of one", p.grad)
+            as_strided_tensor("parameters: the gradient of one", p.grad)
         if problem := cannot_move(group, "parameters: one", p):
             raise InputError(problem)
     return trained

@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ringattn._validation import MOST, complaint, count, shown
+from ringattn._validation import MOST, count, error_message, short_repr
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, whole_numbers
 from ringattn.kernels.lse import accum_dtype
 from ringattn.nn.collectives import reduction_group, sum_over
 
@@ -31,7 +31,7 @@ NUMBERS = (torch.int64, torch.int32)
 
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
     """Next-token targets: tokens one to the left, `ignore_index` last. tokens: int64 (batch, seq_len), not yet sharded."""
-    if dense("tokens", tokens).ndim != 2 or tokens.dtype not in NUMBERS:
+    if as_strided_tensor("tokens", tokens).ndim != 2 or tokens.dtype not in NUMBERS:
         raise InputError(f"tokens: {tokens.dtype} of shape {tuple(tokens.shape)}; give int64 (batch, seq_len)")
     ignore_index = count("ignore_index", ignore_index, InputError, least=-MOST)
     return F.pad(tokens[:, 1:], (0, 1), value=ignore_index)
@@ -67,7 +67,7 @@ def cross_entropy(
         InputError: targets do not fit the logits. Raised on every rank.
     """
     process_group = reduction_group(group)
-    problem = complaint(lambda: _check(logits, targets, ignore_index, averaged_over, num_items))
+    problem = error_message(lambda: _check(logits, targets, ignore_index, averaged_over, num_items))
     same = {"averaged_over": averaged_over, "num_items": _comparable(num_items)} if problem is None else {}
     agree(process_group, {"call": "cross_entropy"} | same, problem)
     counted = (targets != ignore_index).sum()
@@ -87,13 +87,13 @@ def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: in
         if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
             raise InputError(f"num_items: {num_items.dtype} of shape {tuple(num_items.shape)}; give one number")
     elif num_items is not None and (isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 0):
-        raise InputError(f"num_items={shown(num_items)}: counts targets, 0 or more")
+        raise InputError(f"num_items={short_repr(num_items)}: counts targets, 0 or more")
     count("ignore_index", ignore_index, InputError, least=-MOST)
     if not isinstance(averaged_over, int) or not 1 <= averaged_over <= MOST:
-        raise InputError(f"averaged_over={shown(averaged_over)}: counts ranks, 1 or more")
-    if not dense("logits", logits).is_floating_point() or not logits.ndim or not logits.shape[-1]:
+        raise InputError(f"averaged_over={short_repr(averaged_over)}: counts ranks, 1 or more")
+    if not as_strided_tensor("logits", logits).is_floating_point() or not logits.ndim or not logits.shape[-1]:
         raise InputError(f"logits: {logits.dtype} of shape {tuple(logits.shape)}; give floating-point (..., vocab_size)")
-    if logits.shape[:-1] != dense("targets", targets).shape:
+    if logits.shape[:-1] != as_strided_tensor("targets", targets).shape:
         raise InputError(
             f"targets has shape {tuple(targets.shape)} and logits {tuple(logits.shape)}; it needs one entry per row of logits: "
             "shard both with the same plan"

@@ -15,45 +15,30 @@ shift this generalises; MergeDNA, https://arxiv.org/abs/2511.14806.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ringattn._validation import count, counts, flag, instance, one_of, real, shown, whole
+from ringattn._validation import as_finite_float, as_int, count, counts, flag, instance, one_of, short_repr
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
-from ringattn.merging import (
-    DeleteGate,
-    Merge,
-    Pay,
-    RateController,
-    Short,
-    bipartite,
-    delete,
-    segments,
-    shorten,
-    similar,
-    tell,
-    windows,
-)
-from ringattn.merging.placement import edges
+from ringattn.merging import POLICIES, DeleteGate, LayerCost, Merge, MergedSequence, MergeRequest, RateController, shorten
 from ringattn.merging.policy_inputs import SCORERS
 from ringattn.nn.collectives import sum_over
 from ringattn.nn.config import DecoderConfig
-from ringattn.nn.decoder import Block, Decoder, Through
+from ringattn.nn.decoder import Block, BlockArgs, Decoder
 from ringattn.plan.plan import Plan
 from ringattn.planner.topology import Topology
-
-POLICIES = ("windows", "similar", "bipartite", "words", "gate")
 
 
 @dataclass(frozen=True)
 class Merging:
     """What `MergingDecoder` merges, and where. Checked when the decoder is made.
 
-    policy: "windows" of `factor` rows; "similar" rows inside windows of `window`; "bipartite": similar rows of the whole
-        sequence, not causal; "words": up to and with a token of `ends`; "gate": what a learned gate deletes.
+    policy: one of `ringattn.merging.POLICIES`. "windows" of `factor` rows; "similar" rows inside windows of `window`;
+        "bipartite": similar rows of the whole sequence, not causal; "words": up to and with a token of `ends`; "gate": what a
+        learned gate deletes.
     first, last: blocks [first, last) run on the short sequence.
     factor: rows in a window of "windows".
     window: rows in a window of "similar".
@@ -69,7 +54,7 @@ class Merging:
         takes seconds for each, a name milliseconds.
     """
 
-    policy: Literal["windows", "similar", "bipartite", "words", "gate"]
+    policy: str
     first: int
     last: int
     factor: int = 2
@@ -91,29 +76,31 @@ class Merging:
         """Raise `InputError` for what cannot work."""
         one_of("policy", self.policy, POLICIES, InputError)
         for name in ("first", "last", "protect", "factor", "window", "bucket", "seed"):
-            whole(name, getattr(self, name), InputError)
+            as_int(name, getattr(self, name), InputError)
         flag("size_bias", self.size_bias, InputError)
         counts("ends", self.ends, InputError)
         one_of("layout", self.layout, ("auto", "stay", "even"), InputError)
         one_of("scorer", self.scorer, SCORERS, InputError)
-        if self.threshold is not None and (real(self.threshold) is None or not -1 <= self.threshold <= 1):
-            raise InputError(f"threshold={shown(self.threshold)}: is a cosine, from -1 to 1")
+        if self.threshold is not None and (as_finite_float(self.threshold) is None or not -1 <= self.threshold <= 1):
+            raise InputError(f"threshold={short_repr(self.threshold)}: is a cosine, from -1 to 1")
         if not 0 <= self.first < self.last <= config.layers:
             raise InputError(
-                f"first={shown(self.first)}, last={shown(self.last)}: blocks [first, last) must be some of the {config.layers}"
+                f"first={short_repr(self.first)}, last={short_repr(self.last)}: blocks [first, last) must be "
+                f"some of the {config.layers}"
             )
         one_of("how", self.how, ("mean", "last", "learned"), InputError)
         if self.protect < 0:
-            raise InputError(f"protect={shown(self.protect)}: counts rows, 0 or more")
-        if not 0 < (real(self.remove) or 0) < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
+            raise InputError(f"protect={short_repr(self.protect)}: counts rows, 0 or more")
+        if not 0 < (as_finite_float(self.remove) or 0) < 1 or (POLICIES[self.policy].pairs and self.remove > 0.5):
             raise InputError(
-                f"remove={shown(self.remove)}: is a share of rows, more than 0, less than 1, up to 0.5 where rows are merged"
+                f"remove={short_repr(self.remove)}: is a share of rows, more than 0, less than 1, up to 0.5 where rows "
+                "are merged"
             )
         count("protect", self.protect, InputError, least=0)
         for name in ("factor", "window", "bucket"):
-            count(name, getattr(self, name), InputError, cure="it counts rows")
-        if self.policy == "gate" and (self.protect or self.how != "mean"):
-            raise InputError('policy="gate" deletes rows and means nothing: leave out protect and how')
+            count(name, getattr(self, name), InputError, hint="it counts rows")
+        if POLICIES[self.policy].deletes and (self.protect or self.how != "mean"):
+            raise InputError(f'policy="{self.policy}" deletes rows and means nothing: leave out protect and how')
 
 
 class MergingDecoder(Decoder):
@@ -126,11 +113,11 @@ class MergingDecoder(Decoder):
         instance("config", config, DecoderConfig, InputError, "give a DecoderConfig")
         instance("merging", merging, Merging, InputError, "give a Merging(policy, first, last, ...)").check(config)
         super().__init__(config)
-        self.merging = merging
-        self.short: Short | None = None
-        self._kept: dict[object, Short] = {}
+        self.merging, self._policy = merging, POLICIES[merging.policy]
+        self.short: MergedSequence | None = None
+        self._kept: dict[object, MergedSequence] = {}
         self._gates: Tensor | None = None
-        if merging.policy == "gate":
+        if self._policy.deletes:
             self.gate, self.controller = DeleteGate(config.dim), RateController(merging.remove)
         if merging.how == "learned":
             self.weigh = nn.Linear(config.dim, 1, bias=False)
@@ -151,13 +138,13 @@ class MergingDecoder(Decoder):
         with_penalty: Tensor = value + (penalty - penalty.detach()).to(value.dtype)
         return with_penalty
 
-    def _blocks(self, x: Tensor, through: Through) -> Tensor:
+    def _blocks(self, x: Tensor, through: BlockArgs) -> Tensor:
         m, blocks = self.merging, list(self.layers)
         x = through(blocks[: m.first], x)
-        x = (self._faded if m.policy == "gate" and self.training else self._merged)(x, blocks[m.first : m.last], through)
+        x = (self._faded if self._policy.deletes and self.training else self._merged)(x, blocks[m.first : m.last], through)
         return through(blocks[m.last :], x)
 
-    def _faded(self, x: Tensor, middle: list[nn.Module], through: Through) -> Tensor:
+    def _faded(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
         """The soft gate: a row weighs less as a key, and takes less of what the middle makes of it."""
         g = self._gates = self.gate(x)
         self.short = None
@@ -169,9 +156,9 @@ class MergingDecoder(Decoder):
         share: Tensor = (1 + g / self.gate.scale).to(x.dtype).unsqueeze(-1)
         return share
 
-    def _merged(self, x: Tensor, middle: list[nn.Module], through: Through) -> Tensor:
+    def _merged(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
         m = self.merging
-        g = self.gate(x) if m.policy == "gate" else None
+        g = self.gate(x) if self._policy.deletes else None
         short = self.short = self._shortened(x, g, through)
         weights = (10 * torch.tanh(self.weigh(x) / 10)).exp().squeeze(-1) if m.how == "learned" else None
         y = short.merge(x, "last" if m.how == "last" or g is not None else "mean", weights)
@@ -186,14 +173,14 @@ class MergingDecoder(Decoder):
             added = added * self.gate.keeps(g).unsqueeze(-1) * self._share(g, x)
         return x + added
 
-    def _shortened(self, x: Tensor, g: Tensor | None, through: Through) -> Short:
+    def _shortened(self, x: Tensor, g: Tensor | None, through: BlockArgs) -> MergedSequence:
         m, plan, group = self.merging, through.plan, through.group
         key = (plan, len(x), x.device, group)
         if key in self._kept:
             return self._kept[key]
-        config, static = self.config, m.policy == "windows"
+        config, static = self.config, self._policy.static
         heads = config.heads + config.kv_heads
-        pay = Pay(
+        pay = LayerCost(
             m.last - m.first, len(x), config.dim, 2.0 * config.dim * (2 * heads * config.head_dim + 3 * config.hidden_dim)
         )
         merge, choices = self._merge(x, g, through), dict(schedule=m.schedule, topology=m.topology)
@@ -202,26 +189,28 @@ class MergingDecoder(Decoder):
             self._kept = {key: short}
         return short
 
-    def _merge(self, x: Tensor, g: Tensor | None, through: Through) -> Merge:
-        m, plan, group = self.merging, through.plan, through.group
-        cuts = (0, *edges(plan.mask, plan.seq_len), plan.seq_len)  # windows begin anew where the mask changes
-        if m.policy == "windows":
-            first = torch.arange(plan.seq_len) < m.protect
-            return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=cuts, batch=len(x), device=x.device)
-        if m.policy == "words":
-            last = torch.isin(through.positions + 1, torch.tensor(cuts[1:-1], device=x.device))
-            alone = through.positions < m.protect
-            ends = torch.isin(through.tokens, torch.tensor(m.ends, device=x.device)) | last | alone
-            return segments(tell(ends, plan.layout, group))
-        if g is not None:
-            return delete(self.gate.keeps(g), plan.layout, group)
-        protected = (through.positions < m.protect).expand(x.shape[:2])
-        asked: dict[str, Any] = dict(
-            remove=m.remove, threshold=m.threshold, scorer=m.scorer, protected=protected, seed=m.seed, layer=m.first
+    def _merge(self, x: Tensor, g: Tensor | None, through: BlockArgs) -> Merge:
+        m = self.merging
+        request = MergeRequest(
+            x,
+            through.tokens,
+            through.positions,
+            through.plan,
+            through.group,
+            self._metric,
+            None if g is None else self.gate.keeps(g),
+            m.factor,
+            m.window,
+            m.remove,
+            m.threshold,
+            m.scorer,
+            m.ends,
+            m.protect,
+            m.seed,
+            m.first,
         )
-        if m.policy == "similar":
-            return similar(self._metric(x), plan.layout, window=m.window, cu_seqlens=cuts, group=group, **asked)
-        return bipartite(self._metric(x), plan.layout, group=group, **asked)
+        merge = self._policy.decide(request)
+        return instance(f"policy {m.policy!r} returned", merge, Merge, InputError, "return a Merge, as windows(...) makes one")
 
     @torch.no_grad()
     def _metric(self, x: Tensor) -> Tensor:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringattn._validation import real, shown
+from ringattn._validation import as_finite_float, short_repr
 from ringattn.errors import InputError
-from ringattn.execution.checks import dense
+from ringattn.execution.checks import as_strided_tensor
 
 MOST_CHANNELS = 1 << 20
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each fp32 (..., rows, head_dim / 2). positions: int64 (rows,) or (batch, rows), global; theta: the base."""
-    if not dense("positions", positions).ndim or positions.is_complex():
+    if not as_strided_tensor("positions", positions).ndim or positions.is_complex():
         raise InputError(f"positions: {positions.dtype} of shape {tuple(positions.shape)}; give int64 (rows,) or (batch, rows)")
     if not isinstance(head_dim, int) or not 0 < head_dim <= MOST_CHANNELS or head_dim % 2:
-        raise InputError(f"head_dim={shown(head_dim)}; must be even, since pairs of channels are turned")
-    if (real(theta) or 0) <= 0:
-        raise InputError(f"theta={shown(theta)}; must be positive and finite")
+        raise InputError(f"head_dim={short_repr(head_dim)}; must be even, since pairs of channels are turned")
+    if (as_finite_float(theta) or 0) <= 0:
+        raise InputError(f"theta={short_repr(theta)}; must be positive and finite")
     channels = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     # A product, not a matmul: autocast leaves it in fp32. In bf16 neighbouring positions beyond 256 would be the same.
     angles = positions.float().unsqueeze(-1) * theta ** (-channels / head_dim)
@@ -31,8 +31,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of channels of x, (batch, rows, heads, head_dim), in x's own dtype. cos, sin: from `rotary`."""
-    pairs, others = dense("cos", cos).shape, dense("sin", sin).shape
-    fits = dense("x", x).ndim >= 3 and len(pairs) >= 2 and x.shape[-1] == 2 * pairs[-1] and x.shape[-3] == pairs[-2]
+    pairs, others = as_strided_tensor("cos", cos).shape, as_strided_tensor("sin", sin).shape
+    fits = as_strided_tensor("x", x).ndim >= 3 and len(pairs) >= 2 and x.shape[-1] == 2 * pairs[-1] and x.shape[-3] == pairs[-2]
     if not fits or others != pairs or x.is_complex() or pairs[:-2] not in ((), x.shape[:-3]):
         raise InputError(
             f"x has shape {tuple(x.shape)}, cos {tuple(pairs)} and sin {tuple(others)}; give x (batch, rows, heads, "

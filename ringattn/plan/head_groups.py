@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from ringattn.errors import PlanError
 from ringattn.schedule import Kind, Schedule, prune, ring, side_by_side
-from ringattn.schedule.program import Work
+from ringattn.schedule.program import TileBatch
 from ringattn.sequence.layout import Layout, Span, even_parts, joined, take
 from ringattn.sequence.mask import Mask
-from ringattn.sequence.segments import Piece, pieces
+from ringattn.sequence.segments import Segment, tile_segments
 
-WORTH_A_CUT = 0.9  # of the rows: if others need more of them than this, whole blocks travel
+MAX_NEEDED_SHARE = 0.9  # of the rows: if others need more of them than this, whole blocks travel
 
 
 class Block(NamedTuple):
@@ -53,11 +53,11 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
-    """One schedule on some of the heads, joined with layout and mask. `whole` is it before pruning."""
+class HeadGroup:
+    """One schedule on some of the heads, joined with layout and mask. `unpruned` is it before pruning."""
 
     heads: Heads
-    whole: Schedule
+    unpruned: Schedule
     q_blocks: tuple[Block, ...]
     kv_blocks: tuple[Block, ...]
     tiles: Tiles
@@ -65,7 +65,7 @@ class Lane:
     @cached_property
     def schedule(self) -> Schedule:
         """Only the tiles that have work, and the moves that serve one."""
-        return _prune(self.whole, self.tiles)
+        return _prune(self.unpruned, self.tiles)
 
     def block(self, kind: Kind, index: int) -> Block:
         return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
@@ -75,9 +75,9 @@ class Lane:
         """Kept (query, key) pairs of every tile with work."""
         return self.tiles.areas
 
-    def pieces(self, work: Work) -> tuple[Piece, ...]:
-        """What a kernel has to compute of `work`, in rows of its blocks put one behind another."""
-        return self.tiles.pieces(work.i, work.j)
+    def segments(self, batch: TileBatch) -> tuple[Segment, ...]:
+        """What a kernel has to compute of `batch`, in rows of its blocks put one behind another."""
+        return self.tiles.segments(batch.i, batch.j)
 
 
 class Cuts(NamedTuple):
@@ -90,9 +90,9 @@ class Cuts(NamedTuple):
 EVENLY = Cuts()
 
 
-def make_lanes(
+def make_head_groups(
     schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int, cuts: Cuts = EVENLY
-) -> tuple[Lane, ...]:
+) -> tuple[HeadGroup, ...]:
     """Share the heads out among `schedules` and prune each to the tiles that have work.
 
     Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
@@ -100,26 +100,30 @@ def make_lanes(
     """
     if len(schedules) == 2 > kv_heads and _share_keys(*schedules):
         schedules = [side_by_side(*schedules)]
-    if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
+    if len(schedules) > heads and not any(schedule.has_residents for schedule in schedules):
         raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
-    return tuple(_lane(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share)
+    return tuple(
+        _head_group(part, schedule, layout, mask, cuts)
+        for share, schedule in zip(shares, schedules, strict=True)
+        for part in share
+    )
 
 
 def _share_keys(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules can run over the same queries, each on some of the keys."""
     queries_travel = any(move.kind.of_queries for schedule in (a, b) for move in schedule.moves)
-    return a.q_home == b.q_home and not (a.resting or b.resting or queries_travel)
+    return a.q_owner == b.q_owner and not (a.has_residents or b.has_residents or queries_travel)
 
 
-def pairs(lanes: Sequence[Lane]) -> Counter[int]:
+def pairs(head_groups: Sequence[HeadGroup]) -> Counter[int]:
     """Kept (query, key) pairs that each rank computes, over all heads."""
-    work: Counter[int] = Counter()
-    for lane in lanes:
-        areas, heads = lane.areas, lane.heads.of_queries
-        for _, rank, i, j in lane.whole.tiles:
-            work[rank] += areas.get((i, j), 0) * heads
-    return work
+    batch: Counter[int] = Counter()
+    for head_group in head_groups:
+        areas, heads = head_group.areas, head_group.heads.of_queries
+        for _, rank, i, j in head_group.unpruned.tiles:
+            batch[rank] += areas.get((i, j), 0) * heads
+    return batch
 
 
 def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
@@ -146,10 +150,10 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
 
 # Small caches: a lane holds every piece of its mask, which for thousands of documents is megabytes.
 @lru_cache(maxsize=512)
-def _lane(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> Lane:
-    q_blocks, kv_blocks = blocks(layout, schedule.q_home, cuts.q), blocks(layout.of_keys, schedule.kv_home, cuts.kv)
+def _head_group(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> HeadGroup:
+    q_blocks, kv_blocks = blocks(layout, schedule.q_owner, cuts.q), blocks(layout.of_keys, schedule.kv_owner, cuts.kv)
     tiles = _tiles(q_blocks, kv_blocks, layout, mask)
-    return Lane(heads, schedule, q_blocks, kv_blocks, tiles)
+    return HeadGroup(heads, schedule, q_blocks, kv_blocks, tiles)
 
 
 @lru_cache(maxsize=512)
@@ -162,21 +166,22 @@ class Tiles:
 
     def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
         self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
-        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Piece, ...]] = {}
+        self._segments: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Segment, ...]] = {}
         areas = {
-            (i, j): sum(piece.area for piece in self.pieces((i,), (j,)))
+            (i, j): sum(segment.area for segment in self.segments((i,), (j,)))
             for i, j in product(range(len(q_spans)), range(len(k_spans)))
         }
         self.areas = {tile: area for tile, area in areas.items() if area}
 
-    def pieces(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Piece, ...]:
+    def segments(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Segment, ...]:
         """Between query blocks `i` and key blocks `j`, each put one behind another."""
-        if (i, j) not in self._found:
+        if (i, j) not in self._segments:
             q_spans, k_spans = (
-                joined(span for n in some for span in spans[n]) for some, spans in ((i, self._q_spans), (j, self._k_spans))
+                joined(span for n in numbers for span in spans[n])
+                for numbers, spans in ((i, self._q_spans), (j, self._k_spans))
             )
-            self._found[i, j] = pieces(q_spans, k_spans, self.mask)
-        return self._found[i, j]
+            self._segments[i, j] = tile_segments(q_spans, k_spans, self.mask)
+        return self._segments[i, j]
 
 
 @lru_cache(maxsize=16)
@@ -184,10 +189,10 @@ def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: La
     return Tiles(_spans(layout, q_blocks), _spans(layout.of_keys, kv_blocks), mask)
 
 
-def blocks(layout: Layout, homes: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
+def blocks(layout: Layout, owners: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
     """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it makes as many, else evenly."""
-    parts = {rank: _parts(layout.rows(rank), homes.count(rank), cuts[rank] if cuts else ()) for rank in set(homes)}
-    return tuple(Block(rank, *next(parts[rank])) for rank in homes)
+    parts = {rank: _parts(layout.rows(rank), owners.count(rank), cuts[rank] if cuts else ()) for rank in set(owners)}
+    return tuple(Block(rank, *next(parts[rank])) for rank in owners)
 
 
 def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -200,12 +205,12 @@ def trim(layout: Layout, mask: Mask) -> Cuts:
 
     Of a sliding window they are the end of a shard's keys, of packed documents those that other ranks have a part of.
     """
-    (lane,) = make_lanes((ring(layout.world),), layout, mask, 1, 1)
+    (head_group,) = make_head_groups((ring(layout.world),), layout, mask, 1, 1)
     read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
-    for i, j in lane.areas:
-        for piece in lane.tiles.pieces((i,), (j,)) if i != j else ():
-            read[Kind.Q][i].append((piece.q_start, piece.q_stop))
-            read[Kind.KV][j].append((piece.k_start, piece.k_stop))
+    for i, j in head_group.areas:
+        for segment in head_group.tiles.segments((i,), (j,)) if i != j else ():
+            read[Kind.Q][i].append((segment.q_start, segment.q_stop))
+            read[Kind.KV][j].append((segment.k_start, segment.k_stop))
     return Cuts(_hulls(read[Kind.Q], layout), _hulls(read[Kind.KV], layout.of_keys))
 
 
@@ -213,8 +218,8 @@ def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[t
     """From the first to the last row of each rank that another reads; nothing where that is nearly all of what is read from."""
     hulls = [(min(start for start, _ in runs), max(stop for _, stop in runs)) if runs else (0, 0) for runs in read]
     rows = sum(layout.rows(rank) for rank, runs in enumerate(read) if runs)
-    return tuple(hulls) if sum(stop - start for start, stop in hulls) < WORTH_A_CUT * rows else ()
+    return tuple(hulls) if sum(stop - start for start, stop in hulls) < MAX_NEEDED_SHARE * rows else ()
 
 
-def _spans(layout: Layout, found: Sequence[Block]) -> list[tuple[Span, ...]]:
-    return [take(layout.shards[block.rank], block.start, block.stop) for block in found]
+def _spans(layout: Layout, blocks_: Sequence[Block]) -> list[tuple[Span, ...]]:
+    return [take(layout.shards[block.rank], block.start, block.stop) for block in blocks_]

@@ -9,21 +9,21 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ringattn._validation import count, flag, instance, one_of, shown, text, whole
+from ringattn._validation import as_int, count, flag, instance, one_of, short_repr, text
 from ringattn.errors import PlanError
+from ringattn.plan.kernel_names import AUTO as AUTO_KERNEL
 from ringattn.plan.kernel_names import EMULATED as EMULATED_NAME
-from ringattn.plan.kernel_names import KERNELS, parse
+from ringattn.plan.kernel_names import parse
 from ringattn.planner.cost import ITEMSIZE
 from ringattn.planner.topology import PRESETS, Topology
 from ringattn.schedule import Schedule, check
-from ringattn.schedule.catalog import NAMES, Lanes
+from ringattn.schedule.catalog import NAMES, HeadGroups
 from ringattn.schedule.mesh import factors
 from ringattn.schedule.ulysses import ulysses
 from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout
 from ringattn.sequence.mask import Mask, causal, full
 
-SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = f"{EMULATED_NAME}:"  # and the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
@@ -41,7 +41,7 @@ class Request(NamedTuple):
     head_dim: int
     dtype: str
     mask: Mask
-    schedule: str | Lanes
+    schedule: str | HeadGroups
     degrees: tuple[int, ...]
     layouts: tuple[Layout, ...]
     kernel: str
@@ -49,6 +49,7 @@ class Request(NamedTuple):
     buffer_limit: int | None
     passes: tuple[bool, ...]  # that count: forward (False), and in training backward (True)
     partials: str
+    catalog: int  # how often `NAMES` has changed: a plan by a name that then meant something else is not found again
 
 
 def request(
@@ -97,6 +98,7 @@ def request(
         None if buffer_limit is None else count("buffer_limit", buffer_limit, PlanError),
         (False, True)[: 1 + flag("training", training, PlanError)],
         one_of("partials", partials, PARTIALS, PlanError),
+        NAMES.changes,
     )
 
 
@@ -104,13 +106,13 @@ def _kernel(kernel: Any) -> str:
     """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
     if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
         name = text("kernel", kernel, PlanError)
-        return KERNELS[0] if name == "auto" else str(parse(name, PlanError))
+        return AUTO_KERNEL if name == "auto" else str(parse(name, PlanError))
     try:
         flops = float(kernel.removeprefix(EMULATED))
     except ValueError:
         flops = 0.0
     if not 0 < flops < float("inf"):
-        raise PlanError(f"kernel={shown(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
+        raise PlanError(f"kernel={short_repr(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
     return f"{EMULATED}{flops:g}"
 
 
@@ -119,12 +121,13 @@ def _world(world: Any) -> int:
     dimensions = getattr(world, "ndim", 1)
     if isinstance(dimensions, int) and dimensions > 1:
         raise PlanError(
-            f"world has {dimensions} dimensions ({shown(world)}); give the one the sequence is cut over, as in mesh['sequence']"
+            f"world has {dimensions} dimensions ({short_repr(world)}); give the one the sequence is cut over, "
+            "as in mesh['sequence']"
         )
     try:
         world = world.size() if callable(getattr(world, "size", None)) else world
     except Exception:  # a class, or whatever else has a `size`
-        raise PlanError(f"world={shown(world)}; give the number of ranks, or the mesh or group that has them") from None
+        raise PlanError(f"world={short_repr(world)}; give the number of ranks, or the mesh or group that has them") from None
     return count("world", world, PlanError, most=MOST_RANKS)
 
 
@@ -139,12 +142,12 @@ def _mask(mask: Any) -> Mask:
     )
 
 
-def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
+def _degrees(ulysses: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
     """The degree asked for; otherwise all that leave every rank a head, or none where a schedule was asked for."""
     choices = tuple(degree for degree in factors(world, upto=world) if degree <= heads)
-    if asked is None:
+    if ulysses is None:
         return choices if isinstance(schedule, str) and schedule == "auto" else (1,)
-    degree = count("ulysses", asked, PlanError)
+    degree = count("ulysses", ulysses, PlanError)
     if degree not in choices:
         why = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
         raise PlanError(f"ulysses={degree} {why}; choose one of {list(choices)}, or None")
@@ -154,16 +157,16 @@ def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ..
 def topology_for(topology: Any, world: int) -> Topology:
     if topology is None:
         topology = DEFAULT_TOPOLOGY
-    found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
-    if found is None:
+    value = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
+    if value is None:
         raise PlanError(
-            f"topology={shown(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
+            f"topology={short_repr(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
         )
-    if found.world not in (None, world):
+    if value.world not in (None, world):
         raise PlanError(
-            f"topology {found.name!r} describes {found.world} ranks and world={world}; measure these, or name a preset"
+            f"topology {value.name!r} describes {value.world} ranks and world={world}; measure these, or name a preset"
         )
-    return found
+    return value
 
 
 def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_offset: Any) -> tuple[Layout, ...]:
@@ -172,17 +175,17 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
         if layout.world != world:
             raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
         layout.validate(seq_len)
-        for name, value, found in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
-            if value is not None and whole(name, value, PlanError) != found:
+        for name, value, value in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
+            if value is not None and as_int(name, value, PlanError) != value:
                 raise PlanError(
-                    f"{name}={shown(value)} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
+                    f"{name}={short_repr(value)} and layout={layout.name!r} has {value}; leave {name} out: the layout says it"
                 )
-        _fits(mask, layout.length, layout.of_keys.length, layout.first)
+        _check_mask_length(mask, layout.length, layout.of_keys.length, layout.first)
         return (layout,)
     name = one_of("layout", layout, ("auto", *LAYOUTS, "documents"), PlanError)
     keys = seq_len if kv_len is None else count("kv_len", kv_len, PlanError)
     offset = _offset(q_offset, seq_len, keys, mask)
-    _fits(mask, seq_len, keys, offset)
+    _check_mask_length(mask, seq_len, keys, offset)
     packed = mask.bounds if (keys, offset) == (seq_len, 0) and mask.bounds[-1:] == (seq_len,) else ()
     if name == "documents" and not packed:
         raise PlanError(f"layout='documents' and mask={mask}: it needs packed documents, and as many keys as queries")
@@ -190,14 +193,14 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
     plain = mask == full() or world == 1
     choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if len(packed) > 2 else list(LAYOUTS)
     return tuple(
-        by_documents(packed, world) if one == "documents" else _laid_out(one, seq_len, world, keys, offset)
-        for one in (choices if name == "auto" else [name])
+        by_documents(packed, world) if name == "documents" else _make_layout(name, seq_len, world, keys, offset)
+        for name in (choices if name == "auto" else [name])
     )
 
 
-def _laid_out(name: str, seq_len: int, world: int, keys: int, offset: int) -> Layout:
-    made = LAYOUTS[name](seq_len, world)
-    return made if (keys, offset) == (seq_len, 0) else replace(made.moved(offset), keys=LAYOUTS[name](keys, world))
+def _make_layout(name: str, seq_len: int, world: int, keys: int, offset: int) -> Layout:
+    layout = LAYOUTS[name](seq_len, world)
+    return layout if (keys, offset) == (seq_len, 0) else replace(layout.moved(offset), keys=LAYOUTS[name](keys, world))
 
 
 def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
@@ -209,13 +212,13 @@ def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
             f"kv_len={keys}, seq_len={seq_len} and mask={mask}: say where the first query stands among the keys with q_offset, "
             f"as in q_offset={max(0, keys - seq_len)}"
         )
-    offset = whole("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
+    offset = as_int("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
     if offset < 0:
         raise PlanError(f"q_offset={q_offset!r}; must be a whole number, 0 or more")
     return count("q_offset", offset, PlanError, least=0)
 
 
-def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
+def _check_mask_length(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
     if mask.length not in (None, keys) or (mask.length is not None and offset + seq_len > keys):
         plain = (keys, offset) == (seq_len, 0)
         beyond = f"seq_len={seq_len}" if plain else f"kv_len={keys}, seq_len={seq_len} from {offset} on"
@@ -226,22 +229,42 @@ def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
 _check_once = lru_cache(maxsize=64)(check)
 
 
-def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | Lanes:
+def _schedule_names() -> tuple[str, ...]:
+    return ("auto", *NAMES, "balanced")
+
+
+def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadGroups:
     if isinstance(schedule, str):
-        return one_of("schedule", schedule, SCHEDULES, PlanError)
-    lanes = (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
-    if not lanes or not all(isinstance(lane, Schedule) for lane in lanes):
-        raise PlanError(f"schedule={shown(schedule)}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them")
-    for lane in lanes:
-        if lane.world * degree != world:
-            within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
-            raise PlanError(f"schedule {lane.name!r} is for {lane.world} ranks and {within}; build it for {world // degree}")
-        if len(lane.tiles) >= len(lane.q_home) * len(lane.kv_home):  # others are for one mask, and checked with it
-            _check_once(lane)
-    if len(lanes) * degree > heads and not any(lane.resting for lane in lanes) and len(lanes) != 2:
+        return one_of("schedule", schedule, _schedule_names(), PlanError)
+    head_groups = (
+        (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
+    )
+    if not head_groups or not all(isinstance(head_group, Schedule) for head_group in head_groups):
         raise PlanError(
-            f"schedule has {len(lanes)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
+            f"schedule={short_repr(schedule)}; give a name ({', '.join(_schedule_names())}), a Schedule, or a tuple of them"
+        )
+    for head_group in head_groups:
+        if head_group.world * degree != world:
+            within = f"world={world}" + (f", ulysses={degree}" if degree > 1 else "")
+            raise PlanError(
+                f"schedule {head_group.name!r} is for {head_group.world} ranks and {within}; build it for {world // degree}"
+            )
+        if len(head_group.tiles) >= len(head_group.q_owner) * len(
+            head_group.kv_owner
+        ):  # others are for one mask, and checked with it
+            _check_once(head_group)
+    if (
+        len(head_groups) * degree > heads
+        and not any(head_group.has_residents for head_group in head_groups)
+        and len(head_groups) != 2
+    ):
+        raise PlanError(
+            f"schedule has {len(head_groups)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
         )
     if degree > 1:
-        lanes = tuple(one for members in zip(*(ulysses(lane, degree) for lane in lanes), strict=True) for one in members)
-    return lanes
+        head_groups = tuple(
+            name
+            for members in zip(*(ulysses(head_group, degree) for head_group in head_groups), strict=True)
+            for name in members
+        )
+    return head_groups

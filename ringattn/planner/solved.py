@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 
-from ringattn.plan.head_groups import make_lanes
+from ringattn.plan.head_groups import make_head_groups
 from ringattn.planner.cost import ITEMSIZE
 from ringattn.planner.request import Request
 from ringattn.planner.solver import Costs, Problem, balanced
@@ -22,7 +22,7 @@ PARTS = 2  # blocks of each rank
 SCARCE = {"mesh": "link", "matrix": "link"}  # elsewhere the port of a rank
 
 
-def shared_out(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
+def balanced_candidates(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
     """Balanced schedules among the world / degree groups of Ulysses; of a single one there is nothing to share out."""
     for backward in request.passes:
         for objective in ("total", SCARCE.get(request.topology.kind, "port")):
@@ -34,15 +34,15 @@ def shared_out(request: Request, layout: Layout, degree: int) -> Iterator[Named]
 @lru_cache(maxsize=64)
 def _schedule(request: Request, layout: Layout, degree: int, backward: bool, objective: str) -> Schedule:
     inner = split(ring(request.world // degree), q=PARTS, kv=PARTS)
-    lanes = ulysses(inner, degree, stages=degree - 1)
-    lane = make_lanes(lanes[:1], layout, request.mask, request.heads, request.kv_heads)[0]
+    head_groups = ulysses(inner, degree, stages=degree - 1)
+    head_group = make_head_groups(head_groups[:1], layout, request.mask, request.heads, request.kv_heads)[0]
     areas: Counter[tuple[int, int]] = Counter()
-    for (i, j), area in lane.areas.items():
+    for (i, j), area in head_group.areas.items():
         areas[i // degree, j // degree] += area
     rows_q, rows_kv = (
         [sum(block.rows for block in blocks[n : n + degree]) for n in range(0, len(blocks), degree)]
-        for blocks in (lane.q_blocks, lane.kv_blocks)
+        for blocks in (head_group.q_blocks, head_group.kv_blocks)
     )
     of_q, of_kv = (heads * request.head_dim * ITEMSIZE[request.dtype] for heads in (request.heads, 2 * request.kv_heads))
     costs = Costs(2 * of_q, of_q, of_kv, of_kv) if backward else Costs(of_q, of_q, of_kv)
-    return balanced(Problem(inner.world, dict(areas), inner.q_home, inner.kv_home, rows_q, rows_kv, costs, objective))
+    return balanced(Problem(inner.world, dict(areas), inner.q_owner, inner.kv_owner, rows_q, rows_kv, costs, objective))

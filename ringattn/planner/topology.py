@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ringattn._validation import count, flag, number, one_of, real, shown, text
+from ringattn._validation import as_finite_float, count, flag, number, one_of, short_repr, text
 from ringattn._validation import path as path_of
 from ringattn.errors import PlanError
 
@@ -71,7 +71,7 @@ class Topology:
     memory: float = 1e15
 
     def __post_init__(self) -> None:
-        about = f"topology {shown(self.name)}: "
+        about = f"topology {short_repr(self.name)}: "
         text(f"{about}name", self.name, PlanError)
         one_of(f"{about}kind", self.kind, KINDS, PlanError)
         flag(f"{about}uplink_shared", self.uplink_shared, PlanError)
@@ -80,7 +80,7 @@ class Topology:
                 count(f"{about}{name}", getattr(self, name), PlanError)
         for name in ("latencies", "bandwidths"):
             if not _is_matrix(getattr(self, name)):
-                raise PlanError(f"{about}{name}={shown(getattr(self, name))}; must be a tuple of tuples of numbers")
+                raise PlanError(f"{about}{name}={short_repr(getattr(self, name))}; must be a tuple of tuples of numbers")
         measured = self.kind == "matrix"
         self._require("flops", "bandwidth" if not measured else "port")
         if self.kind in ("ring", "matrix") and (self.world is None or self.world < 1):
@@ -113,7 +113,7 @@ class Topology:
         for name, rank in (("src", src), ("dst", dst)):
             if not isinstance(rank, int) or rank < 0 or (self.world is not None and rank >= self.world):
                 many = "from 0 on" if self.world is None else f"0 to {self.world - 1}"
-                raise PlanError(f"topology {self.name!r}: {name}={shown(rank)}; ranks are whole numbers, {many}")
+                raise PlanError(f"topology {self.name!r}: {name}={short_repr(rank)}; ranks are whole numbers, {many}")
 
     @cached_property
     def _routes(self) -> dict[tuple[int, int], Route]:
@@ -158,9 +158,9 @@ class Topology:
             value = getattr(self, name)
             if name == "port" and value is None:
                 continue
-            if (real(value) or 0) <= 0:
+            if (as_finite_float(value) or 0) <= 0:
                 raise PlanError(
-                    f"topology {self.name!r}: {name}={shown(value)}; a {self.kind} topology needs it positive and finite"
+                    f"topology {self.name!r}: {name}={short_repr(value)}; a {self.kind} topology needs it positive and finite"
                 )
         number(f"topology {self.name!r}: memory", self.memory, PlanError, above=0)
         for name in ("bandwidth", "uplink_bandwidth", "link_latency", "uplink_latency", "launch"):
@@ -179,7 +179,7 @@ class Topology:
 
 
 def _is_matrix(rows: object) -> bool:
-    return isinstance(rows, tuple) and all(isinstance(row, tuple) and None not in map(real, row) for row in rows)
+    return isinstance(rows, tuple) and all(isinstance(row, tuple) and None not in map(as_finite_float, row) for row in rows)
 
 
 def load_topology(path: str | Path) -> Topology:
@@ -189,20 +189,20 @@ def load_topology(path: str | Path) -> Topology:
         PlanError: the file is missing, damaged, of another format or version, or its numbers cannot be.
     """
     path = path_of("path", path, PlanError)
-    cure = f"measure one with `torchrun --nproc-per-node N -m ringattn probe --out {path}` or name one of {', '.join(PRESETS)}"
+    hint = f"measure one with `torchrun --nproc-per-node N -m ringattn probe --out {path}` or name one of {', '.join(PRESETS)}"
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"topology file {path} cannot be read ({error}); {cure}") from error
+        raise PlanError(f"topology file {path} cannot be read ({error}); {hint}") from error
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise PlanError(f"{path} is not a topology file (no format {FORMAT!r} in it); {cure}")
+        raise PlanError(f"{path} is not a topology file (no format {FORMAT!r} in it); {hint}")
     version = data.pop("version", None)
     if version != VERSION:
-        raise PlanError(f"topology file {path} has version {shown(version)} and this ringattn reads {VERSION}; {cure}")
+        raise PlanError(f"topology file {path} has version {short_repr(version)} and this ringattn reads {VERSION}; {hint}")
     try:
         return _from_json(data)
     except (PlanError, TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"topology file {path} is damaged: {error}; {cure}") from error
+        raise PlanError(f"topology file {path} is damaged: {error}; {hint}") from error
 
 
 def _from_json(data: dict[str, Any]) -> Topology:

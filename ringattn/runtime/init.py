@@ -23,8 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
-from ringattn._validation import count, flag, one_of, path, seconds, shown
-from ringattn.comm.consistency import ranks_named
+from ringattn._validation import count, flag, one_of, path, seconds, short_repr
+from ringattn.comm.consistency import format_ranks
 from ringattn.comm.gloo_duplex import finish, prepare, receiving, sending
 from ringattn.comm.process_group import LAUNCH_HINT, backends, device_type_of
 from ringattn.comm.select import TRANSPORTS
@@ -129,13 +129,13 @@ def environment() -> dict[str, int]:
         env = {name: int(os.environ[name]) for name in names}
         env["LOCAL_WORLD_SIZE"] = int(os.environ.get("LOCAL_WORLD_SIZE", env["LOCAL_RANK"] + 1))
     except ValueError as error:
-        raise LaunchError(f"torchrun's environment is damaged ({shown(error)}); {LAUNCH_HINT}") from error
+        raise LaunchError(f"torchrun's environment is damaged ({short_repr(error)}); {LAUNCH_HINT}") from error
     count("WORLD_SIZE", env["WORLD_SIZE"], LaunchError, most=MOST_RANKS)
     count("MASTER_PORT", env["MASTER_PORT"], LaunchError, most=65535)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         count(name, env[name], LaunchError, least=int(name == "LOCAL_WORLD_SIZE"), most=MOST_RANKS)
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
-        raise LaunchError(f"RANK={shown(env['RANK'])} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
+        raise LaunchError(f"RANK={short_repr(env['RANK'])} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
     address()  # a wrong interface is told here, not by a connection that never comes
     return env
 
@@ -144,7 +144,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     """Options of NCCL where they would do nothing."""
     for name, value in options.items():
         if value is not None:
-            raise LaunchError(f"{name}={shown(value)} is an option of NCCL, {why}; leave it out")
+            raise LaunchError(f"{name}={short_repr(value)} is an option of NCCL, {why}; leave it out")
 
 
 def _device_of_existing(backend: str | None, env: Mapping[str, int], options: Mapping[str, object]) -> str:
@@ -167,7 +167,7 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
     # Under torchrun the agent hosts the store; without it rank 0 must.
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], env["MASTER_PORT"]
-    said = host if len(host) < 200 else shown(host)
+    said = host if len(host) < 200 else short_repr(host)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
@@ -178,14 +178,14 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
             wait_for_workers=False,
         )
     except (RuntimeError, ValueError) as error:  # DistError derives from RuntimeError
-        cure = (
+        hint = (
             "the port is taken: choose another with --master-port, or let torchrun choose with --standalone"
             if "EADDRINUSE" in str(error)
             else "is rank 0 running, and is this address right and reachable from here?"
         )
         raise LaunchError(
             f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {said}:{port} (MASTER_ADDR, MASTER_PORT) "
-            f"within {timeout:.0f} s: {cure} The backend says: {_first_line(error)}"
+            f"within {timeout:.0f} s: {hint} The backend says: {_first_line(error)}"
         ) from error
     attempt = os.environ.get(ATTEMPT, "0")
     return PrefixStore(f"attempt_{attempt}", store)
@@ -206,7 +206,7 @@ def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
                 "process that hosts it (torchrun's agent, or rank 0)"
             ) from error
         raise LaunchError(
-            f"{ranks_named(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
+            f"{format_ranks(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
             f"{env['RANK']}; see the log of what should have started there, and that WORLD_SIZE (--nnodes x --nproc-per-node) "
             "is the number of ranks that are started"
         ) from error

@@ -43,14 +43,14 @@ def posted_by(plan: Plan, rank: int, backward: bool, batches: list[Handle]) -> l
     port, found = P2PPort(transport, rank, "forward"), []
     messages: dict[int, Message] = {}
     for step in plan.program(rank, backward=backward):
-        for message in step.due:
+        for message in step.arrival:
             before = [handle.waited for handle in batches]
             for _ in port.wait(message):
                 pass
             for handle, count in zip(batches, before, strict=True):
                 if handle.waited > count:
-                    dues = {messages[id(transfer.tensor)].due for transfer in handle.transfers}
-                    assert dues == {message.due}, f"{message} waits for what is due in {dues}"
+                    dues = {messages[id(transfer.tensor)].arrival for transfer in handle.transfers}
+                    assert dues == {message.arrival}, f"{message} waits for what is due in {dues}"
         if step.post:
             transfers = [(message, torch.empty(1, dtype=torch.uint8)) for message in step.post]
             messages |= {id(buffer): message for message, buffer in transfers}
@@ -70,7 +70,7 @@ def carry_out(ranks: list[list[tuple[list[Message], int]]]) -> list[str]:
     """What never ends, if each rank's stream runs its batches in order. A batch begins when those before it have ended and all
     that is due at its departure or before has come; it ends when both ends of all its messages have begun."""
     ended, begun, came = [0] * len(ranks), [False] * len(ranks), defaultdict(int)
-    due = [[m for batch, _ in batches for m in batch] for batches in ranks]
+    arrival = [[m for batch, _ in batches for m in batch] for batches in ranks]
     moved = True
     while moved:
         moved = False
@@ -78,7 +78,7 @@ def carry_out(ranks: list[list[tuple[list[Message], int]]]) -> list[str]:
             if ended[rank] == len(batches):
                 continue
             batch, depart = batches[ended[rank]]
-            if not begun[rank] and all(came[m] == 3 for m in due[rank] if m.due <= depart):
+            if not begun[rank] and all(came[m] == 3 for m in arrival[rank] if m.arrival <= depart):
                 begun[rank] = moved = True
                 for message in batch:
                     came[message] += 1  # 2 when both ends have begun
@@ -97,7 +97,7 @@ def test_a_wait_waits_only_for_what_is_due_and_all_batches_end(name: str, backwa
     for rank in range(WORLD):
         batches.clear()
         ranks.append(posted_by(plan, rank, backward, batches))
-        keys = [(depart, message.due) for messages, depart in ranks[-1] for message in messages]
+        keys = [(depart, message.arrival) for messages, depart in ranks[-1] for message in messages]
         assert keys == sorted(keys), "batches are posted in the global order"
     for src in range(WORLD):  # NCCL has no tags: what goes from one rank to another has the same order at both ends
         for dst in range(WORLD):

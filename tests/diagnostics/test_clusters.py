@@ -66,7 +66,7 @@ def test_what_differs_between_ranks_is_named_with_the_cure() -> None:
     assert found["ranks"] == Finding("ranks", "3: a on ranks 0, 2; b on rank 1")
     assert found["torch"] == Finding("torch", "2.13 on every rank")
     assert found["source of ringattn"].found == "0 on ranks 0, 1; 1 on rank 2"
-    assert "install the same on every host" in found["source of ringattn"].cure
+    assert "install the same on every host" in found["source of ringattn"].hint
 
 
 def test_a_peer_that_cannot_be_reached_is_named() -> None:

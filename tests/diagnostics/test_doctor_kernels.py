@@ -21,7 +21,7 @@ from ringattn.kernels import select as pick
 from ringattn.kernels.operator_choice import Facts
 from ringattn.kernels.ranking import rank
 from ringattn.kernels.reference import Reference
-from ringattn.kernels.select import obstacle
+from ringattn.kernels.select import unsupported_reason
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BF16 = torch.bfloat16
@@ -63,13 +63,13 @@ def installed(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_stands_in_the_way(name, device, dtype, head_dim, bias, generation, said, installed) -> None:
     installed("flash2", "flash3", "flash4", generation=generation)
-    found = obstacle(name, device, dtype, head_dim, bias=bias)
+    found = unsupported_reason(name, device, dtype, head_dim, bias=bias)
     assert found is None if said is None else said in found, found
 
 
 def test_an_absent_package_stands_in_the_way(installed) -> None:
     installed()
-    assert "kernel 'flash2': flash-attn 2 is not installed" in obstacle("flash2", CUDA, BF16, 64)
+    assert "kernel 'flash2': flash-attn 2 is not installed" in unsupported_reason("flash2", CUDA, BF16, 64)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_doctor_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert "runs, within" in found["flex kernel"].found
     for name in ("cudnn", "flash2", "flash3", "flash4"):
         assert "runs on CUDA and the tensors are on cpu" in found[f"{name} kernel"].found
-        assert not found[f"{name} kernel"].cure
+        assert not found[f"{name} kernel"].hint
     assert found["kernel='auto'"].found == "means sdpa on every rank and machine"
     assert found["default on cpu, bfloat16"].found == "cpu"
     monkeypatch.setattr(doctor, "pick", lambda *_: pick.Pick("flash3", "it is there"))
@@ -185,13 +185,13 @@ def test_importing_kernels_imports_no_package() -> None:
 # ---- selftest
 
 
-SMALL = ["--kernel", "sdpa", "--device", "cpu", "--worlds", "2", "--schedules", "token_ring"]
+SMALL = "['sdpa'], device='cpu', worlds=[2], schedules=['token_ring']"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'rich', 'docstring_parser', 'typeguard']))"
 
 
 @pytest.mark.timeout(300)
 def test_selftest_simulates_ranks_with_nothing_but_torch() -> None:
-    code = f"{WITHOUT}; from ringattn.diagnostics.selftest.run import main; sys.exit(main({SMALL}))"
+    code = f"{WITHOUT}; from ringattn.diagnostics import selftest; sys.exit(not selftest.run({SMALL}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "all passed" in done.stdout, done.stdout + done.stderr
     for name in ("alone", "token_ring 2", *(trap.name for trap in selftest.traps()), "equal bits twice in deterministic mode"):
@@ -208,16 +208,18 @@ def test_selftest_sees_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -
 
     trap = selftest.traps()[0]._replace(length=40, hidden=30)
     assert outcome() < 1e-5
-    real = Reference.piece_forward
+    real = Reference.segment_forward
     monkeypatch.setattr(
-        Reference, "piece_forward", lambda self, b, band, o: real(self, b, band, o._replace(scale=o.scale * 1.001))
+        Reference, "segment_forward", lambda self, b, band, o: real(self, b, band, o._replace(scale=o.scale * 1.001))
     )
     assert outcome() > 1e-5
-    monkeypatch.setattr(Reference, "piece_forward", lambda self, b, band, o: real(self, b._replace(q=b.q * torch.nan), band, o))
+    monkeypatch.setattr(
+        Reference, "segment_forward", lambda self, b, band, o: real(self, b._replace(q=b.q * torch.nan), band, o)
+    )
     assert outcome() == float("inf")
     noise = iter(range(1, 99))
     monkeypatch.setattr(
-        Reference, "piece_forward", lambda self, b, band, o: real(self, b._replace(q=b.q * (1 + next(noise) * 1e-6)), band, o)
+        Reference, "segment_forward", lambda self, b, band, o: real(self, b._replace(q=b.q * (1 + next(noise) * 1e-6)), band, o)
     )
     assert not selftest.equal_bits(trap, "reference", "ring", 2, device=CPU, dtype=torch.float32)
     assert not torch.are_deterministic_algorithms_enabled()

@@ -41,11 +41,11 @@ def test_a_prompt_in_chunks_is_the_prompt(schedule: str, layout: Any) -> None:
     sizes, tensors = (13, 8, 1, 1), drawn(23, 23)
     q, k, v, _ = tensors
     whole, _ = dense(q, k, v, causal())
-    held, begin = None, 0
+    resident, begin = None, 0
     for size in sizes:
         chunk = layout(size, 3)
-        held = chunk if held is None else chunk.after(held)
-        plan = make_plan(size, world=3, layout=held, **MODEL, schedule=schedule, training=False)
+        resident = chunk if resident is None else chunk.after(resident)
+        plan = make_plan(size, world=3, layout=resident, **MODEL, schedule=schedule, training=False)
         assert (plan.kv_len, plan.layout.first) == (begin + size, begin)
         here = slice(begin, begin + size)
         out, *_ = simulate(plan, q[:, here], k[:, : begin + size], v[:, : begin + size], torch.zeros_like(q[:, here]))

@@ -12,7 +12,7 @@ from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError
 from ringattn.comm import consistency as agree
 from ringattn.comm.gloo_duplex import Transfer
 from ringattn.comm.p2p import P2P
-from ringattn.execution import attention as functional
+from ringattn.execution import arguments
 from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.nn import cross_entropy
@@ -447,7 +447,7 @@ def test_errors_share_a_base() -> None:
 
 def other_gpu(rank: int) -> str:
     """As if the GPU of rank 1 were of another generation, for which torch takes another operator."""
-    functional.resolved = lambda *_, **__: "flash" if rank else "cudnn"
+    arguments.resolved = lambda *_, **__: "flash" if rank else "cudnn"
     x = torch.zeros(1, 4, 2, 8)
     try:
         attention(x, x, x, make_plan(8, world=2, heads=2, head_dim=8))

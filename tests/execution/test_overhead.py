@@ -38,13 +38,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     calls: list[tuple[str, Any]] = []
 
     class Watched(Sdpa):
-        def forward(self, block: Operands, pieces: Any, options: Options) -> Partial:
+        def forward(self, block: Operands, segments: Any, options: Options) -> Partial:
             calls.append(("forward", block))
-            return super().forward(block, pieces, options)
+            return super().forward(block, segments, options)
 
-        def backward(self, block: Operands, rows: Rows, pieces: Any, options: Options) -> Any:
+        def backward(self, block: Operands, rows: Rows, segments: Any, options: Options) -> Any:
             calls.append(("backward", (block, rows)))
-            return super().backward(block, rows, pieces, options)
+            return super().backward(block, rows, segments, options)
 
     monkeypatch.setitem(KERNELS, "sdpa", Watched)
     get.cache_clear()

@@ -49,7 +49,7 @@ def test_tiles_are_computed_between_the_post_and_the_wait_of_what_travels_meanwh
         for message in (m for what, m in notes if what == "post"):
             between = notes[notes.index(("post", message)) : notes.index(("wait", message))]
             beside = [steps[tile] for what, tile in between if what == "tile"]
-            assert beside == [step for step in sorted(steps.values()) if message.depart <= step < message.due]
+            assert beside == [step for step in sorted(steps.values()) if message.depart <= step < message.arrival]
 
 
 def test_a_real_post_returns_before_its_transfer_is_done() -> None:

@@ -75,8 +75,10 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         found |= dict(ulysses=draw(st.sampled_from([1, *degrees])))
     else:
         made = SCHEDULES[schedule](world)
-        lanes = made if isinstance(made, tuple) else (made,)
-        found["schedule"] = made if len(lanes) <= heads or any(lane.resting for lane in lanes) else lanes[0]
+        head_groups = made if isinstance(made, tuple) else (made,)
+        found["schedule"] = (
+            made if len(head_groups) <= heads or any(head_group.has_residents for head_group in head_groups) else head_groups[0]
+        )
     return found
 
 

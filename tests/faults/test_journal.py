@@ -43,7 +43,7 @@ def test_each_pass_is_a_line_that_names_the_longest_wait(tmp_path: Path) -> None
         begin, *passes, own = [json.loads(line) for line in (tmp_path / f"new/rank{rank:05d}.jsonl").read_text().splitlines()]
         assert begin["event"] == "begin" and begin["about"] == "a test" and begin["time"] < own["time"]
         assert own["event"] == "of my own" and own["shape"] == [1, 2] and own["tensor"] == "torch.float32"
-        assert [line["name"] for line in passes] == [plan.called(backward=b) for b in (False, True)]
+        assert [line["name"] for line in passes] == [plan.pass_name(backward=b) for b in (False, True)]
         for line, backward in zip(passes, (False, True), strict=True):
             messages = [m for m in plan.messages(backward=backward) if rank in (m.src, m.dst)]
             assert line["longest"] in map(str, messages) and line["bytes_sent"] > 0
@@ -60,7 +60,7 @@ def test_one_that_cannot_be_written_costs_a_warning(tmp_path: Path, capfd: pytes
     (tmp_path / "file").write_text("")
     run_ranks(RANKS, goes_on, tmp_path)
     capfd.readouterr()  # where their warnings went hangs on which test has started the server that forks them
-    full = journal.Journal(tmp_path, 0)
+    full = journal.EventLog(tmp_path, 0)
     full._file.close()
     full._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     full.write("first", {})
@@ -70,7 +70,7 @@ def test_one_that_cannot_be_written_costs_a_warning(tmp_path: Path, capfd: pytes
 
 
 def test_any_value_can_be_noted(tmp_path: Path) -> None:
-    book, loop = journal.Journal(tmp_path, 0), []
+    book, loop = journal.EventLog(tmp_path, 0), []
     loop.append(loop)
     for value in (*VALUES.values(), loop):
         book.write("event", {"value": value})
@@ -96,5 +96,5 @@ def profiled(rank: int) -> list[str]:
 def test_a_profile_shows_passes_by_the_schedules_name_and_their_steps() -> None:
     plan = plan_for("token_ring")
     for names in run_ranks(RANKS, profiled):
-        assert {f"ringattn/{plan.called(backward=b)}" for b in (False, True)} <= set(names)
+        assert {f"ringattn/{plan.pass_name(backward=b)}" for b in (False, True)} <= set(names)
         assert {"ringattn/step0/post", "ringattn/step1/wait"} <= set(names)

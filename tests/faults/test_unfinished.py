@@ -18,9 +18,9 @@ from thirty import DEADLINE
 from ringattn import attention, make_plan, shard
 from ringattn.comm import collectives, p2p
 from ringattn.faults import event_log as journal
-from ringattn.faults import pending as unfinished
-from ringattn.faults import watchdog as board
-from ringattn.faults.pending import Posted, Unfinished
+from ringattn.faults import pending as pending
+from ringattn.faults import watchdog as watchdog
+from ringattn.faults.pending import PendingTransfers, Posted
 
 ATTEMPTS = 3  # a machine that runs other tests beside may hold the beats of a healthy process back for seconds
 CUDA = torch.device("cuda", 0)
@@ -49,12 +49,12 @@ def group() -> Iterator[Any]:
 
 @pytest.fixture
 def safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "_queries_are_safe", lambda device: True)
+    monkeypatch.setattr(pending, "_queries_are_safe", lambda device: True)
 
 
 @pytest.mark.usefixtures("safe")
 def test_the_oldest_that_is_not_complete_is_what_the_gpu_waits_for(group: Any) -> None:
-    kept, works, ended = Unfinished(), [Work() for _ in range(3)], []
+    kept, works, ended = PendingTransfers(), [Work() for _ in range(3)], []
     assert kept.oldest() is None and kept.seconds() == 0
     for n, work in enumerate(works):
         kept.add((f"transfer {n}",), [Work(complete=True), work], group, CUDA, lambda n=n: ended.append(n))
@@ -82,12 +82,12 @@ def test_it_is_given_up_before_the_backend_would_end_the_process(group: Any) -> 
 
 @pytest.mark.usefixtures("safe")
 def test_nothing_is_asked_while_a_graph_is_captured(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, before, within, after = Unfinished(), Work(), Work(), Work()
+    kept, before, within, after = PendingTransfers(), Work(), Work(), Work()
     kept.add(("before",), [before], group, CUDA)
-    monkeypatch.setattr(unfinished, "capturing", lambda device: True)
+    monkeypatch.setattr(pending, "capturing", lambda device: True)
     kept.add(("within",), [within], group, CUDA)
     assert kept.oldest() is None and kept.seconds() == 0 and not before.asked
-    monkeypatch.setattr(unfinished, "capturing", lambda device: False)
+    monkeypatch.setattr(pending, "capturing", lambda device: False)
     before.complete = True
     kept.add(("after",), [after], group, CUDA)
     found = kept.oldest()
@@ -95,8 +95,8 @@ def test_nothing_is_asked_while_a_graph_is_captured(group: Any, monkeypatch: pyt
 
 
 def test_where_asking_could_break_a_capture_nothing_is_asked(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "_queries_are_safe", lambda device: False)
-    kept, work = Unfinished(), Work()
+    monkeypatch.setattr(pending, "_queries_are_safe", lambda device: False)
+    kept, work = PendingTransfers(), Work()
     for _ in range(2):
         kept.add(("forward",), [work], group, CUDA)
         assert kept.oldest() is None
@@ -114,11 +114,11 @@ def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(unfinished.ctypes, "CDLL", lambda name: asked.append(name) or Runtime)
-    assert unfinished._queries_are_safe(CUDA)
-    assert asked == [CUDA, "libcudart.so.13", unfinished.THREAD_LOCAL]
-    monkeypatch.setattr(unfinished.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
-    assert not unfinished._queries_are_safe(CUDA)
+    monkeypatch.setattr(pending.ctypes, "CDLL", lambda name: asked.append(name) or Runtime)
+    assert pending._queries_are_safe(CUDA)
+    assert asked == [CUDA, "libcudart.so.13", pending.THREAD_LOCAL]
+    monkeypatch.setattr(pending.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert not pending._queries_are_safe(CUDA)
 
 
 @pytest.mark.parametrize(
@@ -133,22 +133,24 @@ def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.Mo
     ],
 )
 def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str) -> None:
-    assert board._is_of_a_lost_peer(dist.DistBackendError(words))
-    assert not board._is_of_a_lost_peer(ValueError(words)) and not board._is_of_a_lost_peer(RuntimeError("CUDA error: out of"))
+    assert watchdog._caused_by_lost_peer(dist.DistBackendError(words))
+    assert not watchdog._caused_by_lost_peer(ValueError(words)) and not watchdog._caused_by_lost_peer(
+        RuntimeError("CUDA error: out of")
+    )
 
 
 def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     followed, tensor, event = [], SimpleNamespace(device=CUDA), SimpleNamespace(query=lambda: False)
     monkeypatch.setattr(collectives, "follow", lambda works, group, device: followed.append((works, device)))
-    monkeypatch.setattr(collectives, "recorded", lambda device: event)
+    monkeypatch.setattr(collectives, "record_event", lambda device: event)
     for name in ("all_reduce", "all_gather"):
         monkeypatch.setattr(dist, name, lambda *tensors, group: None)
     collectives.all_reduce(tensor, None)
     assert not followed, "there is no board"
-    monkeypatch.setattr(collectives, "board", lambda: board)
+    monkeypatch.setattr(collectives, "watchdog", lambda: watchdog)
     collectives.all_reduce(tensor, None)
     collectives.all_gather([tensor], tensor, None)
-    assert followed == [([unfinished.Reached(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
+    assert followed == [([pending.StreamEvent(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
 
 
 @pytest.mark.timeout(60 * ATTEMPTS)
@@ -207,13 +209,13 @@ class Event:
 def journals_behind(rank: int, folder: Path) -> None:
     """Passes whose transfers a stream waits for: their lines come from the watching thread."""
     journal.begin(folder)
-    board.watch()
+    watchdog.watch()
     p2p.waits_on_stream = lambda tensor: True
-    p2p.recorded = lambda device, timed: Event()
+    p2p.record_event = lambda device, timed: Event()
     plan = make_plan(37, world=2, heads=2, head_dim=8, schedule="token_ring", topology="cpu")
     q = shard(torch.randn(1, 37, 2, 8), plan).requires_grad_()
     attention(q, q, q, plan).sum().backward()
-    time.sleep(4 * board.BEAT)
+    time.sleep(4 * watchdog.BEAT)
 
 
 def test_a_pass_on_a_gpu_is_a_line_of_its_own_seconds(tmp_path: Path) -> None:

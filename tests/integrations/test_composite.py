@@ -200,8 +200,8 @@ def test_models_with_images_are_those_of_one_process_or_refused() -> None:
 @pytest.mark.timeout(200)
 def test_padded_batches_on_three_ranks_and_what_is_refused() -> None:
     for found in run_ranks(3, on_three, timeout=190):
-        for text, cure in zip(found.pop("refused"), CURES, strict=True):
-            assert cure in text
+        for text, hint in zip(found.pop("refused"), CURES, strict=True):
+            assert hint in text
         for name, value in found.items():
             assert all(x < CLOSE for x in value), (name, value)
 

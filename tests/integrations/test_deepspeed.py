@@ -80,5 +80,5 @@ CURES = [
 
 @pytest.mark.timeout(JITS + 10)
 def test_what_would_train_wrongly_is_refused_with_the_cure(tmp_path: Path) -> None:
-    for text, cure in zip(job("refusals", 2, tmp_path / "out.json"), CURES, strict=True):
-        assert cure in text
+    for text, hint in zip(job("refusals", 2, tmp_path / "out.json"), CURES, strict=True):
+        assert hint in text

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from ringattn import InputError, make_plan
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.seq2seq.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.transformers.seq2seq.relative_bias import plans_for, relative_attention, runs
@@ -183,7 +183,7 @@ def biased(causal: bool, world: int, rank: int, group=None) -> list[float]:
     layout = "zigzag" if causal else "striped"
     shape = dict(world=world, heads=heads, head_dim=8, dtype="float64", schedule="ring", layout=layout)
     plans = plans_for(runs(indices, counts, 1 - length), lambda mask: make_plan(length, mask=mask, **shape))
-    rows = held(plans[0].plan.layout, rank)
+    rows = resident_positions(plans[0].plan.layout, rank)
     own = [x[:, rows].clone().requires_grad_() for x in (q, k, v)] + [table.clone().requires_grad_()]
     out = relative_attention(*own, plans, key_bias=hidden[:, rows], scale=0.5, group=group)
     (out * weight[:, rows]).sum().backward()

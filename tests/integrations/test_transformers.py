@@ -205,8 +205,8 @@ CURES = [
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_shards_cannot_do_is_refused_with_what_to_do_instead(world: int) -> None:
     for told in run_ranks(world, refused, world):
-        for text, cure in zip(told, CURES if world > 1 else CURES[:-1], strict=True):
-            assert cure in text
+        for text, hint in zip(told, CURES if world > 1 else CURES[:-1], strict=True):
+            assert hint in text
 
 
 def in_bfloat16(rank: int) -> list[float]:

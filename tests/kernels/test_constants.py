@@ -18,7 +18,7 @@ from ringattn.kernels import operator_choice as choice
 from ringattn.kernels.device_constants import kept
 from ringattn.nn import grads
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Segment
 
 
 class Watch(TorchDispatchMode):
@@ -58,11 +58,11 @@ def inputs(dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> tuple[Ope
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_torchs_operators(kernel: str, band: Band, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_of_gpu", lambda device: choice.Facts((9, 0), 91900, (2, 11), (13, 0)))
-    pieces = [Piece(0, 37, 0, 37, band)]
+    segments = [Segment(0, 37, 0, 37, band)]
 
     def both() -> None:
-        get(kernel).forward(block, pieces, Options(0.3))
-        get(kernel).backward(block, rows, pieces, Options(0.3))
+        get(kernel).forward(block, segments, Options(0.3))
+        get(kernel).backward(block, rows, segments, Options(0.3))
 
     with FakeTensorMode():
         block, rows = inputs(bias=bias)
@@ -178,11 +178,11 @@ def test_sm_margin_reaches_flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setitem(sys.modules, KERNELS["flash3"].package.module, stand_in)
         get.cache_clear()
         q, k, v, dout = torch.randn(4, 1, 2, 9, 8, dtype=torch.float64)
-        block, pieces, options = Operands(q, k, v, None), [Piece(0, 9, 0, 9, CAUSAL)], Options(0.3)
+        block, segments, options = Operands(q, k, v, None), [Segment(0, 9, 0, 9, CAUSAL)], Options(0.3)
         for name, margin in (("flash3", None), ("flash3:sm_margin=8", 8)):
             passed.clear()
-            out, lse = get(name).forward(block, pieces, options)
-            get(name).backward(block, Rows(dout, lse, (dout * out).sum(-1)), pieces, options)
+            out, lse = get(name).forward(block, segments, options)
+            get(name).backward(block, Rows(dout, lse, (dout * out).sum(-1)), segments, options)
             assert passed == [margin, margin]
     get.cache_clear()
 

@@ -12,7 +12,7 @@ from ringattn.kernels import Operands, Options, Rows, aten, get, sdpa
 from ringattn.kernels import operator_choice as choice
 from ringattn.kernels.operator_choice import Facts
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Segment
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Facts((9, 0), 91900, (2, 11), (13, 0))
@@ -45,9 +45,9 @@ def test_cuda_operators_take_these_arguments(kernel: str, dtype: torch.dtype, ba
         k = torch.empty(2, 3, 37, 20, dtype=dtype, device="cuda")
         bias = None if bias_heads is None else torch.empty(2, bias_heads, 37, device="cuda")
         rows = torch.empty(2, 9, 37, device="cuda")
-        piece = [Piece(0, 37, 0, 37, band)]
-        out, lse = get(kernel).forward(Operands(q, k, k, bias), piece, Options(0.3))
-        grads = get(kernel).backward(Operands(q, k, k, bias), Rows(out.to(dtype), rows, rows), piece, Options(0.3))
+        segment = [Segment(0, 37, 0, 37, band)]
+        out, lse = get(kernel).forward(Operands(q, k, k, bias), segment, Options(0.3))
+        grads = get(kernel).backward(Operands(q, k, k, bias), Rows(out.to(dtype), rows, rows), segment, Options(0.3))
         assert (out.shape, out.device, lse.shape, lse.dtype) == (q.shape, q.device, (2, 9, 37), torch.float32)
         assert [g.shape for g in grads[:3]] == [q.shape, k.shape, k.shape]
 
@@ -157,8 +157,8 @@ def test_arithmetic_around_the_cuda_operators(name: str, bias_heads, band: Band,
         pytest.skip("flash is not chosen for bands")
     on_stand_ins(name)
     inputs = block(bias_heads=bias_heads, value_dim=12)
-    for pieces in ([Piece(0, 37, 0, 37, band)], [Piece(a, b, a, b, band) for a, b in ((0, 11), (11, 37))]):
-        assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+    for segments in ([Segment(0, 37, 0, 37, band)], [Segment(a, b, a, b, band) for a, b in ((0, 11), (11, 37))]):
+        assert_same(both_passes("sdpa", inputs, segments), both_passes("reference", inputs, segments))
 
 
 @pytest.mark.parametrize("dims", [3, 4])
@@ -168,18 +168,18 @@ def test_cudnn_of_every_torch(dims: int, shares_heads: bool, rows: int, on_stand
     """lse with and without a last dimension of 1, also of one row; fewer KV heads as they are or repeated."""
     on_stand_ins("cudnn", dims=dims, shares_heads=shares_heads)
     q, k, v, bias = block(bias_heads=3)
-    inputs, pieces = (q[:, :, :rows], k, v, bias), [Piece(0, rows, 0, 37, FULL)]
-    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+    inputs, segments = (q[:, :, :rows], k, v, bias), [Segment(0, rows, 0, 37, FULL)]
+    assert_same(both_passes("sdpa", inputs, segments), both_passes("reference", inputs, segments))
 
 
 def test_cudnns_kept_plans_see_one_memory_order(on_stand_ins) -> None:
     """dout arrives as views of messages, of (batch, rows, heads, dim), of slices: the plan was made for one of them."""
     on_stand_ins("cudnn")
     q, k, v, _ = block()
-    given, pieces, options = Operands(q, k, v, None), [Piece(0, 37, 0, 37, CAUSAL)], Options(0.3)
-    whole = get("reference").forward(given, pieces, options)
+    given, segments, options = Operands(q, k, v, None), [Segment(0, 37, 0, 37, CAUSAL)], Options(0.3)
+    whole = get("reference").forward(given, segments, options)
     dout = torch.randn(whole.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
     for order in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([dout, dout], 1)[:, :9]):
         rows = Rows(order, whole.lse, (order * whole.out).sum(-1))
-        expected = get("reference").backward(given, rows, pieces, options)
-        assert_same(get("sdpa").backward(given, rows, pieces, options)[:3], expected[:3])
+        expected = get("reference").backward(given, rows, segments, options)
+        assert_same(get("sdpa").backward(given, rows, segments, options)[:3], expected[:3])

@@ -7,7 +7,7 @@ import torch
 
 from ringattn import PlanError, attention, causal, make_plan
 from ringattn.kernels import Emulated, Operands, Options, Rows, get
-from ringattn.sequence.segments import CAUSAL, Piece
+from ringattn.sequence.segments import CAUSAL, Segment
 
 FLOPS = 1e9
 GIVEN = dict(world=1, heads=4, kv_heads=2, head_dim=16, mask=causal())
@@ -15,11 +15,11 @@ GIVEN = dict(world=1, heads=4, kv_heads=2, head_dim=16, mask=causal())
 
 def test_it_takes_its_time_and_leaves_the_core_free() -> None:
     q, k = torch.randn(1, 4, 200, 16), torch.randn(1, 2, 200, 16)
-    kernel, pieces, area = get("emulated:1e9"), (Piece(0, 200, 0, 200, CAUSAL),), 200 * 201 // 2
+    kernel, segments, area = get("emulated:1e9"), (Segment(0, 200, 0, 200, CAUSAL),), 200 * 201 // 2
     begin, cpu = time.perf_counter(), time.process_time()
-    out, lse = kernel.forward(Operands(q, k, k, None), pieces, Options(1.0))
+    out, lse = kernel.forward(Operands(q, k, k, None), segments, Options(1.0))
     middle = time.perf_counter()
-    grads = kernel.backward(Operands(q, k, k, None), Rows(q, lse, lse), pieces, Options(1.0))
+    grads = kernel.backward(Operands(q, k, k, None), Rows(q, lse, lse), segments, Options(1.0))
     end = time.perf_counter()
     seconds = 4 * area * 16 * 4 / FLOPS
     assert middle - begin >= seconds and end - middle >= 2.5 * seconds, "sleep may be late, never early"

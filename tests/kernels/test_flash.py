@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ringattn.errors import InputError
 from ringattn.kernels import KERNELS, Operands, Options, Rows, get
-from ringattn.kernels.adapters import widen
+from ringattn.kernels.adapters import pad_head_dim
 from ringattn.kernels.external import parameters
 from ringattn.kernels.flash import ANY, Flash, window
 from ringattn.sequence.layout import LAYOUTS
 from ringattn.sequence.mask import END, Band, causal, documents, full, prefix_lm, sliding_window
-from ringattn.sequence.segments import CAUSAL, FULL, Piece, pieces
+from ringattn.sequence.segments import CAUSAL, FULL, Segment, tile_segments
 
 GENERATIONS = tuple(SIGNATURES)
 FILES = {
@@ -156,7 +156,7 @@ def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
         placed = layout(31, 3)
         for i in range(3):
             for j in range(3):
-                parts = pieces(placed.shards[i], placed.shards[j], mask)
+                parts = tile_segments(placed.shards[i], placed.shards[j], mask)
                 if not parts:
                     continue
                 q, k, v = (
@@ -169,7 +169,7 @@ def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
 
 def test_documents_are_one_call(stand_in) -> None:
     kernel, made = stand_in("flash2")
-    parts = [Piece(a, b, a, b, CAUSAL) for a, b in ((0, 5), (5, 17), (17, 18), (18, 37))]
+    parts = [Segment(a, b, a, b, CAUSAL) for a, b in ((0, 5), (5, 17), (17, 18), (18, 37))]
     inputs = block(bias_heads=3)
     assert_same(both_passes(kernel, inputs, parts), both_passes("reference", inputs, parts))
     assert made.calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
@@ -181,7 +181,7 @@ def test_more_rows_than_keys_are_cut(stand_in) -> None:
         inputs = [x if n == 0 else x[:, :, :10] for n, x in enumerate(block(rows=15)[:3])]
         for generation in ("flash2", "flash3", "flash4"):
             kernel, _ = stand_in(generation)
-            parts = [Piece(0, 15, 0, 10, band)]
+            parts = [Segment(0, 15, 0, 10, band)]
             assert all(p.rows <= p.keys for p in kernel.refine(parts))
             assert_same(both_passes(kernel, (*inputs, None), parts), both_passes("reference", (*inputs, None), parts))
 
@@ -198,7 +198,7 @@ def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softca
     """GQA, bands, biases with rows that see nothing, softcap, and v of another head size; in two pieces and in one."""
     kernel, made = stand_in(generation)
     inputs = block(bias_heads=bias_heads, value_dim=value_dim)
-    for parts in ([Piece(0, 37, 0, 37, band)], [Piece(3, 20, 3, 20, band), Piece(20, 37, 20, 37, band)]):
+    for parts in ([Segment(0, 37, 0, 37, band)], [Segment(3, 20, 3, 20, band), Segment(20, 37, 20, 37, band)]):
         for options in (Options(0.3, softcap), Options(-0.7, softcap)):
             assert_same(both_passes(kernel, inputs, parts, options), both_passes("reference", inputs, parts, options))
     assert len(made.calls) == (0 if bias_heads and softcap else 8)
@@ -210,13 +210,13 @@ def test_backward_of_a_block_takes_the_whole_rows_statistics(generation: str, st
     kernel, _ = stand_in(generation)
     q, k, v, bias = block(bias_heads=3)
     bias[0, 0] = -torch.inf
-    whole = get("reference").forward(Operands(q, k, v, bias), [Piece(0, 37, 0, 37, FULL)], PLAIN)
+    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], PLAIN)
     dout = torch.randn(whole.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
     lse = whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf).mT.contiguous().mT
     rows = Rows(dout, lse, (dout * whole.out).sum(-1))
     for keys in (slice(0, 20), slice(20, 37)):
         part = Operands(q, k[:, :, keys], v[:, :, keys], bias[:, :, keys])
-        some = [Piece(0, 37, 0, keys.stop - keys.start, FULL)]
+        some = [Segment(0, 37, 0, keys.stop - keys.start, FULL)]
         assert_same(kernel.backward(part, rows, some, PLAIN), get("reference").backward(part, rows, some, PLAIN))
 
 
@@ -262,8 +262,8 @@ def test_tensors_off_a_16_byte_boundary_are_copied() -> None:
     with FakeTensorMode():
         buffer = torch.empty(2 * 4 * 8 * 16 + 4, dtype=torch.bfloat16, device="cuda")
         aligned, off = (buffer.as_strided((2, 4, 8, 16), (512, 128, 16, 1), start) for start in (0, 4))
-        assert widen(aligned, 16) is aligned
-        assert widen(off, 16).storage_offset() == 0
-        assert widen(aligned.transpose(1, 2), 16).stride() == aligned.transpose(1, 2).stride()
+        assert pad_head_dim(aligned, 16) is aligned
+        assert pad_head_dim(off, 16).storage_offset() == 0
+        assert pad_head_dim(aligned.transpose(1, 2), 16).stride() == aligned.transpose(1, 2).stride()
         odd = torch.empty(2, 4, 8, 18, dtype=torch.bfloat16, device="cuda").narrow(-1, 0, 16)
-        assert widen(odd, 16).is_contiguous()
+        assert pad_head_dim(odd, 16).is_contiguous()

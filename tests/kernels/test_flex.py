@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ringattn.kernels import Operands, Options, Rows, flex, get
 from ringattn.sequence.mask import END, Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Segment
 
 
 def plain(
@@ -60,13 +60,13 @@ def test_the_stand_in_has_the_signature() -> None:
 def test_both_passes(band: Band, bias_heads: int | None, softcap: float | None, on_stand_in: flex.Flex) -> None:
     """In one piece and in two, with v of another head size; forward by flex itself, too."""
     inputs, options = block(bias_heads=bias_heads, value_dim=12), Options(0.3, softcap)
-    for pieces in ([Piece(0, 37, 0, 37, band)], [Piece(a, b, a, b, band) for a, b in ((0, 20), (20, 37))]):
-        expected = both_passes("reference", inputs, pieces, options)
-        assert_same(both_passes(on_stand_in, inputs, pieces, options), expected)
+    for segments in ([Segment(0, 37, 0, 37, band)], [Segment(a, b, a, b, band) for a, b in ((0, 20), (20, 37))]):
+        expected = both_passes("reference", inputs, segments, options)
+        assert_same(both_passes(on_stand_in, inputs, segments, options), expected)
         with torch.no_grad():
             q, k, v, bias = inputs
             leaves = Operands(*(x.clone().requires_grad_() for x in (q, k, v)), bias)
-            assert_same(get("flex").forward(leaves, pieces, options), expected[:2])
+            assert_same(get("flex").forward(leaves, segments, options), expected[:2])
 
 
 def test_backward_of_a_block_takes_the_whole_rows_statistics(on_stand_in: flex.Flex) -> None:
@@ -74,13 +74,15 @@ def test_backward_of_a_block_takes_the_whole_rows_statistics(on_stand_in: flex.F
     q, k, v, bias = block(bias_heads=3)
     bias[0, 0] = -torch.inf
     options = Options(0.3, 2.0)
-    whole = get("reference").forward(Operands(q, k, v, bias), [Piece(0, 37, 0, 37, FULL)], options)
+    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], options)
     dout = torch.randn(whole.out.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
     rows = Rows(dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), (dout * whole.out).sum(-1))
     for keys in (slice(0, 20), slice(20, 37)):
         part = Operands(q, k[:, :, keys], v[:, :, keys], bias[:, :, keys])
-        pieces = [Piece(0, 37, 0, keys.stop - keys.start, FULL)]
-        assert_same(on_stand_in.backward(part, rows, pieces, options), get("reference").backward(part, rows, pieces, options))
+        segments = [Segment(0, 37, 0, keys.stop - keys.start, FULL)]
+        assert_same(
+            on_stand_in.backward(part, rows, segments, options), get("reference").backward(part, rows, segments, options)
+        )
 
 
 @pytest.mark.parametrize("rows, keys", [(37, 37), (300, 300), (256, 384), (400, 260)])

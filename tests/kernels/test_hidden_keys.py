@@ -19,7 +19,7 @@ from ringattn import causal, full, kernels, make_plan
 from ringattn.kernels import KERNELS, Operands, Options, Rows, get
 from ringattn.kernels.adapters import with_bias
 from ringattn.sequence.mask import Band
-from ringattn.sequence.segments import CAUSAL, FULL, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Segment
 
 KEYS, HIDDEN = 400, 300
 PLACES = {"end": slice(KEYS - HIDDEN, KEYS), "start": slice(0, HIDDEN), "middle": slice(50, 50 + HIDDEN), "all": slice(0, KEYS)}
@@ -51,13 +51,13 @@ def tensors(place: str) -> tuple[torch.Tensor, ...]:
 def test_many_hidden_keys_side_by_side(name: str, band: Band, place: str, packages: None) -> None:
     """Forward and backward equal plain mathematics; hidden keys have gradients of exactly 0, rows without keys too."""
     q, k, v, bias, dout = tensors(place)
-    block, pieces, options = Operands(q, k, v, bias), [Piece(0, KEYS, 0, KEYS, band)], Options(0.3)
-    expected = get("reference").forward(block, pieces, options)
-    assert_same(get(name).forward(block, pieces, options), expected)
+    block, segments, options = Operands(q, k, v, bias), [Segment(0, KEYS, 0, KEYS, band)], Options(0.3)
+    expected = get("reference").forward(block, segments, options)
+    assert_same(get(name).forward(block, segments, options), expected)
     lse = expected.lse.masked_fill(expected.lse == -torch.inf, torch.inf)
     rows = Rows(dout, lse, (dout * expected.out).sum(-1))
-    grads = get(name).backward(block, rows, pieces, options)
-    assert_same(grads, get("reference").backward(block, rows, pieces, options))
+    grads = get(name).backward(block, rows, segments, options)
+    assert_same(grads, get("reference").backward(block, rows, segments, options))
     hidden = bias == -torch.inf
     for grad in grads[1:]:
         assert not grad[hidden].any()
@@ -69,14 +69,14 @@ def test_a_block_of_hidden_keys_beside_one_that_counts(name: str, packages: None
     """Backward with the statistics of whole rows, over a block that is hidden altogether."""
     q, k, v, bias, dout = tensors("end")
     options = Options(0.3)
-    whole = get("reference").forward(Operands(q, k, v, bias), [Piece(0, KEYS, 0, KEYS, FULL)], options)
+    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, KEYS, 0, KEYS, FULL)], options)
     rows = Rows(dout, whole.lse, (dout * whole.out).sum(-1))
     keys = slice(KEYS - HIDDEN, KEYS)
     part = Operands(q[1:], k[1:, :, keys], v[1:, :, keys], bias[1:, :, keys])
-    pieces = [Piece(0, KEYS, 0, HIDDEN, FULL)]
-    out, lse = get(name).forward(part, pieces, options)
+    segments = [Segment(0, KEYS, 0, HIDDEN, FULL)]
+    out, lse = get(name).forward(part, segments, options)
     assert not out.any() and (lse == -torch.inf).all()
-    grads = get(name).backward(part, Rows(dout[1:], rows.lse[1:], rows.delta[1:]), pieces, options)
+    grads = get(name).backward(part, Rows(dout[1:], rows.lse[1:], rows.delta[1:]), segments, options)
     assert not any(grad.any() for grad in grads)
 
 

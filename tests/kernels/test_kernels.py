@@ -7,7 +7,7 @@ from ringattn.kernels import Kernel, Operands, Options, Rows, get, sdpa
 from ringattn.kernels.fused import surrogate_out
 from ringattn.kernels.lse import Partial, merge_, nothing
 from ringattn.sequence.mask import END
-from ringattn.sequence.segments import CAUSAL, FULL, Band, Piece
+from ringattn.sequence.segments import CAUSAL, FULL, Band, Segment
 
 BANDS = [FULL, CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0)]
 ON_CPU = ["flex", "reference", "sdpa"]  # those of the flash-attn packages are in test_flash
@@ -25,16 +25,16 @@ def block(dim: int = 8, *, rows: int = 37, bias_heads: int | None = None, value_
     return q, k, v, bias
 
 
-def both_passes(kernel: str | Kernel, inputs, pieces, options=PLAIN):
+def both_passes(kernel: str | Kernel, inputs, segments, options=PLAIN):
     """(out, lse, dq, dk, dv, dbias) with row statistics from the plain mathematics."""
     kernel = get(kernel) if isinstance(kernel, str) else kernel
     q, k, v, bias = inputs
-    out, lse = kernel.forward(Operands(q, k, v, bias), pieces, options)
-    whole = get("reference").forward(Operands(q, k, v, bias), pieces, options)
+    out, lse = kernel.forward(Operands(q, k, v, bias), segments, options)
+    whole = get("reference").forward(Operands(q, k, v, bias), segments, options)
     dout = torch.cos(torch.arange(whole.out.numel(), dtype=F64)).reshape(whole.out.shape).to(q.dtype)
     delta = (dout * whole.out).sum(-1)
     rows = Rows(dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), delta)
-    grads = kernel.backward(Operands(q, k, v, bias), rows, pieces, options)
+    grads = kernel.backward(Operands(q, k, v, bias), rows, segments, options)
     return [x for x in (out, lse, *grads) if x is not None]
 
 
@@ -48,8 +48,8 @@ def assert_same(found, expected, tolerance=1e-13) -> None:
 @pytest.mark.parametrize("value_dim", [8, 5, 12])
 def test_sdpa_is_the_reference(band: Band, bias_heads: int | None, value_dim: int) -> None:
     inputs = block(bias_heads=bias_heads, value_dim=value_dim)
-    pieces = [Piece(0, 37, 0, 37, band)]
-    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
+    segments = [Segment(0, 37, 0, 37, band)]
+    assert_same(both_passes("sdpa", inputs, segments), both_passes("reference", inputs, segments))
 
 
 @pytest.mark.parametrize("scale", [0.4, -0.4])
@@ -67,16 +67,16 @@ def test_the_reference_is_autograd_of_softmax(scale: float) -> None:
     expected = [out, logits.logsumexp(-1), *torch.autograd.grad(out, (q, k, v, bias), dout)]
     inputs = [x.detach() for x in (q, k, v, bias)]
     for name in ON_CPU:
-        assert_same(both_passes(name, inputs, [Piece(0, 6, 0, 6, CAUSAL)], options), [x.detach() for x in expected])
+        assert_same(both_passes(name, inputs, [Segment(0, 6, 0, 6, CAUSAL)], options), [x.detach() for x in expected])
 
 
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch.dtype) -> None:
     q, k, v, _ = block(dtype=dtype)
-    pieces = [Piece(0, 37, 0, 37, CAUSAL)]
-    out, lse, *grads = both_passes(name, (q, k, v, None), pieces)
-    exact_out, exact_lse, *exact_grads = both_passes("reference", (q.to(F64), k.to(F64), v.to(F64), None), pieces)
+    segments = [Segment(0, 37, 0, 37, CAUSAL)]
+    out, lse, *grads = both_passes(name, (q, k, v, None), segments)
+    exact_out, exact_lse, *exact_grads = both_passes("reference", (q.to(F64), k.to(F64), v.to(F64), None), segments)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     own = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=0.3, enable_gqa=True)
     dout = torch.cos(torch.arange(own.numel(), dtype=F64)).reshape(own.shape).to(dtype)
@@ -95,23 +95,23 @@ def test_every_dtype_is_as_exact_as_torchs_own_attention(name: str, dtype: torch
 def test_an_empty_batch_has_empty_results(name: str) -> None:
     """Which not every operator gives: flex raises."""
     q, k, v, bias = (None if x is None else x[:0] for x in block(bias_heads=3))
-    found = both_passes(name, (q, k, v, bias), [Piece(0, 37, 0, 37, CAUSAL)])
+    found = both_passes(name, (q, k, v, bias), [Segment(0, 37, 0, 37, CAUSAL)])
     assert [x.shape for x in found] == [x.shape for x in (q, q[..., 0], q, k, v, bias)]
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_pieces_of_a_tile_add_up(name: str) -> None:
+def test_segments_of_a_tile_add_up(name: str) -> None:
     """A causal square cut into a triangle, a rectangle and a triangle; rows of one piece overlap with rows of another."""
     inputs = block(rows=20, bias_heads=1)
-    cut = [Piece(0, 12, 0, 12, CAUSAL), Piece(12, 20, 0, 12, FULL), Piece(12, 20, 12, 20, CAUSAL)]
-    assert_same(both_passes(name, inputs, cut), both_passes("reference", inputs, [Piece(0, 20, 0, 20, CAUSAL)]))
+    cut = [Segment(0, 12, 0, 12, CAUSAL), Segment(12, 20, 0, 12, FULL), Segment(12, 20, 12, 20, CAUSAL)]
+    assert_same(both_passes(name, inputs, cut), both_passes("reference", inputs, [Segment(0, 20, 0, 20, CAUSAL)]))
 
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_large_logits_do_not_overflow(name: str) -> None:
     q, k, v, _ = block()
     inputs = [(q * 1e3).float(), (k * 1e3).float(), v.float(), None]
-    found = both_passes(name, inputs, [Piece(0, 37, 0, 37, CAUSAL)], Options(0.1))
+    found = both_passes(name, inputs, [Segment(0, 37, 0, 37, CAUSAL)], Options(0.1))
     assert all(x.isfinite().all() for x in found)
     assert found[1].abs().max() > 1e4
 
@@ -120,19 +120,19 @@ def test_large_logits_do_not_overflow(name: str) -> None:
 def test_any_memory_order_gives_the_same_numbers(name: str) -> None:
     """As from `qkv.unbind(-1)`, or a gradient that an einsum has permuted: the operators assume stride 1 without looking."""
     q, k, v, bias = block(bias_heads=3)
-    pieces = [Piece(0, 37, 0, 37, CAUSAL)]
-    expected = both_passes(name, (q, k, v, bias), pieces)
+    segments = [Segment(0, 37, 0, 37, CAUSAL)]
+    expected = both_passes(name, (q, k, v, bias), segments)
     odd = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
     assert odd[0].stride(-1) != 1
-    assert_same(both_passes(name, (*odd, bias), pieces), expected)
-    whole = get("reference").forward(Operands(q, k, v, bias), pieces, PLAIN)
+    assert_same(both_passes(name, (*odd, bias), segments), expected)
+    whole = get("reference").forward(Operands(q, k, v, bias), segments, PLAIN)
     lse = whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf)
     dout = torch.randn_like(whole.out)
     delta = (dout * whole.out).sum(-1)
     permuted = dout.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
     assert_same(
-        get(name).backward(Operands(q, k, v, bias), Rows(permuted, lse, delta), pieces, PLAIN),
-        get(name).backward(Operands(q, k, v, bias), Rows(dout, lse, delta), pieces, PLAIN),
+        get(name).backward(Operands(q, k, v, bias), Rows(permuted, lse, delta), segments, PLAIN),
+        get(name).backward(Operands(q, k, v, bias), Rows(dout, lse, delta), segments, PLAIN),
     )
 
 
@@ -141,11 +141,11 @@ def test_any_memory_order_gives_the_same_numbers(name: str) -> None:
 def test_huge_biases_hide_keys_and_nothing_else(dtype: torch.dtype, scale: float) -> None:
     """Padding is often a bias of -1e4 or of finfo.min instead of -inf; as a partial it must lose every merge."""
     q, k, v, _ = block(dtype=dtype)
-    pieces = [Piece(0, 37, 0, 37, FULL)]
-    seen = get("sdpa").forward(Operands(q, k, v, None), pieces, Options(scale))
+    segments = [Segment(0, 37, 0, 37, FULL)]
+    seen = get("sdpa").forward(Operands(q, k, v, None), segments, Options(scale))
     for hidden in (-1e4, torch.finfo(torch.float32).min, torch.finfo(dtype).min if dtype != F64 else -1e300):
         bias = torch.full((2, 1, 37), hidden, dtype=F64 if dtype == F64 else torch.float32)
-        part = get("sdpa").forward(Operands(q, k, v, bias), pieces, Options(scale))
+        part = get("sdpa").forward(Operands(q, k, v, bias), segments, Options(scale))
         assert part.lse.max() < -1000 and part.out.isfinite().all()
         total = Partial(seen.out.to(part.lse.dtype).clone(), seen.lse.clone())
         merge_(total, part)
@@ -154,9 +154,9 @@ def test_huge_biases_hide_keys_and_nothing_else(dtype: torch.dtype, scale: float
 
 def test_a_wide_window_is_computed_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "ROWS_PER_MASK", 4)
-    inputs, pieces = block(bias_heads=3), [Piece(0, 37, 0, 37, Band(-6, 1))]
-    assert_same(both_passes("sdpa", inputs, pieces), both_passes("reference", inputs, pieces))
-    assert len(get("sdpa").refine(pieces)) == 10
+    inputs, segments = block(bias_heads=3), [Segment(0, 37, 0, 37, Band(-6, 1))]
+    assert_same(both_passes("sdpa", inputs, segments), both_passes("reference", inputs, segments))
+    assert len(get("sdpa").refine(segments)) == 10
 
 
 def test_surrogate_out_has_the_right_delta_and_size() -> None:
@@ -176,7 +176,7 @@ def test_surrogate_out_has_the_right_delta_and_size() -> None:
 
 
 def partial_of(q, k, v) -> Partial:
-    return get("reference").forward(Operands(q, k, v, None), [Piece(0, q.shape[2], 0, k.shape[2], FULL)], Options(0.3))
+    return get("reference").forward(Operands(q, k, v, None), [Segment(0, q.shape[2], 0, k.shape[2], FULL)], Options(0.3))
 
 
 def test_merging_is_attention_to_all_keys_in_any_order() -> None:

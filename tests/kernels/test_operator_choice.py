@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ringattn.kernels import Operands, Options, aten, get, sdpa
 from ringattn.kernels import operator_choice as choice
 from ringattn.kernels.operator_choice import CallShape, Facts, call_width, operator, version
-from ringattn.kernels.select import obstacle, resolved
-from ringattn.sequence.segments import FULL, Piece
+from ringattn.kernels.select import resolved, unsupported_reason
+from ringattn.sequence.segments import FULL, Segment
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 HOPPER = Facts((9, 0), 91900, (2, 11), (13, 0))
@@ -106,31 +106,33 @@ def test_no_operator_gets_a_wider_call_than_it_takes(head_dim: int, value_dim: i
             q, k = (torch.empty(1, 2, 5, head_dim, dtype=BF16, device="cuda") for _ in range(2))
             v = torch.empty(1, 2, 5, value_dim, dtype=BF16, device="cuda")
             given = Operands(q, k, v, torch.empty(1, 2, 5, device="cuda") if bias else None)
-            get("sdpa").forward(given, [Piece(0, 5, 0, 5, FULL)], Options(0.3))
+            get("sdpa").forward(given, [Segment(0, 5, 0, 5, FULL)], Options(0.3))
         ((name, width),) = widths.items()
         assert width == call_width(head_dim, value_dim, bias=bias)
         assert width <= {"cudnn": 128, "flash": 256}.get(name, width)
         assert name == resolved("sdpa", CUDA, BF16, head_dim, value_dim, 2, bias=bias)
         for kernel, most in (("flash2", 256), ("flash", 256), ("cudnn", 128)):
-            said = obstacle(kernel, CUDA, BF16, head_dim, value_dim, bias=bias, generation=9)
+            said = unsupported_reason(kernel, CUDA, BF16, head_dim, value_dim, bias=bias, generation=9)
             assert ("takes head sizes up to" in (said or "")) is (width > most), said
 
 
 def test_a_pinned_operator_that_cannot_compute_a_call_is_refused(on_hopper, monkeypatch) -> None:
-    assert obstacle("cudnn", CUDA, BF16, 128) is None and obstacle("flash", CUDA, BF16, 256) is None
-    assert obstacle("efficient", CUDA, F32, 300, bias=True) is None
-    assert "efficient' takes bfloat16, float16 and float32, not float64; make" in str(obstacle("efficient", CUDA, F64, 64))
-    assert "'flash' runs on CUDA and the tensors are on cpu" in str(obstacle("flash", torch.device("cpu"), BF16, 64))
+    assert unsupported_reason("cudnn", CUDA, BF16, 128) is None and unsupported_reason("flash", CUDA, BF16, 256) is None
+    assert unsupported_reason("efficient", CUDA, F32, 300, bias=True) is None
+    assert "efficient' takes bfloat16, float16 and float32, not float64; make" in str(
+        unsupported_reason("efficient", CUDA, F64, 64)
+    )
+    assert "'flash' runs on CUDA and the tensors are on cpu" in str(unsupported_reason("flash", torch.device("cpu"), BF16, 64))
     on_hopper(capability=(8, 9))
-    assert "'flash' does not take head size 208 in bfloat16" in str(obstacle("flash", CUDA, BF16, 206, bias=True))
+    assert "'flash' does not take head size 208 in bfloat16" in str(unsupported_reason("flash", CUDA, BF16, 206, bias=True))
     on_hopper(cudnn=0)
     assert "'cudnn' does not take head size 64 in float16 with compute capability 9.0 and cuDNN 0" in str(
-        obstacle("cudnn", CUDA, F16, 64)
+        unsupported_reason("cudnn", CUDA, F16, 64)
     )
     on_hopper()
     monkeypatch.setattr(choice, "strictly_deterministic", lambda: True)
-    assert "'cudnn' has no deterministic backward" in str(obstacle("cudnn", CUDA, BF16, 64))
-    assert obstacle("sdpa", CUDA, BF16, 64) is None and resolved("sdpa", CUDA, BF16, 64, 64, 1) == "flash"
+    assert "'cudnn' has no deterministic backward" in str(unsupported_reason("cudnn", CUDA, BF16, 64))
+    assert unsupported_reason("sdpa", CUDA, BF16, 64) is None and resolved("sdpa", CUDA, BF16, 64, 64, 1) == "flash"
 
 
 def test_resolved_names_what_computes(on_hopper) -> None:

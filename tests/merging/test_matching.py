@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ringattn import InputError, MismatchError, full, make_plan
 from ringattn.comm.simulated import Simulated
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.merging import Merge, bipartite, similar
 from ringattn.merging.bipartite_matching import over_ranks
-from ringattn.merging.matching import ONE, SAME, energies, units
-from ringattn.merging.policy_inputs import Ask, uniform
+from ringattn.merging.matching import ONE, SAME, energies, fixed_point
+from ringattn.merging.policy_inputs import MatchArgs, uniform
 from ringattn.merging.similar_rows import in_windows
 from ringattn.nn import Decoder, DecoderConfig
 from ringattn.schedule.catalog import NAMES
@@ -50,7 +50,7 @@ def energy(similarity: int, margin: float) -> int:
     return round((x if x >= margin else math.exp(x - margin) - 1) * 2**32)
 
 
-def sides(rows: Rows, free: list[bool], positions: list[int], ask: Ask, batch: int) -> tuple[list[int], list[int]]:
+def sides(rows: Rows, free: list[bool], positions: list[int], ask: MatchArgs, batch: int) -> tuple[list[int], list[int]]:
     """The rows of A and of B."""
     takes_part = [n for n in range(len(rows)) if free[n]]
     if ask.scorer == "energy":
@@ -66,7 +66,7 @@ def sides(rows: Rows, free: list[bool], positions: list[int], ask: Ask, batch: i
     return [n for n in takes_part if n % 2 == 0], [n for n in takes_part if n % 2]
 
 
-def matched(rows: Rows, free: list[bool], positions: list[int], ask: Ask, batch: int) -> dict[int, int]:
+def matched(rows: Rows, free: list[bool], positions: list[int], ask: MatchArgs, batch: int) -> dict[int, int]:
     """The position of each row that merges, and of the one it merges into."""
     a, b = sides(rows, free, positions, ask, batch)
     if not b:
@@ -80,7 +80,7 @@ def matched(rows: Rows, free: list[bool], positions: list[int], ask: Ask, batch:
     return {positions[i]: positions[best[i][2]] for i in order}
 
 
-def expected(metric: Tensor, protected: Tensor, ask: Ask, bounds: list[int] | None = None) -> list[list[int]]:
+def expected(metric: Tensor, protected: Tensor, ask: MatchArgs, bounds: list[int] | None = None) -> list[list[int]]:
     """For each row of each sequence the last row of its group; `bounds` between windows, or all is one."""
     batch, length, _ = metric.shape
     found = []
@@ -88,7 +88,7 @@ def expected(metric: Tensor, protected: Tensor, ask: Ask, bounds: list[int] | No
         into = list(range(length))
         for begin, end in pairwise(bounds or [0, length]):
             where = list(range(begin, end))
-            rows, free = units(metric[one, begin:end]).tolist(), (~protected[one, begin:end]).tolist()
+            rows, free = fixed_point(metric[one, begin:end]).tolist(), (~protected[one, begin:end]).tolist()
             for row, to in matched(rows, free, where, ask, one).items():
                 into[row] = to
         groups = {to: [row for row in range(length) if into[row] == to] for to in into}
@@ -105,15 +105,19 @@ def window_bounds(length: int, window: int, cu_seqlens: tuple[int, ...]) -> list
 
 
 def cut(whole: Tensor, layout: Layout) -> list[Tensor]:
-    return [whole[:, held(layout, rank)] for rank in range(layout.world)]
+    return [whole[:, resident_positions(layout, rank)] for rank in range(layout.world)]
 
 
-def whole_matching(metric: Tensor, protected: Tensor, layout: Layout, ask: Ask, schedule: Any, **given: Any) -> list[Merge]:
+def whole_matching(
+    metric: Tensor, protected: Tensor, layout: Layout, ask: MatchArgs, schedule: Any, **given: Any
+) -> list[Merge]:
     transport = Simulated(layout.world, **given)
     return over_ranks(cut(metric, layout), cut(protected, layout), layout, ask, schedule, transport)
 
 
-def windowed(metric: Tensor, protected: Tensor, layout: Layout, window: int, cuts: tuple[int, ...], ask: Ask) -> list[Merge]:
+def windowed(
+    metric: Tensor, protected: Tensor, layout: Layout, window: int, cuts: tuple[int, ...], ask: MatchArgs
+) -> list[Merge]:
     return in_windows(cut(metric, layout), cut(protected, layout), layout, window, cuts, ask, Simulated(layout.world))
 
 
@@ -125,7 +129,7 @@ class Drawn(NamedTuple):
     metric: Tensor
     protected: Tensor
     layout: Layout
-    ask: Ask
+    ask: MatchArgs
 
 
 @st.composite
@@ -145,7 +149,7 @@ def drawn(draw: st.DrawFn, most: int = 26) -> Drawn:
     remove = draw(st.sampled_from([None, 0.5, 0.5, 0.25, 0.29, 0.1]))
     threshold = draw(st.sampled_from([None, 0.0, 0.7, -1.0] if remove else [0.0, 0.7, -1.0, 0.99]))
     scorer = draw(st.sampled_from(["alternate", "energy", "random"]))
-    ask = Ask(
+    ask = MatchArgs(
         remove, threshold, scorer, draw(st.sampled_from([0.5, 0.9, -0.3])), draw(st.integers(0, 3)), draw(st.integers(0, 3))
     )
     layout = LAYOUTS[draw(st.sampled_from(["contiguous", "zigzag", "striped"]))](length, draw(st.integers(1, 8)))
@@ -178,9 +182,11 @@ def test_similar_finds_the_groups_of_the_papers_in_every_window_and_document(cas
                 assert known == ends[row], "what a window decides is known at its end"
 
 
-@pytest.mark.parametrize("ask", [Ask(0.4), Ask(0.4, scorer="energy"), Ask(None, 0.5, "random", seed=1)], ids=lambda a: a.scorer)
+@pytest.mark.parametrize(
+    "ask", [MatchArgs(0.4), MatchArgs(0.4, scorer="energy"), MatchArgs(None, 0.5, "random", seed=1)], ids=lambda a: a.scorer
+)
 @pytest.mark.parametrize("schedule", sorted(NAMES))
-def test_the_merge_is_the_same_on_one_to_eight_ranks(schedule: str, ask: Ask) -> None:
+def test_the_merge_is_the_same_on_one_to_eight_ranks(schedule: str, ask: MatchArgs) -> None:
     source = torch.Generator().manual_seed(0)
     metric = torch.randn(7, 5, generator=source)[torch.randint(7, (2, 29), generator=source)]
     wanted = Merge.of(torch.tensor(expected(metric, unprotected(metric), ask))).digest
@@ -192,7 +198,7 @@ def test_the_merge_is_the_same_on_one_to_eight_ranks(schedule: str, ask: Ask) ->
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_schedules_that_cut_blocks_find_the_same(world: int) -> None:
     metric = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))[torch.arange(46).view(2, 23) * 7 % 5]
-    layout, ask = LAYOUTS["zigzag"](23, world), Ask(0.3, scorer="energy")
+    layout, ask = LAYOUTS["zigzag"](23, world), MatchArgs(0.3, scorer="energy")
     wanted = expected(metric, unprotected(metric), ask)
     for name, schedule in schedules(world).items():
         found = whole_matching(metric, unprotected(metric), layout, ask, schedule)
@@ -202,8 +208,8 @@ def test_schedules_that_cut_blocks_find_the_same(world: int) -> None:
 def test_a_share_of_the_rows_is_the_same_number_in_a_window_as_in_the_sequence() -> None:
     metric, layout = torch.ones(1, 100, 2), LAYOUTS["contiguous"](100, 2)
     for remove, merged in ((0.29, 28), (0.5, 50), (0.07, 7), (0.005, 0)):  # 100 * 0.29 is a little less than 29
-        found = [windowed(metric, unprotected(metric), layout, 100, (), Ask(remove))[0]]
-        found += whole_matching(metric, unprotected(metric), layout, Ask(remove), "ring")
+        found = [windowed(metric, unprotected(metric), layout, 100, (), MatchArgs(remove))[0]]
+        found += whole_matching(metric, unprotected(metric), layout, MatchArgs(remove), "ring")
         assert {merge.counts for merge in found} == {(100 - merged,)}
 
 
@@ -220,7 +226,7 @@ def test_matching_goes_by_cosines_and_not_by_their_whole_numbers_only() -> None:
         for a in first.argsort(descending=True)[:9].tolist():
             into[2 * a] = 2 * int(cosines[a].argmax()) + 1
         wanted = Merge.of(torch.tensor(into)).into
-        (found,) = whole_matching(x, unprotected(x), LAYOUTS["contiguous"](30, 1), Ask(0.3), "ring")
+        (found,) = whole_matching(x, unprotected(x), LAYOUTS["contiguous"](30, 1), MatchArgs(0.3), "ring")
         assert torch.equal(found.into, wanted)
 
 
@@ -236,11 +242,11 @@ def test_energy_is_that_of_the_paper_to_four_digits() -> None:
 def test_more_than_a_block_of_rows_is_compared_as_one() -> None:
     metric = torch.randn(1, 4500, 2, generator=torch.Generator().manual_seed(0)).mul(2).round()
     one, two = (
-        whole_matching(metric, unprotected(metric), LAYOUTS["contiguous"](4500, world), Ask(0.3), "token_ring")
+        whole_matching(metric, unprotected(metric), LAYOUTS["contiguous"](4500, world), MatchArgs(0.3), "token_ring")
         for world in (1, 2)
     )
     assert {merge.digest for merge in (*one, *two)} == {one[0].digest}
-    a, b = (units(metric[0, start::2]).double() for start in (0, 1))
+    a, b = (fixed_point(metric[0, start::2]).double() for start in (0, 1))
     cosines = a @ b.T
     best = cosines.max(1, keepdim=True).values
     first = (cosines == best).double().argmax(1)  # of equals the first
@@ -270,7 +276,7 @@ def keys_of_a_transformer(blocks: int) -> Tensor:
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("scorer", ["alternate", "energy", "random"])
 def test_keys_of_a_transformer_merge_alike_on_any_number_of_ranks(scorer: str, blocks: int) -> None:
-    metric, ask = keys_of_a_transformer(blocks), Ask(0.4, 0.2, scorer)
+    metric, ask = keys_of_a_transformer(blocks), MatchArgs(0.4, 0.2, scorer)
     everywhere, near = expected(metric, unprotected(metric), ask), expected(metric, unprotected(metric), ask, [0, 24, 48, 64])
     assert 20 < len(set(everywhere[0])) < 64, "some rows merge and some do not"
     for world in (1, 2, 3, 5, 8):
@@ -305,7 +311,7 @@ def real_keys() -> Tensor:
 
 @pytest.mark.parametrize("scorer", ["alternate", "energy"])
 def test_keys_of_a_pretrained_model_merge_alike_on_one_to_eight_ranks(real_keys: Tensor, scorer: str) -> None:
-    ask = Ask(0.4, 0.3, scorer)
+    ask = MatchArgs(0.4, 0.3, scorer)
     everywhere = expected(real_keys, unprotected(real_keys), ask)
     near = expected(real_keys, unprotected(real_keys), ask, [*range(0, 160, 16), 160])
     assert all(90 < len(set(groups)) < 160 for groups in everywhere), "some rows merge and some do not"
@@ -340,7 +346,7 @@ def test_bipartite_sends_directions_once_round_and_answers_home_and_no_more(worl
     batch, length, dim = 2, 37, 6
     metric = torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(0))
     layout, transport = LAYOUTS["zigzag"](length, world), Simulated(world)
-    over_ranks(cut(metric, layout), cut(unprotected(metric), layout), layout, Ask(0.4), schedule, transport)
+    over_ranks(cut(metric, layout), cut(unprotected(metric), layout), layout, MatchArgs(0.4), schedule, transport)
 
     rows = [layout.rows(rank) for rank in range(world)]
     a = [sum(p % 2 == 0 for p in layout.positions(rank)) for rank in range(world)]
@@ -369,7 +375,9 @@ def test_energy_costs_one_more_round_with_all_rows() -> None:
     batch, length, dim, world = 1, 24, 6, 3
     metric = torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(0))
     layout, transport = LAYOUTS["contiguous"](length, world), Simulated(world)
-    over_ranks(cut(metric, layout), cut(unprotected(metric), layout), layout, Ask(0.25, scorer="energy"), "ring", transport)
+    over_ranks(
+        cut(metric, layout), cut(unprotected(metric), layout), layout, MatchArgs(0.25, scorer="energy"), "ring", transport
+    )
     told = (world - 1) * (length + 8 * length + 16 * 6)  # protected, energies, and what 6 rows of A found
     assert sum(transport.bytes_sent.values()) == told + (world - 1) * (length + 6) * (4 * dim + 8)
 
@@ -379,14 +387,14 @@ def test_similar_sends_its_decisions_and_the_metric_of_rows_whose_window_begins_
     batch, length, dim, world = 2, 32, 6, 4
     metric = torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(0))
     made, transport = LAYOUTS[layout](length, world), Simulated(world)
-    in_windows(cut(metric, made), cut(unprotected(metric), made), made, window, (), Ask(0.5), transport)
-    home = {p: rank for rank in range(world) for p in made.positions(rank)}
-    owner = {p: home[p // window * window] for p in range(length)}
+    in_windows(cut(metric, made), cut(unprotected(metric), made), made, window, (), MatchArgs(0.5), transport)
+    owner = {p: rank for rank in range(world) for p in made.positions(rank)}
+    owner = {p: owner[p // window * window] for p in range(length)}
     decided = [sum(owner[p] == rank for p in range(length)) for rank in range(world)]
     wanted = all_to_all([8 * batch * n for n in decided])
     for p in range(length):
-        if home[p] != owner[p]:
-            link = home[p], owner[p]
+        if owner[p] != owner[p]:
+            link = owner[p], owner[p]
             wanted[link] = wanted.get(link, 0) + batch * 4 * (dim + 1)
     assert transport.bytes_sent == wanted
 
@@ -397,7 +405,10 @@ def test_similar_sends_its_decisions_and_the_metric_of_rows_whose_window_begins_
 def on_a_rank(rank: int, world: int) -> list[Any]:
     metric = keys_of_a_transformer(1)
     layout = LAYOUTS["zigzag"](64, world)
-    own, protected = metric[:, held(layout, rank)], torch.arange(64)[held(layout, rank)].expand(2, -1) < 3
+    own, protected = (
+        metric[:, resident_positions(layout, rank)],
+        torch.arange(64)[resident_positions(layout, rank)].expand(2, -1) < 3,
+    )
     found = [
         similar(own, layout, window=10, remove=0.5, protected=protected, cu_seqlens=(0, 30, 64)),
         similar(own, layout, window=8, threshold=0.5, scorer="random", seed=3, layer=2),
@@ -412,10 +423,10 @@ def test_processes_find_what_the_simulation_finds(world: int) -> None:
     metric, layout = keys_of_a_transformer(1), LAYOUTS["zigzag"](64, world)
     protected = (torch.arange(64) < 3).expand(2, -1)
     wanted = [
-        windowed(metric, protected, layout, 10, (0, 30, 64), Ask(0.5))[0],
-        windowed(metric, unprotected(metric), layout, 8, (), Ask(None, 0.5, "random", seed=3, layer=2))[0],
-        whole_matching(metric, protected, layout, Ask(0.4), "token_ring")[0],
-        whole_matching(metric, unprotected(metric), layout, Ask(0.25, scorer="energy", margin=0.7), "ring")[0],
+        windowed(metric, protected, layout, 10, (0, 30, 64), MatchArgs(0.5))[0],
+        windowed(metric, unprotected(metric), layout, 8, (), MatchArgs(None, 0.5, "random", seed=3, layer=2))[0],
+        whole_matching(metric, protected, layout, MatchArgs(0.4), "token_ring")[0],
+        whole_matching(metric, unprotected(metric), layout, MatchArgs(0.25, scorer="energy", margin=0.7), "ring")[0],
     ]
     for found in run_ranks(world, on_a_rank, world):
         for arrays, merge in zip(found, wanted, strict=True):
@@ -497,4 +508,4 @@ def test_mistakes_are_named() -> None:
 
 
 def test_a_direction_is_of_length_one() -> None:
-    assert units(torch.tensor([[3.0, 4.0]])).tolist() == [[round(0.6 * ONE), round(0.8 * ONE)]]
+    assert fixed_point(torch.tensor([[3.0, 4.0]])).tolist() == [[round(0.6 * ONE), round(0.8 * ONE)]]

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ringattn import InputError, Mask, causal, documents, full, prefix_lm, sliding_window
 from ringattn.comm.simulated import Simulated
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.merging import Merge, grid, segments, windows
-from ringattn.merging.exchange import Route, down, told, up
-from ringattn.merging.matching import ONE, SAME, similarity, units
+from ringattn.merging.exchange import SlotExchange, down, told, up
+from ringattn.merging.matching import ONE, SAME, fixed_point, similarity
 from ringattn.merging.placement import Placement, crosses, edges, even, is_causal, over_slots, seen, stay, untimely
-from ringattn.merging.policy_inputs import Ask, uniform
+from ringattn.merging.policy_inputs import MatchArgs, uniform
 from ringattn.merging.similar_rows import in_windows
 from ringattn.sequence.layout import LAYOUTS, Layout, Span
 
@@ -205,7 +205,7 @@ def by_similarity(values: Tensor, scorer: str, threshold: float | None = None, p
     """Rows of 3 channels in windows of 4; values also say who is protected."""
     metric = torch.stack([values % 3 - 1, values % 5 - 2, values % 2], dim=-1)[None].double()
     layout = LAYOUTS["contiguous"](len(values), 1)
-    ask = Ask(0.5 if threshold is None else None, threshold, scorer)
+    ask = MatchArgs(0.5 if threshold is None else None, threshold, scorer)
     (found,) = in_windows([metric], [(values[None] == 5) & protect], layout, 4, (), ask, Simulated(1))
     return found
 
@@ -331,33 +331,33 @@ def test_similarity_is_the_cosine_to_five_digits(dtype: torch.dtype, dim: int, e
     rows = torch.randn(40, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
     wide = rows.double()
     cosines = (wide @ wide.T) / wide.norm(dim=-1)[:, None] / wide.norm(dim=-1)
-    assert ((similarity(units(rows), units(rows)) / SAME) - cosines).abs().max() <= error
+    assert ((similarity(fixed_point(rows), fixed_point(rows)) / SAME) - cosines).abs().max() <= error
 
 
 @pytest.mark.parametrize("dim", [1, 7, 129, 4096])
 def test_similarity_has_the_same_bits_in_any_tiling_and_order_of_rows_and_channels(dim: int) -> None:
     source = torch.Generator().manual_seed(dim)
     rows = torch.randn(24, dim, generator=source) * 10.0 ** torch.randint(-20, 20, (24, 1), generator=source)
-    whole = similarity(units(rows), units(rows))
-    directions = units(rows).tolist()
+    whole = similarity(fixed_point(rows), fixed_point(rows))
+    directions = fixed_point(rows).tolist()
     by_integers = [[sum(x * y for x, y in zip(a, b, strict=True)) for b in directions] for a in directions]
     assert whole.long().tolist() == by_integers
     order, channels = torch.randperm(24, generator=source), torch.randperm(dim, generator=source)
-    assert torch.equal(similarity(*[units(rows[order])] * 2), whole[order][:, order])
-    assert torch.equal(similarity(*[units(rows[:, channels])] * 2), whole)
+    assert torch.equal(similarity(*[fixed_point(rows[order])] * 2), whole[order][:, order])
+    assert torch.equal(similarity(*[fixed_point(rows[:, channels])] * 2), whole)
     for size in (1, 5, 24):
-        tiles = [[similarity(units(a), units(b)) for b in rows.split(size)] for a in rows.split(size)]
+        tiles = [[similarity(fixed_point(a), fixed_point(b)) for b in rows.split(size)] for a in rows.split(size)]
         assert torch.equal(torch.cat([torch.cat(of_a, dim=1) for of_a in tiles]), whole)
-    assert torch.equal(units(rows * 2.0**9), units(rows))
+    assert torch.equal(fixed_point(rows * 2.0**9), fixed_point(rows))
 
 
 def test_rows_without_a_direction_are_like_nothing() -> None:
     rows = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [-math.inf, math.nan], [3.0, -4.0]])
-    found = units(rows)
+    found = fixed_point(rows)
     assert found.tolist() == [[0, 0]] * 4 + [[round(0.6 * ONE), -round(0.8 * ONE)]]
-    assert units(torch.zeros(2, 0, 5)).shape == (2, 0, 5)
+    assert fixed_point(torch.zeros(2, 0, 5)).shape == (2, 0, 5)
     tiny = torch.tensor([[1e-45, 0.0], [3e38, 3e38], [0.0, 1.0]])
-    assert units(tiny).tolist() == [[ONE, 0], [round(ONE / math.sqrt(2))] * 2, [0, ONE]]
+    assert fixed_point(tiny).tolist() == [[ONE, 0], [round(ONE / math.sqrt(2))] * 2, [0, ONE]]
 
 
 # Where groups lie
@@ -380,9 +380,9 @@ def layouts(draw: st.DrawFn, length: int) -> Layout:
 def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, merge, bucket, is_even, apart) -> None:
     layout = data.draw(layouts(merge.seq_len))
     placement = (even if is_even else stay)(merge, layout, bucket, apart)
-    room = placement.layout.length
-    placement.layout.validate(room)
-    assert 1 <= room <= merge.seq_len and placement.layout.world == layout.world
+    capacity = placement.layout.length
+    placement.layout.validate(capacity)
+    assert 1 <= capacity <= merge.seq_len and placement.layout.world == layout.world
     of_row = {row: rank for rank in range(layout.world) for row in layout.positions(rank)}
     of_slot = {slot: rank for rank in range(layout.world) for slot in placement.layout.positions(rank)}
     for one in range(merge.batch):
@@ -394,9 +394,9 @@ def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, 
             assert is_even or of_slot[slot] == of_row[rows[-1]]
         assert torch.equal(placement.of(merge.numbers)[one] >= 0, merge.into[one] >= 0)
     if is_even:
-        named = {name: make(room, layout.world) for name, make in LAYOUTS.items()}
+        named = {name: make(capacity, layout.world) for name, make in LAYOUTS.items()}
         assert placement.layout == named.get(layout.name, named["contiguous"])
-        assert any(0 < row < merge.seq_len for row in apart) or room == min(
+        assert any(0 < row < merge.seq_len for row in apart) or capacity == min(
             -(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len
         )
 
@@ -532,18 +532,18 @@ def test_what_a_mask_keeps_is_seen(drawn: Mask | tuple[list[int], bool], other: 
 @given(st.data(), labels(), st.integers(0, 3))
 def test_rows_go_up_into_their_slots_and_down_again_and_bytes_are_those_that_move(data, slots, seed) -> None:
     before = data.draw(layouts(slots.shape[1]))
-    world, room = before.world, slots.shape[1]
-    after = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](room, world)
+    world, capacity = before.world, slots.shape[1]
+    after = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](capacity, world)
     source = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, n, 3, generator=source, dtype=torch.float64) for n in (slots.shape[1], room))
-    rows, cells = ([held(layout, rank) for rank in range(world)] for layout in (before, after))
-    routes = [Route(slots, before, after, rank) for rank in range(world)]
+    x, y = (torch.randn(2, n, 3, generator=source, dtype=torch.float64) for n in (slots.shape[1], capacity))
+    rows, cells = ([resident_positions(layout, rank) for rank in range(world)] for layout in (before, after))
+    routes = [SlotExchange(slots, before, after, rank) for rank in range(world)]
     transport = Simulated(world, shuffle=seed)
     leaves = [x[:, own].requires_grad_() for own in rows]
     sums = up(routes, leaves, transport)
-    home = [{p: rank for rank in range(world) for p in layout.positions(rank)} for layout in (before, after)]
+    owner = [{p: rank for rank in range(world) for p in layout.positions(rank)} for layout in (before, after)]
     moved = {
-        (home[0][row], home[1][slot], one, slot)
+        (owner[0][row], owner[1][slot], one, slot)
         for one in range(2)
         for row, slot in enumerate(slots[one].tolist())
         if slot >= 0
@@ -572,7 +572,7 @@ def test_what_each_rank_tells_all_know_in_the_order_of_the_sequence(layout: str,
     for whole in (torch.arange(6).view(2, 3), torch.arange(26).view(2, 13), torch.arange(13)[None] % 3 == 0):
         made = LAYOUTS[layout](whole.shape[1], world)
         transport = Simulated(world)
-        found = told([whole[:, held(made, rank)] for rank in range(world)], made, transport)
+        found = told([whole[:, resident_positions(made, rank)] for rank in range(world)], made, transport)
         assert all(torch.equal(one, whole) for one in found)
         sizes = {rank: len(whole) * made.rows(rank) * whole.element_size() for rank in range(world)}
         assert transport.bytes_sent == {(a, b): sizes[a] for a in range(world) for b in range(world) if a != b and sizes[a]}
@@ -600,7 +600,7 @@ def test_mistakes_are_named() -> None:
         "lookahead=-1": lambda: segments(torch.arange(8) > 3, lookahead=-1),
         r"grid\(0, 4, by=\(2, 2\)\)": lambda: grid(0, 4),
         r"grid\(4, 4, by=\(2, 0\)\)": lambda: grid(4, 4, (2, 0)),
-        "metric has 4097 channels and similarity is exact for 4096": lambda: units(torch.zeros(1, 4097)),
+        "metric has 4097 channels and similarity is exact for 4096": lambda: fixed_point(torch.zeros(1, 4097)),
     }.items():
         with pytest.raises(InputError, match=said):
             call()

@@ -30,7 +30,7 @@ from ringattn import (
     sliding_window,
 )
 from ringattn.comm.simulated import Simulated
-from ringattn.merging import Merge, Pay, RateController, Short, bipartite, shorten, similar, windows
+from ringattn.merging import LayerCost, Merge, MergedSequence, RateController, bipartite, shorten, similar, windows
 from ringattn.merging.placement import placed
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.planner.cost import traffic
@@ -360,8 +360,8 @@ def measured(plan: Plan) -> Counter:
 def test_merging_queries_and_keys_by_two_halves_all_bytes(world, schedule):
     plan = make_plan(64, world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
     merge = windows(64, 2)
-    short, placement = placed(merge, plan, "auto", 1, Pay(), dict(schedule=schedule))
-    assert Short(merge, plan, short, placement, None, 0).is_even  # so that no bias has to travel
+    short, placement = placed(merge, plan, "auto", 1, LayerCost(), dict(schedule=schedule))
+    assert MergedSequence(merge, plan, short, placement, None, 0).is_even  # so that no bias has to travel
     assert measured(plan) == Counter({link: 2 * size for link, size in measured(short).items()})
 
 
@@ -381,8 +381,8 @@ def test_counts_that_differ_are_dealt_out_when_that_pays_and_the_plan_says_so():
     merge, given = Merge.of(labels), dict(heads=4, kv_heads=2, head_dim=8)
     plan = make_plan(256, world=4, mask=full(), schedule="ring", layout="contiguous", **given)
     choices = dict(schedule="ring", topology=Topology("links", "mesh", flops=1e9, bandwidth=1e6))
-    dealt, _ = placed(merge, plan, "auto", 1, Pay(layers=8), choices)
-    left, _ = placed(merge, plan, "auto", 1, Pay(dim=1_000_000), choices)
+    dealt, _ = placed(merge, plan, "auto", 1, LayerCost(layers=8), choices)
+    left, _ = placed(merge, plan, "auto", 1, LayerCost(dim=1_000_000), choices)
     assert dealt.notes.endswith("dealt out") and max(dealt.rows(rank) for rank in range(4)) == 17
     assert left.notes.endswith("left where they are") and left.rows(0) == 64
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringattn import PlanError, causal, documents, full, prefix_lm, sliding_window
-from ringattn.plan.head_groups import make_lanes
+from ringattn.plan.head_groups import make_head_groups
 from ringattn.plan.plan import Plan
 from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.solver import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
-from ringattn.planner.solver.local_search import Ledger, Walk, starts
+from ringattn.planner.solver.local_search import LocalSearch, Objective, initial
 from ringattn.planner.solver.problem import loads, visits
 from ringattn.planner.solver.timeline import Timeline, next_batch
 from ringattn.planner.topology import Topology
@@ -43,9 +43,9 @@ def halves(
     """Two chunks a rank under a causal mask; a head's row is one byte, and `groups` query heads share a KV head."""
     chunks = range(2 * world)
     areas = {(i, j): rows * rows if i > j else rows * (rows + 1) // 2 for i in chunks for j in range(i + 1)}
-    home = [min(i, 2 * world - 1 - i) if layout == "zigzag" else i // 2 for i in chunks]
+    owner = [min(i, 2 * world - 1 - i) if layout == "zigzag" else i // 2 for i in chunks]
     costs = Costs(2 * groups, groups, 2, 2) if backward else Costs(groups, groups, 2)
-    return Problem(world, areas, home, home, [rows] * 2 * world, [rows] * 2 * world, costs, objective)
+    return Problem(world, areas, owner, owner, [rows] * 2 * world, [rows] * 2 * world, costs, objective)
 
 
 def volume(problem: Problem, assignment) -> float:
@@ -56,15 +56,15 @@ def volume(problem: Problem, assignment) -> float:
 def joined(world: int, mask, layout: str, length: int, objective: str = "total", heads: tuple[int, int] = (4, 2)):
     """A problem that comes from a mask and a layout, as a planner would pose it, with two blocks a rank."""
     made = LAYOUTS[layout](length, world)
-    (lane,) = make_lanes((split(ring(world), q=2, kv=2),), made, mask, *heads)
-    homes = lane.whole.q_home, lane.whole.kv_home
-    rows = [block.rows for block in lane.q_blocks], [block.rows for block in lane.kv_blocks]
-    return Problem(world, lane.areas, *homes, *rows, Costs(heads[0], heads[0], 2 * heads[1]), objective), made
+    (head_group,) = make_head_groups((split(ring(world), q=2, kv=2),), made, mask, *heads)
+    owners = head_group.unpruned.q_owner, head_group.unpruned.kv_owner
+    rows = [block.rows for block in head_group.q_blocks], [block.rows for block in head_group.kv_blocks]
+    return Problem(world, head_group.areas, *owners, *rows, Costs(heads[0], heads[0], 2 * heads[1]), objective), made
 
 
 def plan_of(schedule: Schedule, layout, mask, length: int, heads: tuple[int, int] = (4, 2), dtype: str = "float64") -> Plan:
-    lanes = make_lanes((schedule,), layout, mask, *heads)
-    return Plan(length, schedule.world, *heads, 8, dtype, mask, layout, "sdpa", lanes, lanes)
+    head_groups = make_head_groups((schedule,), layout, mask, *heads)
+    return Plan(length, schedule.world, *heads, 8, dtype, mask, layout, "sdpa", head_groups, head_groups)
 
 
 @pytest.mark.parametrize("groups, layout", QUICK)
@@ -113,7 +113,7 @@ def test_a_measure_is_what_the_moves_come_to() -> None:
         problem = halves(5, 2, "contiguous", objective=objective, backward=True)
         found = search(problem)
         c, rows = problem.costs, problem.rows_q[0]
-        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_home, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_home}
+        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_owner, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_owner}
         links: dict[tuple[int, int], int] = {}
         for move in schedule_of(problem, found).moves:
             links[move.src, move.dst] = links.get((move.src, move.dst), 0) + rows * per_row[move.kind]
@@ -126,14 +126,14 @@ def test_the_walk_keeps_its_books() -> None:
     """After thousands of steps, counted anew: work, visits and bytes of where it is, and of the best it has seen."""
     for objective in OBJECTIVES:
         problem = halves(5, 2, "contiguous", objective=objective)
-        walk = Walk(problem, starts(problem)[0], seed="a")
-        found = walk.go(5000)
-        assert walk.load == loads(problem, walk.ranks)
-        assert walk.ledger.value() == Ledger(problem, walk.ranks).value()
-        assert walk.over == sum(max(0, load - problem.cap) for load in walk.load)
-        met = {(line, rank) for line, counts in enumerate(walk.count) for rank, n in enumerate(counts) if n}
-        assert met - {(n, line.home) for n, line in enumerate(problem.lines)} == set(visits(problem, walk.ranks))
-        assert found.badness == (0, *Ledger(problem, found.ranks).value())
+        local_search = LocalSearch(problem, initial(problem)[0], seed="a")
+        found = local_search.run(5000)
+        assert local_search.load == loads(problem, local_search.ranks)
+        assert local_search.objective.value() == Objective(problem, local_search.ranks).value()
+        assert local_search.over == sum(max(0, load - problem.cap) for load in local_search.load)
+        met = {(line, rank) for line, counts in enumerate(local_search.count) for rank, n in enumerate(counts) if n}
+        assert met - {(n, line.owner) for n, line in enumerate(problem.lines)} == set(visits(problem, local_search.ranks))
+        assert found.badness == (0, *Objective(problem, found.ranks).value())
         assert max(loads(problem, found.ranks)) <= problem.cap
 
 
@@ -153,10 +153,10 @@ def test_every_mask_and_layout_gives_a_correct_schedule(mask: str, world: int, m
     for layout, objective in product(LAYOUTS, OBJECTIVES):
         problem, _ = joined(world, MASKS[mask], layout, 37, objective)
         schedule = balanced(problem)
-        assert check(schedule, set(problem.areas)) == schedule.room == peak(schedule)
+        assert check(schedule, set(problem.areas)) == schedule.limits == peak(schedule)
         assert measure(problem, {(t.i, t.j): t.rank for t in schedule.tiles}).load <= problem.cap
         assert schedule.name == f"balanced_{objective}"
-        assert schedule.straight_home(Kind.Q_ACC) and schedule.straight_home(Kind.KV_ACC)
+        assert schedule.returns_to_owner(Kind.Q_ACC) and schedule.returns_to_owner(Kind.KV_ACC)
 
 
 @settings(max_examples=60, deadline=None)
@@ -164,18 +164,22 @@ def test_every_mask_and_layout_gives_a_correct_schedule(mask: str, world: int, m
 def test_any_table_gives_a_correct_and_even_schedule(data: st.DataObject) -> None:
     """Uneven blocks, blocks nobody needs, ranks without any, prices of nothing."""
     world = data.draw(st.integers(1, 4))
-    homes = [data.draw(st.lists(st.integers(0, world - 1), min_size=1, max_size=5)) for _ in range(2)]
-    table = list(product(range(len(homes[0])), range(len(homes[1]))))
+    owners = [data.draw(st.lists(st.integers(0, world - 1), min_size=1, max_size=5)) for _ in range(2)]
+    table = list(product(range(len(owners[0])), range(len(owners[1]))))
     areas = data.draw(st.dictionaries(st.sampled_from(table), st.integers(1, 1000), max_size=len(table)))
-    rows = [[data.draw(st.integers(1, 50)) for _ in home] for home in homes]
+    rows = [[data.draw(st.integers(1, 50)) for _ in owner] for owner in owners]
     costs = Costs(*(data.draw(st.integers(0, 8)) for _ in range(4)))
-    problem = Problem(world, areas, *homes, *rows, costs, data.draw(st.sampled_from(OBJECTIVES)))
-    walked = Walk(problem, problem.fallback, seed="b").go(300) if areas and world > 1 else Walk(problem, problem.fallback).best
+    problem = Problem(world, areas, *owners, *rows, costs, data.draw(st.sampled_from(OBJECTIVES)))
+    walked = (
+        LocalSearch(problem, problem.fallback, seed="b").run(300)
+        if areas and world > 1
+        else LocalSearch(problem, problem.fallback).best
+    )
     assignment = dict(zip(problem.tiles, walked.ranks, strict=True))
     for lookahead in (1, 8):
         schedule = schedule_of(problem, assignment, lookahead=lookahead)
         check(schedule, set(areas))
-        assert all(m.due - m.depart <= lookahead for m in schedule.moves)
+        assert all(m.arrival - m.depart <= lookahead for m in schedule.moves)
     assert max(loads(problem, walked.ranks)) <= problem.cap
 
 
@@ -246,7 +250,7 @@ def test_work_starts_at_once_and_hides_what_travels() -> None:
         problem, made = joined(4, MASKS[mask], layout, 1024, "port")
         schedule = balanced(problem)
         first = [t for t in schedule.tiles if t.step == 0]
-        assert all(schedule.q_home[t.i] == schedule.kv_home[t.j] == t.rank for t in first)
+        assert all(schedule.q_owner[t.i] == schedule.kv_owner[t.j] == t.rank for t in first)
         assert {t.rank for t in first} == set(range(4))
         plan = plan_of(schedule, made, MASKS[mask], 1024, dtype="bfloat16")
         slow = Topology("slow", "switch", flops=1e12, bandwidth=1e9)
@@ -259,26 +263,26 @@ def test_more_lookahead_keeps_more_on_the_way() -> None:
     problem = halves(8, 1, "zigzag", objective="link")
     found = search(problem)
     short, long = (schedule_of(problem, found, lookahead=n) for n in (1, 32))
-    assert sum(short.room) < sum(long.room)
+    assert sum(short.limits) < sum(long.limits)
     assert {(m.kind, m.index, m.dst) for m in short.moves} == {(m.kind, m.index, m.dst) for m in long.moves}
 
 
 def test_no_rank_is_sent_more_than_a_window_of_work_ahead() -> None:
     """Whenever an input begins to travel, its receiver has less than the window of foreign work to begin with."""
     problem = halves(8, 4, "zigzag", objective="link")
-    ranks = starts(problem)[0]
+    ranks = initial(problem)[0]
     for window in (1, 4, 16):
         line = Timeline(problem, ranks, window)
-        inputs = [t for t in line.transfers if not t.home]
+        inputs = [t for t in line.transfers if not t.owner]
         for n, sent in enumerate(inputs):
-            coming = {n for n, line in enumerate(problem.lines) if line.home == sent.rank}
+            coming = {n for n, line in enumerate(problem.lines) if line.owner == sent.rank}
             coming |= {t.line for t in inputs[:n] if t.rank == sent.rank}
             begun = {tile for batch in line.batches if batch.start <= sent.start for tile in batch.tiles}
             foreign = [
                 tile
                 for tile, rank in enumerate(ranks)
                 if rank == sent.rank and tile not in begun and coming.issuperset(problem.sides[tile])
-                if any(problem.lines[side].home != rank for side in problem.sides[tile])
+                if any(problem.lines[side].owner != rank for side in problem.sides[tile])
             ]
             assert sum(problem.area[tile] for tile in foreign) < line.window
 
@@ -306,13 +310,13 @@ def test_what_opens_most_work_for_its_bytes_comes_first() -> None:
     """Three foreign key blocks for rank 0: much work, little, and much at twice the bytes."""
     problem = Problem(2, {(0, 0): 30, (0, 1): 10, (0, 2): 40}, [0], [1] * 3, [1], [1, 1, 2], Costs(1, 1, 1))
     line = Timeline(problem, [0, 0, 0], window=8)
-    assert [problem.lines[t.line].index for t in line.transfers if not t.home] == [0, 2, 1]
+    assert [problem.lines[t.line].index for t in line.transfers if not t.owner] == [0, 2, 1]
 
 
 def test_kernel_calls_are_few() -> None:
     """In large tables tiles go together, so that their number does not grow with that of the ranks."""
     problem = halves(32, 4, "zigzag")
-    schedule = schedule_of(problem, dict(zip(problem.tiles, starts(problem)[0], strict=True)))
+    schedule = schedule_of(problem, dict(zip(problem.tiles, initial(problem)[0], strict=True)))
     for rank in range(32):
         calls = [work for step in program([schedule], (), rank) for work in step.tiles]
         assert 2 * len(calls) < sum(t.rank == rank for t in schedule.tiles)
@@ -324,7 +328,7 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(objective="beauty"), "choose one of total, port, link"),
         (dict(tolerance=-1.0), "tolerance=-1.0"),
         (dict(rows_q=[1]), "q_home names 4 blocks and rows_q 1"),
-        (dict(kv_home=[0, 1, 2, 3]), "owners must be ranks of 2"),
+        (dict(kv_owner=[0, 1, 2, 3]), "owners must be ranks of 2"),
         (dict(areas={(0, 9): 1}), r"tile \(0, 9\)"),
         (dict(areas={(0, 0): 0}), "without work"),
     ):

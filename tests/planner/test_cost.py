@@ -98,8 +98,8 @@ def test_the_closed_forms_of_ring_and_token_ring(kv_heads: int, world: int) -> N
     # TokenRing: what goes out hops world - 1 times; what comes home goes to the owner from each rank. In forward q, then out
     # and lse; in backward q, dout, lse and delta, then dq.
     token_ring_bytes = [
-        {link: home + (world - 1) * out * (link in next_ranks) for link in pairs}
-        for out, home in ((q, q + stat), (2 * q + 2 * stat, q))
+        {link: owner + (world - 1) * out * (link in next_ranks) for link in pairs}
+        for out, owner in ((q, q + stat), (2 * q + 2 * stat, q))
     ]
     for schedule, expected in ((ring(world), ring_bytes), (token_ring(world), token_ring_bytes)):
         plan = make_plan(

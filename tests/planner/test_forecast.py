@@ -43,9 +43,9 @@ def schedules(family: Family) -> tuple[Schedule, ...]:
         "token_ring": lambda: token_ring(inner, routing=family.routing),
         "mesh": lambda: mesh(inner, a=family.a),
     }.get(family.name, lambda: ring(inner, routing="direct", lookahead=ahead[family.name]))()
-    lanes = made if isinstance(made, tuple) else (made,)
-    members_of = [ulysses(lane, family.ulysses) if family.ulysses > 1 else (lane,) for lane in lanes]
-    return tuple(lane for member in zip(*members_of, strict=True) for lane in member)
+    head_groups = made if isinstance(made, tuple) else (made,)
+    members_of = [ulysses(head_group, family.ulysses) if family.ulysses > 1 else (head_group,) for head_group in head_groups]
+    return tuple(head_group for member in zip(*members_of, strict=True) for head_group in member)
 
 
 def planned(family: Family, heads: str, mask: Mask) -> Plan:
@@ -159,7 +159,7 @@ def test_within_a_round_every_step_loads_the_links_alike(world: int) -> None:
 
 
 def _walk_all(clock: Clock, one: Any) -> None:
-    clock._walk(one, range(one.count))
+    clock._simulate(one, range(one.count))
 
 
 def test_work_is_what_the_mask_keeps() -> None:

@@ -29,8 +29,8 @@ def plan(**changes: Any) -> Plan:
     return make_plan(**(USUAL | changes))
 
 
-def names(lanes: Any) -> list[str]:
-    return [lane.schedule.name for lane in lanes]
+def names(head_groups: Any) -> list[str]:
+    return [head_group.schedule.name for head_group in head_groups]
 
 
 class Sized:
@@ -132,19 +132,19 @@ def test_every_rank_finds_the_same_plan() -> None:
 
 def picked(chosen: Plan, found: list[Candidate], backward: bool) -> Candidate:
     """The candidate that `chosen` took for one pass."""
-    lanes = chosen.backward if backward else chosen.forward
+    head_groups = chosen.backward if backward else chosen.forward
     return next(
         c
         for c in found
-        if c.plan.layout == chosen.layout and [x.schedule for x in c.plan.forward] == [x.schedule for x in lanes]
+        if c.plan.layout == chosen.layout and [x.schedule for x in c.plan.forward] == [x.schedule for x in head_groups]
     )
 
 
 def cheapest(found: list[Candidate]) -> float:
     """Seconds of the cheapest pair of passes; a candidate that keeps what it was sent is a pair with itself only."""
-    free = [c for c in found if not c.plan.keep]
+    free = [c for c in found if not c.plan.reuse_inputs]
     apart = sum(min(c.cost(backward=b).seconds for c in free) for b in (False, True))
-    return min([apart, *(sum(c.cost(backward=b).seconds for b in (False, True)) for c in found if c.plan.keep)])
+    return min([apart, *(sum(c.cost(backward=b).seconds for b in (False, True)) for c in found if c.plan.reuse_inputs)])
 
 
 CAUSAL_FULL, SHORT_WINDOW = ((causal(), 8, 20_000), (full(), 8, 20_000)), ((causal(), 1, 500), (sliding_window(40), 2, 5000))
@@ -174,9 +174,9 @@ def test_bytes_decide_where_compute_hides_everything() -> None:
     arguments = USUAL | {"mask": full(), "topology": patient}
     chosen, found = make_plan(**arguments), candidates(**arguments)
     paid = sum(picked(chosen, found, backward).total_bytes(backward=backward) for backward in (False, True))
-    free = [c for c in found if not c.plan.keep]
+    free = [c for c in found if not c.plan.reuse_inputs]
     apart = sum(min(c.total_bytes(backward=backward) for c in free) for backward in (False, True))
-    assert paid == min(apart, *(sum(c.total_bytes(backward=b) for b in (False, True)) for c in found if c.plan.keep))
+    assert paid == min(apart, *(sum(c.total_bytes(backward=b) for b in (False, True)) for c in found if c.plan.reuse_inputs))
 
 
 def test_layouts_are_changed_for_a_reason() -> None:
@@ -196,8 +196,8 @@ def test_the_links_decide_how_queries_travel() -> None:
 
 def test_few_kv_heads_make_kv_travel() -> None:
     given = {"world": 8, "heads": 32, "head_dim": 128, "dtype": "bfloat16", "mask": full(), "topology": "ethernet"}
-    lanes = make_plan(4096, **given, kv_heads=1).forward
-    assert not any(move.kind.of_queries for lane in lanes for move in lane.schedule.moves)
+    head_groups = make_plan(4096, **given, kv_heads=1).forward
+    assert not any(move.kind.of_queries for head_group in head_groups for move in head_group.schedule.moves)
 
 
 def test_a_name_is_kept_and_auto_gathers_nothing() -> None:

@@ -18,13 +18,13 @@ from spawn import run_ranks
 import ringattn
 from ringattn import LaunchError
 from ringattn.runtime import gpus
-from ringattn.runtime.gpus import Seen, choose, decide
+from ringattn.runtime.gpus import VisibleGpus, choose, decide
 
 
-def seen(*gpu: str | None, backend: str | None = None, host: str = "a", gpus: int = 1, **more: Any) -> list[Seen]:
+def seen(*gpu: str | None, backend: str | None = None, host: str = "a", gpus: int = 1, **more: Any) -> list[VisibleGpus]:
     """Ranks of one host, each with the UUID of the GPU it would take."""
     given = dict(nccl=True, shares=False) | more
-    return [Seen(backend, host, gpus if one else 0, (0, one) if one else None, **given) for one in gpu]
+    return [VisibleGpus(backend, host, gpus if one else 0, (0, one) if one else None, **given) for one in gpu]
 
 
 def test_nccl_where_every_rank_has_a_gpu_of_its_own_and_gloo_where_there_is_none() -> None:
@@ -48,7 +48,7 @@ def test_nccl_where_every_rank_has_a_gpu_of_its_own_and_gloo_where_there_is_none
         ([*seen("u0", backend="nccl"), *seen("u1")], r"ranks disagree on backend: nccl on rank 0, None on rank 1"),
     ],
 )
-def test_gpus_that_are_not_one_for_each_rank_are_refused_with_the_cure(everyone: list[Seen], text: str) -> None:
+def test_gpus_that_are_not_one_for_each_rank_are_refused_with_the_cure(everyone: list[VisibleGpus], text: str) -> None:
     with pytest.raises(LaunchError) as raised:
         decide(everyone)
     assert re.search(text, str(raised.value)), str(raised.value)

@@ -11,7 +11,19 @@ from xml.etree import ElementTree
 import pytest
 
 from ringattn.errors import RingAttnError
-from ringattn.schedule import Kind, Move, Room, Schedule, Tile, bidirectional_ring, make, prune, ring, side_by_side, token_ring
+from ringattn.schedule import (
+    BufferLimits,
+    Kind,
+    Move,
+    Schedule,
+    Tile,
+    bidirectional_ring,
+    make,
+    prune,
+    ring,
+    side_by_side,
+    token_ring,
+)
 from ringattn.schedule.draw import draw_png, draw_svg, draw_text, timeline
 from ringattn.schedule.draw.picture import COLOURS, Grid, Point, arrow_head, owner_colour, paint
 from ringattn.schedule.draw.text import TEXT_WIDTH
@@ -139,7 +151,7 @@ CASES = {
     "several tiles a step": ([side_by_side(*bidirectional_ring(3))], True),
     "causal": ([prune(token_ring(6), {(i, j) for i in range(6) for j in range(i + 1)})], False),
     "world 1": ([token_ring(1)], True),
-    "nothing to do": ([make("empty", 3, [], [], Room())], False),
+    "nothing to do": ([make("empty", 3, [], [], BufferLimits())], False),
     "no schedule": ([], False),
     "16 ranks": ([token_ring(16, routing="direct")], False),
 }
@@ -170,17 +182,17 @@ def test_every_tile_is_in_its_cell(schedules: Sequence[Schedule], backward: bool
     paint(time, canvas)
     grid = Grid(time)
     expected = Counter(
-        (lane, t.rank, t.step, f"Q{t.i}·K{t.j}", owner_colour(s.q_home[t.i], s.world))
-        for lane, s in enumerate(schedules)
+        (head_group, t.rank, t.step, f"Q{t.i}·K{t.j}", owner_colour(s.q_owner[t.i], s.world))
+        for head_group, s in enumerate(schedules)
         for t in s.tiles
     )
     found: Counter[tuple[int, int, int, str, str]] = Counter()
     for (x, y), (width, height), fill, title in (box for box in canvas.boxes if box[3]):
         rank = int((y - grid.top) // (grid.band + grid.gap))
-        lane, step = int((y - grid.y(rank)) // grid.tile), int((x - grid.left) // grid.column)
+        head_group, step = int((y - grid.y(rank)) // grid.tile), int((x - grid.left) // grid.column)
         assert x + width <= min(grid.x(step + 1), grid.right)
-        assert y + height <= grid.y(rank) + (lane + 1) * grid.tile
-        found[lane, rank, step, title.rpartition(" ")[2], fill] += 1
+        assert y + height <= grid.y(rank) + (head_group + 1) * grid.tile
+        found[head_group, rank, step, title.rpartition(" ")[2], fill] += 1
     assert found == expected
     corners = [corner for corner, _, _, title in canvas.boxes if title]
     assert len(set(corners)) == len(corners)
@@ -192,7 +204,7 @@ def test_every_message_goes_from_its_rank_and_step_to_its_rank_and_step(schedule
     paint(time, canvas)
     grid = Grid(time)
     expected = Counter(
-        (m.src, m.dst, m.depart, m.due, frozenset(COLOURS[item.kind] for item in m.items))
+        (m.src, m.dst, m.depart, m.arrival, frozenset(COLOURS[item.kind] for item in m.items))
         for m in messages(schedules, backward=backward)
     )
     found: Counter[tuple[int, int, int, int, frozenset[str]]] = Counter()
@@ -203,8 +215,8 @@ def test_every_message_goes_from_its_rank_and_step_to_its_rank_and_step(schedule
                 [r for r in range(time.world) if grid.y(r) <= y <= grid.y(r) + grid.band],
                 int((x - grid.left) // grid.column),
             ]
-        (src,), depart, (dst,), due = ends
-        found[src, dst, depart, due, frozenset(colours)] += 1
+        (src,), depart, (dst,), arrival = ends
+        found[src, dst, depart, arrival, frozenset(colours)] += 1
         assert tip[0] < grid.right
         assert abs(tip[1] - tail[1]) == pytest.approx(
             abs(dst - src) * (grid.band + grid.gap) - grid.band
@@ -223,7 +235,7 @@ def test_svg_is_xml_with_a_box_per_tile_and_an_arrow_per_message(schedules: Sequ
 
 
 def test_svg_escapes_names() -> None:
-    schedule = make('<&"', 1, [Tile(0, 0, 0, 0)], [], Room())
+    schedule = make('<&"', 1, [Tile(0, 0, 0, 0)], [], BufferLimits())
     root = ElementTree.fromstring(draw_svg([schedule]))
     assert root[0].text == '<&", 1 rank, forward'
 
@@ -250,7 +262,11 @@ def test_legend_names_what_travels_in_this_pass(backward: bool) -> None:
 
 def test_a_step_without_tiles_or_departures_still_has_its_column() -> None:
     late = make(
-        "late", 2, [Tile(2, 1, 0, 1)], [Move(Kind.Q, 0, 0, 1, 0, 2), Move(Kind.Q_ACC, 0, 1, 0, 3, 4)], Room(q=1, q_acc=1)
+        "late",
+        2,
+        [Tile(2, 1, 0, 1)],
+        [Move(Kind.Q, 0, 0, 1, 0, 2), Move(Kind.Q_ACC, 0, 1, 0, 3, 4)],
+        BufferLimits(q=1, q_acc=1),
     )
     assert draw_text([late]).splitlines()[2:5] == [
         "        step 0       step 1  step 2  step 3",
@@ -272,7 +288,7 @@ def test_png(schedules: Sequence[Schedule], backward: bool, tmp_path) -> None:
     width, height = Grid(timeline(schedules, backward=backward)).size
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(width / height, rel=0.01)
     seen = {"#" + "".join(f"{round(255 * float(part)):02x}" for part in pixel[:3]) for row in pixels[::5] for pixel in row[::3]}
-    assert {owner_colour(s.q_home[t.i], s.world) for s in schedules for t in s.tiles} <= seen
+    assert {owner_colour(s.q_owner[t.i], s.world) for s in schedules for t in s.tiles} <= seen
 
 
 def test_png_without_matplotlib_names_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

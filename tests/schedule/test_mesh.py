@@ -15,7 +15,7 @@ def test_mesh_is_correct_on_every_grid(world: int) -> None:
     near = {(i, j) for i, j in product(range(world), repeat=2) if i // 3 == j // 3}
     for a in factors(world, upto=world):
         made = mesh(world, a=a)
-        assert check(made) == made.room, "the promise on buffers is tight"
+        assert check(made) == made.limits, "the promise on buffers is tight"
         received = {kind: [0] * world for kind in ("Q", "KV")}
         for move in made.moves:
             if not move.kind.moved:

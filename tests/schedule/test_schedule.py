@@ -7,13 +7,13 @@ import pytest
 from cases import EXACT, HEADS, MASKS, SCHEDULES, Case, example, schedules, simulate, worst
 
 from ringattn import RingAttnError, Schedule, ScheduleError, make_plan
-from ringattn.plan.head_groups import Lane
+from ringattn.plan.head_groups import HeadGroup
 from ringattn.plan.plan import Plan
 from ringattn.planner.cost import traffic
 from ringattn.schedule import (
+    BufferLimits,
     Kind,
     Move,
-    Room,
     bidirectional_ring,
     check,
     parse,
@@ -42,12 +42,12 @@ def test_the_promised_room_is_what_is_needed() -> None:
     """Tight: one less is rejected. Buffers do not grow with the number of ranks."""
     for world in (8, 16):
         for schedule in schedules(world).values():
-            assert peak(schedule) == schedule.room
-            for n, blocks in enumerate(schedule.room):
+            assert peak(schedule) == schedule.limits
+            for n, blocks in enumerate(schedule.limits):
                 if blocks:
-                    short = Room(*(r - (m == n) for m, r in enumerate(schedule.room)))
+                    short = BufferLimits(*(r - (m == n) for m, r in enumerate(schedule.limits)))
                     with pytest.raises(ScheduleError, match="more than the promised"):
-                        check(replace(schedule, room=short))
+                        check(replace(schedule, limits=short))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -64,7 +64,7 @@ def test_moves_are_the_closed_form(world: int) -> None:
 def test_token_ring_uses_both_directions_and_never_moves_keys() -> None:
     schedule = token_ring(4)
     assert {(m.dst - m.src) % 4 for m in schedule.moves if m.kind is Kind.Q} == {1}
-    assert all(m.dst == schedule.home(m.kind, m.index) for m in schedule.moves if m.kind is Kind.Q_ACC)
+    assert all(m.dst == schedule.owner(m.kind, m.index) for m in schedule.moves if m.kind is Kind.Q_ACC)
 
 
 def test_direct_routing_uses_every_link_of_a_full_mesh_at_once() -> None:
@@ -137,8 +137,8 @@ def test_bad_arguments_are_named() -> None:
 def test_ranks_that_disagree_on_the_order_of_messages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """`program` gives both ends the same order; one that did not would hang NCCL and corrupt gloo."""
 
-    def careless(lanes, sent, rank):
-        return tuple(replace(step, post=step.post[:: -1 if rank else 1]) for step in program(lanes, sent, rank))
+    def careless(head_groups, sent, rank):
+        return tuple(replace(step, post=step.post[:: -1 if rank else 1]) for step in program(head_groups, sent, rank))
 
     monkeypatch.setattr(checking, "program", careless)
     twice = split(token_ring(2), q=2)  # two messages on a link in one step
@@ -172,12 +172,12 @@ def test_check_rejects_exactly_the_mutations_that_compute_wrongly(name: str, mas
     layout = "contiguous" if mask == "causal" else "zigzag"  # contiguous under causal has tiles to prune
     plan = Case(name, layout, mask, "mha", 4, 14).plan()
     e = example(HEADS["mha"], 14, MASKS[mask])
-    lane = plan.forward[0]
+    head_group = plan.forward[0]
     accepted = rejected = 0
-    for what, mutated in mutations(replace(lane.schedule, room=Room(99, 99, 99, 99))):
-        right = runs_right(plan, lane, mutated, e)
+    for what, mutated in mutations(replace(head_group.schedule, limits=BufferLimits(99, 99, 99, 99))):
+        right = runs_right(plan, head_group, mutated, e)
         try:
-            check(mutated, lane.areas.keys())
+            check(mutated, head_group.areas.keys())
         except ScheduleError as error:
             assert not right, f"{what}: computes the right thing, yet check says {error}"
             rejected += 1
@@ -187,20 +187,20 @@ def test_check_rejects_exactly_the_mutations_that_compute_wrongly(name: str, mas
     assert rejected > 0
 
 
-def runs_right(plan: Plan, lane: Lane, schedule: Schedule, e) -> bool:
-    mutated = replace(lane)
+def runs_right(plan: Plan, head_group: HeadGroup, schedule: Schedule, e) -> bool:
+    mutated = replace(head_group)
     vars(mutated)["schedule"] = schedule  # as it is, not pruned
-    lanes = (mutated, *plan.forward[1:])
+    head_groups = (mutated, *plan.forward[1:])
     try:
-        found = simulate(replace(plan, forward=lanes, backward=lanes), e.q, e.k, e.v, e.dout)
+        found = simulate(replace(plan, forward=head_groups, backward=head_groups), e.q, e.k, e.v, e.dout)
     except (KeyError, RingAttnError):  # something was read or sent that was not there
         return False
     return worst(found, (e.out.detach(), e.lse, *e.grads)) < EXACT
 
 
 def test_peak_memory_of_a_rank_is_counted_in_blocks_not_ranks() -> None:
-    assert peak(ring(16)) == peak(ring(4)) == Room(kv=2, kv_acc=3)
-    assert peak(token_ring(16)) == peak(token_ring(4)) == Room(q=2, q_acc=3)
+    assert peak(ring(16)) == peak(ring(4)) == BufferLimits(kv=2, kv_acc=3)
+    assert peak(token_ring(16)) == peak(token_ring(4)) == BufferLimits(q=2, q_acc=3)
 
 
 def test_schedules_hash_by_content() -> None:

@@ -24,13 +24,15 @@ def made(schedule: Schedule | str = "ring", *, world: int = 4, heads: int = 8, k
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("stages", [0, 1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_every_lane_is_an_algorithm_and_is_read_back(inner: Schedule, degree: int, stages: int, groups: int) -> None:
-    lanes = ulysses(inner, degree, stages=stages, groups=groups)
-    assert len(lanes) == degree * groups
-    for lane in lanes:
-        check(lane)
-        assert parse(str(lane)) == lane and lane.resting
-        assert {lane.rest(Kind.KV, j) % degree for j in range(len(lane.kv_home))} == {tile.rank % degree for tile in lane.tiles}
+def test_every_head_group_is_an_algorithm_and_is_read_back(inner: Schedule, degree: int, stages: int, groups: int) -> None:
+    head_groups = ulysses(inner, degree, stages=stages, groups=groups)
+    assert len(head_groups) == degree * groups
+    for head_group in head_groups:
+        check(head_group)
+        assert parse(str(head_group)) == head_group and head_group.has_residents
+        assert {head_group.resident_rank(Kind.KV, j) % degree for j in range(len(head_group.kv_owner))} == {
+            tile.rank % degree for tile in head_group.tiles
+        }
 
 
 def test_the_exchange_is_as_small_as_an_all_to_all() -> None:
@@ -40,12 +42,12 @@ def test_the_exchange_is_as_small_as_an_all_to_all() -> None:
     rows = 32 * 8 * 4 * 3 // 4  # of one fp32 number for each row and head
     assert sum(traffic(plan).values()) == 4 * of_q + rows
     assert sum(traffic(plan, backward=True).values()) == 4 * of_q + 2 * rows
-    assert plan.keep and not made(world=4, ulysses=1).keep
+    assert plan.reuse_inputs and not made(world=4, ulysses=1).keep
 
 
 def test_kv_heads_fewer_than_the_degree_are_sent_to_everyone_that_needs_them() -> None:
     plan = made(world=4, heads=8, kv_heads=2, ulysses=4)
-    assert [lane.heads for lane in plan.forward] == [(0, 2, 0, 1), (2, 4, 0, 1), (4, 6, 1, 2), (6, 8, 1, 2)]
+    assert [head_group.heads for head_group in plan.forward] == [(0, 2, 0, 1), (2, 4, 0, 1), (4, 6, 1, 2), (6, 8, 1, 2)]
 
 
 def test_saved_for_backward_is_no_more_than_without() -> None:

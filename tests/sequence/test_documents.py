@@ -15,7 +15,7 @@ from ringattn import Layout, documents, full, make_plan, sliding_window
 from ringattn.planner import Candidate, candidates
 from ringattn.planner.cost import traffic
 from ringattn.schedule import ring, split
-from ringattn.sequence.document_layout import EVEN, Unit, _dealt, by_documents
+from ringattn.sequence.document_layout import EVEN, DocumentRun, _distribute, by_documents
 from ringattn.sequence.layout import contiguous
 
 MODEL: dict[str, Any] = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -52,8 +52,8 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
     done = work(layout, bounds)
     assert max(done) <= EVEN * sum(done) / world
     assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are whole"
-    every = [Unit(b - a, a, b - a) for a, b in pairwise(bounds)]
-    cut = Layout("all cut", tuple(map(tuple, _dealt(every, world, 0)[2])))
+    every = [DocumentRun(b - a, a, b - a) for a, b in pairwise(bounds)]
+    cut = Layout("all cut", tuple(map(tuple, _distribute(every, world, 0)[2])))
     plans = [
         make_plan(16384, world=world, **MODEL, mask=documents(bounds), layout=chosen, schedule="ring_direct")
         for chosen in (layout, cut)
@@ -64,7 +64,7 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
 
 def test_documents_that_fill_a_rank_each_stay_there() -> None:
     plan = make_plan(4096, world=8, **MODEL, mask=documents(range(0, 4097, 512)))
-    assert not any(lane.schedule.moves for lane in plan.forward) and plan.balance == pytest.approx(1.0)
+    assert not any(head_group.schedule.moves for head_group in plan.forward) and plan.balance == pytest.approx(1.0)
 
 
 def test_the_planner_takes_it_where_contiguous_is_uneven() -> None:
@@ -94,8 +94,8 @@ def test_padding_is_planned_as_one_document(bounds: tuple[int, ...]) -> None:
     for layout in ("contiguous", "documents", "zigzag"):
         plan = make_plan(4096, world=2, **MODEL, mask=documents(bounds), layout=layout, schedule="ring")
         assert max(map(len, plan.layout.shards)) <= 4
-        (lane,) = plan.forward
-        assert sum(len(lane.tiles.pieces((i,), (j,))) for i, j in lane.areas) <= 16
+        (head_group,) = plan.forward
+        assert sum(len(head_group.tiles.segments((i,), (j,))) for i, j in head_group.areas) <= 16
     even = make_plan(4096, world=2, **MODEL, mask=documents(bounds), layout="documents", schedule="ring")
     assert even.balance < 1.01 and abs(even.rows(0) - even.rows(1)) <= 1
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from ringattn import Layout, Mask, PlanError, causal, documents, full, prefix_lm, sliding_window
 from ringattn.sequence.layout import LAYOUTS, Span, even_parts, take
-from ringattn.sequence.segments import CAUSAL, FULL, Piece, pieces, strips
+from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips, tile_segments
 
 MASKS = st.one_of(
     st.just(full()),
@@ -19,14 +19,14 @@ MASKS = st.one_of(
 )
 
 
-def cells(found: tuple[Piece, ...]) -> list[tuple[int, int]]:
+def cells(found: tuple[Segment, ...]) -> list[tuple[int, int]]:
     """Every (local row, local key) the pieces say to compute, with repetition."""
     return [
-        (piece.q_start + row, piece.k_start + key)
-        for piece in found
-        for row in range(piece.rows)
-        for key in range(piece.keys)
-        if piece.band.left <= key - row <= piece.band.right
+        (segment.q_start + row, segment.k_start + key)
+        for segment in found
+        for row in range(segment.rows)
+        for key in range(segment.keys)
+        if segment.band.left <= key - row <= segment.band.right
     ]
 
 
@@ -35,18 +35,18 @@ def meaning(q_positions: list[int], k_positions: list[int], mask: Mask) -> list[
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.sampled_from(sorted(LAYOUTS)), MASKS, MASKS)
-def test_pieces_cover_exactly_what_the_mask_keeps(length: int, world: int, layout_name: str, a: Mask, b: Mask) -> None:
+def test_segments_cover_exactly_what_the_mask_keeps(length: int, world: int, layout_name: str, a: Mask, b: Mask) -> None:
     layout, mask = LAYOUTS[layout_name](length, world), a & b
     for q_rank in range(world):
         for k_rank in range(world):
-            found = pieces(layout.shards[q_rank], layout.shards[k_rank], mask)
+            found = tile_segments(layout.shards[q_rank], layout.shards[k_rank], mask)
             listed = cells(found)
             assert sorted(listed) == meaning(layout.positions(q_rank), layout.positions(k_rank), mask)
-            assert sum(piece.area for piece in found) == len(listed)
-            for piece in found:
-                assert all(piece.visible(row) > 0 for row in range(piece.rows)), "a row of a piece sees no key"
-                assert piece.band != CAUSAL or piece.rows == piece.keys, "a causal piece is square"
-                assert sorted(cells(tuple(strips(piece, 3)))) == sorted(cells((piece,)))
+            assert sum(segment.area for segment in found) == len(listed)
+            for segment in found:
+                assert all(segment.visible(row) > 0 for row in range(segment.rows)), "a row of a piece sees no key"
+                assert segment.band != CAUSAL or segment.rows == segment.keys, "a causal piece is square"
+                assert sorted(cells(tuple(strips(segment, 3)))) == sorted(cells((segment,)))
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])
@@ -55,8 +55,8 @@ def test_under_causal_every_balanced_tile_is_one_kernel_call(layout: str, world:
     shards = LAYOUTS[layout](16 * world, world).shards
     for q_shard in shards:
         for k_shard in shards:
-            (piece,) = pieces(q_shard, k_shard, causal())
-            assert piece.band in (FULL, CAUSAL)
+            (segment,) = tile_segments(q_shard, k_shard, causal())
+            assert segment.band in (FULL, CAUSAL)
 
 
 @given(st.integers(0, 50), st.integers(1, 9), st.sampled_from(sorted(LAYOUTS)))

@@ -18,7 +18,7 @@ import ringattn
 from ringattn.comm import consistency as agree
 from ringattn.comm import gloo_duplex as duplex
 from ringattn.comm import p2p
-from ringattn.faults import pending as unfinished
+from ringattn.faults import pending as pending
 
 KIND, FAULTY, FILE = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 RANK = int(os.environ["RANK"])
@@ -55,7 +55,7 @@ def fall_behind() -> None:
     # A dead rank is found, and an error heard of, long before a deadline; and where there is nothing but a deadline, rank 3
     # gives up long before the others, who then still wait without a word.
     seconds = {"kill": 60.0, "raise": 60.0, "stop": DEADLINE, "sleep": 3.0 if RANK == 3 else 60.0}[KIND]
-    unfinished.timeout_of = lambda group, device: seconds
+    pending.timeout_of = lambda group, device: seconds
     agree.is_asynchronous = duplex.waits_on_stream = p2p.waits_on_stream = lambda device_or_tensor: True
 
 

@@ -107,8 +107,8 @@ def _as_new(output: list[str], environment: dict[str, str]) -> None:
     for number, path in enumerate(output, start=1):
         with open(path, "ab") as file:
             os.dup2(file.fileno(), number)
-    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=False)
-    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=False)  # noqa: SIM115  (open as long as the process)
+    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), errors="backslashreplace", line_buffering=True)  # noqa: SIM115  (open as long as the process)
     os.environ.clear()
     os.environ.update(environment)
     if environment.get("PYTHONFAULTHANDLER"):
@@ -255,6 +255,6 @@ def _source(command: list[str]) -> str:
     if kind == "-c":
         return rest[0]
     if kind == "-m":
-        found = importlib.util.find_spec(rest[0])
-        return Path(found.origin).read_text() if found and found.origin else ""
+        actual = importlib.util.find_spec(rest[0])
+        return Path(actual.origin).read_text() if actual and actual.origin else ""
     return Path(kind).read_text()

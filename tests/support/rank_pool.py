@@ -96,8 +96,8 @@ class Ranks:
         for rank in waiting.values():
             answers[rank] = (False, "did not return. Its stacks:\n" + self._stacks(rank))
         if any(not good for good, _ in answers.values()):
-            told = [f"--- rank {rank}: {what}" for rank, (good, what) in sorted(answers.items()) if not good]
-            raise RankFailure("\n".join(told))
+            messages = [f"--- rank {rank}: {what}" for rank, (good, what) in sorted(answers.items()) if not good]
+            raise RankFailure("\n".join(messages))
         return [answers[rank][1] for rank in range(len(self._pipes))]
 
     def _stacks(self, rank: int) -> str:

@@ -13,7 +13,7 @@ from ringattn.diagnostics.selftest.case import ALLOWED, RESULTS, Case, Example, 
 from ringattn.execution.autograd import Inputs, attend
 from ringattn.execution.sharding import shard
 from ringattn.kernels import KERNELS, Options
-from ringattn.kernels.select import obstacle
+from ringattn.kernels.select import unsupported_reason
 from ringattn.plan.plan import Plan
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
@@ -86,7 +86,7 @@ def simulated(
     """
     for dtype in dtypes:
         for kernel in kernels or kernels_here(device, dtype):
-            why = obstacle(kernel, device, dtype, cases()[0].head_dim, bias=True)
+            why = unsupported_reason(kernel, device, dtype, cases()[0].head_dim, bias=True)
             if why is not None:
                 yield Outcome(kernel, short(dtype), 1, "alone", "", float("inf"), (why,))
                 continue
@@ -104,7 +104,7 @@ def simulated(
 
 def kernels_here(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Those that run on `device` in `dtype`; flex last, which is compiled for minutes."""
-    fit = [name for name in KERNELS if obstacle(name, device, dtype, cases()[0].head_dim, bias=True) is None]
+    fit = [name for name in KERNELS if unsupported_reason(name, device, dtype, cases()[0].head_dim, bias=True) is None]
     return sorted(fit, key=lambda name: name == "flex")
 
 
@@ -124,7 +124,7 @@ def _through(kernel: str, device: torch.device, dtype: torch.dtype, world: int, 
 
 
 def _trap(case: Case, kernel: str, device: torch.device, dtype: torch.dtype) -> Outcome:
-    why = obstacle(kernel, device, dtype, case.head_dim, bias=case.bias)
+    why = unsupported_reason(kernel, device, dtype, case.head_dim, bias=case.bias)
     if why is not None:  # refused by name, before a call: that is an answer
         return Outcome(kernel, short(dtype), TRAP_WORLD, "", case.name, 0.0, (), "refused")
     found = [_tried(case, kernel, schedule, TRAP_WORLD, device, dtype) for schedule in TRAP_SCHEDULES]
@@ -135,7 +135,7 @@ def _trap(case: Case, kernel: str, device: torch.device, dtype: torch.dtype) -> 
 def _bits(kernel: str, device: torch.device, dtype: torch.dtype) -> Outcome:
     name = "equal bits twice in deterministic mode"
     failures: tuple[str, ...] = ()
-    if kernel != "cudnn":  # it has no deterministic backward, which `obstacle` says in that mode
+    if kernel != "cudnn":  # it has no deterministic backward, which `unsupported_reason` says in that mode
         try:
             if not equal_bits(cases()[0], kernel, "token_ring", TRAP_WORLD, device=device, dtype=dtype):
                 failures = (f"{name}: they differ",)

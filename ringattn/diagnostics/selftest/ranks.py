@@ -12,7 +12,7 @@ from ringattn.diagnostics.selftest.one_device import SCHEDULES, Outcome, _error,
 from ringattn.errors import RingAttnError
 from ringattn.execution.attention import attention
 from ringattn.execution.sharding import shard
-from ringattn.kernels.select import obstacle
+from ringattn.kernels.select import unsupported_reason
 from ringattn.plan.plan import Plan
 
 
@@ -24,7 +24,7 @@ def over_ranks(kernels: Sequence[str], device: torch.device) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for dtype in (torch.float32, torch.bfloat16):
         for kernel in kernels or kernels_here(device, dtype):
-            why = obstacle(kernel, device, dtype, cases()[0].head_dim, bias=True)
+            why = unsupported_reason(kernel, device, dtype, cases()[0].head_dim, bias=True)
             if why is not None:
                 outcomes.append(Outcome(kernel, short(dtype), 1, "alone", "", float("inf"), (why,)))
                 continue

@@ -24,7 +24,7 @@ def transposed(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[l
     return heads, [[name, *(row[n] for row in rows)] for n, name in enumerate(columns) if n > 1]
 
 
-def shown(outcomes: Sequence[Outcome], title: str) -> str:
+def as_table(outcomes: Sequence[Outcome], title: str) -> str:
     """The table, then what failed, then the sum of it."""
     columns, rows = transposed(*table(outcomes))
     widths = [max(len(line[n]) for line in (columns, *rows)) for n in range(len(columns))]

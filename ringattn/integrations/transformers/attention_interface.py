@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.batch import Shards, cut, documents_of, padding_of, text_positions, windowed
 from ringattn.integrations.transformers.layers import attend, describe_mask
 from ringattn.integrations.transformers.outputs import check_models
@@ -70,7 +70,10 @@ def shard_batch(
             (batch, seq_len, ...) are cut alike, whatever else there is goes through.
         config: the model's. Its layers must be softmax attention, causal.
         group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
-        schedule, layout, topology, training: for `make_plan`.
+        schedule: for `make_plan`.
+        layout: for `make_plan`.
+        topology: for `make_plan`.
+        training: for `make_plan`: whether backward counts in the choice.
         dtype: that attention will see, for the choice of the layout; the model's by default.
         documents_apart: packed documents do not see each other, also in a model whose own masks do not look at position_ids,
             which is refused otherwise.
@@ -135,7 +138,7 @@ def _shards(
     first, *others = _windows(text)
     plan = make(**kind, mask=windowed(mask, first), layout=layout)
     _, rank = group_and_rank(group, world)
-    own = None if bias is None else bias.index_select(1, held(plan.layout, rank).to(bias.device))
+    own = None if bias is None else bias.index_select(1, resident_positions(plan.layout, rank).to(bias.device))
     shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own, assumed=_assumed(batch))
     for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
         shards.plan(**kind, window=window)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.execution.attention import attention, cast_dtype
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.support.unsupported import OF_FLASH_ATTENTION
 from ringattn.nn.loss import IGNORE, shift_labels
 from ringattn.plan.plan import Plan
@@ -224,7 +224,7 @@ def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, 
     is `Shards.key_bias`, and what stands on padding predicts nothing. A rank without rows gets the first one, since models of
     transformers fail on none: `Shards.attend` leaves it out, and its target is ignored.
     """
-    rows = held(layout, rank)
+    rows = resident_positions(layout, rank)
     empty = len(rows) == 0
     if empty:
         rows = torch.zeros(1, dtype=torch.int64)

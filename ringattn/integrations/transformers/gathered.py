@@ -31,7 +31,7 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import device_of
 from ringattn.errors import InputError
-from ringattn.faults.watchdog import transferring
+from ringattn.faults.watchdog import comm_errors
 from ringattn.integrations.transformers.attention_interface import NAME
 from ringattn.integrations.transformers.batch import Shards, documents_of, padding_of
 from ringattn.integrations.transformers.layers import MaskInfo, attend, describe_mask
@@ -44,7 +44,7 @@ from ringattn.plan.plan import Plan
 from ringattn.sequence.layout import Layout, Span
 from ringattn.sequence.mask import causal
 
-CURE = (
+HINT = (
     "Let the model return logits of its rows (no labels, no logits_to_keep, no output_router_logits) and make the loss with "
     "ringattn.integrations.deepspeed.sp_loss(logits, shift_labels, engine). Rewards, classes of sequences and load-balancing "
     "losses need ringattn.integrations.transformers.forward_whole(model, batch, group) or ringattn.integrations.trainer, with "
@@ -78,7 +78,7 @@ def check_outputs_of(used: LastUsed) -> None:
         finally:
             used.within = False
         if used.shards is not None:
-            agree_on_rows(outputs, used.shards, type(self).__name__, CURE)
+            agree_on_rows(outputs, used.shards, type(self).__name__, HINT)
             used.shards = None
         return outputs
 
@@ -125,7 +125,7 @@ def take_place(
     if problem:
         raise InputError(problem)
     served = Served(model, config)
-    whole = Gathered(group, config.get_text_config(), make, shape, refused)
+    whole = ShardCache(group, config.get_text_config(), make, shape, refused)
     used = LastUsed()
     check_outputs_of(used)
     try_models_of(served, group, disable_in_eval)
@@ -177,7 +177,7 @@ def _info(asked: Any) -> Any:
 
 
 @dataclass
-class Gathered:
+class ShardCache:
     """Finds the `Shards` of a forward by its position_ids; collective over `group` when they are new.
 
     shape: sequences per batch, and the length of the whole one if that is fixed.
@@ -250,7 +250,7 @@ def _of_all(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """`mine` of every rank; the last dimension may differ."""
     world = dist.get_world_size(group)
     counts = [torch.empty(1, dtype=torch.int64, device=mine.device) for _ in range(world)]
-    with transferring("gathering whole sequences", f"rank {dist.get_rank(group)}: gathering whole sequences failed"):
+    with comm_errors("gathering whole sequences", f"rank {dist.get_rank(group)}: gathering whole sequences failed"):
         all_gather(counts, torch.tensor([mine.shape[-1]], device=mine.device), group)
         most = max(int(count) for count in counts)
         padded = nn.functional.pad(mine, (0, most - mine.shape[-1])).contiguous()

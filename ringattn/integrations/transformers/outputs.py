@@ -22,8 +22,8 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import group_and_rank
 from ringattn.errors import InputError
-from ringattn.execution.sharding import held, in_order
-from ringattn.faults.watchdog import transferring
+from ringattn.execution.sharding import in_order, resident_positions
+from ringattn.faults.watchdog import comm_errors
 from ringattn.integrations.transformers.batch import Shards
 from ringattn.integrations.transformers.composite.towers import minding_towers
 from ringattn.integrations.transformers.seq2seq.batch import DecoderShards
@@ -33,7 +33,7 @@ from ringattn.sequence.layout import Layout
 
 OF_OTHER_INPUTS = ("encoder_", "image_", "video_", "audio_", "vision_", "text_model_output")  # not of the rows of the sequence
 
-CURE = (
+HINT = (
     "Use ringattn.integrations.transformers.forward_whole(model, batch, group), or ringattn.integrations.trainer, which return "
     "what one process does; a mean loss over all ranks is ringattn.nn.cross_entropy(logits, targets, group)"
 )
@@ -69,7 +69,7 @@ def check_models() -> None:
                 outputs = call(self, *args, **kwargs)
         finally:
             shards.check_outputs = True
-        agree_on_rows(outputs, shards, type(self).__name__, CURE)
+        agree_on_rows(outputs, shards, type(self).__name__, HINT)
         return outputs
 
     checked.checks_rows = True  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | 
     if isinstance(embeds, Tensor) and embeds.ndim > 1 and embeds.shape[1] != rows:
         return (
             f"{model} was given inputs_embeds of {embeds.shape[1]} rows, and this rank holds {rows}: tokens that are added "
-            f"after the cut, as by prompt tuning, stand on every rank. {CURE}"
+            f"after the cut, as by prompt tuning, stand on every rank. {HINT}"
         )
     if inputs.get("past_key_values") is not None:
         return (
@@ -92,15 +92,15 @@ def _unlike_cut(inputs: Mapping[str, Any], shards: Shards, model: str) -> str | 
     return None
 
 
-def agree_on_rows(outputs: Any, shards: Shards, model: str, cure: str) -> None:
+def agree_on_rows(outputs: Any, shards: Shards, model: str, hint: str) -> None:
     """Raise `InputError` on every rank if on some rank a result of `model` is not of its rows; collective."""
-    problem = _unlike_rows(outputs, shards, model, cure)
+    problem = _unlike_rows(outputs, shards, model, hint)
     if problem is not None or not torch.compiler.is_compiling():  # ranks that hold few rows may find no fault alone
         group, _ = group_and_rank(shards.group, shards.layout.world)
         agree(group, {"call": "outputs of a model"}, problem)
 
 
-def _unlike_rows(outputs: Any, shards: Shards, model: str, cure: str) -> str | None:
+def _unlike_rows(outputs: Any, shards: Shards, model: str, hint: str) -> str | None:
     """Which result is not of this rank's rows, or None."""
     if not isinstance(outputs, Mapping):
         outputs = dict(enumerate(outputs if isinstance(outputs, tuple) else (outputs,)))
@@ -111,7 +111,7 @@ def _unlike_rows(outputs: Any, shards: Shards, model: str, cure: str) -> str | N
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_rows(tensor, shards):
                 return (
                     f"{model} returned {name} of shape {tuple(tensor.shape)}, not a result for each of this rank's rows: it is "
-                    f"pooled over one rank's rows and differs from that of the whole sequence. {cure}"
+                    f"pooled over one rank's rows and differs from that of the whole sequence. {hint}"
                 )
     return None
 
@@ -142,7 +142,7 @@ def gathered(rows: Tensor, shards: Shards, factor: int = 1) -> Tensor:
     problem = None
     if rows.ndim < 2 or rows.shape[1] != wanted:
         problem = (
-            f"a result of shape {tuple(rows.shape)} is not (batch, {wanted}, ...), a result for each row of this rank. {CURE}"
+            f"a result of shape {tuple(rows.shape)} is not (batch, {wanted}, ...), a result for each row of this rank. {HINT}"
         )
     said = {"batch": len(rows), "dtype": rows.dtype, "of a row": list(rows.shape[2:])} if problem is None else {}
     agree(group, {"call": "gathering rows"} | said, problem, device=rows.device)
@@ -153,14 +153,14 @@ def gathered(rows: Tensor, shards: Shards, factor: int = 1) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, layout: Layout, group: dist.ProcessGroup | None, rank: int, factor: int) -> Tensor:
-        ctx.own, ctx.factor = held(layout, rank).to(rows.device), factor
+        ctx.own, ctx.factor = resident_positions(layout, rank).to(rows.device), factor
         if group is None:
             return rows[:, in_order(layout).to(rows.device)]
         most = max(layout.rows(r) for r in range(layout.world))
         flat = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
         padded = F.pad(flat, (0, 0, 0, most - rows.shape[1])).contiguous()
         parts = [torch.empty_like(padded) for _ in range(layout.world)]
-        with transferring("gathering rows", f"rank {rank}: gathering the rows of a model's results failed"):
+        with comm_errors("gathering rows", f"rank {rank}: gathering the rows of a model's results failed"):
             all_gather(parts, padded, group)
         whole = torch.cat([part[:, : layout.rows(r)] for r, part in enumerate(parts)], dim=1)
         return whole[:, in_order(layout).to(rows.device)].reshape(len(rows), layout.length, *rows.shape[2:])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from ringattn.errors import PlanError
-from ringattn.planner.closed_form.rounds import Lane, Model, Round, Way, grid, line, line_link_bytes
+from ringattn.planner.closed_form.rounds import HeadGroup, Model, Round, TravelMode, grid, line, line_link_bytes
 from ringattn.planner.closed_form.shifts import Axis, Links
 from ringattn.schedule.catalog import IN_FLIGHT
 from ringattn.schedule.ir import Kind
@@ -75,10 +75,10 @@ def families(world: int, heads: int) -> Iterator[Family]:
     """
     for u in _factors(world):
         if u <= heads:
-            yield from _around(u, world // u)
+            yield from _families_inside(u, world // u)
 
 
-def _around(u: int, inner: int) -> Iterator[Family]:
+def _families_inside(u: int, inner: int) -> Iterator[Family]:
     yield Family("ring", u, 1, inner)
     if inner == 1:
         return
@@ -105,11 +105,11 @@ class Inner:
     def __init__(self, family: Family, model: Model, rows: int, *, backward: bool) -> None:
         self.rows, self.columns = Axis(family.a, family.ulysses), Axis(family.b, family.ulysses * family.a)
         self._family, self._count, self._backward, self._cut = family, rows, backward, 1
-        lanes = 2 if family.name == "bidirectional_ring" else 1
-        if family.ulysses * model.kv_heads < lanes:  # too few heads for two directions: they share the keys
-            self.shares, self._cut = (model,) * lanes, lanes
+        head_groups = 2 if family.name == "bidirectional_ring" else 1
+        if family.ulysses * model.kv_heads < head_groups:  # too few heads for two directions: they share the keys
+            self.shares, self._cut = (model,) * head_groups, head_groups
         else:
-            self.shares = model.shares(family.ulysses, lanes)
+            self.shares = model.shares(family.ulysses, head_groups)
         self._lines = list(self._lines_of())
 
     @property
@@ -136,39 +136,39 @@ class Inner:
     @property
     def link_bytes(self) -> int:
         """On the busiest directed link; no two lines share one."""
-        return max(line_link_bytes(axis.size, lanes, way) for axis, lanes, way in self._lines)
+        return max(line_link_bytes(axis.size, head_groups, way) for axis, head_groups, way in self._lines)
 
     @property
     def sent(self) -> int:
         """Bytes that each rank sends."""
-        return sum((axis.size - 1) * (v.out + v.home) for axis, lanes, _ in self._lines for v, _ in lanes)
+        return sum((axis.size - 1) * (v.out + v.owner) for axis, head_groups, _ in self._lines for v, _ in head_groups)
 
     def rounds(self, links: Links) -> Iterator[Round]:
         """What one rank does."""
         if len(self._lines) == 1:
-            ((axis, lanes, way),) = self._lines
-            return line(axis, lanes, way, links)
+            ((axis, head_groups, way),) = self._lines
+            return line(axis, head_groups, way, links)
         ((rows, ((q, _),), _), (columns, ((kv, _),), _)) = self._lines
         return grid(rows, columns, q, kv, links)
 
-    def _lines_of(self) -> Iterator[tuple[Axis, tuple[Lane, ...], Way]]:
+    def _lines_of(self) -> Iterator[tuple[Axis, tuple[HeadGroup, ...], TravelMode]]:
         (a, b), direct = (self.rows.size, self.columns.size), self._family.routing == "direct"
         match self._family.name:
             case "ring" | "bidirectional_ring":
-                yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), Way(rides=True)
+                yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), TravelMode(accumulates=True)
             case "ring_direct" | "all_gather":
                 ahead = b - 1 if self._family.name == "all_gather" else min(IN_FLIGHT, b - 1)
-                yield self.columns, (self._kv(self.shares[0]),), Way(direct, max(1, ahead))
+                yield self.columns, (self._kv(self.shares[0]),), TravelMode(direct, max(1, ahead))
             case "token_ring":
-                yield self.rows, (self._q(),), Way(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
+                yield self.rows, (self._q(),), TravelMode(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
             case _:
                 if a > 1 or b == 1:
-                    yield self.rows, (self._q(),), Way()
+                    yield self.rows, (self._q(),), TravelMode()
                 if b > 1:
-                    yield self.columns, (self._kv(self.shares[0]),), Way(ahead=2)
+                    yield self.columns, (self._kv(self.shares[0]),), TravelMode(ahead=2)
 
-    def _q(self) -> Lane:
+    def _q(self) -> HeadGroup:
         return self.shares[0].visitor(Kind.Q, self._count, backward=self._backward), 1
 
-    def _kv(self, share: Model, turn: int = 1) -> Lane:
-        return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, rides=self.wide), turn
+    def _kv(self, share: Model, turn: int = 1) -> HeadGroup:
+        return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, accumulates=self.wide), turn

@@ -52,7 +52,7 @@ def price(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = Fa
 def compute_seconds(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = False) -> float:
     """Seconds that the busiest rank computes: no pass can take less."""
     sizes = Sizes(plan, batch=batch, backward=backward)
-    return flops(plan, max(pairs(sizes.lanes).values(), default=0), sizes) / topology.flops
+    return flops(plan, max(pairs(sizes.head_groups).values(), default=0), sizes) / topology.flops
 
 
 def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -> float:

@@ -17,7 +17,7 @@ from ringattn.planner.cost.flows import Flows
 from ringattn.planner.cost.sizes import Sizes
 from ringattn.planner.topology import Topology
 from ringattn.schedule.ir import Kind
-from ringattn.schedule.program import Item, Message, Step, Work
+from ringattn.schedule.program import Item, Message, Step, TileBatch
 
 MERGE = 2.5  # times that the bytes of a sum are touched when a share is added: both read, one written
 BACKWARD_FLOPS = 2.5  # of forward: five matrix products instead of two
@@ -36,8 +36,11 @@ class Simulation:
         self.programs = [plan.program(rank, backward=sizes.backward) for rank in range(plan.world)]
         self.nbytes = {m: sum(map(sizes.travelling, m.items)) for m in plan.messages(backward=sizes.backward)}
         self.seconds = [
-            {tile: flops(plan, area * lane.heads.of_queries, sizes) / topology.flops for tile, area in lane.areas.items()}
-            for lane in sizes.lanes
+            {
+                tile: flops(plan, area * head_group.heads.of_queries, sizes) / topology.flops
+                for tile, area in head_group.areas.items()
+            }
+            for head_group in sizes.head_groups
         ]
 
     def run(self) -> float:
@@ -56,23 +59,23 @@ class Simulation:
                 now, rank = heappop(self.events)
                 last = max(last, now)
                 if self.position[rank] < len(self.programs[rank]):
-                    self._go_on(now, rank, self.programs[rank][self.position[rank]])
+                    self._advance(now, rank, self.programs[rank][self.position[rank]])
             else:
                 self._arrive(self.flows.next_end(), self.flows.end())
         return last
 
-    def _go_on(self, now: float, rank: int, step: Step) -> None:
+    def _advance(self, now: float, rank: int, step: Step) -> None:
         """Take in what is due, which may have to be waited for; then post, which begins when all of it is packed; compute."""
-        for message in step.due:
+        for message in step.arrival:
             if message not in self.arrival:
                 self.waiting[message].append(rank)
                 return
-        ready = max((self.arrival[message] for message in step.due), default=now)
+        ready = max((self.arrival[message] for message in step.arrival), default=now)
         if ready > now:
             heappush(self.events, (ready, rank))
         elif rank not in self.packed:
             self.packed.add(rank)
-            handling = sum(self._take_in(m, rank) for m in step.due) + sum(self._pack(m, rank) for m in step.post)
+            handling = sum(self._receive(m, rank) for m in step.arrival) + sum(self._pack(m, rank) for m in step.post)
             heappush(self.events, (now + handling, rank))
         else:
             self.packed.remove(rank)
@@ -89,22 +92,22 @@ class Simulation:
         for rank in self.waiting.pop(message, ()):
             heappush(self.events, (self.arrival[message], rank))
 
-    def _compute(self, tiles: Work, rank: int) -> float:
+    def _compute(self, tiles: TileBatch, rank: int) -> float:
         """The kernel's time, a call for each piece, and that of adding what comes out of it to what is there."""
-        lane, calls = tiles.lane, len(self.sizes.lanes[tiles.lane].pieces(tiles))
-        merged = [Item(lane, Kind.Q_ACC, i) for i in tiles.i] + [Item(lane, Kind.KV_ACC, j) for j in tiles.j]
+        head_group, calls = tiles.head_group, len(self.sizes.head_groups[tiles.head_group].segments(tiles))
+        merged = [Item(head_group, Kind.Q_ACC, i) for i in tiles.i] + [Item(head_group, Kind.KV_ACC, j) for j in tiles.j]
         self.sums.update((rank, item) for item in merged)
-        touched = MERGE * sum(map(self.sizes.held, merged))
-        kernel = sum(self.seconds[lane].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
+        touched = MERGE * sum(map(self.sizes.stored, merged))
+        kernel = sum(self.seconds[head_group].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
         return kernel + calls * self.topology.launch + touched / self.topology.memory
 
     def _pack(self, message: Message, rank: int) -> float:
         """What a message costs either end when it is posted: the receiver only makes room for it."""
         return self.topology.launch + (self.nbytes[message] / self.topology.memory if message.src == rank else 0.0)
 
-    def _take_in(self, message: Message, rank: int) -> float:
+    def _receive(self, message: Message, rank: int) -> float:
         """Inputs are read where they have arrived; results are added to what is there."""
         results = [item for item in message.items if item.kind.moved] if message.dst == rank else []
         added = [item for item in results if (rank, item) in self.sums]
         self.sums.update((rank, item) for item in results)
-        return MERGE * sum(map(self.sizes.held, added)) / self.topology.memory
+        return MERGE * sum(map(self.sizes.stored, added)) / self.topology.memory

@@ -1,6 +1,6 @@
 """Bytes of everything in a pass: as it travels, as it is held, on every directed link, and at most at once.
 
-Counted, not estimated, from the table in `payload` that `work` makes its tensors of. No time and no links here.
+Counted, not estimated, from the table in `payload` that `batch` makes its tensors of. No time and no links here.
 """
 
 from __future__ import annotations
@@ -25,27 +25,32 @@ class Sizes:
 
     def __init__(self, plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> None:
         self.plan, self.batch, self.backward, self.bias_heads = plan, batch, backward, bias_heads
-        self.lanes = plan.backward if backward else plan.forward
+        self.head_groups = plan.backward if backward else plan.forward
         narrow, wide = ITEMSIZE[plan.dtype], max(4, ITEMSIZE[plan.dtype])  # sums, lse, delta and biases are wide: fp32, or fp64
         wire = {
-            (n, kind): narrow if not kind.moved or plan.rounds(lane, kind) else wide
-            for n, lane in enumerate(self.lanes)
+            (n, kind): narrow if not kind.moved or plan.rounds_on_wire(head_group, kind) else wide
+            for n, head_group in enumerate(self.head_groups)
             for kind in Kind
         }
         self._travelling = {
             (*key, new): self._per_row(*key, size, wide, bias_heads, new) for key, size in wire.items() for new in (False, True)
         }
-        self._rows = [([b.rows for b in lane.kv_blocks], [b.rows for b in lane.q_blocks]) for lane in self.lanes]
-        self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
+        self._rows = [
+            ([b.rows for b in head_group.kv_blocks], [b.rows for b in head_group.q_blocks]) for head_group in self.head_groups
+        ]
+        self._stored = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
         self._share = {key: self._per_row(*key, narrow, wide, bias_heads) for key in wire}
 
     def travelling(self, item: Item) -> int:
         """Bytes of `item` in a message."""
-        return self._rows[item.lane][item.kind.of_queries][item.index] * self._travelling[item.lane, item.kind, item.new]
+        return (
+            self._rows[item.head_group][item.kind.of_queries][item.index]
+            * self._travelling[item.head_group, item.kind, item.new]
+        )
 
-    def held(self, item: Item) -> int:
+    def stored(self, item: Item) -> int:
         """Bytes of `item` between messages: sums are wide."""
-        return self._rows[item.lane][item.kind.of_queries][item.index] * self._held[item.lane, item.kind]
+        return self._rows[item.head_group][item.kind.of_queries][item.index] * self._stored[item.head_group, item.kind]
 
     def fields(self, item: Item) -> tuple[Field, ...]:
         """The tensors of `item` in a message."""
@@ -53,11 +58,11 @@ class Sizes:
 
     def share(self, item: Item, rows: int) -> int:
         """Bytes of what one kernel call adds to `rows` rows of accumulator `item`, as the kernel gives it."""
-        return rows * self._share[item.lane, item.kind]
+        return rows * self._share[item.head_group, item.kind]
 
-    def _per_row(self, lane: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
+    def _per_row(self, head_group: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
         """Of one row of all the lane's heads."""
-        of = self.lanes[lane].heads
+        of = self.head_groups[head_group].heads
         heads = {"q": of.of_queries, "kv": of.of_keys, "bias": of.of_keys if bias_heads > 1 else bias_heads}
         return self.batch * sum(
             heads[field.heads] * (wide if field.wide else itemsize) * (self.plan.head_dim if field.dim else 1)
@@ -76,29 +81,31 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
 
 def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
     """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
-    held: dict[Item | Message, int] = {}
+    stored: dict[Item | Message, int] = {}
     peak = 0
     for step in program:
-        for message in step.due:
-            del held[message]
+        for message in step.arrival:
+            del stored[message]
             if message.dst == rank:
-                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
-                held.update((item, sizes.held(item)) for item in whole)
+                complete = (item._replace(new=False) for item in message.items if _owner(sizes, item) != rank)
+                stored.update((item, sizes.stored(item)) for item in complete)
         for message in step.post:
-            held[message] = sum(map(sizes.travelling, message.items))
+            stored[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
-                    held.pop(item, None)
-        for work in step.tiles:
-            results = [Item(work.lane, Kind.Q_ACC, i) for i in work.i] + [Item(work.lane, Kind.KV_ACC, j) for j in work.j]
+                    stored.pop(item, None)
+        for batch in step.tiles:
+            results = [Item(batch.head_group, Kind.Q_ACC, i) for i in batch.i] + [
+                Item(batch.head_group, Kind.KV_ACC, j) for j in batch.j
+            ]
             for item in results:
-                if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
-                    held[item] = sizes.held(item)
-        peak = max(peak, sum(held.values()))
+                if _owner(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
+                    stored[item] = sizes.stored(item)
+        peak = max(peak, sum(stored.values()))
         for item in step.release:
-            held.pop(item, None)
+            stored.pop(item, None)
     return peak
 
 
-def _home(sizes: Sizes, item: Item) -> int:
-    return sizes.lanes[item.lane].schedule.home(item.kind, item.index)
+def _owner(sizes: Sizes, item: Item) -> int:
+    return sizes.head_groups[item.head_group].schedule.owner(item.kind, item.index)

@@ -3,7 +3,7 @@
 A tile (i, j) may go to the owner of query block i, to the owner of key block j, or to anyone else. A rank that computes a tile
 of a block that is not its own is *visited* by that block: the inputs travel there once, and the result travels home once,
 however many tiles the visit serves. Rows and columns of the table cost alike, so both are called lines: line i is query block
-i, line `len(q_home) + j` is key block j.
+i, line `len(q_owner) + j` is key block j.
 
 Numbers only: no mask, no layout, no topology, no time. Who searches is `search` or `exact`; when things happen is `timeline`.
 """
@@ -31,9 +31,9 @@ class Costs(NamedTuple):
     """Bytes of one row of a visit, on the way in and on the way home."""
 
     q_in: int
-    q_home: int
+    q_owner: int
     kv_in: int
-    kv_home: int = 0
+    kv_owner: int = 0
 
 
 class Line(NamedTuple):
@@ -41,9 +41,9 @@ class Line(NamedTuple):
 
     kind: Kind
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
-    home: int
+    owner: int
     bytes_in: int
-    bytes_home: int
+    bytes_back: int
     tiles: tuple[int, ...]  # numbers of its tiles
 
 
@@ -61,8 +61,8 @@ class Problem:
 
     world: int
     areas: Mapping[tuple[int, int], int]
-    q_home: Sequence[int]
-    kv_home: Sequence[int]
+    q_owner: Sequence[int]
+    kv_owner: Sequence[int]
     rows_q: Sequence[int]
     rows_kv: Sequence[int]
     costs: Costs
@@ -74,13 +74,13 @@ class Problem:
             raise PlanError(f"objective={self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
         if self.tolerance < 0:
             raise PlanError(f"tolerance={self.tolerance}: the busiest rank cannot work less than the mean; 0 or more")
-        for homes, rows, what in ((self.q_home, self.rows_q, "q"), (self.kv_home, self.rows_kv, "kv")):
-            if len(homes) != len(rows):
-                raise PlanError(f"{what}_home names {len(homes)} blocks and rows_{what} {len(rows)}; both name every block")
-            if any(home not in range(self.world) for home in homes):
-                raise PlanError(f"{what}_home={tuple(homes)}: owners must be ranks of {self.world}")
+        for owners, rows, what in ((self.q_owner, self.rows_q, "q"), (self.kv_owner, self.rows_kv, "kv")):
+            if len(owners) != len(rows):
+                raise PlanError(f"{what}_home names {len(owners)} blocks and rows_{what} {len(rows)}; both name every block")
+            if any(owner not in range(self.world) for owner in owners):
+                raise PlanError(f"{what}_home={tuple(owners)}: owners must be ranks of {self.world}")
         for (i, j), area in self.areas.items():
-            if not (0 <= i < len(self.q_home) and 0 <= j < len(self.kv_home) and area > 0):
+            if not (0 <= i < len(self.q_owner) and 0 <= j < len(self.kv_owner) and area > 0):
                 raise PlanError(f"tile ({i}, {j}) of area {area}: not in the table, or without work; leave it out")
 
     @cached_property
@@ -95,8 +95,8 @@ class Problem:
     @cached_property
     def lines(self) -> tuple[Line, ...]:
         c = self.costs
-        blocks = [(Kind.Q, i, self.q_home[i], rows * c.q_in, rows * c.q_home) for i, rows in enumerate(self.rows_q)]
-        blocks += [(Kind.KV, j, self.kv_home[j], rows * c.kv_in, rows * c.kv_home) for j, rows in enumerate(self.rows_kv)]
+        blocks = [(Kind.Q, i, self.q_owner[i], rows * c.q_in, rows * c.q_owner) for i, rows in enumerate(self.rows_q)]
+        blocks += [(Kind.KV, j, self.kv_owner[j], rows * c.kv_in, rows * c.kv_owner) for j, rows in enumerate(self.rows_kv)]
         tiles: list[list[int]] = [[] for _ in blocks]
         for number, sides in enumerate(self.sides):
             for line in sides:
@@ -106,7 +106,7 @@ class Problem:
     @cached_property
     def sides(self) -> tuple[tuple[int, int], ...]:
         """The two lines every tile is in."""
-        return tuple((i, len(self.q_home) + j) for i, j in self.tiles)
+        return tuple((i, len(self.q_owner) + j) for i, j in self.tiles)
 
     @cached_property
     def fallback(self) -> tuple[int, ...]:
@@ -125,13 +125,13 @@ class Problem:
 
     def charges(self, line: Line, rank: int) -> tuple[tuple[Resource, int], ...]:
         """What one visit of `line` to `rank` adds to everything that the objective looks at."""
-        if rank == line.home:
+        if rank == line.owner:
             return ()
-        out, home = line.bytes_in, line.bytes_home
+        out, owner = line.bytes_in, line.bytes_back
         if self.objective == "total":
-            return ((("all", 0, 0), out + home),)
-        there = [(resource, out) for resource in self.route(line.home, rank)]
-        back = [(resource, home) for resource in self.route(rank, line.home)]
+            return ((("all", 0, 0), out + owner),)
+        there = [(resource, out) for resource in self.route(line.owner, rank)]
+        back = [(resource, owner) for resource in self.route(rank, line.owner)]
         return tuple((resource, nbytes) for resource, nbytes in (*there, *back) if nbytes)
 
     def route(self, src: int, dst: int) -> tuple[Resource, ...]:
@@ -152,8 +152,8 @@ def loads(problem: Problem, ranks: Sequence[int]) -> list[int]:
 
 def visits(problem: Problem, ranks: Sequence[int]) -> list[tuple[int, int]]:
     """Every (line, foreign rank) that must meet."""
-    met = ((n, {ranks[tile] for tile in line.tiles} - {line.home}) for n, line in enumerate(problem.lines))
-    return [(n, rank) for n, found in met for rank in sorted(found)]
+    visitors = ((n, {ranks[tile] for tile in line.tiles} - {line.owner}) for n, line in enumerate(problem.lines))
+    return [(n, rank) for n, foreign in visitors for rank in sorted(foreign)]
 
 
 class Measure(NamedTuple):
@@ -171,10 +171,10 @@ def measure(problem: Problem, assignment: Assignment) -> Measure:
     links: Counter[tuple[int, int]] = Counter()
     for n, rank in visits(problem, ranks):
         line = problem.lines[n]
-        links[line.home, rank] += line.bytes_in
-        links[rank, line.home] += line.bytes_home
-    everyone = range(problem.world)
-    ports = [sum(links[src, dst] for dst in everyone) for src in everyone]
-    ports += [sum(links[src, dst] for src in everyone) for dst in everyone]
-    link = max((links[pair] for pair in product(everyone, everyone)), default=0)
+        links[line.owner, rank] += line.bytes_in
+        links[rank, line.owner] += line.bytes_back
+    ranks_ = range(problem.world)
+    ports = [sum(links[src, dst] for dst in ranks_) for src in ranks_]
+    ports += [sum(links[src, dst] for src in ranks_) for dst in ranks_]
+    link = max((links[pair] for pair in product(ranks_, ranks_)), default=0)
     return Measure(sum(links.values()), max(ports), link, max(loads(problem, ranks)))

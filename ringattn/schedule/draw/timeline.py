@@ -1,7 +1,7 @@
-"""What there is to see in a pass: a box for each tile, an arrow for each message. Plain data, read by every kind of picture.
+"""Collects what a picture of a pass shows: a box for each tile, an arrow for each message.
 
-An arrow is a message that the engine sends: moves that share a message share an arrow. Nothing is proved here (`check` does)
-and no bytes or seconds are known (`cost` does).
+An arrow is a message that the engine sends: moves that share a message share an arrow. This is plain data, read by every kind
+of picture. It proves nothing (`check` does) and knows no bytes or seconds (`cost` does).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ringattn.schedule.program import Item, messages
 class Box(NamedTuple):
     """A tile: query block i, which belongs to rank `owner`, against key block j."""
 
-    lane: int
+    head_group: int
     rank: int
     step: int
     i: int
@@ -36,34 +36,34 @@ class Arrow(NamedTuple):
     src: int
     dst: int
     depart: int
-    due: int
+    arrival: int
     kinds: tuple[Kind, ...]
     label: str
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All there is to see in one pass of some lanes."""
+    """The boxes and arrows of one pass of several head groups."""
 
     name: str
     world: int
-    lanes: int
+    head_groups: int
     backward: bool
     boxes: tuple[Box, ...]
     arrows: tuple[Arrow, ...]
 
     @cached_property
     def steps(self) -> int:
-        """At least one; the last may only take in what is due."""
-        return max([box.step for box in self.boxes] + [arrow.due for arrow in self.arrows], default=0) + 1
+        """Number of steps, at least one; in the last one ranks may only receive."""
+        return max([box.step for box in self.boxes] + [arrow.arrival for arrow in self.arrows], default=0) + 1
 
     @cached_property
     def cells(self) -> dict[tuple[int, int, int], list[Box]]:
-        """The tiles of each (lane, rank, step) that has any."""
-        found = defaultdict(list)
+        """The tiles of each (head group, rank, step) that has any."""
+        cells = defaultdict(list)
         for box in self.boxes:
-            found[box.lane, box.rank, box.step].append(box)
-        return dict(found)
+            cells[box.head_group, box.rank, box.step].append(box)
+        return dict(cells)
 
     @property
     def title(self) -> str:
@@ -75,10 +75,10 @@ class Timeline:
 
 
 def timeline(schedules: Sequence[Schedule], *, backward: bool = False) -> Timeline:
-    """The tiles and messages of one pass; each schedule is a lane."""
-    boxes = [Box(n, t.rank, t.step, t.i, t.j, s.q_home[t.i]) for n, s in enumerate(schedules) for t in s.tiles]
+    """The tiles and messages of one pass; each schedule is a head group."""
+    boxes = [Box(n, t.rank, t.step, t.i, t.j, s.q_owner[t.i]) for n, s in enumerate(schedules) for t in s.tiles]
     arrows = [
-        Arrow(m.src, m.dst, m.depart, m.due, _kinds(m.items), _label(m.items, len(schedules)))
+        Arrow(m.src, m.dst, m.depart, m.arrival, _kinds(m.items), _label(m.items, len(schedules)))
         for m in messages(schedules, backward=backward)
     ]
     world = max((s.world for s in schedules), default=0)
@@ -86,17 +86,17 @@ def timeline(schedules: Sequence[Schedule], *, backward: bool = False) -> Timeli
 
 
 def _kinds(items: Sequence[Item]) -> tuple[Kind, ...]:
-    """Inputs first, whatever the order of lanes."""
+    """The kinds of `items`, inputs first, in any order of head groups."""
     carried = {item.kind for item in items}
     return tuple(kind for kind in Kind if kind in carried)
 
 
-def _label(items: Sequence[Item], lanes: int) -> str:
-    return " ".join(f"{item.kind.value}{item.index}{letter(item.lane) if lanes > 1 else ''}" for item in items)
+def _label(items: Sequence[Item], head_groups: int) -> str:
+    return " ".join(f"{item.kind.value}{item.index}{letter(item.head_group) if head_groups > 1 else ''}" for item in items)
 
 
-def letter(lane: int) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[lane % 26]
+def letter(head_group: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[head_group % 26]
 
 
 def _count(number: int, thing: str) -> str:

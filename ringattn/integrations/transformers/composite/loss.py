@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ringattn.comm.process_group import Group, group_and_rank
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers import routers
 from ringattn.integrations.transformers.attention_interface import NAME
 from ringattn.integrations.transformers.batch import Shards
@@ -87,7 +87,7 @@ class _LossOfRows:
         if self.tokens is not None and self.tokens.shape == targets.shape:  # left padding would be asked for the first token
             targets = targets.masked_fill(self.tokens == 0, IGNORE)
         _, rank = group_and_rank(shards.group, shards.layout.world)
-        own = targets.index_select(1, held(shards.layout, rank).to(targets.device)).to(logits.device)
+        own = targets.index_select(1, resident_positions(shards.layout, rank).to(targets.device)).to(logits.device)
         own = own if shards.rows else torch.full_like(logits[:, :, 0], IGNORE, dtype=torch.int64)
         items = kwargs.get("num_items_in_batch")
         value = cross_entropy(logits, own, shards.group, averaged_over=self.averaged_over, num_items=items)

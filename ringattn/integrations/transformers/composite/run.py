@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers import routers
 from ringattn.integrations.transformers.attention_interface import NAME, shard_batch
 from ringattn.integrations.transformers.batch import ImageBlocks, Shards
@@ -129,7 +129,7 @@ def _cut_marked(marked: Mapping[str, Any], rest: Mapping[str, Any], shards: Shar
             f"the text decoder of this model is given {shapes}, which are not of its rows and not of tokens that a mask marks: "
             "they cannot be cut over ranks. Run this model in one process, with another attn_implementation"
         )
-    rows = held(shards.layout, rank) if shards.rows else torch.zeros(1, dtype=torch.int64)
+    rows = resident_positions(shards.layout, rank) if shards.rows else torch.zeros(1, dtype=torch.int64)
     mark, rows = marks[0], rows.to(marks[0].device)
     numbers = torch.zeros(mark.shape, dtype=torch.int64, device=mark.device)
     numbers[mark] = torch.arange(int(mark.sum()), device=mark.device)

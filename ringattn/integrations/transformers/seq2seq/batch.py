@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError, PlanError
-from ringattn.execution.sharding import held
+from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.batch import Shards, padding_of
 from ringattn.integrations.transformers.seq2seq.decoder_inputs import DECODER, with_decoder_inputs
 from ringattn.nn.collectives import reduction_group
@@ -198,7 +198,7 @@ def _kind(config: PretrainedConfig, dtype: torch.dtype | None) -> dict[str, Any]
 def _padding(mask: Tensor | None, layout: Layout, rank: int) -> Tensor | None:
     """key_bias (batch, rows) of this rank, or None where no sequence is padded."""
     bias = None if mask is None else padding_of(mask, None)
-    return None if bias is None else bias.index_select(1, held(layout, rank).to(bias.device))
+    return None if bias is None else bias.index_select(1, resident_positions(layout, rank).to(bias.device))
 
 
 def has_padding(ids: Tensor | None, config: PretrainedConfig) -> bool:
@@ -210,7 +210,7 @@ def has_padding(ids: Tensor | None, config: PretrainedConfig) -> bool:
 
 def own_rows(shards: Shards) -> Tensor:
     """The positions of the rows that the model runs on: those of this rank, or the first one where it has none."""
-    rows = held(shards.layout, group_and_rank(shards.group, shards.layout.world)[1])
+    rows = resident_positions(shards.layout, group_and_rank(shards.group, shards.layout.world)[1])
     return rows if len(rows) else torch.zeros(1, dtype=torch.int64)
 
 

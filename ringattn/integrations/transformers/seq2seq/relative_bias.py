@@ -26,7 +26,7 @@ from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.attention import cast_dtype
 from ringattn.execution.autograd import Inputs, run_backward, run_forward, without_autocast
-from ringattn.execution.checks import meet
+from ringattn.execution.checks import resolve_group
 from ringattn.execution.first_order import only_once, unsupported_gradient, unsupported_transform
 from ringattn.execution.joint_backward import gradient_of, in_backward
 from ringattn.kernels import Options
@@ -113,7 +113,7 @@ def _checked(
     group: Group | None,
 ) -> tuple[Transport, bool]:
     """The transport, when all ranks have come with what fits; and whether q has to take part in backward for other ranks."""
-    process_group, rank = meet(plans[0].plan, group)
+    process_group, rank = resolve_group(plans[0].plan, group)
     gradient = gradient_of(q, k, v, table)
     fields = {
         "call": "attention with a relative position bias",
@@ -149,7 +149,7 @@ def _problem(
             return f"{name} has shape {tuple(tensor.shape)}, the plans expect {shape} on rank {rank}"
     if table.ndim != 2 or table.shape[1] != plan.kv_heads or table.shape[0] <= max(bucket.row for bucket, _ in plans):
         return f"table has shape {tuple(table.shape)}; it needs a row for each bucket and {plan.kv_heads} columns"
-    if any(plan.keep for _, plan in plans):
+    if any(plan.reuse_inputs for _, plan in plans):
         return "plans in which inputs stay away from their owner (Ulysses) are not for single buckets; use schedule='ring'"
     return None
 
