@@ -23,6 +23,7 @@ SPANS = ("ringattn/forward", "ringattn/step3/wait")  # in a profile
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(JITS + 10)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path: Path) -> None:
@@ -104,10 +105,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_all_links_right(site: Path) -> None:
     assert (site / "index.html").exists() and (site / "guides" / "training" / "index.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_reference_lists_exactly_what_is_public(package: str, site: Path) -> None:
     page = "integrations" if ".integrations." in package else package.split(".")[1] if "." in package else "ringattn"

@@ -24,7 +24,7 @@ SMALL = shlex.split(
     "--seq-len 101 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3 --steps 2 --no-plots"
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 def agent(port: int, *command: str) -> "subprocess.Popen[str]":

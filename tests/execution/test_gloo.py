@@ -58,6 +58,7 @@ def all_cases(rank: int, world: int, layout: str) -> float:
 MANY = [("zigzag", 6), ("contiguous", 7), ("striped", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.case(13, 17)
 @pytest.mark.parametrize(("layout", "world"), [*product(LAYOUTS, range(1, 6)), *MANY])
 def test_every_case_equals_dense_attention(layout: str, world: int) -> None:
