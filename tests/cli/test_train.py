@@ -23,6 +23,8 @@ from ringattn.cli.train import TrainConfig, read_corpus, windows
 from ringattn.cli.train.report import Log
 from ringattn.cli.train.restart import checkpoint_to_resume
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = shlex.split("--seq-len 203 --batch 2 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3")

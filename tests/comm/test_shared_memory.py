@@ -61,6 +61,7 @@ def same_bits(rank: int) -> None:
     assert len(links_of(dist.group.WORLD).links) == 3
 
 
+@pytest.mark.slow
 def test_every_schedule_has_the_bits_and_bytes_of_p2p() -> None:
     run_ranks(4, same_bits)
 

@@ -189,6 +189,7 @@ SMALL = "['sdpa'], device='cpu', worlds=[2], schedules=['token_ring']"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'rich', 'docstring_parser', 'typeguard']))"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_selftest_simulates_ranks_with_nothing_but_torch() -> None:
     code = f"{WITHOUT}; from ringattn.diagnostics import selftest; sys.exit(not selftest.run({SMALL}))"
@@ -232,6 +233,7 @@ def test_selftest_tells_what_cannot_run_and_leaves_flex_for_last() -> None:
     assert selftest.kernels_here(CPU, BF16) == ["sdpa", "reference", "flex"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_selftest_over_ranks() -> None:
     code, out, err = torchrun("-m", "ringattn", "selftest", "--kernel", "sdpa", ranks=2, timeout=240)

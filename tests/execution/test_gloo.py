@@ -1,6 +1,7 @@
 """The same engine over real processes and gloo: equal to dense attention, and to the bit what the simulated transport gives."""
 
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
@@ -32,10 +33,18 @@ ON_GLOO = (
 cached_example = lru_cache(maxsize=None)(lambda heads, mask: example(HEADS[heads], LENGTH, MASKS[mask]))
 
 
+def every_other(world: int) -> Iterator[Case]:
+    """Half of all: each schedule with each mask and each heads, in one of the layouts or in two of them."""
+    for case in product_of_everything(range(world, world + 1), LENGTH, ON_GLOO):
+        of = (ON_GLOO.index(case.schedule), LAYOUTS.index(case.layout), [*MASKS].index(case.mask), [*HEADS].index(case.heads))
+        if sum(of) % 2 == 0:
+            yield case
+
+
 def all_cases(rank: int, world: int, layout: str) -> float:
     """The worst error of this rank over all schedules, masks and heads, through the public function."""
     errors = []
-    for case in (c for c in product_of_everything(range(world, world + 1), LENGTH, ON_GLOO) if c.layout == layout):
+    for case in (c for c in every_other(world) if c.layout == layout):
         plan, e = case.plan(), cached_example(case.heads, case.mask)
         q, k, v = (shard(x.detach(), plan).requires_grad_() for x in (e.q, e.k, e.v))
         out, lse = attention(q, k, v, plan, return_lse=True)
@@ -49,6 +58,7 @@ def all_cases(rank: int, world: int, layout: str) -> float:
 MANY = [("zigzag", 6), ("contiguous", 7), ("striped", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.case(13, 17)
 @pytest.mark.parametrize(("layout", "world"), [*product(LAYOUTS, range(1, 6)), *MANY])
 def test_every_case_equals_dense_attention(layout: str, world: int) -> None:

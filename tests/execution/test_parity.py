@@ -11,6 +11,8 @@ from ringattn import Schedule, make_plan, shard
 from ringattn.nn import Decoder, DecoderConfig, reduce_gradients, shift_labels
 from ringattn.schedule import token_ring
 
+pytestmark = pytest.mark.slow
+
 WORLD, LENGTH, STEPS = 4, 250, 20  # 250 rows do not divide by four
 NINE_OVER_THREE = DecoderConfig(vocab_size=64, dim=36, layers=2, heads=9, kv_heads=3, head_dim=8, hidden_dim=64)
 FOUR = DecoderConfig(vocab_size=64, dim=36, layers=2, heads=4, kv_heads=4, head_dim=8, hidden_dim=64)

@@ -19,6 +19,8 @@ from ringattn import Layout, Mask, causal, documents, full, make_plan, prefix_lm
 from ringattn.comm.simulated import Simulated
 from ringattn.sequence.layout import Span
 
+pytestmark = pytest.mark.slow
+
 CASES = 1200
 HEADS = ((4, 4), (4, 2), (6, 2), (4, 1), (9, 3), (1, 1))
 

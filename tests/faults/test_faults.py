@@ -24,7 +24,7 @@ from ringattn.comm.shared_memory import SharedMemoryPort
 JOB = str(Path(__file__).parents[1] / "support" / "fault_job.py")
 ATTEMPTS = 5  # to be in time: a machine that runs other tests beside these may hold a process back for seconds
 
-pytestmark = pytest.mark.timeout(60 * ATTEMPTS)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * ATTEMPTS)]
 
 Said = dict[int, str]  # by each survivor
 

@@ -22,6 +22,8 @@ from ringattn.faults import pending as pending
 from ringattn.faults import watchdog as watchdog
 from ringattn.faults.pending import PendingTransfers, Posted
 
+pytestmark = pytest.mark.slow
+
 ATTEMPTS = 3  # a machine that runs other tests beside may hold the beats of a healthy process back for seconds
 CUDA = torch.device("cuda", 0)
 

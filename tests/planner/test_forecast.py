@@ -92,6 +92,7 @@ def links(world: int) -> Iterator[Topology]:
             yield replace(plain, launch=latency / 3, memory=3 * rate)
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:
     """Mostly equal, nearly always within 15 %, and never more than 25 % off."""
     errors: list[float] = []

@@ -115,6 +115,7 @@ def test_world_may_be_a_mesh_or_a_group() -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)  # three processes, one after another
 def test_every_rank_finds_the_same_plan() -> None:
     """Other processes, other hash seeds: the same digests."""
@@ -150,6 +151,7 @@ def cheapest(found: list[Candidate]) -> float:
 CAUSAL_FULL, SHORT_WINDOW = ((causal(), 8, 20_000), (full(), 8, 20_000)), ((causal(), 1, 500), (sliding_window(40), 2, 5000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "masks"),
     [
