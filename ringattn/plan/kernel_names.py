@@ -1,6 +1,6 @@
-"""Names of kernels, and the options that a name may carry, as make_plan(kernel=...) takes them and plans keep them.
+"""Parses names of kernels and their options, as make_plan(kernel=...) accepts them and plans store them.
 
-An option stands behind a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
+An option follows a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
 on every rank. No torch here.
 """
 
@@ -13,7 +13,7 @@ from ringattn._validation import short_repr
 from ringattn.errors import RingAttnError
 
 KERNELS = ("sdpa", "reference", "cudnn", "flash", "efficient", "flex", "flash2", "flash3", "flash4")
-EMULATED = "emulated"  # behind its colon stand the flop/s, see `kernels.emulated`
+EMULATED = "emulated"  # after its colon follow the flop/s, see `kernels.emulated`
 MOST_SMS = 1024  # streaming multiprocessors; no GPU has as many
 # By kernel: the options its name may carry, with what each means.
 OPTIONS: Mapping[str, Mapping[str, str]] = {
@@ -28,15 +28,15 @@ class KernelName(NamedTuple):
     options: Mapping[str, int]
 
     def __str__(self) -> str:
-        options_ = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
-        return f"{self.kernel}:{options_}" if options_ else self.kernel
+        options = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{options}" if options else self.kernel
 
 
 def parse(name: str, error: type[RingAttnError]) -> KernelName:
-    """A name taken apart. Options with their default, 0, are left out of `str()` of it, so that equal plans have equal names.
+    """Parses a name. `str()` of the result omits options with their default, 0, so that equal plans have equal names.
 
     Raises:
-        error: no such kernel, an option that it does not have, or a value that is none.
+        error: no such kernel, an option that it does not have, or an invalid value.
     """
     kernel, colon, text = name.partition(":")
     if kernel not in KERNELS:
@@ -47,16 +47,16 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     if known is None:
         having = ", ".join(OPTIONS)
         raise error(f"kernel={short_repr(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
-    options_ = [_option(kernel, known, part, name, error) for part in text.split(",")]
-    options = dict(options_)
-    if len(options) < len(options_):
-        raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
+    pairs = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise error(f"kernel={short_repr(name)}; an option occurs twice: pass each once")
     return KernelName(kernel, options)
 
 
 def _option(kernel: str, known: Mapping[str, str], part: str, name: str, error: type[RingAttnError]) -> tuple[str, int]:
     option, _, value = part.partition("=")
-    meaning = "; ".join(f"{known_option}=N ({what})" for known_option, what in known.items())
+    meaning = "; ".join(f"{known_option}=N ({description})" for known_option, description in known.items())
     if option not in known:
         raise error(f"kernel={short_repr(name)}; options of {kernel!r} are {meaning}, not {short_repr(option)}")
     if not (value.isascii() and value.isdigit() and int(value[:6]) <= MOST_SMS and len(value) <= 6):

@@ -166,10 +166,10 @@ def _all_gather(facts: Facts) -> Variants:
     yield "", (replace(schedule, name="all_gather"),)
 
 
-def _cut(what: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
+def _cut(kind: str, facts: Facts, routing: str, direction: int, schedule: Schedule) -> Variants:
     cut, words = take_turns if routing == "direct" else split, routing + ", reversed" * (direction == -1)
     for parts in facts.parts:
-        yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
+        yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{kind: parts}),)
 
 
 NAMES: dict[str, Callable[[Facts], Variants]] = {

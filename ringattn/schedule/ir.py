@@ -214,8 +214,8 @@ class Schedule:
     def __str__(self) -> str:
         """One line per step; `parse` reads it back.
 
-        This text is a pinned format: digests and stored schedules depend on it. Its keys keep their names: q_home and kv_home are
-        the owners, room the limits, q_rest and kv_rest the resident ranks.
+        This text is a pinned format: digests and stored schedules depend on it. Its keys keep their names: q_home and kv_home
+        are the owners, room the limits, q_rest and kv_rest the resident ranks.
         """
         owners = f"q_home={_csv(self.q_owner)} kv_home={_csv(self.kv_owner)} room={_csv(self.limits)}"
         if self.has_residents:

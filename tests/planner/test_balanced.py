@@ -113,7 +113,7 @@ def test_a_measure_is_what_the_moves_come_to() -> None:
         problem = halves(5, 2, "contiguous", objective=objective, backward=True)
         found = search(problem)
         c, rows = problem.costs, problem.rows_q[0]
-        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_owner, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_owner}
+        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_back, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_back}
         links: dict[tuple[int, int], int] = {}
         for move in schedule_of(problem, found).moves:
             links[move.src, move.dst] = links.get((move.src, move.dst), 0) + rows * per_row[move.kind]
@@ -273,7 +273,7 @@ def test_no_rank_is_sent_more_than_a_window_of_work_ahead() -> None:
     ranks = initial(problem)[0]
     for window in (1, 4, 16):
         line = Timeline(problem, ranks, window)
-        inputs = [t for t in line.transfers if not t.owner]
+        inputs = [t for t in line.transfers if not t.returning]
         for n, sent in enumerate(inputs):
             coming = {n for n, line in enumerate(problem.lines) if line.owner == sent.rank}
             coming |= {t.line for t in inputs[:n] if t.rank == sent.rank}
@@ -310,7 +310,7 @@ def test_what_opens_most_work_for_its_bytes_comes_first() -> None:
     """Three foreign key blocks for rank 0: much work, little, and much at twice the bytes."""
     problem = Problem(2, {(0, 0): 30, (0, 1): 10, (0, 2): 40}, [0], [1] * 3, [1], [1, 1, 2], Costs(1, 1, 1))
     line = Timeline(problem, [0, 0, 0], window=8)
-    assert [problem.lines[t.line].index for t in line.transfers if not t.owner] == [0, 2, 1]
+    assert [problem.lines[t.line].index for t in line.transfers if not t.returning] == [0, 2, 1]
 
 
 def test_kernel_calls_are_few() -> None:
@@ -327,7 +327,7 @@ def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, said in (
         (dict(objective="beauty"), "choose one of total, port, link"),
         (dict(tolerance=-1.0), "tolerance=-1.0"),
-        (dict(rows_q=[1]), "q_home names 4 blocks and rows_q 1"),
+        (dict(rows_q=[1]), "q_owner has 4 blocks and rows_q 1"),
         (dict(kv_owner=[0, 1, 2, 3]), "owners must be ranks of 2"),
         (dict(areas={(0, 9): 1}), r"tile \(0, 9\)"),
         (dict(areas={(0, 0): 0}), "without work"),
