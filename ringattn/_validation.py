@@ -8,7 +8,8 @@ only `short_repr` turns values into text. No torch here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from numbers import Real
 from operator import index
@@ -16,7 +17,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from ringattn.errors import RingAttnError
+from ringattn.errors import InputError, RingAttnError
 
 T = TypeVar("T")
 
@@ -138,3 +139,41 @@ def path(name: str, value: Any, error: type[RingAttnError]) -> Path:
     if unusable:
         raise error(f"{name}={short_repr(value)}; must be a path, as text or a pathlib.Path")
     return result
+
+
+class Registry(dict[str, T]):
+    """Everything of one kind that can be chosen by name: what the library brings, and what a program adds.
+
+    Lists of choices, flags, error messages and pages are made from it. `changes` counts additions and removals, for caches of
+    what depends on the names.
+    """
+
+    def __init__(self, kind: str, built_in: Mapping[str, T], *, reserved: Iterable[str] = ()) -> None:
+        super().__init__(built_in)
+        self.kind, self.built_in, self.reserved = kind, frozenset(built_in), frozenset(reserved)
+        self.changes = 0
+
+    def register(self, name: str, entry: T) -> None:
+        """Add `entry`. Raises `InputError` if there is one of this name, or if the name cannot be one."""
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+            raise InputError(f"name of a {self.kind}: {short_repr(name)}; give letters, digits, _ and -, a letter first")
+        if name in self.built_in or name in self.reserved:
+            raise InputError(f"{self.kind} {name!r} belongs to the library; register yours under another name")
+        if name in self:
+            raise InputError(f"{self.kind} {name!r} is registered already; choose another name, or unregister({name!r}) first")
+        self[name] = entry
+        self.changes += 1
+
+    def unregister(self, name: str) -> None:
+        """Remove what `register` has added. Raises `InputError` if there is none of this name."""
+        added = [other for other in self if other not in self.built_in]
+        if not isinstance(name, str) or name not in added:
+            raise InputError(f"unregister({short_repr(name)}): registered {self.kind} names are: {', '.join(added) or 'none'}")
+        del self[name]
+        self.changes += 1
+
+
+def definition_of(registered: Any) -> str:
+    """Where a registered class or function is defined: ranks compare it, as equal names may stand for different code."""
+    named = registered if hasattr(registered, "__qualname__") else type(registered)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import one_of
-from ringattn.comm.all_to_all import everyone
+from ringattn.comm.all_to_all import all_gather_rows
 from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
@@ -67,9 +67,17 @@ def bipartite(
     """In the whole sequence the most similar rows become one; refused under a causal mask. Collective.
 
     Args:
-        metric, layout, remove, threshold, protected, scorer, margin, seed, layer, group: as in `similar`, where the whole
-            sequence is one window.
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine.
+        layout: which rows each rank has: `plan.layout`.
+        remove: the share of all rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most so many.
+        protected: bool (batch, rows), this rank's: rows that stay alone.
+        scorer: "alternate", "energy" or "random", as in `similar`, where the whole sequence is one window.
+        margin: for "energy": the cosine from which rows count as alike.
+        seed: for "random".
+        layer: for "random": which layer merges.
         schedule: by which rows meet: ring, token_ring, mesh or all_gather.
+        group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 
     Returns:
         The same merge on every rank, for any number of ranks and by any schedule, ties included.
@@ -148,7 +156,7 @@ class _There:
             picked = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
             works.append(work(plan, rank, *picked, b[rank]))
         answers = run_matching(works, plan, self.transport)
-        parts = everyone([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
+        parts = all_gather_rows([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
         found = []
         for tables, of_ranks in zip(of_rows, parts, strict=True):
             answer = torch.cat(of_ranks).transpose(0, 1)

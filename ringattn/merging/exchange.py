@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import error_message
-from ringattn.comm.all_to_all import everyone, swap
+from ringattn.comm.all_to_all import all_gather_rows, exchange_rows
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
@@ -86,7 +86,7 @@ def up(routes: Sequence[SlotExchange], rows: Sequence[Tensor], transport: Transp
     for exchange, own in zip(routes, rows, strict=True):
         of_rows = own.to(_wide(own.dtype))[exchange.leaving]
         leaving.append(of_rows.new_zeros(sum(exchange.sent), own.shape[-1]).index_add(0, exchange.parcel, of_rows))
-    came = swap(leaving, [exchange.sent for exchange in routes], [exchange.taken for exchange in routes], transport)
+    came = exchange_rows(leaving, [exchange.sent for exchange in routes], [exchange.taken for exchange in routes], transport)
     return [
         parts.new_zeros(r.batch * r.slots, parts.shape[-1])
         .index_add(0, r.target, parts)
@@ -99,7 +99,7 @@ def up(routes: Sequence[SlotExchange], rows: Sequence[Tensor], transport: Transp
 def down(routes: Sequence[SlotExchange], slots: Sequence[Tensor], transport: Transport) -> list[Tensor]:
     """What is in each row's slot, 0 for a row without one. slots: (batch, slots, dim); returns (batch, rows, dim)."""
     leaving = [own.flatten(0, 1)[exchange.target] for exchange, own in zip(routes, slots, strict=True)]
-    came = swap(leaving, [exchange.taken for exchange in routes], [exchange.sent for exchange in routes], transport)
+    came = exchange_rows(leaving, [exchange.taken for exchange in routes], [exchange.sent for exchange in routes], transport)
     found = []
     for exchange, parts in zip(routes, came, strict=True):
         of_rows = parts.new_zeros(exchange.batch, exchange.rows, parts.shape[-1])
@@ -146,6 +146,6 @@ def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: La
 def told(found: Sequence[Tensor], layout: Layout, transport: Transport) -> list[Tensor]:
     """(batch, rows, ...) of every rank as (batch, seq_len, ...), on each rank that `transport` hosts."""
     counts = [layout.rows(rank) for rank in range(layout.world)]
-    parts = everyone([own.transpose(0, 1).contiguous() for own in found], counts, transport)
+    parts = all_gather_rows([own.transpose(0, 1).contiguous() for own in found], counts, transport)
     order = in_order(layout).to(found[0].device)
     return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ringattn._validation import as_finite_float, as_int, error_message, one_of, short_repr
 from ringattn.comm.consistency import agree
-from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
+from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.checks import as_strided_tensor, resolve_group
 from ringattn.merging.matching import MOST_CHANNELS
@@ -95,7 +95,7 @@ def asked(
     protected: Tensor | None,
     group: Group | None,
     more: Callable[[], dict[str, object]],
-) -> tuple[P2P, Tensor]:
+) -> tuple[Transport, Tensor]:
     """The transport to use and this rank's protected rows, when all ranks ask the same. `more`: what else they are to agree on.
 
     Raises:

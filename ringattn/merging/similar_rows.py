@@ -59,13 +59,17 @@ def similar(
     """In every window the most similar rows become one; causal, known at the end of each window. Collective.
 
     Args:
-        metric: (batch, rows, dim), this rank's rows of what is compared by cosine: keys averaged over heads, say. layout: of
-        the rows over ranks: `plan.layout`. window: rows in a window; the last may have fewer. remove: the share of a window's
-        rows that merge into others, up to 0.5. threshold: cosine above which rows merge; with `remove` too, at most so many.
-        One of the two must be given. protected: bool (batch, rows), this rank's: rows that stay alone. scorer: "alternate":
-        every other row may merge into one of the rest (ToMe); "energy": only rows that are like many others
-            may (PiToMe, with `margin`, the cosine from which rows count as alike); "random": into one of every two rows, drawn
-            by (seed, layer, position).
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine: keys averaged over heads, say.
+        layout: which rows each rank has: `plan.layout`.
+        window: rows in a window; the last may have fewer.
+        remove: the share of a window's rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most so many.
+        protected: bool (batch, rows), this rank's: rows that stay alone.
+        scorer: "alternate": every other row may merge into one of the rest (ToMe); "energy": only rows that are like many
+            others may (PiToMe, with `margin`); "random": into one of every two rows, drawn by (seed, layer, position).
+        margin: for "energy": the cosine from which rows count as alike.
+        seed: for "random".
+        layer: for "random": which layer merges, so that layers draw differently.
         cu_seqlens: of packed documents: windows begin anew with each.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 

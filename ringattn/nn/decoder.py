@@ -175,7 +175,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         process_group, rank = resolve_group(plan, group)
         problem = error_message(lambda: self._check(tokens, plan, rank, checkpoint, targets))
-        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, behind=plan.describe)
+        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, details=plan.describe)
         through = BlockArgs(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
         normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
         return normed

@@ -15,7 +15,7 @@ shift this generalises; MergeDNA, https://arxiv.org/abs/2511.14806.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,7 @@ from torch import Tensor, nn
 from ringattn._validation import as_finite_float, as_int, count, counts, flag, instance, one_of, short_repr
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
-from ringattn.merging import (
-    DeleteGate,
-    LayerCost,
-    Merge,
-    MergedSequence,
-    RateController,
-    bipartite,
-    delete,
-    gather_rows,
-    segments,
-    shorten,
-    similar,
-    windows,
-)
-from ringattn.merging.placement import edges
+from ringattn.merging import POLICIES, DeleteGate, LayerCost, Merge, MergedSequence, MergeRequest, RateController, shorten
 from ringattn.merging.policy_inputs import SCORERS
 from ringattn.nn.collectives import sum_over
 from ringattn.nn.config import DecoderConfig
@@ -45,15 +31,14 @@ from ringattn.nn.decoder import Block, BlockArgs, Decoder
 from ringattn.plan.plan import Plan
 from ringattn.planner.topology import Topology
 
-POLICIES = ("windows", "similar", "bipartite", "words", "gate")
-
 
 @dataclass(frozen=True)
 class Merging:
     """What `MergingDecoder` merges, and where. Checked when the decoder is made.
 
-    policy: "windows" of `factor` rows; "similar" rows inside windows of `window`; "bipartite": similar rows of the whole
-        sequence, not causal; "words": up to and with a token of `ends`; "gate": what a learned gate deletes.
+    policy: one of `ringattn.merging.POLICIES`. "windows" of `factor` rows; "similar" rows inside windows of `window`;
+        "bipartite": similar rows of the whole sequence, not causal; "words": up to and with a token of `ends`; "gate": what a
+        learned gate deletes.
     first, last: blocks [first, last) run on the short sequence.
     factor: rows in a window of "windows".
     window: rows in a window of "similar".
@@ -69,7 +54,7 @@ class Merging:
         takes seconds for each, a name milliseconds.
     """
 
-    policy: Literal["windows", "similar", "bipartite", "words", "gate"]
+    policy: str
     first: int
     last: int
     factor: int = 2
@@ -106,7 +91,7 @@ class Merging:
         one_of("how", self.how, ("mean", "last", "learned"), InputError)
         if self.protect < 0:
             raise InputError(f"protect={short_repr(self.protect)}: counts rows, 0 or more")
-        if not 0 < (as_finite_float(self.remove) or 0) < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
+        if not 0 < (as_finite_float(self.remove) or 0) < 1 or (POLICIES[self.policy].pairs and self.remove > 0.5):
             raise InputError(
                 f"remove={short_repr(self.remove)}: is a share of rows, more than 0, less than 1, up to 0.5 where rows "
                 "are merged"
@@ -114,8 +99,8 @@ class Merging:
         count("protect", self.protect, InputError, least=0)
         for name in ("factor", "window", "bucket"):
             count(name, getattr(self, name), InputError, hint="it counts rows")
-        if self.policy == "gate" and (self.protect or self.how != "mean"):
-            raise InputError('policy="gate" deletes rows and means nothing: leave out protect and how')
+        if POLICIES[self.policy].deletes and (self.protect or self.how != "mean"):
+            raise InputError(f'policy="{self.policy}" deletes rows and means nothing: leave out protect and how')
 
 
 class MergingDecoder(Decoder):
@@ -128,11 +113,11 @@ class MergingDecoder(Decoder):
         instance("config", config, DecoderConfig, InputError, "give a DecoderConfig")
         instance("merging", merging, Merging, InputError, "give a Merging(policy, first, last, ...)").check(config)
         super().__init__(config)
-        self.merging = merging
+        self.merging, self._policy = merging, POLICIES[merging.policy]
         self.short: MergedSequence | None = None
         self._kept: dict[object, MergedSequence] = {}
         self._gates: Tensor | None = None
-        if merging.policy == "gate":
+        if self._policy.deletes:
             self.gate, self.controller = DeleteGate(config.dim), RateController(merging.remove)
         if merging.how == "learned":
             self.weigh = nn.Linear(config.dim, 1, bias=False)
@@ -156,7 +141,7 @@ class MergingDecoder(Decoder):
     def _blocks(self, x: Tensor, through: BlockArgs) -> Tensor:
         m, blocks = self.merging, list(self.layers)
         x = through(blocks[: m.first], x)
-        x = (self._faded if m.policy == "gate" and self.training else self._merged)(x, blocks[m.first : m.last], through)
+        x = (self._faded if self._policy.deletes and self.training else self._merged)(x, blocks[m.first : m.last], through)
         return through(blocks[m.last :], x)
 
     def _faded(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
@@ -173,7 +158,7 @@ class MergingDecoder(Decoder):
 
     def _merged(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
         m = self.merging
-        g = self.gate(x) if m.policy == "gate" else None
+        g = self.gate(x) if self._policy.deletes else None
         short = self.short = self._shortened(x, g, through)
         weights = (10 * torch.tanh(self.weigh(x) / 10)).exp().squeeze(-1) if m.how == "learned" else None
         y = short.merge(x, "last" if m.how == "last" or g is not None else "mean", weights)
@@ -193,7 +178,7 @@ class MergingDecoder(Decoder):
         key = (plan, len(x), x.device, group)
         if key in self._kept:
             return self._kept[key]
-        config, static = self.config, m.policy == "windows"
+        config, static = self.config, self._policy.static
         heads = config.heads + config.kv_heads
         pay = LayerCost(
             m.last - m.first, len(x), config.dim, 2.0 * config.dim * (2 * heads * config.head_dim + 3 * config.hidden_dim)
@@ -205,25 +190,27 @@ class MergingDecoder(Decoder):
         return short
 
     def _merge(self, x: Tensor, g: Tensor | None, through: BlockArgs) -> Merge:
-        m, plan, group = self.merging, through.plan, through.group
-        cuts = (0, *edges(plan.mask, plan.seq_len), plan.seq_len)  # windows begin anew where the mask changes
-        if m.policy == "windows":
-            first = torch.arange(plan.seq_len) < m.protect
-            return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=cuts, batch=len(x), device=x.device)
-        if m.policy == "words":
-            last = torch.isin(through.positions + 1, torch.tensor(cuts[1:-1], device=x.device))
-            alone = through.positions < m.protect
-            ends = torch.isin(through.tokens, torch.tensor(m.ends, device=x.device)) | last | alone
-            return segments(gather_rows(ends, plan.layout, group))
-        if g is not None:
-            return delete(self.gate.keeps(g), plan.layout, group)
-        protected = (through.positions < m.protect).expand(x.shape[:2])
-        asked: dict[str, Any] = dict(
-            remove=m.remove, threshold=m.threshold, scorer=m.scorer, protected=protected, seed=m.seed, layer=m.first
+        m = self.merging
+        request = MergeRequest(
+            x,
+            through.tokens,
+            through.positions,
+            through.plan,
+            through.group,
+            self._metric,
+            None if g is None else self.gate.keeps(g),
+            m.factor,
+            m.window,
+            m.remove,
+            m.threshold,
+            m.scorer,
+            m.ends,
+            m.protect,
+            m.seed,
+            m.first,
         )
-        if m.policy == "similar":
-            return similar(self._metric(x), plan.layout, window=m.window, cu_seqlens=cuts, group=group, **asked)
-        return bipartite(self._metric(x), plan.layout, group=group, **asked)
+        merge = self._policy.decide(request)
+        return instance(f"policy {m.policy!r} returned", merge, Merge, InputError, "return a Merge, as windows(...) makes one")
 
     @torch.no_grad()
     def _metric(self, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ringattn.plan.kernel_names import KERNELS
 from ringattn.plan.plan import Plan
 from ringattn.planner.closed_form import rank_families
 from ringattn.planner.cost import Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.cost.memory import pass_bytes
 from ringattn.planner.request import DEFAULT_TOPOLOGY, request
 from ringattn.planner.search import Candidate, all_candidates, choose
 from ringattn.planner.topology import PRESETS, Topology, load_topology
@@ -34,6 +35,7 @@ __all__ = [
     "compute_seconds",
     "load_topology",
     "make_plan",
+    "pass_bytes",
     "price",
     "rank_families",
     "traffic",

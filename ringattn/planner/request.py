@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from ringattn._validation import as_int, count, flag, instance, one_of, short_repr, text
 from ringattn.errors import PlanError
+from ringattn.plan.kernel_names import AUTO as AUTO_KERNEL
 from ringattn.plan.kernel_names import EMULATED as EMULATED_NAME
-from ringattn.plan.kernel_names import KERNELS, parse
+from ringattn.plan.kernel_names import parse
 from ringattn.planner.cost import ITEMSIZE
 from ringattn.planner.topology import PRESETS, Topology
 from ringattn.schedule import Schedule, check
@@ -23,7 +24,6 @@ from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout
 from ringattn.sequence.mask import Mask, causal, full
 
-SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = f"{EMULATED_NAME}:"  # followed by the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
@@ -51,6 +51,7 @@ class Request(NamedTuple):
     buffer_limit: int | None
     passes: tuple[bool, ...]  # the passes that count: forward (False), and in training backward (True)
     partials: str
+    catalog: int  # how often `NAMES` has changed: a plan by a name that then meant something else is not found again
 
 
 def request(
@@ -99,6 +100,7 @@ def request(
         None if buffer_limit is None else count("buffer_limit", buffer_limit, PlanError),
         (False, True)[: 1 + flag("training", training, PlanError)],
         one_of("partials", partials, PARTIALS, PlanError),
+        NAMES.changes,
     )
 
 
@@ -106,7 +108,7 @@ def _kernel(kernel: Any) -> str:
     """The name of a kernel, or "emulated:" with the flop/s to emulate, see `kernels.emulated`."""
     if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
         name = text("kernel", kernel, PlanError)
-        return KERNELS[0] if name == "auto" else str(parse(name, PlanError))
+        return AUTO_KERNEL if name == "auto" else str(parse(name, PlanError))
     try:
         flops = float(kernel.removeprefix(EMULATED))
     except ValueError:
@@ -229,15 +231,19 @@ def _check_mask_length(mask: Mask, seq_len: int, keys: int, offset: int) -> None
 _check_once = lru_cache(maxsize=64)(check)
 
 
+def _schedule_names() -> tuple[str, ...]:
+    return ("auto", *NAMES, "balanced")
+
+
 def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadGroups:
     if isinstance(schedule, str):
-        return one_of("schedule", schedule, SCHEDULES, PlanError)
+        return one_of("schedule", schedule, _schedule_names(), PlanError)
     head_groups = (
         (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
     )
     if not head_groups or not all(isinstance(head_group, Schedule) for head_group in head_groups):
         raise PlanError(
-            f"schedule={short_repr(schedule)}; pass a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them"
+            f"schedule={short_repr(schedule)}; pass a name ({', '.join(_schedule_names())}), a Schedule, or a tuple of them"
         )
     for head_group in head_groups:
         if head_group.world * degree != world:

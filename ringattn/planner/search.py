@@ -28,7 +28,7 @@ from ringattn.planner.request import Request
 from ringattn.planner.solved import balanced_candidates
 from ringattn.planner.topology import Topology
 from ringattn.schedule import check, ring, split
-from ringattn.schedule.catalog import NAMES, Facts, Named, named
+from ringattn.schedule.catalog import NAMES, CatalogEntry, CatalogRequest, Named, automatic_names, named
 from ringattn.schedule.ir import MOST_RANKS
 from ringattn.sequence.layout import Layout
 from ringattn.sequence.mask import full
@@ -225,22 +225,18 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if request.schedule == "balanced":
         yield from balanced_candidates(request, layout, request.degrees[0])
         return
-    facts = _facts(request, layout)
+    catalog_request = _catalog_request(request, layout)
     for degree in request.degrees:
-        groups = request.world // degree
-        for name in _distinct_names(groups) if request.schedule == "auto" else [request.schedule]:
-            yield from _variants(name, facts, degree)
+        ranks = request.world // degree
+        for name in automatic_names(ranks) if request.schedule == "auto" else [request.schedule]:
+            variants = _variants(name, NAMES[name], catalog_request, degree)
+            if not variants and request.schedule != "auto":
+                raise PlanError(f"schedule={name!r} has no variant for {ranks} ranks; choose another, or other ranks")
+            yield from variants
 
 
-def _distinct_names(ranks: int) -> list[str]:
-    """Names whose schedules differ on so few ranks. all_gather is omitted: its buffers grow with the sequence."""
-    if ranks == 1:
-        return ["ring"]
-    return [name for name in NAMES if name != "all_gather" and (ranks > 2 or name not in ("ring_direct", "mesh"))]
-
-
-def _facts(request: Request, layout: Layout) -> Facts:
-    """The facts for the catalog. If all tiles have work on equal links, reversing schedules or halving blocks gains nothing."""
+def _catalog_request(request: Request, layout: Layout) -> CatalogRequest:
+    """The request to the catalog. If all tiles have work on equal links, reversing schedules or halving blocks gains nothing."""
     world = request.world
     (blocks,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
     (halves,) = make_head_groups((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
@@ -249,9 +245,10 @@ def _facts(request: Request, layout: Layout) -> Facts:
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     node_size = request.topology.node_size or 1
     trimmed = tuple(kind for kind, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
-    return Facts(world, request.heads, request.kv_heads, node_size, directions, parts, trimmed)
+    return CatalogRequest(world, request.heads, request.kv_heads, node_size, directions, parts, trimmed)
 
 
 @lru_cache(maxsize=64)
-def _variants(name: str, facts: Facts, degree: int) -> tuple[Named, ...]:
-    return tuple(named(name, facts, degree))
+def _variants(name: str, entry: CatalogEntry, request: CatalogRequest, degree: int) -> tuple[Named, ...]:
+    """`entry` is a cache key: a name may be registered again with another entry."""
+    return tuple(named(name, request, degree))
