@@ -236,7 +236,7 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
 
 
 def _catalog_request(request: Request, layout: Layout) -> CatalogRequest:
-    """The request to the catalog. If all tiles have work on equal links, reversing schedules or halving blocks gains nothing."""
+    """The request to the catalog. If all tiles have work on equal links, reversing or halving gains nothing."""
     world = request.world
     (blocks,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
     (halves,) = make_head_groups((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
