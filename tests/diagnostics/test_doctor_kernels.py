@@ -140,7 +140,7 @@ def test_kernels_are_ranked_by_measurement() -> None:
         ("flash3:sm_margin=-1", "give sm_margin as a whole number: sm_margin=N \\(multiprocessors to leave"),
         ("flash3:sm_margin=99999999999", "give sm_margin as a whole number"),
         ("flash3:sm=8", "options of 'flash3' are sm_margin=N .*, not 'sm'"),
-        ("flash3:sm_margin=8,sm_margin=9", "an option is given twice"),
+        ("flash3:sm_margin=8,sm_margin=9", "an option occurs twice"),
         ("flash3:", "options of 'flash3' are sm_margin=N"),
         ("flash2:sm_margin=8", "'flash2' has no options .only flash3 has.: pass kernel='flash2'"),
         ("nothing:sm_margin=8", "choose one of auto, sdpa"),

@@ -76,7 +76,7 @@ def test_chunks_come_after_each_other_once() -> None:
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ({"kv_len": 8}, "say where the first query stands among the keys with q_offset, as in q_offset=4"),
+        ({"kv_len": 8}, "pass the position of the first query among the keys, as in q_offset=4"),
         ({"kv_len": 0}, "kv_len=0; must be 1 or more"),
         ({"q_offset": -1}, "q_offset=-1; must be a whole number, 0 or more"),
         ({"q_offset": 1.5}, "q_offset=1.5; must be a whole number"),
