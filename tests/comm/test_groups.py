@@ -123,7 +123,9 @@ def test_what_a_group_moves(names: dict[str, str], served: dict[str, str], small
     one = Group(**names)
     assert group.backends(one) == served
     assert group.device_of(one) == torch.device(small, 3 if small == "cuda" else None)
-    assert group.supports_device(one, CUDA) == ("cuda" in served) and group.supports_device(one, torch.device("cpu")) == ("cpu" in served)
+    assert group.supports_device(one, CUDA) == ("cuda" in served) and group.supports_device(one, torch.device("cpu")) == (
+        "cpu" in served
+    )
 
 
 def test_a_tensor_that_the_group_cannot_move_is_named_with_the_cure() -> None:

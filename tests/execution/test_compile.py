@@ -21,7 +21,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, full, make_plan, positions, shard
-from ringattn.execution.custom_op import known_as
+from ringattn.execution.custom_op import graph_arguments
 from ringattn.nn.rotary import apply_rotary, rotary
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor generates C++ and there is no g++")
@@ -132,7 +132,9 @@ def test_the_operator_is_what_torch_asks_of_one(extra: bool, gradient: bool) -> 
     if not gradient:
         given = {name: x.detach() for name, x in given.items()}
     arguments = [given.get(name) for name in ("q", "k", "v", "key_bias", "sinks")]
-    opcheck(torch.ops.ringattn.attention, (*arguments, *known_as(plan, None), None, 2.0, gradient, None), test_utils=OPCHECKS)
+    opcheck(
+        torch.ops.ringattn.attention, (*arguments, *graph_arguments(plan, None), None, 2.0, gradient, None), test_utils=OPCHECKS
+    )
 
 
 def test_another_plan_is_another_graph() -> None:
@@ -223,7 +225,7 @@ def every_form(rank: int) -> None:
     assert same_bits(ring, rank, extra=True, softcap=3.0)
     assert same_bits(ulysses, rank, extra=True, softcap=3.0, dynamic=True)
     assert same_bits(plans_for(3, dtype="bfloat16")[1], rank)
-    arguments = [*inputs(ulysses, rank).values(), None, None, *known_as(ulysses, None), None, None, True, None]
+    arguments = [*inputs(ulysses, rank).values(), None, None, *graph_arguments(ulysses, None), None, None, True, None]
     opcheck(torch.ops.ringattn.attention, tuple(arguments), test_utils=OPCHECKS)
     mesh = DeviceMesh("cpu", [1, 2])
     if rank:  # in the group it is not what it is in the world

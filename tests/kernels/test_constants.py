@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ringattn.kernels import KERNELS, Operands, Options, Rows, flash, flex, get
 from ringattn.kernels import device_constants as constants
 from ringattn.kernels import operator_choice as choice
-from ringattn.kernels.device_constants import kept
+from ringattn.kernels.device_constants import cached_per_stream
 from ringattn.nn import grads
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment
@@ -57,7 +57,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> tuple[Ope
 @pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-3, 2)], ids=str)
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_torchs_operators(kernel: str, band: Band, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_of_gpu", lambda device: choice.Facts((9, 0), 91900, (2, 11), (13, 0)))
+    monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: choice.Facts((9, 0), 91900, (2, 11), (13, 0)))
     segments = [Segment(0, 37, 0, 37, band)]
 
     def both() -> None:
@@ -144,7 +144,7 @@ class Reads(TorchDispatchMode):
 def test_what_is_kept_is_bounded_and_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    @kept(2)
+    @cached_per_stream(2)
     def zeros(size: int, device: torch.device) -> torch.Tensor:
         made.append(size)
         return torch.zeros(size, device=device)

@@ -22,7 +22,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Fake tensors on "cuda" are taken to be on a GPU with these facts."""
 
     def put(**changes: object) -> None:
-        monkeypatch.setattr(choice, "_of_gpu", lambda device: HOPPER._replace(**changes))
+        monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: HOPPER._replace(**changes))
 
     put()
     return put
