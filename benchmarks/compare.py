@@ -157,10 +157,10 @@ def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> It
 def _topology(config: Config) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     name = config.topology or DEFAULT_TOPOLOGY
-    found = ringattn.load_topology(name) if Path(name).exists() else PRESETS.get(name)
-    if found is None:
+    results = ringattn.load_topology(name) if Path(name).exists() else PRESETS.get(name)
+    if results is None:
         raise SystemExit(f"--topology {name}: neither a file nor one of {', '.join(PRESETS)}")
-    return replace(found, flops=config.emulate) if config.emulate else found
+    return replace(results, flops=config.emulate) if config.emulate else results
 
 
 def _whole(config: Config, world: int) -> Whole:

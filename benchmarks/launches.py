@@ -77,20 +77,20 @@ def per_tile(counted: Counter[str], tiles: int) -> dict[str, float]:
 
 
 def plan_for(name: str, mask: str, *, kernel: str = "sdpa", rows: int = ROWS, heads: int = HEADS, dim: int = HEAD_DIM) -> Plan:
-    made = {"ring": schedule.ring, "token_ring": schedule.token_ring}[name](WORLD)
+    built = {"ring": schedule.ring, "token_ring": schedule.token_ring}[name](WORLD)
     given: dict[str, Any] = dict(heads=heads, kv_heads=heads, head_dim=dim, dtype=torch.bfloat16, kernel=kernel)
     layout = "zigzag" if mask == "causal" else "contiguous"
     return make_plan(
-        WORLD * rows, world=WORLD, mask=causal() if mask == "causal" else full(), schedule=made, layout=layout, **given
+        WORLD * rows, world=WORLD, mask=causal() if mask == "causal" else full(), schedule=built, layout=layout, **given
     )
 
 
 def inputs_of(plan: Plan, device: str) -> list[Inputs]:
-    def some(rows: int, heads: int) -> Tensor:
+    def subset(rows: int, heads: int) -> Tensor:
         return torch.zeros(1, rows, heads, plan.head_dim, dtype=torch.bfloat16, device=device, requires_grad=device == "cpu")
 
     return [
-        Inputs(some(plan.rows(r), plan.heads), some(plan.rows(r), plan.kv_heads), some(plan.rows(r), plan.kv_heads))
+        Inputs(subset(plan.rows(r), plan.heads), subset(plan.rows(r), plan.kv_heads), subset(plan.rows(r), plan.kv_heads))
         for r in range(plan.world)
     ]
 
@@ -102,7 +102,7 @@ def tiles_of(plan: Plan, rank: int | None = None) -> int:
 
 def count(name: str, mask: str) -> Figures:
     """Launches per tile of both passes on fake CUDA tensors, all ranks simulated."""
-    plan, found = plan_for(name, mask), []
+    plan, outcomes = plan_for(name, mask), []
     with FakeTensorMode(allow_non_fake_inputs=True), on_a_gpu():
         inputs = inputs_of(plan, "cuda")
         for backward in (False, True):
@@ -113,9 +113,9 @@ def count(name: str, mask: str) -> Figures:
                 else:
                     douts = [torch.empty_like(out) for out in results[::2]]
                     run_backward(inputs, results, douts, [{}] * WORLD, iter(()), plan, options, transport)
-            found.append(per_tile(launches.counted, tiles_of(plan)))
-    totals = [round(sum(detail.values()), 2) for detail in found]
-    detail = {f"{way} {op}": n for way, one in zip(("forward", "backward"), found, strict=True) for op, n in one.items()}
+            outcomes.append(per_tile(launches.counted, tiles_of(plan)))
+    totals = [round(sum(detail.values()), 2) for detail in outcomes]
+    detail = {f"{way} {op}": n for way, entry in zip(("forward", "backward"), outcomes, strict=True) for op, n in entry.items()}
     forth, back = totals
     return Figures(name, mask, forth, back, detail)
 
@@ -150,8 +150,8 @@ class Instant(Kernel):
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
             self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        made: Partial = self.made[key]
-        return made
+        built: Partial = self.made[key]
+        return built
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
@@ -159,8 +159,8 @@ class Instant(Kernel):
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
             dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
             self.made[key] = Grads(dq, dk, dv, None)
-        made: Grads = self.made[key]
-        return made
+        built: Grads = self.made[key]
+        return built
 
 
 @contextmanager
@@ -229,9 +229,9 @@ def peer(rounds: int) -> Figures | None:
 def instantly(function: Any, result: Any) -> Any:
     """A function that looks like `function`, down to its parameters, and returns `result`."""
     parameters = [f"{p.name}" if p.default is p.empty else f"{p.name}=None" for p in signature(function).parameters.values()]
-    made: dict[str, Any] = {"result": result}
-    exec(f"def instant({', '.join(parameters)}): return result", made)
-    return made["instant"]
+    built: dict[str, Any] = {"result": result}
+    exec(f"def instant({', '.join(parameters)}): return result", built)
+    return built["instant"]
 
 
 def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Figures:
@@ -245,7 +245,7 @@ def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], lea
         torch.autograd.grad(out, leaves, dout)
         seconds[0].append(middle - begin)
         seconds[1].append(perf_counter() - middle)
-    forth, back = (round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds)
+    forth, back = (round(1e6 * median(subset[rounds // 5 :]) / tiles, 1) for subset in seconds)
     return Figures(name, "full", forth, back)
 
 
@@ -262,9 +262,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: list[Figures] = []
+    outcomes: list[Figures] = []
     if args.count:
-        found += [count(name, mask) for name in ("token_ring", "ring") for mask in ("full", "causal")]
+        outcomes += [count(name, mask) for name in ("token_ring", "ring") for mask in ("full", "causal")]
     if args.host:
         torch.set_num_threads(1)
         fake_group()
@@ -276,11 +276,11 @@ def main() -> None:
             "peer": lambda: peer(args.rounds),
         }
         for _ in range(3):  # interleaved: the machine may be busier in one round than in the next
-            found += [figures for one in runs.values() if (figures := one()) is not None]
-    for figures in found:
+            outcomes += [figures for entry in runs.values() if (figures := entry()) is not None]
+    for figures in outcomes:
         print(json.dumps(asdict(figures)))
     if args.json:
-        args.json.write_text(json.dumps([asdict(figures) for figures in found], indent=1))
+        args.json.write_text(json.dumps([asdict(figures) for figures in outcomes], indent=1))
 
 
 if __name__ == "__main__":

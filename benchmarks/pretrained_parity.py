@@ -57,7 +57,7 @@ def main(config: Config) -> None:
         alone = _trained(model, texts, config, lambda batch: _whole(model, batch), lambda: meant.extend(_grads(model)))
         print(f"one process: {perf_counter() - begin:.1f} s, losses {_shown(alone)}", flush=True)
     dist.barrier()
-    model, found, begin = _model("ringattn"), [], perf_counter()
+    model, results, begin = _model("ringattn"), [], perf_counter()
 
     def sharded(batch: dict[str, Tensor]) -> Tensor:
         inputs, targets = shard_batch(batch, model.config, mesh, schedule=config.schedule, topology="cpu")
@@ -67,11 +67,11 @@ def main(config: Config) -> None:
         reduce_gradients(model.parameters(), mesh)
         return loss
 
-    losses = _trained(model, texts, config, sharded, lambda: found.extend(_grads(model)))
+    losses = _trained(model, texts, config, sharded, lambda: results.extend(_grads(model)))
     if rank == 0:
         print(f"{mesh.size()} ranks: {perf_counter() - begin:.1f} s, losses {_shown(losses)}")
         print(f"largest difference of a loss: {max(abs(a - b) for a, b in zip(losses, alone, strict=True)):.1e}")
-        off = [((a - b).norm() / b.norm()).item() for a, b in zip(found, meant, strict=True)]
+        off = [((a - b).norm() / b.norm()).item() for a, b in zip(results, meant, strict=True)]
         print(f"gradients of {len(off)} parameters: relative difference up to {max(off):.1e}, median {median(off):.1e}")
 
 

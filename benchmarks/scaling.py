@@ -101,11 +101,11 @@ def _topology(config: Config, mesh: DeviceMesh) -> Topology:
     if config.probe:
         from ringattn.diagnostics import Probe
 
-        found = Probe(mesh).topology("probed")
+        results = Probe(mesh).topology("probed")
     else:
         name = config.topology or DEFAULT_TOPOLOGY
-        found = ringattn.load_topology(name) if name not in PRESETS else PRESETS[name]
-    return replace(found, flops=config.emulate) if config.emulate else found
+        results = ringattn.load_topology(name) if name not in PRESETS else PRESETS[name]
+    return replace(results, flops=config.emulate) if config.emulate else results
 
 
 def _of(topology: Topology, ranks: int) -> Topology:
@@ -150,11 +150,11 @@ def _pairs(config: Config, tokens: int) -> float:
 def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float]:
     """Seconds of a forward pass, and of forward and backward together."""
 
-    def some(heads: int) -> torch.Tensor:
+    def subset(heads: int) -> torch.Tensor:
         shape = (config.batch, plan.rows(dist.get_rank(group)), heads, config.head_dim)
         return torch.randn(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
 
-    q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
+    q, k, v = subset(config.heads), subset(config.kv_heads), subset(config.kv_heads)
     begin = _now(group, device)
     with torch.no_grad():
         attention(q, k, v, plan, group=group)
@@ -178,7 +178,7 @@ def _beyond(last: Point, config: Config, topology: Topology) -> Iterator[Point]:
     while ranks <= config.beyond and last.ranks < config.beyond:
         tokens = last.length * (ranks if last.scaling == "weak" else 1)
         every = rank_families(tokens, world=ranks, **_shape(config), topology=_of(topology, ranks), batch=config.batch)
-        named = [one for one in every if one.family.name == last.schedule and one.family.ulysses == 1] or every
+        named = [entry for entry in every if entry.family.name == last.schedule and entry.family.ulysses == 1] or every
         seconds = named[0].forward.seconds, named[0].seconds
         unrun = replace(last, measured=None, chosen=str(named[0].family), predicted=seconds)
         yield replace(unrun, ranks=ranks, tokens=tokens, pairs=_pairs(config, tokens))

@@ -58,10 +58,10 @@ def main(config: Config) -> None:
         _wait(job)
         end = time.monotonic()
         same, steps = _learned(calm) == _learned(disturbed), len(_learned(disturbed))
-        found = dict(steps_logged=steps, killed=killed, bit_identical=same, calm_s=between - begin, disturbed_s=end - between)
-        print(json.dumps(found))
+        results = dict(steps_logged=steps, killed=killed, bit_identical=same, calm_s=between - begin, disturbed_s=end - between)
+        print(json.dumps(results))
         if config.json:
-            config.json.write_text(json.dumps(asdict(config) | found, indent=1, default=str) + "\n")
+            config.json.write_text(json.dumps(asdict(config) | results, indent=1, default=str) + "\n")
         sys.exit(0 if same and steps == config.steps and killed == config.kills else 1)
 
 

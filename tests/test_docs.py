@@ -39,10 +39,10 @@ def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path
         )
         code, out, err = run.returncode, run.stdout, run.stderr
     assert code == 0, err
-    shown = DOCS / "examples" / "outputs" / f"{example.stem}.txt"
-    if shown.exists():
+    displayed = DOCS / "examples" / "outputs" / f"{example.stem}.txt"
+    if displayed.exists():
         printed = sorted(out.splitlines())
-        for line in shown.read_text().splitlines():
+        for line in displayed.read_text().splitlines():
             assert any(_alike(line, other) for other in printed), f"{line!r} is not in\n{out}"
 
 

@@ -54,8 +54,8 @@ def offences(path: Path) -> list[str]:
     else:
         fences = FENCE.findall(text) if path.suffix == ".md" else []
         codes, commands = [code for language, code in fences if language == "python"], text
-    found = [use for code in codes for use in inner_uses(code)]
-    return sorted({*found, *re.findall(r"-m ringattn\.[\w.]+", commands)})
+    actual = [use for code in codes for use in inner_uses(code)]
+    return sorted({*actual, *re.findall(r"-m ringattn\.[\w.]+", commands)})
 
 
 def pages() -> list[Path]:
@@ -66,11 +66,11 @@ def pages() -> list[Path]:
 
 @pytest.mark.parametrize("path", pages(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_only_public_names(path: Path) -> None:
-    found = offences(path)
+    actual = offences(path)
     if path.is_relative_to(ROOT / "ringattn"):
-        found = [use for use in found if not use.startswith(f"{JOB}.")]
-    assert not found, (
-        f"{path.relative_to(ROOT)} uses {', '.join(found)}; import from a public package, or export the name there"
+        actual = [use for use in actual if not use.startswith(f"{JOB}.")]
+    assert not actual, (
+        f"{path.relative_to(ROOT)} uses {', '.join(actual)}; import from a public package, or export the name there"
     )
 
 

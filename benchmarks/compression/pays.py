@@ -65,13 +65,13 @@ def main(config: Config) -> None:
     rows: list[dict[str, Any]] = []
     for length in config.lengths:
         plans = {name: _plan(length, full() if name == "bipartite" else causal()) for name in _names()}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
         for number in range(config.rounds + 1):
             for name, plan in plans.items():
                 seconds = _once(block, gate, plan, name)
                 if number:  # the first warms up
-                    found[name].append(seconds)
-        for name, runs in found.items():
+                    results[name].append(seconds)
+        for name, runs in results.items():
             rows.append({"policy": name, "length": length} | {part: median(run[part] for run in runs) for part in runs[0]})
     config.json.write_text(json.dumps(rows, indent=1) + "\n")
     report(rows)

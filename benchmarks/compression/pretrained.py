@@ -77,14 +77,14 @@ def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] 
     """
     config, rows = model.config, tokens.shape[1]
     cos, sin = rotary(torch.arange(start, start + rows), config.head_dim, config.rope_theta)
-    x, found = model.embed_tokens(tokens), []
+    x, results = model.embed_tokens(tokens), []
     for number, block in enumerate(model.layers):
         layer = cast(Any, block)  # a ModuleList knows of no block what it has
         own, normed = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (project(normed).unflatten(-1, (-1, config.head_dim)) for project in (own.q_proj, own.k_proj, own.v_proj))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        found.append(Keys(k, v, k.new_zeros(k.shape[:2])))
-        k, v, bias = (torch.cat(both, 1) for both in zip(before[number], found[-1], strict=True)) if before else found[-1]
+        results.append(Keys(k, v, k.new_zeros(k.shape[:2])))
+        k, v, bias = (torch.cat(both, 1) for both in zip(before[number], results[-1], strict=True)) if before else results[-1]
         plan = make_plan(
             rows,
             world=1,
@@ -99,7 +99,7 @@ def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] 
         )
         x = x + own.o_proj(attention(q, k, v, plan, key_bias=bias).flatten(-2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x), found
+    return model.norm(x), results
 
 
 def weights_file() -> Path:

@@ -137,11 +137,11 @@ class Row:
 
 def main(config: Config) -> None:
     if config.reprint and config.json:
-        found = json.loads(config.json.read_text())
+        results = json.loads(config.json.read_text())
         config = replace(
-            config, **{name: found["config"][name] for name in ("sources", "windows", "context", "scored", "sink")}
+            config, **{name: results["config"][name] for name in ("sources", "windows", "context", "scored", "sink")}
         )
-        rows = [Row(**row) for row in found["rows"]]
+        rows = [Row(**row) for row in results["rows"]]
     else:
         rows = _measured(config)
         if config.json:
@@ -234,8 +234,8 @@ def _print(rows: list[Row], config: Config) -> None:
         apart.add_column(f"{source}, {factor}x", justify="right")
     for policy, sized in product(POLICIES, (True, False)):
 
-        def cells(some: Iterable[tuple[int, bool, Windows]], name: str = policy.name, sized: bool = sized) -> list[str]:
-            costs = (_cost(cases[name, sized, factor, protected], rows, own) for factor, protected, own in some)
+        def cells(subset: Iterable[tuple[int, bool, Windows]], name: str = policy.name, sized: bool = sized) -> list[str]:
+            costs = (_cost(cases[name, sized, factor, protected], rows, own) for factor, protected, own in subset)
             return [f"{more:+.3f} ± {error:.3f}" for more, error in costs]
 
         over_all = [(factor, protected, slice(None)) for protected, factor in product((True, False), config.factors)]

@@ -45,16 +45,16 @@ def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> 
     torch.manual_seed(seed)
     cls, config = getattr(transformers, class_name(task, name)), config_of(task, name)
     try:
-        model = made(cls, config, attention or "sdpa")
+        model = built(cls, config, attention or "sdpa")
     except ValueError:  # the model, or one inside, has only the other
         if attention is not None:
             raise
-        model = made(cls, config, "eager")
+        model = built(cls, config, "eager")
     ready: PreTrainedModel = randomised(model, seed).train(name not in IN_EVALUATION)
     return ready
 
 
-def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+def built(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """The model with this attention, its experts one after another: the grouped product has no fp64."""
     model: PreTrainedModel = cls._from_config(config, attn_implementation=attention, experts_implementation="eager")
     doubled: PreTrainedModel = model.double()

@@ -133,7 +133,7 @@ def token(name: str, value: Any) -> Any:
     """A special token's id within the small vocabulary, apart from the ids that batches draw from."""
     common = {"pad": 0, "bos": 1, "eos": 2}
     if isinstance(value, list):
-        return [token(name, one) for one in value][:1]
+        return [token(name, entry) for entry in value][:1]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if name.split("_")[0] in common and name.endswith("_token_id") and name.count("_") == 2:

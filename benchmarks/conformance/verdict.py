@@ -118,8 +118,8 @@ def judged(whole: Result, ranks: list[Result]) -> Outcome:
     kinds = {result.kind for result in ranks}
     texts = sorted({result.text for result in ranks})
     if len(kinds) > 1:
-        said = "; ".join(f"rank {n} {result.kind} {result.text}" for n, result in enumerate(ranks))
-        return Outcome("third", f"ranks disagree: {said}")
+        words = "; ".join(f"rank {n} {result.kind} {result.text}" for n, result in enumerate(ranks))
+        return Outcome("third", f"ranks disagree: {words}")
     if kinds == {"refused"}:
         return Outcome("refused", texts[0])
     if whole.kind != "ran":

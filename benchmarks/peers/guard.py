@@ -32,16 +32,16 @@ class Whole(NamedTuple):
 def error(attention: Attention, whole: Whole, positions: Tensor, causal: bool, backward: bool) -> float:
     """Of this rank's rows: the largest over out, dq, dk and dv."""
     group = whole.q.shape[2] // whole.k.shape[2]
-    found = _run(attention, whole.rows(positions), backward)
+    results = _run(attention, whole.rows(positions), backward)
     expected = _dense(whole, positions, causal, torch.float32)
     heads = (group, group, 1, 1)
-    return max(_distance(a[:, :, :n], b) for a, b, n in zip(found, expected, heads, strict=False))
+    return max(_distance(a[:, :, :n], b) for a, b, n in zip(results, expected, heads, strict=False))
 
 
 def error_of_dense(whole: Whole, positions: Tensor, causal: bool) -> float:
     """What attention on one device in this dtype loses."""
-    found, expected = (_dense(whole, positions, causal, dtype) for dtype in (whole.q.dtype, torch.float32))
-    return max(map(_distance, found, expected))
+    results, expected = (_dense(whole, positions, causal, dtype) for dtype in (whole.q.dtype, torch.float32))
+    return max(map(_distance, results, expected))
 
 
 def _run(attention: Attention, shard: Whole, backward: bool) -> tuple[Tensor, ...]:
@@ -65,6 +65,6 @@ def _dense(whole: Whole, positions: Tensor, causal: bool, dtype: torch.dtype) ->
     return out, dq, dk[:, positions], dv[:, positions]
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    distance: float = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+def _distance(results: Tensor, expected: Tensor) -> float:
+    distance: float = ((results.float() - expected.float()).norm() / expected.float().norm()).item()
     return distance

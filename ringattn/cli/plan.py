@@ -20,6 +20,7 @@ from ringattn.planner.topology import PRESETS, Topology, load_topology
 from ringattn.sequence.mask import Mask, causal, documents, full, prefix_lm, sliding_window
 
 MANY = 64  # ranks above which pricing each rank by itself takes too long
+MOST_LINES = 100  # of the schedule as text
 
 
 def plan(
@@ -101,7 +102,10 @@ def plan(
     backward = draw_pass == "backward"
     head_groups = chosen.backward if backward else chosen.forward
     drawn, areas = [group.schedule for group in head_groups], [group.areas for group in head_groups]
-    out.print(draw_text(drawn, areas=areas, backward=backward), markup=False, highlight=False, soft_wrap=True)
+    text = draw_text(drawn, areas=areas, backward=backward)
+    if text.count("\n") > MOST_LINES:
+        text = f"{text.splitlines()[0]}\n(too long to print step by step; --draw FILE.svg draws it)"
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
     if draw is not None:
         path("--draw", draw, PlanError)
         try:

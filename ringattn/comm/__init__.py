@@ -18,6 +18,7 @@ _MODULES = {
     "SimulatedPort": "simulated",
     "Port": "transport",
     "Transport": "transport",
+    "Message": "transport",
 }
 
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -44,3 +45,4 @@ if TYPE_CHECKING:
     from ringattn.comm.simulated import SimulatedPort as SimulatedPort
     from ringattn.comm.transport import Port as Port
     from ringattn.comm.transport import Transport as Transport
+    from ringattn.schedule.program import Message as Message

@@ -122,7 +122,8 @@ def _problem(
         return f"scale={short_repr(scale)}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
     if softcap is not None and (as_finite_float(softcap) or 0) <= 0:
         return f"softcap={short_repr(softcap)}: must be finite and positive; leave it out for none"
-    return unsupported_reason(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
+    options = dict(bias=key_bias is not None, softcap=softcap is not None)
+    return unsupported_reason(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], **options)
 
 
 def _graph_cannot_check(check_finite: bool | str) -> str:

@@ -163,7 +163,7 @@ def resident_items(plan: Plan, rank: int) -> list[Item]:
             items.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
             items.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
     inputs = [item for item in items if not item.kind.moved]
-    stay = [item for item in inputs if plan.forward[item.head_group].schedule.rest(item.kind, item.index) == rank]
+    stay = [item for item in inputs if plan.forward[item.head_group].schedule.resident_rank(item.kind, item.index) == rank]
     return sorted(stay, key=lambda item: (item.head_group, item.kind.value, item.index))
 
 

@@ -26,7 +26,7 @@ from ringattn.kernels.lse import Partial, accum_dtype, merge_
 from ringattn.kernels.reference import Reference
 from ringattn.kernels.sdpa import Cudnn, Efficient, Sdpa, TorchFlash
 from ringattn.plan.kernel_names import KERNELS as NAMES
-from ringattn.plan.kernel_names import KernelInfo, parse
+from ringattn.plan.kernel_names import KernelInfo, KernelOption, parse
 
 KERNELS: dict[str, type[Kernel]] = {
     kernel.name: kernel for kernel in (Sdpa, Reference, Cudnn, TorchFlash, Efficient, Flex, Flash2, Flash3, Flash4)
@@ -43,7 +43,8 @@ def register(kernel: K) -> K:
         InputError: `kernel` is not a concrete subclass of `Kernel`, or its name is taken.
     """
     if not isinstance(kernel, type) or not issubclass(kernel, Kernel) or isabstract(kernel):
-        raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with segment_forward and segment_backward")
+        methods = " and ".join(sorted(getattr(kernel, "__abstractmethods__", ()) or Kernel.__abstractmethods__))
+        raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with {methods}")
     name = getattr(kernel, "name", None)
     summary = (kernel.__doc__ or "").strip().partition("\n")[0]
     NAMES.register(name, KernelInfo(summary, kernel.options))  # type: ignore[arg-type]  # it raises for an invalid name
@@ -91,6 +92,7 @@ __all__ = [
     "Grads",
     "Kernel",
     "KernelCall",
+    "KernelOption",
     "Operands",
     "Options",
     "Partial",

@@ -58,11 +58,13 @@ def unsupported_reason(
     value_dim: int | None = None,
     *,
     bias: bool = False,
+    softcap: bool = False,
     generation: int | None = None,
 ) -> str | None:
     """Why the kernel `name` cannot compute this here, with a hint; or None. `generation` is the device's if not given."""
+    value_dim = head_dim if value_dim is None else value_dim
+    call = KernelCall(device, dtype, head_dim, value_dim, 1, bias, softcap, generation=generation)
     try:
-        call = KernelCall(device, dtype, head_dim, head_dim if value_dim is None else value_dim, 1, bias, generation=generation)
         if reason := class_of(name).unsupported_reason(call):
             return f"{reason}; {HINT}"
         get(name)

@@ -58,8 +58,8 @@ class KernelName(NamedTuple):
     options: Mapping[str, int]
 
     def __str__(self) -> str:
-        given = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
-        return f"{self.kernel}:{given}" if given else self.kernel
+        options_ = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{options_}" if options_ else self.kernel
 
 
 def parse(name: str, error: type[RingAttnError]) -> KernelName:
@@ -78,9 +78,9 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
         having = [name for name, info in KERNELS.items() if info.options]
         only = f"only {', '.join(having)} {'has' if len(having) == 1 else 'have'}"
         raise error(f"kernel={short_repr(name)}; {kernel!r} has no options ({only}): pass kernel={kernel!r}")
-    given = [_option(kernel, known, part, name, error) for part in text.split(",")]
-    options = dict(given)
-    if len(options) < len(given):
+    pairs = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(pairs)
+    if len(options) < len(pairs):
         raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 

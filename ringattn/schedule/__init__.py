@@ -1,4 +1,4 @@
-"""Schedules as data, and their readers: check, draw, passes, program. Pure Python, no torch."""
+"""Defines schedules as data, and their readers: check, draw, transforms, program. Pure Python, no torch."""
 
 from ringattn.schedule.catalog import NAMES, CatalogRequest, register, unregister
 from ringattn.schedule.check import check, peak

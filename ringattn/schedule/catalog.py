@@ -1,13 +1,13 @@
-"""Schedules by name, each with the variants among which the planner picks by price.
+"""Lists schedules by name, each with the variants among which the planner chooses by price.
 
 `NAMES` lists them and says what each does; `register` adds one. Each of them also runs inside Ulysses, in which groups of ranks
 trade sequence for heads (see `schedule.ulysses`); the name is then that of what runs among the groups.
 
-`balanced` is made for a mask and a layout, so it is not here: see `planner.solver` and the planner.
+`balanced` is built for a mask and a layout, so it is not here: see `planner.solver` and the planner.
 
-What travels may be cut into parts that go by themselves: halves, of which a mask may leave one unread, quarters, so that the
-first tile starts and the first result leaves early, or trimmed to what another rank needs at all (see `head_groups.trim`).
-Within a name and among names, what needs less room stands first.
+Blocks may be cut into parts that travel separately: halves, of which a mask may leave one unread; quarters, so that the first
+tile starts and the first result leaves early; or trimmed to the rows that another rank needs (see `head_groups.trim`).
+Within a name and among names, schedules with smaller buffers come first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ringattn.schedule.token_ring import accumulating_ring, token_ring
 from ringattn.schedule.transforms import both_ways, divide, split
 from ringattn.schedule.ulysses import ulysses
 
-TRIMMED = 3  # parts: what others need, and what there is before and behind
+TRIMMED = 3  # parts: the rows that others need, and those before and after them
 IN_FLIGHT = 4  # peers that a direct schedule sends to at once
 
 HeadGroups = tuple[Schedule, ...]
@@ -56,7 +56,7 @@ class Named:
     name: str
     variant: str
     head_groups: HeadGroups
-    trimmed: bool = False  # its blocks are to be cut where a layout knows rows that no other rank needs
+    trimmed: bool = False  # cut its blocks where a layout has rows that no other rank needs
 
     def __str__(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
@@ -64,7 +64,7 @@ class Named:
 
 @dataclass(frozen=True)
 class CatalogRequest:
-    """What the choice of variants depends on. `node_size` is 1 where ranks do not stand in nodes."""
+    """What the choice of variants depends on. `node_size` is 1 where ranks are not grouped in nodes."""
 
     world: int
     heads: int
@@ -100,8 +100,8 @@ def named(name: str, request: CatalogRequest, degree: int = 1) -> Iterator[Named
     for variant, schedules, trimmed in _and_trimmed(_variants(name, inside), inside):
         for n in groups if request.kv_heads >= degree * len(schedules) else [1]:
             wrapped = zip(*(ulysses(schedule, degree, stages=degree - 1, groups=n) for schedule in schedules), strict=True)
-            found = tuple(schedule for member in wrapped for schedule in member)
-            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), found, trimmed)
+            interleaved = tuple(schedule for member in wrapped for schedule in member)
+            yield Named(name, _words(f"ulysses {degree}, {variant}", 1, n), interleaved, trimmed)
 
 
 def _variants(name: str, request: CatalogRequest) -> Variants:

@@ -116,6 +116,14 @@ def test_plan_compares_chooses_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "plan.svg").read_text().lstrip().startswith("<")
 
 
+def test_a_schedule_of_many_lines_is_left_to_the_picture() -> None:
+    ran = run(
+        "plan", "4096", "--world", "8", "--heads", "8", "--head-dim", "64", "--schedule", "ring", "--ulysses", "8", "--top", "1"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "--draw FILE.svg draws it" in ran.stdout and "step 1" not in ran.stdout and ran.stdout.count("\n") < 40
+
+
 def test_plan_takes_what_make_plan_takes() -> None:
     flags = "--dtype bfloat16 --mask documents:0,1000,4096&window:512 --schedule token_ring --layout zigzag --kernel reference"
     ran = run("plan", "4096", *MODEL, *flags.split(), "--ulysses", "1", "--top", "1", "--draw-pass", "backward")
@@ -125,7 +133,7 @@ def test_plan_takes_what_make_plan_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "output"),
     [
         (["--topology", "warp"], "topology='warp'; choose one of pcie"),
         (["--topology", "no/such.json"], "topology file no/such.json cannot be read"),
@@ -134,10 +142,10 @@ def test_plan_takes_what_make_plan_takes() -> None:
         (["--ulysses", "3"], "ulysses=3"),
     ],
 )
-def test_errors_are_one_paragraph_and_status_2(arguments: list[str], said: str) -> None:
+def test_errors_are_one_paragraph_and_status_2(arguments: list[str], output: str) -> None:
     ran = run("plan", "4096", *MODEL, *arguments)
     assert ran.returncode == 2 and ran.stdout == ""
-    assert ran.stderr.startswith("ringattn: ") and said in ran.stderr and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("ringattn: ") and output in ran.stderr and ran.stderr.count("\n") == 1
 
 
 def test_thousands_of_ranks_are_priced_by_closed_form() -> None:
@@ -180,10 +188,10 @@ def test_doctor_tries_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Kernel:
         raise AttributeError("'_OpNamespace' 'aten' object has no attribute 'attention'")
 
-    for get, said in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
+    for get, output in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
         monkeypatch.setattr(doctor, "get", get)
-        found = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
-        assert len(found) == 2 and all(said in f.found and "kernel='reference'" in f.hint for f in found), found
+        actual = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
+        assert len(actual) == 2 and all(output in f.found and "kernel='reference'" in f.hint for f in actual), actual
 
 
 @pytest.mark.parametrize(
@@ -227,9 +235,9 @@ def test_probe_needs_ranks(tmp_path: Path) -> None:
 
 def test_probe_measures_what_plan_reads(tmp_path: Path) -> None:
     out = tmp_path / "loopback.json"
-    code, said, err = torchrun("-m", "ringattn", "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2", ranks=2)
+    code, output, err = torchrun("-m", "ringattn", "probe", "--out", str(out), "--megabytes", "1", "--repeats", "2", ranks=2)
     assert code == 0, err
-    assert "to 1" in said and str(out) in said
+    assert "to 1" in output and str(out) in output
     links = load_topology(out)
     assert (links.name, links.kind, links.world) == ("loopback", "matrix", 2)
     assert 1e-7 < links.latency(0, 1) < 1 and 1e6 < links.bandwidths[1][0] < 1e13 and 1e7 < links.flops < 1e15

@@ -78,8 +78,8 @@ def test_every_step_is_logged(straight):
 
 def test_the_run_ends_with_a_table_and_pictures(straight):
     directory, out, _ = straight
-    for said in ("throughput", "attention sends", "gradient reduction sends", "peak memory", "communication"):
-        assert said in out
+    for message in ("throughput", "attention sends", "gradient reduction sends", "peak memory", "communication"):
+        assert message in out
     for picture in ("loss.png", "timeline.png"):
         assert (directory / picture).read_bytes().startswith(b"\x89PNG")
     assert (directory / "step_00000006").is_dir()
@@ -127,9 +127,9 @@ def test_another_number_of_ranks_goes_on_when_asked_and_up_to_rounding(straight,
     assert "was made by 2 ranks and this job has 1" in complaint(rank(0, 1, free_port(), *flags))
     code, _, err = finish(rank(0, 1, free_port(), *flags, "--any-world"), timeout=40)
     assert code == 0, err
-    found, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
+    actual, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
     # fp32 sums over two ranks or one: 2^-24 each, and three steps in which AdamW divides by small numbers
-    assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 6
+    assert actual == pytest.approx(wanted, rel=1e-5) and len(actual) == 6
 
 
 def complaint(process: subprocess.Popen) -> str:
@@ -142,12 +142,12 @@ def complaint(process: subprocess.Popen) -> str:
 
 @pytest.mark.case(18)
 def test_without_torchrun_it_says_how_to_start(tmp_path):
-    said = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
-    assert "torchrun --nproc-per-node" in said
+    message = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
+    assert "torchrun --nproc-per-node" in message
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--schedule star_ring", "star_ring"),
         ("--heads 3 --kv-heads 2", "heads=3 is not a multiple of kv_heads=2"),
@@ -157,13 +157,13 @@ def test_without_torchrun_it_says_how_to_start(tmp_path):
         ("--merge windows --merge-layers 1 5", "first=1, last=5: blocks [first, last) must be some of the 2"),
     ],
 )
-def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, said):
-    assert said in complaint(rank(0, 1, free_port(), *flags.split()))
+def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, message):
+    assert message in complaint(rank(0, 1, free_port(), *flags.split()))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(straight):
-    said = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
-    assert "lr is 0.5 and was 0.004" in said
+    message = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
+    assert "lr is 0.5 and was 0.004" in message
     assert len(metrics(straight[0])) == 6
 
 
@@ -260,5 +260,5 @@ def test_metrics_that_cannot_be_written_cost_a_warning_and_no_training(tmp_path,
         log.step(line | {"step": 1})
         log.step(line | {"step": 2})
     full.detach()  # or its end would fail as well
-    said = capsys.readouterr().err
-    assert said.count("warning: metrics are no longer written") == 2 and "No space left" in said and "step 2/2" in said
+    message = capsys.readouterr().err
+    assert message.count("warning: metrics are no longer written") == 2 and "No space left" in message and "step 2/2" in message

@@ -255,6 +255,6 @@ def _source(command: list[str]) -> str:
     if kind == "-c":
         return rest[0]
     if kind == "-m":
-        found = importlib.util.find_spec(rest[0])
-        return Path(found.origin).read_text() if found and found.origin else ""
+        actual = importlib.util.find_spec(rest[0])
+        return Path(actual.origin).read_text() if actual and actual.origin else ""
     return Path(kind).read_text()

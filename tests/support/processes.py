@@ -32,5 +32,5 @@ def namespaces_allowed() -> bool:
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         return False
     name = f"ringattn-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
+    result = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return result and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0

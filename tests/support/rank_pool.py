@@ -96,8 +96,8 @@ class Ranks:
         for rank in waiting.values():
             answers[rank] = (False, "did not return. Its stacks:\n" + self._stacks(rank))
         if any(not good for good, _ in answers.values()):
-            told = [f"--- rank {rank}: {what}" for rank, (good, what) in sorted(answers.items()) if not good]
-            raise RankFailure("\n".join(told))
+            messages = [f"--- rank {rank}: {what}" for rank, (good, what) in sorted(answers.items()) if not good]
+            raise RankFailure("\n".join(messages))
         return [answers[rank][1] for rank in range(len(self._pipes))]
 
     def _stacks(self, rank: int) -> str:
@@ -161,6 +161,7 @@ def _one_run(rank: int, world: int, store: str, pipe: Connection, folder: str, w
         start.again()
         shared = dist.FileStore(store, world)
         dist.init_process_group("gloo", store=shared, rank=rank, world_size=world, timeout=timedelta(seconds=45))
+        dist.barrier()  # a rank that destroyed the group at once would cut off those that are still connecting
         before = State()
         pipe.send((True, function(rank, *args)))
     except BaseException:

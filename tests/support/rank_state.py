@@ -68,8 +68,8 @@ class State:
 
 def _settings() -> dict[str, Any]:
     """What torch, the interpreter and the system have one of for the whole process."""
-    found = {
-        "threads": sorted((one.ident, one.name) for one in threading.enumerate()),
+    actual = {
+        "threads": sorted((item.ident, item.name) for item in threading.enumerate()),
         "children": _children(),
         "signal handlers": [signal.getsignal(number) for number in signal.valid_signals()],
         "a timer": signal.getitimer(signal.ITIMER_REAL)[0] > 0,
@@ -95,8 +95,8 @@ def _settings() -> dict[str, Any]:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface
 
-        found["attention interfaces"] = [sorted(one._global_mapping) for one in (AttentionInterface, AttentionMaskInterface)]
-    return found
+        actual["attention interfaces"] = [sorted(item._global_mapping) for item in (AttentionInterface, AttentionMaskInterface)]
+    return actual
 
 
 def _children() -> list[str]:
@@ -124,11 +124,11 @@ def _names() -> Iterator[tuple[str, Any]]:
 
 def _modules(*prefixes: str) -> list[ModuleType]:
     """Those that are imported and have one of these names, or stand in a package or, for "test_", any folder of that name."""
-    found = []
+    actual = []
     for name, module in list(sys.modules.items()):
         last = name.rpartition(".")[2]
         if any(
             name == p or (p == OURS and name.startswith(p + ".")) or (p == "test_" and last.startswith(p)) for p in prefixes
         ):
-            found.append(module)
-    return [module for module in found if isinstance(module, ModuleType)]
+            actual.append(module)
+    return [module for module in actual if isinstance(module, ModuleType)]

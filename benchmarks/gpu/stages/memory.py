@@ -39,16 +39,16 @@ def run(stage: Stage) -> None:
         e = random_inputs(world * rows, heads, dim, dtype, stage.device)
         for schedule in SCHEDULES:
             with stage.guard(f"{schedule}, {world} ranks"):
-                one(stage, e, schedule, world)
+                entry(stage, e, schedule, world)
 
 
-def one(stage: Stage, e: Any, schedule: str, world: int) -> None:
+def entry(stage: Stage, e: Any, schedule: str, world: int) -> None:
     """Two rows: forward and backward of one schedule."""
     shape = dict(heads=e.q.shape[2], head_dim=e.q.shape[3], dtype=e.q.dtype, mask=full())
     plan, real = (plan_for(e.q.shape[1], world, schedule, **shape, kernel=kernel) for kernel in (INSTANT, "sdpa"))
-    found = measured(stage, plan, *one_rank(e, plan, RANK))
+    results = measured(stage, plan, *one_rank(e, plan, RANK))
     with_kernel = (0, 0) if stage.small else measured(stage, real, *one_rank(e, real, RANK))
-    for name, peak, scratch, behind in zip(("forward", "backward"), found, with_kernel, (False, True), strict=True):
+    for name, peak, scratch, behind in zip(("forward", "backward"), results, with_kernel, (False, True), strict=True):
         counted = pass_bytes(plan, RANK, backward=behind, surrogates=False)  # the emulated kernel asks for none
         off = peak / counted - 1
         megabytes = {"peak_mb": peak, "plan_mb": counted, "with_sdpa_mb": scratch}

@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
         parts = [partial(shape, torch.bfloat16, n, stage.device) for n in range(count)]
         for name, way in WAYS.items():
             with stage.guard(f"{name}, {count} partials"):
-                one(stage, name, way, parts, copied)
+                entry(stage, name, way, parts, copied)
     with stage.guard("surrogate out"):
         surrogate(stage, shape, copied)
 
@@ -40,7 +40,7 @@ def partial(shape: Sequence[int], dtype: torch.dtype, seed: int, device: torch.d
     return Partial(out, torch.randn(*shape[:-1], generator=source, device=device))
 
 
-def one(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) -> None:
+def entry(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) -> None:
     """One row: how wrong it is, GB/s and the share of a copy's."""
     start = partial(parts[0].out.shape, torch.float32, 99, stage.device)
     into = Partial(start.out.clone(), start.lse.clone())
@@ -105,8 +105,8 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
     dout, out = partial(shape, dtype, 5, stage.device).out, partial(shape, dtype, 6, stage.device).out
     delta = (dout.float() * out.float()).sum(-1)
     make = fused.surrogate_out
-    found = make(dout, delta)
-    again = (dout.double() * found.double()).sum(-1)
+    results = make(dout, delta)
+    again = (dout.double() * results.double()).sum(-1)
     wrong = error(again, delta.double())
     # Each element is rounded to bf16 once, at most 2^-9, and rounding of 128 of them does not add up to more.
     stage.check(wrong < 4e-3, f"surrogate out: its products with dout are off by {wrong:.1e} of delta")
