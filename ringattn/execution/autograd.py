@@ -68,13 +68,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        keep = plan.reuse_inputs and any(ctx.needs_input_grad)
-        results, kept = run_forward(inputs, plan, options, transport, keep=keep)
+        keep_inputs = plan.reuse_inputs and any(ctx.needs_input_grad)
+        results, kept = run_forward(inputs, plan, options, transport, keep_inputs=keep_inputs)
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
         ctx.mark_non_differentiable(*results[1::2])
         ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
-        ctx.shapes = [{name: _shape_only(getattr(i, name)) for name in "qkv"} for i in inputs] if keep else None
-        own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)] if keep else flat
+        ctx.shapes = [{name: _shape_only(getattr(i, name)) for name in "qkv"} for i in inputs] if keep_inputs else None
+        own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)] if keep_inputs else flat
         ctx.save_for_backward(*own, *results, *(tensor for blocks in kept for part in blocks.values() for tensor in part))
         return tuple(results)
 
@@ -96,9 +96,9 @@ class _Attend(torch.autograd.Function):
 
 
 def run_forward(
-    inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep: bool
+    inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep_inputs: bool
 ) -> tuple[list[Tensor], list[Resident]]:
-    """Run forward: out and lse of each rank that `transport` hosts, in order; with `keep`, the resident inputs for backward."""
+    """Run forward: out and lse of each hosted rank, in order; with `keep_inputs`, the resident inputs for backward."""
     ops_by_rank = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
     resident: list[Resident] = [{} for _ in ops_by_rank]
     gathered_by_rank = _run_pass(plan, ops_by_rank, resident, transport, backward=False)
@@ -108,7 +108,7 @@ def run_forward(
         if i.sinks is not None:
             out, lse = _with_sinks(out, lse, i.sinks)
         results += [out.transpose(1, 2), lse]
-    return results, [kept_inputs(ops, blocks) if keep else {} for ops, blocks in zip(ops_by_rank, resident, strict=True)]
+    return results, [kept_inputs(ops, blocks) if keep_inputs else {} for ops, blocks in zip(ops_by_rank, resident, strict=True)]
 
 
 def run_backward(
@@ -200,8 +200,8 @@ def engine_order(i: Inputs) -> dict[str, Tensor | None]:
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Add sinks: one more key per head with a learned logit and a value of zero, which only takes weight."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    keep = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))  # no key and no sink: weight 0
-    return (out * keep.unsqueeze(-1)).to(out.dtype), total
+    kept_weight = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))  # no key and no sink: weight 0
+    return (out * kept_weight.unsqueeze(-1)).to(out.dtype), total
 
 
 def _sink_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -103,12 +103,12 @@ def _run_forward(
     process_group, _ = checked_on_all_ranks(inputs, the_plan, _group(group), scale, softcap, gradient_state, strict_option)
     if rank != (actual := 0 if process_group is None else dist.get_rank(process_group)):
         raise LaunchError(f"compiled as rank {rank}, run as rank {actual}: call torch.compiler.reset() after joining a group")
-    keep = the_plan.reuse_inputs and gradient
+    keep_inputs = the_plan.reuse_inputs and gradient
     with torch.autocast(q.device.type, enabled=False):
         (out, lse), (resident,) = run_forward(
-            [inputs], the_plan, options_for(the_plan, scale, softcap), transport_for(process_group), keep=keep
+            [inputs], the_plan, options_for(the_plan, scale, softcap), transport_for(process_group), keep_inputs=keep_inputs
         )
-    specs = _kept_specs(the_plan, rank, out, key_bias) if keep else {}
+    specs = _kept_specs(the_plan, rank, out, key_bias) if keep_inputs else {}
     tensors = [tensor for item in specs for tensor in resident[item]]
     kept = pack(tensors, [spec for item_specs in specs.values() for spec in item_specs]) if tensors else _bytes(out, 0)
     return out.contiguous(), lse.contiguous(), kept
@@ -133,8 +133,8 @@ def _fake_forward(
     batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, the_plan.rows(max(rank, 0)))
     out = q.new_empty(batch, rows, the_plan.heads, v.shape[-1] if v.ndim else the_plan.head_dim)
     lse = q.new_empty(batch, the_plan.heads, rows, dtype=accum_dtype(q.dtype))
-    keep = the_plan.reuse_inputs and gradient and rank != NO_RANK and (key_bias is None or key_bias.ndim in (2, 3))
-    specs = _kept_specs(the_plan, rank, out, key_bias) if keep else {}
+    keep_inputs = the_plan.reuse_inputs and gradient and rank != NO_RANK and (key_bias is None or key_bias.ndim in (2, 3))
+    specs = _kept_specs(the_plan, rank, out, key_bias) if keep_inputs else {}
     return out, lse, _bytes(out, sum(spec.nbytes for item_specs in specs.values() for spec in item_specs))
 
 

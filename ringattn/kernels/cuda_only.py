@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ringattn.kernels.base import Kernel, KernelCall
-from ringattn.kernels.operator_choice import Facts, call_width, facts
+from ringattn.kernels.operator_choice import Facts, call_width, device_facts
 
 
 class CudaOnly(Kernel):
@@ -27,7 +27,7 @@ class CudaOnly(Kernel):
             bias_too = " and 2 for the bias" if call.bias else ""
             largest = max(call.head_dim, call.value_dim)
             return f"kernel {cls.name!r} takes head sizes up to {cls.largest_head_dim}, and there are {largest}{bias_too}"
-        device = facts(call.device)
+        device = device_facts(call.device)
         return cls.unsupported_on_device(
             call, device if call.generation is None else device._replace(capability=(call.generation, 0))
         )

@@ -121,7 +121,7 @@ def block_mask(rows: int, keys: int, band: Band, device: torch.device) -> Any:
     left, right = max(band.left, -reach), min(band.right, reach)
     least_kept, most_kept = torch.tensor(left, device=device), torch.tensor(right, device=device)
 
-    def keep(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    def in_band(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key - row >= least_kept) & (key - row <= most_kept)
 
     row, key = (torch.arange(0, size, BLOCK) for size in (rows, keys))
@@ -133,7 +133,7 @@ def block_mask(rows: int, keys: int, band: Band, device: torch.device) -> Any:
     full = touched & (least >= left) & (most <= right) & inside
     count, which, full_count, full_which = (x.to(device) for grid in (touched & ~full, full) for x in _listed(grid))
     return BlockMask.from_kv_blocks(
-        count, which, full_count, full_which, BLOCK_SIZE=BLOCK, mask_mod=keep, seq_lengths=(rows, keys)
+        count, which, full_count, full_which, BLOCK_SIZE=BLOCK, mask_mod=in_band, seq_lengths=(rows, keys)
     )
 
 

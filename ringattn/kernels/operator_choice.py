@@ -9,7 +9,7 @@ then flash-attention's, then the memory-efficient one; never cuDNN's where deter
 - torch before 2.9 counts as preferring cuDNN nowhere.
 
 `operator` is a pure function of a call's shape and of facts about the device, so every rank with the same GPU, torch and
-settings chooses the same. `facts` reads these facts.
+settings chooses the same. `device_facts` reads these facts.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _cached_operator(kernel: str, shape: CallShape, gpu: Facts, settings: tuple[
     return operator(kernel, shape, _with_settings(gpu, settings))
 
 
-def facts(device: torch.device) -> Facts:
+def device_facts(device: torch.device) -> Facts:
     """The facts of this device and of torch's present settings."""
     return _with_settings(_gpu_facts(device), _settings())
 

@@ -140,8 +140,12 @@ def _shape(block: Operands, band: Band) -> CallShape:
 def additive_mask(rows: int, keys: int, band: Band, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, keys) in `dtype`, 0 within the band and -inf elsewhere, with rows aligned as the CUDA operators require."""
     short = 0 if device.type == "cpu" else -keys % ALIGNED_KEYS
-    keep = band_mask(rows, keys + short, band, device)
-    return torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill_(keep.logical_not_(), -torch.inf).narrow(-1, 0, keys)
+    in_band = band_mask(rows, keys + short, band, device)
+    return (
+        torch.zeros(in_band.shape, dtype=dtype, device=device)
+        .masked_fill_(in_band.logical_not_(), -torch.inf)
+        .narrow(-1, 0, keys)
+    )
 
 
 def _call(block: Operands, band: Band, options: Options) -> Call:

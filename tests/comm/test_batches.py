@@ -54,7 +54,7 @@ def posted_by(plan: Plan, rank: int, backward: bool, batches: list[Handle]) -> l
         if step.post:
             transfers = [(message, torch.empty(1, dtype=torch.uint8)) for message in step.post]
             messages |= {id(buffer): message for message, buffer in transfers}
-            kept.extend(buffer for _, buffer in transfers)
+            buffers_in_use.extend(buffer for _, buffer in transfers)
             count = len(batches)
             port.post(transfers)
             posted += [([messages[id(t.tensor)] for t in handle.transfers], step.number) for handle in batches[count:]]
@@ -63,7 +63,7 @@ def posted_by(plan: Plan, rank: int, backward: bool, batches: list[Handle]) -> l
     return posted
 
 
-kept: list[torch.Tensor] = []  # so that no two buffers have one id
+buffers_in_use: list[torch.Tensor] = []  # so that no two buffers have one id
 
 
 def blocked_batches(ranks: list[list[tuple[list[Message], int]]]) -> list[str]:

@@ -70,19 +70,19 @@ def exchange(group: dist.ProcessGroup, rank: int, size: int, *, sends_first: boo
     send before the receive, which gloo does not allow."""
     (port,) = transport_for(group).ports("a test")
     peer = 1 - rank
-    mine, theirs = (
+    outgoing, expected_bytes = (
         torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(r)) for r in (rank, peer)
     )
-    received = torch.empty_like(mine)
+    received = torch.empty_like(outgoing)
     sent, expected = Message(rank, peer, 0, 1, ()), Message(peer, rank, 0, 1, ())
-    port.post([(sent, mine)])
+    port.post([(sent, outgoing)])
     for _ in port.wait(sent) if sends_first else ():
         pass
     port.post([(expected, received)])
     for message in (expected,) if sends_first else (expected, sent):
         for _ in port.wait(message):
             pass
-    return torch.equal(received, theirs)
+    return torch.equal(received, expected_bytes)
 
 
 def sends_first(rank: int) -> None:
@@ -161,10 +161,10 @@ def test_an_abandoned_call_does_not_reach_the_next_one() -> None:
 
 def other_ways(rank: int) -> None:
     """Automatic: p2p on all ranks where one of them cannot share. By name: the same error on all, which names that rank."""
-    real = shared_memory_setup.mapped
+    original = shared_memory_setup.mapped
     for name, breaks, words in (
         ("_host_identity", lambda: f"host{rank}", "rank 1: this host is host1, on rank 0 host0"),
-        ("mapped", lambda n: torch.zeros_like(real(n)) if rank == 1 else real(n), "no access to the memory"),
+        ("mapped", lambda n: torch.zeros_like(original(n)) if rank == 1 else original(n), "no access to the memory"),
         ("shared_memory", no_memory if rank == 1 else shared_memory_setup.shared_memory, "rank 1: .*no space left"),
     ):
         before = getattr(shared_memory_setup, name)

@@ -18,8 +18,8 @@ class Pair:
     """Rank 0 sends and ends, rank 1 receives."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.leaving, self.staying = Links({1: Link(1, ours)}, 5.0), Links({0: Link(0, theirs)}, 5.0)
+        own_end, peer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.leaving, self.staying = Links({1: Link(1, own_end)}, 5.0), Links({0: Link(0, peer_end)}, 5.0)
         assert self.leaving.begin_call() == self.staying.begin_call() == 1
 
     def send(self, number: int, size: int) -> Tensor:
@@ -71,12 +71,12 @@ def test_what_was_sent_arrives_although_an_answer_to_it_fails(pair: Pair) -> Non
 
 def test_an_unreferenced_link_is_closed() -> None:
     """Like the links of a group that has ended: no warning of an open socket, and its peer notices."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    link = Link(1, ours)
-    del ours
+    own_end, peer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link = Link(1, own_end)
+    del own_end
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
         del link
     assert not caught
-    with theirs:
-        assert theirs.recv(1) == b""
+    with peer_end:
+        assert peer_end.recv(1) == b""

@@ -326,11 +326,11 @@ def caught(rank: int) -> list[str]:
 def test_every_rank_raises_for_one_ranks_mistake() -> None:
     errors = run_ranks(3, caught)
     assert errors[0] == errors[1] == errors[2]
-    starts = [
+    prefixes = [
         "InputError: on rank 1: q has shape",
         "MismatchError: ranks disagree on schedule: forward",
         "MismatchError: ranks disagree on scale",
     ]
-    starts.append("MismatchError: group is a mesh of 2 dimensions")
-    assert len(errors[0]) == len(starts), errors
-    assert all(text.startswith(start) for text, start in zip(errors[0], starts, strict=True)), errors
+    prefixes.append("MismatchError: group is a mesh of 2 dimensions")
+    assert len(errors[0]) == len(prefixes), errors
+    assert all(text.startswith(start) for text, start in zip(errors[0], prefixes, strict=True)), errors

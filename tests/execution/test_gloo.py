@@ -67,8 +67,8 @@ def real_and_simulated(rank: int, world: int) -> None:
             real, simulated = P2P(dist.group.WORLD), Simulated(world)
             ((out, _),) = attend([Inputs(q, k, v)], plan, Options(plan.head_dim**-0.5), real)
             own = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
-            theirs = simulate(plan, *full, transport=simulated)
-            for a, b in zip(own, (theirs[0], *theirs[2:]), strict=True):
+            expected = simulate(plan, *full, transport=simulated)
+            for a, b in zip(own, (expected[0], *expected[2:]), strict=True):
                 assert torch.equal(a, shard(b, plan)), case
             sent = {link: n for link, n in simulated.bytes_sent.items() if link[0] == rank}
             assert dict(real.bytes_sent) == sent, case

@@ -147,8 +147,8 @@ def test_backward_inside_autocast_is_that_outside() -> None:
 
 def test_spans_have_names_only_under_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = torch.profiler.record_function
-    monkeypatch.setattr("ringattn.execution.engine.record_function", lambda name: (opened.append(name), real(name))[1])
+    original = torch.profiler.record_function
+    monkeypatch.setattr("ringattn.execution.engine.record_function", lambda name: (opened.append(name), original(name))[1])
     plan, e = plan_and_example(token_ring(2), 2)
     simulate(plan, e.q, e.k, e.v, e.dout)
     assert not opened

@@ -27,8 +27,8 @@ MASKS = {"causal": causal(), "documents": documents((0, 5, 11, 12, 13, 14, LENGT
 
 
 def saving(operator: object) -> Callable[..., CheckpointPolicy]:
-    def policy(_: Any, called: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if called is operator else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(_: Any, current: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if current is operator else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 

@@ -38,7 +38,7 @@ def kernel_class(generation: str) -> type[Flash]:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch):
+def install_package(monkeypatch: pytest.MonkeyPatch):
     """Install a generation's stand-in where the adapter imports the package; returns the kernel and the stand-in."""
 
     def install(generation: str) -> tuple[Flash, ModuleType]:
@@ -148,9 +148,9 @@ MASKS = [full(), causal(), sliding_window(5), sliding_window(3, 4), prefix_lm(9)
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
+def test_every_tile_of_every_layout(generation: str, mask, install_package) -> None:
     """All segments that masks and layouts lead to, including varlen calls."""
-    kernel, package = stand_in(generation)
+    kernel, package = install_package(generation)
     source = torch.Generator().manual_seed(0)
     for layout in LAYOUTS.values():
         placed = layout(31, 3)
@@ -167,20 +167,20 @@ def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
     assert package.calls
 
 
-def test_documents_are_one_call(stand_in) -> None:
-    kernel, package = stand_in("flash2")
+def test_documents_are_one_call(install_package) -> None:
+    kernel, package = install_package("flash2")
     parts = [Segment(a, b, a, b, CAUSAL) for a, b in ((0, 5), (5, 17), (17, 18), (18, 37))]
     inputs = block(bias_heads=3)
     assert_same(both_passes(kernel, inputs, parts), both_passes("reference", inputs, parts))
     assert package.calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
 
 
-def test_more_rows_than_keys_are_cut(stand_in) -> None:
+def test_more_rows_than_keys_are_cut(install_package) -> None:
     """flash-attn 2 takes a window as wide as the keys for none, which would give row 0 too many or too few keys."""
     for band in (Band(-8, 5), Band(-9, 3), Band(-5, END)):
         inputs = [x if n == 0 else x[:, :, :10] for n, x in enumerate(block(rows=15)[:3])]
         for generation in ("flash2", "flash3", "flash4"):
-            kernel, _ = stand_in(generation)
+            kernel, _ = install_package(generation)
             parts = [Segment(0, 15, 0, 10, band)]
             assert all(p.rows <= p.keys for p in kernel.refine(parts))
             assert_same(both_passes(kernel, (*inputs, None), parts), both_passes("reference", (*inputs, None), parts))
@@ -194,9 +194,9 @@ def test_more_rows_than_keys_are_cut(stand_in) -> None:
 @pytest.mark.parametrize("bias_heads", [None, 1, 3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("value_dim", [8, 5, 12])
-def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softcap, value_dim: int, stand_in) -> None:
+def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softcap, value_dim: int, install_package) -> None:
     """GQA, bands, biases with empty rows, softcap, and v of another head size; in two segments and in one."""
-    kernel, package = stand_in(generation)
+    kernel, package = install_package(generation)
     inputs = block(bias_heads=bias_heads, value_dim=value_dim)
     for parts in ([Segment(0, 37, 0, 37, band)], [Segment(3, 20, 3, 20, band), Segment(20, 37, 20, 37, band)]):
         for options in (Options(0.3, softcap), Options(-0.7, softcap)):
@@ -205,9 +205,9 @@ def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softca
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_backward_of_a_block_takes_the_whole_rows_statistics(generation: str, stand_in) -> None:
+def test_backward_of_a_block_takes_the_whole_rows_statistics(generation: str, install_package) -> None:
     """Two blocks of keys with lse and delta of both together; a row without keys in either; lse not contiguous."""
-    kernel, _ = stand_in(generation)
+    kernel, _ = install_package(generation)
     q, k, v, bias = block(bias_heads=3)
     bias[0, 0] = -torch.inf
     reference = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], PLAIN)

@@ -88,13 +88,13 @@ def test_backward_of_a_block_takes_the_whole_rows_statistics(on_stand_in: flex.F
 @pytest.mark.parametrize("rows, keys", [(37, 37), (300, 300), (256, 384), (400, 260)])
 def test_the_blocks_of_a_band_are_those_of_flex(rows: int, keys: int) -> None:
     for band in (CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0), Band(-200, 150), Band(-129, 129), Band(-END, 130)):
-        ours = flex.block_mask(rows, keys, band, torch.device("cpu"))
+        actual = flex.block_mask(rows, keys, band, torch.device("cpu"))
         left, right = max(band.left, -9999), min(band.right, 9999)
 
-        def keep(b, h, q, k, left=left, right=right):
+        def in_band(b, h, q, k, left=left, right=right):
             return (k - q >= left) & (k - q <= right)
 
-        theirs = create_block_mask(keep, None, None, rows, keys, device="cpu")
-        assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
-        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
-        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        expected = create_block_mask(in_band, None, None, rows, keys, device="cpu")
+        assert torch.equal(actual.kv_num_blocks, expected.kv_num_blocks)
+        assert torch.equal(actual.full_kv_num_blocks, expected.full_kv_num_blocks)
+        assert torch.equal(actual.to_dense(), expected.to_dense())

@@ -60,8 +60,8 @@ def test_the_reference_is_autograd_of_softmax(scale: float) -> None:
     options = Options(scale, softcap=3.0)
     logits = options.softcap * torch.tanh(scale * q @ k.repeat_interleave(3, 1).mT / options.softcap)
     logits = logits + bias.repeat_interleave(3, 1)[:, :, None]
-    keep = torch.ones(6, 6, dtype=torch.bool).tril()
-    logits = logits.masked_fill(~keep, -torch.inf)
+    in_band = torch.ones(6, 6, dtype=torch.bool).tril()
+    logits = logits.masked_fill(~in_band, -torch.inf)
     out = logits.softmax(-1) @ v.repeat_interleave(3, 1)
     dout = torch.cos(torch.arange(out.numel(), dtype=F64)).reshape(out.shape)
     expected = [out, logits.logsumexp(-1), *torch.autograd.grad(out, (q, k, v, bias), dout)]

@@ -99,8 +99,8 @@ def _ops(*tensors: Tensor) -> Any:
 
 
 @contextmanager
-def launches_replaced(called: Callable[[str], None]) -> Iterator[None]:
-    """Call `called` with a Triton kernel's name instead of launching it, for tensors of any device and without a GPU.
+def launches_replaced(on_launch: Callable[[str], None]) -> Iterator[None]:
+    """Call `on_launch` with a Triton kernel's name instead of launching it, for tensors of any device and without a GPU.
 
     Results are not computed. The number of launches and the allocations are those on a GPU, so both can be measured anywhere.
     """
@@ -109,7 +109,7 @@ def launches_replaced(called: Callable[[str], None]) -> Iterator[None]:
 
     before, _replacing = _replacing, True
     try:
-        with triton_ops.replaced(called):
+        with triton_ops.replaced(on_launch):
             yield
     finally:
         _replacing = before

@@ -110,10 +110,10 @@ _launch: Launch = _launch_on_device
 
 
 @contextmanager
-def replaced(called: Callable[[str], None]) -> Iterator[None]:
-    """Call `called` with a kernel's name instead of launching it, to count launches without a GPU."""
+def replaced(on_launch: Callable[[str], None]) -> Iterator[None]:
+    """Call `on_launch` with a kernel's name instead of launching it, to count launches without a GPU."""
     global _launch
-    before, _launch = _launch, lambda name, *_: called(name)
+    before, _launch = _launch, lambda name, *_: on_launch(name)
     try:
         yield
     finally:

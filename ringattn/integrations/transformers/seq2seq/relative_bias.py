@@ -171,7 +171,7 @@ class _Relative(torch.autograd.Function):
         total = empty_partial((batch, heads, rows), v.shape[-1], accum_dtype(q.dtype), q.device)
         for bucket, plan in plans:
             inputs = Inputs(q, k, v, _bias(table, bucket, key_bias, k))
-            (out, lse), _ = run_forward([inputs], plan, options, transport, keep=False)
+            (out, lse), _ = run_forward([inputs], plan, options, transport, keep_inputs=False)
             merge_(total, Partial(out.transpose(1, 2), lse))
         out, lse = total.out.transpose(1, 2).to(q.dtype), total.lse
         ctx.plans, ctx.options, ctx.transport = plans, options, transport
