@@ -96,19 +96,19 @@ def _run_forward(
     strict: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and `kept`, after all ranks have agreed on the arguments."""
-    inputs, the_plan = Inputs(q, k, v, key_bias, sinks), _plan(plan)
+    inputs, known_plan = Inputs(q, k, v, key_bias, sinks), _plan(plan)
     strict_option = {"True": True, "False": False}.get(strict or "", strict)
     # The graph has a backward pass or not: a rank without one cannot take part in that of others.
     gradient_state = Gradient.NEEDED if gradient else Gradient.OFF
-    process_group, _ = checked_on_all_ranks(inputs, the_plan, _group(group), scale, softcap, gradient_state, strict_option)
+    process_group, _ = checked_on_all_ranks(inputs, known_plan, _group(group), scale, softcap, gradient_state, strict_option)
     if rank != (actual := 0 if process_group is None else dist.get_rank(process_group)):
         raise LaunchError(f"compiled as rank {rank}, run as rank {actual}: call torch.compiler.reset() after joining a group")
-    keep_inputs = the_plan.reuse_inputs and gradient
+    keep_inputs = known_plan.reuse_inputs and gradient
     with torch.autocast(q.device.type, enabled=False):
         (out, lse), (resident,) = run_forward(
-            [inputs], the_plan, options_for(the_plan, scale, softcap), transport_for(process_group), keep_inputs=keep_inputs
+            [inputs], known_plan, options_for(known_plan, scale, softcap), transport_for(process_group), keep_inputs=keep_inputs
         )
-    specs = _kept_specs(the_plan, rank, out, key_bias) if keep_inputs else {}
+    specs = _kept_specs(known_plan, rank, out, key_bias) if keep_inputs else {}
     tensors = [tensor for item in specs for tensor in resident[item]]
     kept = pack(tensors, [spec for item_specs in specs.values() for spec in item_specs]) if tensors else _bytes(out, 0)
     return out.contiguous(), lse.contiguous(), kept
@@ -128,13 +128,13 @@ def _fake_forward(
     gradient: bool,
     strict: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    the_plan = _plan(plan)
-    fits = q.ndim == 4 and q.shape[2] == the_plan.heads
-    batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, the_plan.rows(max(rank, 0)))
-    out = q.new_empty(batch, rows, the_plan.heads, v.shape[-1] if v.ndim else the_plan.head_dim)
-    lse = q.new_empty(batch, the_plan.heads, rows, dtype=accum_dtype(q.dtype))
-    keep_inputs = the_plan.reuse_inputs and gradient and rank != NO_RANK and (key_bias is None or key_bias.ndim in (2, 3))
-    specs = _kept_specs(the_plan, rank, out, key_bias) if keep_inputs else {}
+    known_plan = _plan(plan)
+    fits = q.ndim == 4 and q.shape[2] == known_plan.heads
+    batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, known_plan.rows(max(rank, 0)))
+    out = q.new_empty(batch, rows, known_plan.heads, v.shape[-1] if v.ndim else known_plan.head_dim)
+    lse = q.new_empty(batch, known_plan.heads, rows, dtype=accum_dtype(q.dtype))
+    keep_inputs = known_plan.reuse_inputs and gradient and rank != NO_RANK and (key_bias is None or key_bias.ndim in (2, 3))
+    specs = _kept_specs(known_plan, rank, out, key_bias) if keep_inputs else {}
     return out, lse, _bytes(out, sum(spec.nbytes for item_specs in specs.values() for spec in item_specs))
 
 
@@ -170,16 +170,16 @@ def _run_backward(
     scale: float | None,
     softcap: float | None,
 ) -> list[Tensor]:
-    the_plan = _plan(plan)
-    inputs = _inputs_or_shapes(q, k, v, the_plan, rank, out, key_bias, sinks)
-    process_group, _ = group_and_rank(_group(group), the_plan.world)
-    specs = _kept_specs(the_plan, rank, out, key_bias) if q is None else {}
+    known_plan = _plan(plan)
+    inputs = _inputs_or_shapes(q, k, v, known_plan, rank, out, key_bias, sinks)
+    process_group, _ = group_and_rank(_group(group), known_plan.world)
+    specs = _kept_specs(known_plan, rank, out, key_bias) if q is None else {}
     tensors = unpack(kept, [spec for item_specs in specs.values() for spec in item_specs])
     sizes = {item: len(item_specs) for item, item_specs in specs.items()}
-    options = options_for(the_plan, scale, softcap)
+    options = options_for(known_plan, scale, softcap)
     with torch.autocast(dout.device.type, enabled=False):
         (grads,) = run_backward(
-            [inputs], [out, lse], [dout], [sizes], iter(tensors), the_plan, options, transport_for(process_group)
+            [inputs], [out, lse], [dout], [sizes], iter(tensors), known_plan, options, transport_for(process_group)
         )
     return [grad.contiguous() for grad in grads if grad is not None]
 

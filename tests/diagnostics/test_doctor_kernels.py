@@ -171,7 +171,7 @@ def test_an_installed_flash_attn_3_without_sm_margin_is_told(installed, monkeypa
     exec(f"def without({', '.join(names)}): pass", scope)
     monkeypatch.setattr(old, "_flash_attn_forward", scope["without"])
     assert KERNELS["flash3"]() is not None
-    with pytest.raises(InputError, match="_flash_attn_forward of the flash-attn 3 that is installed does not take sm_margin"):
+    with pytest.raises(InputError, match="_flash_attn_forward of the installed flash-attn 3 does not take sm_margin"):
         KERNELS["flash3"](sm_margin=8)
 
 
