@@ -1,4 +1,4 @@
-"""Validates the arguments of an attention call on every rank, and that all ranks agree on them, before anything is sent.
+"""Checks the arguments of an attention call on every rank, and that all ranks agree on them, before anything is sent.
 
 An error that one rank finds is part of the agreement that each call begins with, so all ranks raise the same error.
 """
