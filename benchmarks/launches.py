@@ -109,7 +109,7 @@ def count(name: str, mask: str) -> Figures:
             with Launches() as launches, fused.launches_replaced(lambda name: launches.counted.update([name])):
                 options, transport = Options(HEAD_DIM**-0.5), Simulated(WORLD, copy=False)
                 if not backward:  # not through autograd, which wants a real device behind a leaf
-                    results, _ = run_forward(inputs, plan, options, transport, keep=False)
+                    results, _ = run_forward(inputs, plan, options, transport, keep_inputs=False)
                 else:
                     douts = [torch.empty_like(out) for out in results[::2]]
                     run_backward(inputs, results, douts, [{}] * WORLD, iter(()), plan, options, transport)
