@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, attention, make_plan
-from ringattn.comm.select import choose
-from ringattn.execution.overlap import Overlap, overlap
-from ringattn.planner.cost import traffic
+from ringattn.comm import choose
+from ringattn.execution import Overlap, overlap
+from ringattn.planner import traffic
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 
@@ -130,11 +130,11 @@ def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> 
     """Seconds of a forward pass, of forward and backward together, and of the CPU for the latter."""
     rank = dist.get_rank(group)
 
-    def some(heads: int) -> torch.Tensor:
+    def subset(heads: int) -> torch.Tensor:
         shape = (config.batch, plan.rows(rank), heads, config.head_dim)
         return torch.randn(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
 
-    q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
+    q, k, v = subset(config.heads), subset(config.kv_heads), subset(config.kv_heads)
     with torch.no_grad():
         begin = _now(device)
         attention(q, k, v, plan, group=group)
@@ -192,7 +192,7 @@ def _print(rows: list[Row], plans: dict[str, Plan], config: Config, world: int) 
     ):
         table.add_column(head, justify="left" if head == "schedule" else "right")
     for row in rows:
-        other = next(one for one in rows if one.schedule == row.schedule)
+        other = next(entry for entry in rows if entry.schedule == row.schedule)
         gains = (other.forward / row.forward, other.both / row.both, other.cpu / row.cpu)
         alone = (other.transfer_forward / row.transfer_forward, other.transfer_backward / row.transfer_backward)
         table.add_row(

@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringattn
 from ringattn import Plan, attention, make_plan
-from ringattn.planner.cost import price
-from ringattn.planner.topology import PRESETS
+from ringattn.planner import PRESETS, price
 
 
 @dataclass(frozen=True)

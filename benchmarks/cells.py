@@ -71,7 +71,7 @@ ACCELERATOR = 50e9  # flop/s a rank: at 50 Mbit/s a link, compute and transfers 
 
 
 def claimed() -> Iterator[Cell]:
-    """What docs/benchmarks.md states."""
+    """What docs/performance.md states."""
     yield Cell("mesh-4-full-forward", "mesh", 4, "full", forward_only=True)
     yield Cell("mesh-4-full-forward-emulated", "mesh", 4, "full", forward_only=True, emulate=ACCELERATOR)
     yield Cell("mesh-8-full-forward-emulated", "mesh", 8, "full", forward_only=True, emulate=ACCELERATOR)

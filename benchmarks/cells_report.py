@@ -47,7 +47,7 @@ class Outcome:
 
 
 def outcomes(folder: Path) -> list[Outcome]:
-    found = []
+    results = []
     for path in sorted(folder.glob("*.json")):
         facts = json.loads(path.read_text())
         names = [row["name"] for row in facts["contenders"]]
@@ -55,8 +55,8 @@ def outcomes(folder: Path) -> list[Outcome]:
             print(f"{path.name}: left out, auto or every peer could not run")
             continue
         for passed in ["forward"] if facts["config"]["forward_only"] else list(PASSES):
-            found.append(_outcome(path.stem, passed, facts["contenders"]))
-    return found
+            results.append(_outcome(path.stem, passed, facts["contenders"]))
+    return results
 
 
 def _outcome(cell: str, passed: str, rows: list[dict[str, Any]]) -> Outcome:
@@ -76,23 +76,23 @@ def _outcome(cell: str, passed: str, rows: list[dict[str, Any]]) -> Outcome:
 
 
 def main(folder: tyro.conf.Positional[Path]) -> None:
-    found = outcomes(folder)
-    if not found:
+    results = outcomes(folder)
+    if not results:
         raise SystemExit(f"{folder}: no cells there; run benchmarks/cells.py --out {folder} first")
-    (folder / "report.md").write_text("\n".join(_lines(found, folder)) + "\n")
-    _draw(found, folder / "report.png")
-    print("\n".join(_lines(found, folder)))
+    (folder / "report.md").write_text("\n".join(_lines(results, folder)) + "\n")
+    _draw(results, folder / "report.png")
+    print("\n".join(_lines(results, folder)))
 
 
-def _lines(found: list[Outcome], folder: Path) -> list[str]:
+def _lines(results: list[Outcome], folder: Path) -> list[str]:
     first = json.loads(next(iter(sorted(folder.glob("*.json")))).read_text())
-    good = sum(abs(o.off) <= MISS for o in found)
-    cells = len({outcome.cell for outcome in found})
+    good = sum(abs(o.off) <= MISS for o in results)
+    cells = len({outcome.cell for outcome in results})
     head = [
-        f"{len(found)} figures of {cells} cells, {first['date'][:10]}, torch {first['versions']['torch']}.",
-        f"Predictions within {MISS:.0%}: {good} of {len(found)}. auto at least 0.95 x the fastest peer: "
-        f"{sum(o.against_peer >= 0.95 for o in found)} of {len(found)}; at least 0.95 x our fastest fixed schedule: "
-        f"{sum(o.against_own >= 0.95 for o in found)} of {len(found)}.",
+        f"{len(results)} figures of {cells} cells, {first['date'][:10]}, torch {first['versions']['torch']}.",
+        f"Predictions within {MISS:.0%}: {good} of {len(results)}. auto at least 0.95 x the fastest peer: "
+        f"{sum(o.against_peer >= 0.95 for o in results)} of {len(results)}; at least 0.95 x our fastest fixed schedule: "
+        f"{sum(o.against_own >= 0.95 for o in results)} of {len(results)}.",
         "",
         "| cell | pass | auto | predicted | time / bound | fastest peer / auto | fastest fixed schedule / auto |",
         "|---|---|---|---|---|---|---|",
@@ -100,25 +100,25 @@ def _lines(found: list[Outcome], folder: Path) -> list[str]:
     return head + [
         f"| {o.cell} | {PASSES[o.passed]} | {o.auto * 1e3:.0f} ms | {o.off:+.0%} | {o.auto / o.bound:.2f} "
         f"| {o.against_peer:.2f} x ({o.peer[0]}) | {o.against_own:.2f} x ({o.own[0].removeprefix('ringattn ')}) |"
-        for o in found
+        for o in results
     ]
 
 
-def _draw(found: list[Outcome], path: Path) -> None:
+def _draw(results: list[Outcome], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, (ratios, model) = plt.subplots(1, 2, figsize=(13, max(4.0, 0.16 * len(found))), layout="constrained")
-    ordered = sorted(found, key=lambda o: o.against_peer)
+    figure, (ratios, model) = plt.subplots(1, 2, figsize=(13, max(4.0, 0.16 * len(results))), layout="constrained")
+    ordered = sorted(results, key=lambda o: o.against_peer)
     ratios.barh(range(len(ordered)), [o.against_peer for o in ordered], color="#3b6ea5")
     ratios.set_yticks(range(len(ordered)), [f"{o.cell} {o.passed}" for o in ordered], fontsize=5)
     ratios.axvline(1, color="black", linewidth=0.8)
     ratios.set(xlabel="time of the fastest peer / time of auto", xscale="log")
-    low, high = 0.8 * min(o.auto for o in found), 1.25 * max(o.auto for o in found)
+    low, high = 0.8 * min(o.auto for o in results), 1.25 * max(o.auto for o in results)
     model.plot([low, high], [low, high], color="black", linewidth=0.8)
     model.fill_between([low, high], [low / (1 + MISS), high / (1 + MISS)], [low / (1 - MISS), high / (1 - MISS)], alpha=0.15)
     for passed, marker in (("forward", "o"), ("both", "^")):
-        some = [o for o in found if o.passed == passed]
-        model.scatter([o.predicted for o in some], [o.auto for o in some], s=14, marker=marker, label=PASSES[passed])
+        subset = [o for o in results if o.passed == passed]
+        model.scatter([o.predicted for o in subset], [o.auto for o in subset], s=14, marker=marker, label=PASSES[passed])
     model.set(xscale="log", yscale="log", xlabel="predicted, s", ylabel="measured, s", title="the band is 15 % either way")
     model.legend()
     figure.savefig(path, dpi=120)

@@ -23,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ringattn
-from ringattn.checkpoint import store as checkpoint
-from ringattn.checkpoint.async_save import Saver
+from ringattn.checkpoint import Saver, save
 from ringattn.nn import Decoder, DecoderConfig, reduce_gradients, shift_labels
 
 WAYS = ("none", "foreground", "background")
@@ -65,27 +64,27 @@ def main(config: Config) -> None:
         saver, number = Saver(shared[0], keep=1), iter(range(1, 10**6))
         ask: dict[str, Callable[[], object]] = {
             "none": lambda: None,
-            "foreground": lambda: checkpoint.save(Path(shared[0], "foreground"), next(number), model, optimizer, keep=1),
+            "foreground": lambda: save(Path(shared[0], "foreground"), next(number), model, optimizer, keep=1),
             "background": lambda: saver.save(next(number), model, optimizer),
         }
-        found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+        results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         step()  # makes the optimizer's state
         for _ in range(config.rounds):
             for way in WAYS:
                 times = [slowest(step), slowest(ask[way]), *(slowest(step) for _ in range(config.steps - 1))]
-                found[way].append([times[1], median(times[2:]), sum(times)])
+                results[way].append([times[1], median(times[2:]), sum(times)])
                 saver.finish()
         if mesh.get_local_rank() == 0:
             size = sum(path.stat().st_size for path in Path(shared[0]).rglob("*.distcp") if "foreground" in path.parts)
-            _show(found, f"{world} ranks, checkpoints of {size / 1e6:.0f} MB, rounds of {config.steps} steps, {config}")
+            _show(results, f"{world} ranks, checkpoints of {size / 1e6:.0f} MB, rounds of {config.steps} steps, {config}")
         dist.barrier()
     dist.destroy_process_group()
 
 
-def _show(found: dict[str, list[list[float]]], title: str) -> None:
+def _show(results: dict[str, list[list[float]]], title: str) -> None:
     table = Table("checkpoint", "asking, ms", "a step beside it, ms", "a round, s", "of one without", title=title)
-    none = median(seconds for *_, seconds in found["none"])
-    for way, rounds in found.items():
+    none = median(seconds for *_, seconds in results["none"])
+    for way, rounds in results.items():
         asking, beside, whole = (median(column) for column in zip(*rounds, strict=True))
         table.add_row(way, f"{asking * 1e3:.1f}", f"{beside * 1e3:.0f}", f"{whole:.2f}", f"{whole / none:.2f}")
     Console(width=120).print(table)

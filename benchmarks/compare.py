@@ -17,10 +17,12 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,10 +34,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
-from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.planner.topology import PRESETS
-from ringattn.schedule.catalog import NAMES
+from ringattn.planner import DEFAULT_TOPOLOGY, PRESETS, compute_seconds, price, traffic, transfer_seconds
+from ringattn.schedule import NAMES
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 
@@ -78,7 +78,7 @@ class Contender:
     training: bool  # whether it runs backward
     plan: Plan | None = None
     error: float | None = None
-    seconds: list[tuple[float, float]] = field(default_factory=list)
+    seconds: list[tuple[float, ...]] = field(default_factory=list)
 
 
 def main(config: Config) -> None:
@@ -138,7 +138,7 @@ def _ours(config: Config, world: int, rank: int, topology: Topology, unable: dic
             unable[name] = str(error)
             continue
         positions = torch.tensor(plan.layout.positions(rank))
-        yield Contender(name, lambda q, k, v, plan=plan: attention(q, k, v, plan), positions, training, plan)
+        yield Contender(name, partial(attention, plan=plan), positions, training, plan)
 
 
 def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> Iterator[Contender]:
@@ -157,10 +157,10 @@ def _theirs(config: Config, world: int, rank: int, unable: dict[str, str]) -> It
 def _topology(config: Config) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     name = config.topology or DEFAULT_TOPOLOGY
-    found = ringattn.load_topology(name) if Path(name).exists() else PRESETS.get(name)
-    if found is None:
+    results = ringattn.load_topology(name) if Path(name).exists() else PRESETS.get(name)
+    if results is None:
         raise SystemExit(f"--topology {name}: neither a file nor one of {', '.join(PRESETS)}")
-    return replace(found, flops=config.emulate) if config.emulate else found
+    return replace(results, flops=config.emulate) if config.emulate else results
 
 
 def _whole(config: Config, world: int) -> Whole:
@@ -224,7 +224,7 @@ def _bound(plan: Plan, topology: Topology, backward: bool) -> float:
 
 
 def _print(
-    rows: list[dict[str, object]], unable: dict[str, str], dense: float | None, topology: Topology, config: Config, world: int
+    rows: list[dict[str, Any]], unable: dict[str, str], dense: float | None, topology: Topology, config: Config, world: int
 ) -> None:
     passes = ["forward"] if config.forward_only else ["forward", "both"]
     fastest = {p: min((row[p] for row in rows if not row["ours"] and p in row), default=None) for p in passes}
@@ -252,7 +252,7 @@ def _print(
         console.print(f"not run: {name}: {why}", markup=False, highlight=False)
 
 
-def _ms(seconds: object) -> str:
+def _ms(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.{1 if seconds > 0.01 else 3}f} ms"
 
 
@@ -280,5 +280,5 @@ def _version(package: str) -> str | None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Config, description=__doc__))
-    except RingAttnError as error:
-        raise SystemExit(str(error)) from None
+    except RingAttnError as problem:
+        raise SystemExit(str(problem)) from None

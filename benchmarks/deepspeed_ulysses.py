@@ -88,7 +88,8 @@ def model_of(flags: Flags, attention: str) -> torch.nn.Module:
         num_attention_heads=flags.heads,
         num_key_value_heads=flags.kv_heads,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model
 
 
 def engine_of(flags: Flags, attention: str, mpu: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ import tyro
 from clock import slowest
 
 import ringattn
-from ringattn.comm.consistency import agree
-from ringattn.faults.watchdog import comm_errors
+from ringattn.comm import agree
+from ringattn.faults import comm_errors
 
 FIELDS = {"plan": "0" * 16, "batch": 1, "dtype": torch.float32, "scale": None, "key_bias": False}
 
@@ -38,7 +39,7 @@ class Config:
 def main(config: Config) -> None:
     mesh = ringattn.init()
     world, rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-    shape = dict(heads=config.heads, head_dim=config.head_dim, topology="cpu")
+    shape: dict[str, Any] = dict(heads=config.heads, head_dim=config.head_dim, topology="cpu")
     plan = ringattn.make_plan(config.rows * world, world=world, **shape)
     q, k, v = torch.randn(3, 1, plan.rows(rank), config.heads, config.head_dim).unbind()
     calls, loose, agreements = [], [], []

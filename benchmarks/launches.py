@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -37,14 +37,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ringattn import Plan, causal, full, make_plan, schedule
 from ringattn import kernels as kernel_registry
-from ringattn.comm.p2p import P2P
-from ringattn.comm.simulated import Simulated
-from ringattn.comm.transport import Transport
-from ringattn.execution.autograd import Inputs, attend, run_backward, run_forward
-from ringattn.execution.overlap import _Nowhere
-from ringattn.kernels import Grads, Kernel, Operands, Options, Rows
-from ringattn.kernels.fused import triton_ops
-from ringattn.kernels.lse import Partial, accum_dtype
+from ringattn.comm import P2P, Port, Simulated, Transport
+from ringattn.execution import Inputs, attend, run_backward, run_forward
+from ringattn.kernels import Grads, Kernel, Operands, Options, Partial, Rows, accum_dtype, fused
+from ringattn.schedule import Message
 
 WORLD, ROWS, HEADS, HEAD_DIM = 4, 8192, 32, 128
 # Operators that start no work on the device.
@@ -81,20 +77,20 @@ def per_tile(counted: Counter[str], tiles: int) -> dict[str, float]:
 
 
 def plan_for(name: str, mask: str, *, kernel: str = "sdpa", rows: int = ROWS, heads: int = HEADS, dim: int = HEAD_DIM) -> Plan:
-    made = {"ring": schedule.ring, "token_ring": schedule.token_ring}[name](WORLD)
+    built = {"ring": schedule.ring, "token_ring": schedule.token_ring}[name](WORLD)
     given: dict[str, Any] = dict(heads=heads, kv_heads=heads, head_dim=dim, dtype=torch.bfloat16, kernel=kernel)
     layout = "zigzag" if mask == "causal" else "contiguous"
     return make_plan(
-        WORLD * rows, world=WORLD, mask=causal() if mask == "causal" else full(), schedule=made, layout=layout, **given
+        WORLD * rows, world=WORLD, mask=causal() if mask == "causal" else full(), schedule=built, layout=layout, **given
     )
 
 
 def inputs_of(plan: Plan, device: str) -> list[Inputs]:
-    def some(rows: int, heads: int) -> Tensor:
+    def subset(rows: int, heads: int) -> Tensor:
         return torch.zeros(1, rows, heads, plan.head_dim, dtype=torch.bfloat16, device=device, requires_grad=device == "cpu")
 
     return [
-        Inputs(some(plan.rows(r), plan.heads), some(plan.rows(r), plan.kv_heads), some(plan.rows(r), plan.kv_heads))
+        Inputs(subset(plan.rows(r), plan.heads), subset(plan.rows(r), plan.kv_heads), subset(plan.rows(r), plan.kv_heads))
         for r in range(plan.world)
     ]
 
@@ -106,21 +102,22 @@ def tiles_of(plan: Plan, rank: int | None = None) -> int:
 
 def count(name: str, mask: str) -> Figures:
     """Launches per tile of both passes on fake CUDA tensors, all ranks simulated."""
-    plan, found = plan_for(name, mask), []
+    plan, outcomes = plan_for(name, mask), []
     with FakeTensorMode(allow_non_fake_inputs=True), on_a_gpu():
         inputs = inputs_of(plan, "cuda")
         for backward in (False, True):
-            with Launches() as launches, fused_stand_ins(launches):
+            with Launches() as launches, fused.launches_replaced(lambda name: launches.counted.update([name])):
                 options, transport = Options(HEAD_DIM**-0.5), Simulated(WORLD, copy=False)
                 if not backward:  # not through autograd, which wants a real device behind a leaf
                     results, _ = run_forward(inputs, plan, options, transport, keep=False)
                 else:
                     douts = [torch.empty_like(out) for out in results[::2]]
                     run_backward(inputs, results, douts, [{}] * WORLD, iter(()), plan, options, transport)
-            found.append(per_tile(launches.counted, tiles_of(plan)))
-    totals = [round(sum(detail.values()), 2) for detail in found]
-    detail = {f"{way} {op}": n for way, one in zip(("forward", "backward"), found, strict=True) for op, n in one.items()}
-    return Figures(name, mask, *totals, detail)
+            outcomes.append(per_tile(launches.counted, tiles_of(plan)))
+    totals = [round(sum(detail.values()), 2) for detail in outcomes]
+    detail = {f"{way} {op}": n for way, entry in zip(("forward", "backward"), outcomes, strict=True) for op, n in entry.items()}
+    forth, back = totals
+    return Figures(name, mask, forth, back, detail)
 
 
 @contextmanager
@@ -139,16 +136,6 @@ def on_a_gpu() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def fused_stand_ins(launches: Launches) -> Iterator[None]:
-    """ringattn's Triton kernels as one launch each."""
-    with (
-        mock.patch("ringattn.kernels.fused.triton_runs", lambda: True),
-        triton_ops.replaced(lambda name: launches.counted.update([name])),
-    ):
-        yield
-
-
 class Instant(Kernel):
     """Returns the same tensors every time, at once."""
 
@@ -163,15 +150,17 @@ class Instant(Kernel):
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
             self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        return self.made[key]
+        built: Partial = self.made[key]
+        return built
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
         if key not in self.made:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
-            likes = [torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes]
-            self.made[key] = Grads(*likes, None)
-        return self.made[key]
+            dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
+            self.made[key] = Grads(dq, dk, dv, None)
+        built: Grads = self.made[key]
+        return built
 
 
 @contextmanager
@@ -182,6 +171,21 @@ def instant_kernel() -> Iterator[None]:
     kernel_registry.get.cache_clear()
 
 
+class Silent(Port):
+    """A port that delivers zeros at once and sends nothing."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
+        for message, buffer in transfers:
+            if message.dst == self.rank:
+                buffer.zero_()
+
+    def wait(self, message: Message) -> Generator[None, None, None]:
+        yield from ()
+
+
 class Nowhere(P2P):
     """A transport that hosts rank 1 of 4 and moves nothing: what is left is the engine."""
 
@@ -190,7 +194,7 @@ class Nowhere(P2P):
         self.ranks = (1,)
 
     def ports(self, label: str) -> list[Any]:
-        return [_Nowhere(1)]
+        return [Silent(1)]
 
 
 def host(name: str, rounds: int, *, group: bool = True) -> Figures:
@@ -207,9 +211,10 @@ def peer(rounds: int) -> Figures | None:
     """The same of ring-flash-attention's loop, with a flash-attn that returns at once."""
     sys.path.insert(0, str(Path(__file__).parent))
     from peers import flash_on_cpu, ring_flash
+    from peers.base import Setting
 
     try:
-        loop = ring_flash._part("ring_flash_attn", SimpleNamespace(flops=0))
+        loop = ring_flash._part("ring_flash_attn", cast(Setting, SimpleNamespace(flops=0)))
     except (ImportError, AssertionError):
         return None
     result = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 4), None, None
@@ -224,9 +229,9 @@ def peer(rounds: int) -> Figures | None:
 def instantly(function: Any, result: Any) -> Any:
     """A function that looks like `function`, down to its parameters, and returns `result`."""
     parameters = [f"{p.name}" if p.default is p.empty else f"{p.name}=None" for p in signature(function).parameters.values()]
-    made: dict[str, Any] = {"result": result}
-    exec(f"def instant({', '.join(parameters)}): return result", made)
-    return made["instant"]
+    built: dict[str, Any] = {"result": result}
+    exec(f"def instant({', '.join(parameters)}): return result", built)
+    return built["instant"]
 
 
 def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Figures:
@@ -240,7 +245,8 @@ def timed(name: str, rounds: int, tiles: int, forward: Callable[[], Tensor], lea
         torch.autograd.grad(out, leaves, dout)
         seconds[0].append(middle - begin)
         seconds[1].append(perf_counter() - middle)
-    return Figures(name, "full", *(round(1e6 * median(some[rounds // 5 :]) / tiles, 1) for some in seconds))
+    forth, back = (round(1e6 * median(subset[rounds // 5 :]) / tiles, 1) for subset in seconds)
+    return Figures(name, "full", forth, back)
 
 
 def fake_group() -> None:
@@ -256,9 +262,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: list[Figures] = []
+    outcomes: list[Figures] = []
     if args.count:
-        found += [count(name, mask) for name in ("token_ring", "ring") for mask in ("full", "causal")]
+        outcomes += [count(name, mask) for name in ("token_ring", "ring") for mask in ("full", "causal")]
     if args.host:
         torch.set_num_threads(1)
         fake_group()
@@ -270,11 +276,11 @@ def main() -> None:
             "peer": lambda: peer(args.rounds),
         }
         for _ in range(3):  # interleaved: the machine may be busier in one round than in the next
-            found += [figures for one in runs.values() if (figures := one()) is not None]
-    for figures in found:
+            outcomes += [figures for entry in runs.values() if (figures := entry()) is not None]
+    for figures in outcomes:
         print(json.dumps(asdict(figures)))
     if args.json:
-        args.json.write_text(json.dumps([asdict(figures) for figures in found], indent=1))
+        args.json.write_text(json.dumps([asdict(figures) for figures in outcomes], indent=1))
 
 
 if __name__ == "__main__":

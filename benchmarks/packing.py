@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,8 @@ from rich.table import Table
 
 import ringattn
 from ringattn import Layout, Plan, RingAttnError, attention, make_plan
-from ringattn.planner.cost import traffic
-from ringattn.sequence.layout import Span
+from ringattn.planner import traffic
+from ringattn.sequence import Span
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ def main(config: Config) -> None:
 
 
 def _lengths(config: Config) -> list[int]:
-    source, found, left = Random(config.seed), [], config.tokens
+    source, results, left = Random(config.seed), [], config.tokens
     while left:
-        found.append(min(left, config.longest, int(config.shortest * source.paretovariate(0.8))))
-        left -= found[-1]
-    return found
+        results.append(min(left, config.longest, int(config.shortest * source.paretovariate(0.8))))
+        left -= results[-1]
+    return results
 
 
 def _zigzag(lengths: list[int], world: int) -> Layout:
@@ -97,19 +98,19 @@ def _zigzag(lengths: list[int], world: int) -> Layout:
     return Layout("zigzag of every document", tuple(map(tuple, shards)))
 
 
-def _plan(config: Config, lengths: list[int], world: int, **given: object) -> Plan:
+def _plan(config: Config, lengths: list[int], world: int, **given: Any) -> Plan:
     topology = config.topology
-    found = ringattn.load_topology(topology) if topology and Path(topology).exists() else topology
-    model = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=config.dtype)
+    results = ringattn.load_topology(topology) if topology and Path(topology).exists() else topology
+    model: dict[str, Any] = dict(heads=config.heads, kv_heads=config.kv_heads, head_dim=config.head_dim, dtype=config.dtype)
     mask = ringattn.documents((0, *accumulate(lengths)))
-    return make_plan(sum(lengths), world=world, **model, mask=mask, topology=found, **given)
+    return make_plan(sum(lengths), world=world, **model, mask=mask, topology=results, **given)
 
 
 def _once(plan: Plan, config: Config, rank: int) -> tuple[float, float]:
-    def some(heads: int) -> torch.Tensor:
+    def subset(heads: int) -> torch.Tensor:
         return torch.randn(1, plan.rows(rank), heads, config.head_dim, dtype=getattr(torch, config.dtype), requires_grad=True)
 
-    q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
+    q, k, v = subset(config.heads), subset(config.kv_heads), subset(config.kv_heads)
     dist.barrier()
     begin = perf_counter()
     out = attention(q, k, v, plan)
@@ -139,9 +140,9 @@ def _print(contenders: list[Contender], lengths: list[int], config: Config, worl
     table = Table(title=f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens on {world} ranks, {config.dtype}")
     for head in ("", "tokens", "busiest rank's", "pairs", "busiest / mean", "MB sent", "forward", "forward+backward", "plan"):
         table.add_column(head, justify="left" if head in ("", "plan") else "right")
-    found = {contender.name: _figures(contender) for contender in contenders}
+    results = {contender.name: _figures(contender) for contender in contenders}
     for contender in contenders:
-        f = found[contender.name]
+        f = results[contender.name]
         table.add_row(
             contender.name,
             f"{f['tokens']:,}",
@@ -153,13 +154,15 @@ def _print(contenders: list[Contender], lengths: list[int], config: Config, worl
             f"{f['both'] * 1e3:.1f} ms",
             f"{contender.plan.layout}; {contender.plan.labels[0]}",
         )
-    ours, padded = found["ours"], found["padded"]
+    ours, padded = results["ours"], results["padded"]
     ratios = ", ".join(f"{what} {padded[what] / max(ours[what], 1e-12):.2f}" for what in ("tokens", "pairs", "forward", "both"))
     console = Console(width=170)
     console.print(table)
     console.print(f"padded / ours: {ratios}")
     if config.json:
-        facts = dict(config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, lengths=lengths, rows=found)
+        facts = dict(
+            config=asdict(config) | {"json": None}, world=world, torch=torch.__version__, lengths=lengths, rows=results
+        )
         config.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
 from time import perf_counter
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ringattn
-from ringattn.integrations.transformers.attention_interface import register, shard_batch
+from ringattn.integrations.transformers import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 sys.path.insert(0, str(Path(__file__).parent / "compression"))
@@ -56,20 +57,21 @@ def main(config: Config) -> None:
         alone = _trained(model, texts, config, lambda batch: _whole(model, batch), lambda: meant.extend(_grads(model)))
         print(f"one process: {perf_counter() - begin:.1f} s, losses {_shown(alone)}", flush=True)
     dist.barrier()
-    model, found, begin = _model("ringattn"), [], perf_counter()
+    model, results, begin = _model("ringattn"), [], perf_counter()
 
     def sharded(batch: dict[str, Tensor]) -> Tensor:
         inputs, targets = shard_batch(batch, model.config, mesh, schedule=config.schedule, topology="cpu")
+        assert targets is not None, "the batch has labels"
         loss = cross_entropy(model(**inputs).logits, targets, mesh)
         loss.backward()
         reduce_gradients(model.parameters(), mesh)
         return loss
 
-    losses = _trained(model, texts, config, sharded, lambda: found.extend(_grads(model)))
+    losses = _trained(model, texts, config, sharded, lambda: results.extend(_grads(model)))
     if rank == 0:
         print(f"{mesh.size()} ranks: {perf_counter() - begin:.1f} s, losses {_shown(losses)}")
         print(f"largest difference of a loss: {max(abs(a - b) for a, b in zip(losses, alone, strict=True)):.1e}")
-        off = [((a - b).norm() / b.norm()).item() for a, b in zip(found, meant, strict=True)]
+        off = [((a - b).norm() / b.norm()).item() for a, b in zip(results, meant, strict=True)]
         print(f"gradients of {len(off)} parameters: relative difference up to {max(off):.1e}, median {median(off):.1e}")
 
 
@@ -102,7 +104,7 @@ def _whole(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _grads(model: PreTrainedModel) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters()]
+    return [cast(Tensor, p.grad).clone() for p in model.parameters()]
 
 
 def _model(attention: str) -> PreTrainedModel:

@@ -15,18 +15,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
 from scaling_report import Point, chosen, curves, draw, print_table
+from torch.distributed.device_mesh import DeviceMesh
 
 import ringattn
 from ringattn import Plan, RingAttnError, Topology, attention, make_plan
-from ringattn.planner.closed_form import rank_families
-from ringattn.planner.cost import price
-from ringattn.planner.request import DEFAULT_TOPOLOGY
-from ringattn.planner.topology import PRESETS
+from ringattn.planner import DEFAULT_TOPOLOGY, PRESETS, price, rank_families
 
 MASKS = {"full": ringattn.full, "causal": ringattn.causal}
 PATIENCE = 3600.0  # seconds that ranks wait for the others' turn
@@ -97,16 +96,16 @@ def _kinds(config: Config) -> Iterator[tuple[str, int]]:
     yield from (("weak", rows) for rows in config.rows)
 
 
-def _topology(config: Config, mesh: dist.DeviceMesh) -> Topology:
+def _topology(config: Config, mesh: DeviceMesh) -> Topology:
     """With an emulated accelerator, ranks compute as fast as it does."""
     if config.probe:
-        from ringattn.diagnostics.probe import Probe
+        from ringattn.diagnostics import Probe
 
-        found = Probe(mesh).topology("probed")
+        results = Probe(mesh).topology("probed")
     else:
         name = config.topology or DEFAULT_TOPOLOGY
-        found = ringattn.load_topology(name) if name not in PRESETS else PRESETS[name]
-    return replace(found, flops=config.emulate) if config.emulate else found
+        results = ringattn.load_topology(name) if name not in PRESETS else PRESETS[name]
+    return replace(results, flops=config.emulate) if config.emulate else results
 
 
 def _of(topology: Topology, ranks: int) -> Topology:
@@ -134,8 +133,13 @@ def _measure(
     return Point(scaling, length, schedule, ranks, tokens, pairs, chosen(plan), (forward, both), (costs[0], sum(costs)))
 
 
-def _shape(config: Config) -> dict[str, object]:
-    given = {"heads": config.heads, "kv_heads": config.kv_heads, "head_dim": config.head_dim, "dtype": config.dtype}
+def _shape(config: Config) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "dtype": config.dtype,
+    }
     return given | {"mask": MASKS[config.mask]()}
 
 
@@ -146,11 +150,11 @@ def _pairs(config: Config, tokens: int) -> float:
 def _once(plan: Plan, config: Config, group: dist.ProcessGroup, device: str) -> tuple[float, float]:
     """Seconds of a forward pass, and of forward and backward together."""
 
-    def some(heads: int) -> torch.Tensor:
+    def subset(heads: int) -> torch.Tensor:
         shape = (config.batch, plan.rows(dist.get_rank(group)), heads, config.head_dim)
         return torch.randn(shape, dtype=getattr(torch, config.dtype), device=device, requires_grad=True)
 
-    q, k, v = some(config.heads), some(config.kv_heads), some(config.kv_heads)
+    q, k, v = subset(config.heads), subset(config.kv_heads), subset(config.kv_heads)
     begin = _now(group, device)
     with torch.no_grad():
         attention(q, k, v, plan, group=group)
@@ -174,7 +178,7 @@ def _beyond(last: Point, config: Config, topology: Topology) -> Iterator[Point]:
     while ranks <= config.beyond and last.ranks < config.beyond:
         tokens = last.length * (ranks if last.scaling == "weak" else 1)
         every = rank_families(tokens, world=ranks, **_shape(config), topology=_of(topology, ranks), batch=config.batch)
-        named = [one for one in every if one.family.name == last.schedule and one.family.ulysses == 1] or every
+        named = [entry for entry in every if entry.family.name == last.schedule and entry.family.ulysses == 1] or every
         seconds = named[0].forward.seconds, named[0].seconds
         unrun = replace(last, measured=None, chosen=str(named[0].family), predicted=seconds)
         yield replace(unrun, ranks=ranks, tokens=tokens, pairs=_pairs(config, tokens))

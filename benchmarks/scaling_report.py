@@ -42,22 +42,22 @@ class Point:
 
     def efficiency(self, first: Point, *, measured: bool) -> float:
         """Of forward + backward, relative to `first`."""
-        mine, its = ((one.measured if measured else one.predicted) or (0, 0) for one in (self, first))
+        mine, its = ((entry.measured if measured else entry.predicted) or (0, 0) for entry in (self, first))
         return (self.pairs / (self.ranks * mine[1])) / (first.pairs / (first.ranks * its[1]))
 
 
 def curves(points: Sequence[Point]) -> list[list[Point]]:
     """The points of each curve, by ranks: first those measured, then those beyond."""
     keys = dict.fromkeys((point.scaling, point.length, point.schedule) for point in points)
-    found = ([point for point in points if (point.scaling, point.length, point.schedule) == key] for key in keys)
-    return [sorted(curve, key=lambda point: (point.measured is None, point.ranks)) for curve in found]
+    results = ([point for point in points if (point.scaling, point.length, point.schedule) == key] for key in keys)
+    return [sorted(curve, key=lambda point: (point.measured is None, point.ranks)) for curve in results]
 
 
 def chosen(plan: Plan) -> str:
     """The schedules of both passes; lanes of a Ulysses group differ in whose they are, which is left out."""
     passes = [
-        [re.sub(r"ulysses \d+ of", "ulysses", head_group.schedule.name) for head_group in one]
-        for one in (plan.forward, plan.backward)
+        [re.sub(r"ulysses \d+ of", "ulysses", head_group.schedule.name) for head_group in entry]
+        for entry in (plan.forward, plan.backward)
     ]
     forward, backward = ("|".join(dict.fromkeys(names)) for names in passes)
     return forward if forward == backward else f"{forward}, backward {backward}"

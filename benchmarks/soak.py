@@ -21,6 +21,8 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import tyro
 
@@ -56,10 +58,10 @@ def main(config: Config) -> None:
         _wait(job)
         end = time.monotonic()
         same, steps = _learned(calm) == _learned(disturbed), len(_learned(disturbed))
-        found = dict(steps_logged=steps, killed=killed, bit_identical=same, calm_s=between - begin, disturbed_s=end - between)
-        print(json.dumps(found))
+        results = dict(steps_logged=steps, killed=killed, bit_identical=same, calm_s=between - begin, disturbed_s=end - between)
+        print(json.dumps(results))
         if config.json:
-            config.json.write_text(json.dumps(asdict(config) | found, indent=1, default=str) + "\n")
+            config.json.write_text(json.dumps(asdict(config) | results, indent=1, default=str) + "\n")
         sys.exit(0 if same and steps == config.steps and killed == config.kills else 1)
 
 
@@ -102,17 +104,16 @@ def _learned(out: Path) -> list[tuple[float, ...]]:
 
 def delayed() -> None:
     """The main job on a rank that sleeps at random before it waits."""
-    from ringattn.comm.shared_memory import SharedMemoryPort  # what `init` takes on one host
+    from ringattn.comm import SharedMemoryPort  # what `init` takes on one host
 
     sleep, wait = random.Random(os.environ["RANK"]), SharedMemoryPort.wait
 
-    def late(port, message):
+    def late(port: SharedMemoryPort, message: Any) -> Any:
         time.sleep(sleep.choice((0, 0, 0, 0, 0.001, 0.003)))
         return wait(port, message)
 
-    SharedMemoryPort.wait = late
+    mock.patch.object(SharedMemoryPort, "wait", late).start()
     sys.argv = [str(TRAIN), *sys.argv[2:]]
-    sys.path.insert(0, str(TRAIN.parent))
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 

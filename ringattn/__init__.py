@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from ringattn.planner import Topology as Topology
     from ringattn.planner import load_topology as load_topology
     from ringattn.planner import make_plan as make_plan
-    from ringattn.runtime import init as init
+    from ringattn.runtime.init import init as init
     from ringattn.schedule import Schedule as Schedule
     from ringattn.sequence import Layout as Layout
     from ringattn.sequence import Mask as Mask

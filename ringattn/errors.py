@@ -1,7 +1,7 @@
-"""Every error ringattn raises on purpose.
+"""Defines every error that ringattn raises on purpose.
 
-Catching `RingAttnError` catches them all. Each also derives from the builtin a caller would have expected, and each message
-says what was found, where, and the cure: these texts are part of the interface.
+Catching `RingAttnError` catches all of them. Each also derives from the builtin error a caller would expect. Each message names
+what was found, where, and how to fix it; these texts are part of the interface.
 """
 
 
@@ -18,23 +18,23 @@ class InputError(RingAttnError, ValueError):
 
 
 class MismatchError(RingAttnError, ValueError):
-    """Ranks came to the same call with different plans, shapes, dtypes or options; raised on every rank."""
+    """Ranks made the same call with different plans, shapes, dtypes or options; raised on every rank."""
 
 
 class ScheduleError(RingAttnError, ValueError):
-    """A schedule is not a correct algorithm: something is read too early, lost, or counted twice."""
+    """A schedule is not a correct algorithm: a value is read too early, lost, or counted twice."""
 
 
 class StalledError(RingAttnError, RuntimeError):
-    """The simulated transport found every rank waiting for something that will never come."""
+    """The simulated transport found that every rank waits for a message that will never arrive."""
 
 
 class CommError(RingAttnError, RuntimeError):
-    """A transfer between ranks failed; names the rank, the peer, the step and the pass."""
+    """A transfer between ranks failed; the message names the rank, the peer, the step and the pass."""
 
 
 class LaunchError(RingAttnError, RuntimeError):
-    """The process was not started as a member of a group; says which command to use."""
+    """The process was not started as a member of a group; the message names the command to use."""
 
 
 class CheckpointError(RingAttnError, RuntimeError):

@@ -88,9 +88,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         dict(kind=Kind.Q, index=0, src=0, dst=1, depart=0, arrival=1),
     ),
     "Schedule.home": (RING.owner, dict(kind=Kind.Q, index=1)),
-    "Schedule.rest": (RING.rest, dict(kind=Kind.Q, index=1)),
-    "Schedule.to_rest": (RING.to_rest, dict(move=RING.moves[0])),
-    "Schedule.straight_home": (RING.return_to_owner, dict(kind=Kind.Q_ACC)),
+    "Schedule.rest": (RING.resident_rank, dict(kind=Kind.Q, index=1)),
+    "Schedule.to_rest": (RING.moves_to_resident, dict(move=RING.moves[0])),
+    "Schedule.straight_home": (RING.returns_to_owner, dict(kind=Kind.Q_ACC)),
     "make": (
         make,
         dict(

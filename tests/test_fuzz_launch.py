@@ -3,18 +3,15 @@
 import dataclasses
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 from spawn import start
 
+from ringattn.cli.train import TrainConfig
 from ringattn.nn import Decoder, DecoderConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "launch"))
-
-from config import TrainConfig  # noqa: E402
 
 NUMBERS = ["0", "-1", "1000000000", "9" * 30, "9" * 5000, "0.5", "nan", "inf", "-inf", "1e400"]
 TEXTS = ["", "no such thing", "größe", "x" * 5000, "None", "/", "..", "/proc/no/such", "/dev/null/x", "[1, 2]"]
@@ -30,11 +27,11 @@ def answers(which: str, cases: list[list[str]], tmp_path: Path) -> list[tuple[li
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     process = start([str(ROOT / "tests" / "support" / "fuzz_job.py"), which, str(tmp_path / "cases.json")], **place)
     out, err = process.communicate(timeout=58)
-    found = [tuple(json.loads(line)) for line in out.splitlines() if line.startswith("[")]
-    assert process.returncode == 0 and len(found) == len(cases), (
-        f"{cases[len(found)][-2:]}: {process.returncode}\n{err[-5000:]}"
+    actual = [tuple(json.loads(line)) for line in out.splitlines() if line.startswith("[")]
+    assert process.returncode == 0 and len(actual) == len(cases), (
+        f"{cases[len(actual)][-2:]}: {process.returncode}\n{err[-5000:]}"
     )
-    return found
+    return actual
 
 
 def flags() -> list[str]:
@@ -53,9 +50,9 @@ def test_every_flag_of_train(values: list[str], tmp_path: Path) -> None:
                 cases.append([*fine, flag, value, *[value] * (flag == "--merge-layers")])
     first, *others = answers("train", cases, tmp_path)
     assert first[1] == "end"
-    for case, how, said in others:
+    for case, how, message in others:
         assert how in ("end", "exit 2") or how.startswith("raised "), f"{case[len(fine) :]}: {how}"
-        assert "Traceback" not in said
+        assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("flag", ["--dim", "--batch", "--layers", "--hidden-dim", "--head-dim"])
@@ -113,8 +110,8 @@ def test_every_flag_of_the_console_script(tmp_path: Path) -> None:
     ]
     first, *others = answers("ringattn", cases, tmp_path)
     assert first[1] == "end"
-    for case, how, said in others:
+    for case, how, message in others:
         assert how in ("end", "exit 2"), f"{case[-2:]}: {how}"
-        assert "Traceback" not in said and (how == "end" or said.strip()), case
-        if said.startswith("ringattn: "):
-            assert len(said.splitlines()) == 1 and len(said) < 2000, said
+        assert "Traceback" not in message and (how == "end" or message.strip()), case
+        if message.startswith("ringattn: "):
+            assert len(message.splitlines()) == 1 and len(message) < 2000, message

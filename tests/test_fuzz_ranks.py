@@ -45,31 +45,31 @@ def calls(rank: int) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
 
 def bad_calls(rank: int, seed: int) -> list[str]:
     """What each of many calls said on this rank; between them good ones, whose result is checked."""
-    draw, told = random.Random(seed), []
+    draw, messages = random.Random(seed), []
     expected = unshard(attention(*(calls(rank)["attention"][1][name] for name in "qkv"), PLAN), PLAN)
     for n in range(CASES):
         call, fine = calls(rank)[draw.choice(sorted(calls(rank)))]
         argument, label = draw.choice(sorted(fine)), draw.choice(sorted(BAD))
         bad = draw.choice([{0}, {1}, {2}, {0, 1, 2}])
         given = {**fine, argument: BAD[label]} if rank in bad else fine
-        said = "no error"
+        message = "no error"
         try:
             call(**given)
         except (InputError, MismatchError) as error:
-            said = str(error)
+            message = str(error)
         except RingAttnError as error:
             raise AssertionError(f"{call} {argument}={label} on {bad}: {type(error).__name__}: {error}") from error
-        told.append(f"{getattr(call, '__name__', call)}({argument}={label}) on {sorted(bad)}: {said}")
+        messages.append(f"{getattr(call, '__name__', call)}({argument}={label}) on {sorted(bad)}: {message}")
         if n % 10 == 0:
             again = unshard(attention(*(calls(rank)["attention"][1][name] for name in "qkv"), PLAN), PLAN)
             assert torch.equal(again, expected)
-    return told
+    return messages
 
 
 @pytest.mark.parametrize("seed", [7, 8])
 def test_what_one_rank_does_wrong_every_rank_hears_of(seed: int) -> None:
     first, *others = run_ranks(WORLD, bad_calls, seed, timeout=55)
-    for said in zip(first, *others, strict=True):
-        assert len(set(said)) == 1, said
-        assert "no error" in said[0] or "rank" in said[0], said
-    assert sum("no error" not in said for said in first) > CASES / 2
+    for message in zip(first, *others, strict=True):
+        assert len(set(message)) == 1, message
+        assert "no error" in message[0] or "rank" in message[0], message
+    assert sum("no error" not in message for message in first) > CASES / 2

@@ -104,7 +104,7 @@ def _differences(old: Any, new: Any, *, same_bits: bool, at: str = "") -> Any:
 
 def _apart(old: dict[str, Any], new: dict[str, Any], at: str) -> Any:
     tolerance = TOLERANCE[old["dtype"]] * max(1.0, old["values"][-1])
-    expected, found = (torch.tensor(summary["values"], dtype=torch.float64) for summary in (old, new))
-    same = torch.isclose(found, expected, rtol=0, atol=tolerance)
+    expected, actual = (torch.tensor(summary["values"], dtype=torch.float64) for summary in (old, new))
+    same = torch.isclose(actual, expected, rtol=0, atol=tolerance)
     if not same.all():
         yield f"{at}: values {new['values']}, were {old['values']}"

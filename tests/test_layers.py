@@ -83,7 +83,7 @@ def imports(source: str, *, lazy: bool) -> Iterator[str]:
 
 def upward(module: str, source: str) -> list[str]:
     """Imports of `module` that point up."""
-    return [found for found in imports(source, lazy=True) if found and place(found) > place(module)]
+    return [actual for actual in imports(source, lazy=True) if actual and place(actual) > place(module)]
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -115,8 +115,8 @@ def test_no_files_import_each_other() -> None:
 
 
 def test_the_engine_knows_no_kernel_mask_or_planner() -> None:
-    found = {name.partition(".")[0] for name in imports(FILES["execution.engine"].read_text(), lazy=True)}
-    assert found <= {"comm", "schedule", "errors"}
+    actual = {name.partition(".")[0] for name in imports(FILES["execution.engine"].read_text(), lazy=True)}
+    assert actual <= {"comm", "schedule", "errors"}
     everything = {
         name
         for module, path in FILES.items()

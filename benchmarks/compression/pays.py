@@ -28,8 +28,7 @@ from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
 from ringattn.merging import DeleteGate, Merge, bipartite, delete, segments, shorten, similar, windows
-from ringattn.nn import DecoderConfig
-from ringattn.nn.decoder import Block
+from ringattn.nn import Block, DecoderConfig
 
 SHAPE = DecoderConfig(256, 256, 1, 4, 4, 64, 768)
 PARTS = ("decide", "shorten", "merge", "unmerge")
@@ -66,13 +65,13 @@ def main(config: Config) -> None:
     rows: list[dict[str, Any]] = []
     for length in config.lengths:
         plans = {name: _plan(length, full() if name == "bipartite" else causal()) for name in _names()}
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
         for number in range(config.rounds + 1):
             for name, plan in plans.items():
                 seconds = _once(block, gate, plan, name)
                 if number:  # the first warms up
-                    found[name].append(seconds)
-        for name, runs in found.items():
+                    results[name].append(seconds)
+        for name, runs in results.items():
             rows.append({"policy": name, "length": length} | {part: median(run[part] for run in runs) for part in runs[0]})
     config.json.write_text(json.dumps(rows, indent=1) + "\n")
     report(rows)
@@ -82,7 +81,7 @@ def main(config: Config) -> None:
 
 def _planning(world: int, number: int) -> float:
     """Seconds of a plan that was not made before."""
-    asked = dict(heads=4, head_dim=64, schedule="token_ring", layout="contiguous", topology="cpu")
+    asked: dict[str, Any] = dict(heads=4, head_dim=64, schedule="token_ring", layout="contiguous", topology="cpu")
     begin = perf_counter()
     make_plan(1024 + 64 * number, world=world, **asked)
     return perf_counter() - begin

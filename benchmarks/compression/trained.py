@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -33,12 +32,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ringattn import Plan, causal, full, make_plan
+from ringattn.cli.train import read_corpus
 from ringattn.nn import Decoder, DecoderConfig, Merging, MergingDecoder, shift_labels
-from ringattn.plan.head_groups import pairs
-from ringattn.planner.cost import traffic
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "launch"))
-from data import read_corpus
+from ringattn.plan import pairs
+from ringattn.planner import traffic
 
 MERGED = dict(first=1, last=3, schedule="ring")
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -68,7 +65,7 @@ class Config:
     seq_len: int = 1024
     lr: float = 4e-3
     json: Path = Path("benchmarks/results/compression_trained.json")
-    plot: Path = Path("docs/compression_trained.png")
+    plot: Path = Path("docs/images/compression_trained.png")
 
     @property
     def genome(self) -> bool:
@@ -97,7 +94,7 @@ def trained(config: Config, variant: str, seed: int) -> dict[str, Any]:
     plan = _plan(config.seq_len, config.task, 1)
     torch.manual_seed(seed)
     how = VARIANTS[variant]
-    model = Decoder(shape) if how is None else MergingDecoder(shape, Merging(**how, **MERGED))
+    model = Decoder(shape) if how is None else MergingDecoder(shape, Merging(**{**how, **MERGED}))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     text, held_out = _text(config)
     budget = config.steps * step_flops(shape, plan, None, None)

@@ -42,7 +42,8 @@ def batch_for(config: PretrainedConfig, case: str) -> dict[str, Any]:
             batch["labels"][0, PADDED] = IGNORE  # else a row of padding would be asked for it
     if case == "numbered":
         batch["position_ids"] = (tokens.long().cumsum(1) - 1).clamp(min=0)
-    return EXTRA.get(config.model_type, lambda config, batch: batch)(config, batch)
+    extended: dict[str, Any] = EXTRA.get(config.model_type, lambda config, batch: batch)(config, batch)
+    return extended
 
 
 def padding(length: int, case: str) -> Tensor:

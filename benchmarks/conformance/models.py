@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -45,25 +45,28 @@ def build(task: str, name: str, attention: str | None = None, seed: int = 0) -> 
     torch.manual_seed(seed)
     cls, config = getattr(transformers, class_name(task, name)), config_of(task, name)
     try:
-        model = made(cls, config, attention or "sdpa")
+        model = built(cls, config, attention or "sdpa")
     except ValueError:  # the model, or one inside, has only the other
         if attention is not None:
             raise
-        model = made(cls, config, "eager")
-    return randomised(model, seed).train(name not in IN_EVALUATION)
+        model = built(cls, config, "eager")
+    ready: PreTrainedModel = randomised(model, seed).train(name not in IN_EVALUATION)
+    return ready
 
 
-def made(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
+def built(cls: Any, config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """The model with this attention, its experts one after another: the grouped product has no fp64."""
     model: PreTrainedModel = cls._from_config(config, attn_implementation=attention, experts_implementation="eager")
-    return model.double()
+    doubled: PreTrainedModel = model.double()
+    return doubled
 
 
 def part_for(config: PretrainedConfig, cls: type) -> PretrainedConfig:
     """The configuration inside a composite one that the class is made of, as `AutoModel.from_config` takes it."""
     if isinstance(config, cls):
         return config
-    return next((part for part in vars(config).values() if type(part) is cls), config)
+    values: list[Any] = list(vars(config).values())
+    return cast(PretrainedConfig, next((part for part in values if type(part) is cls), config))
 
 
 def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed import FileStore  # type: ignore[attr-defined]  # documented, and not marked as exported
 from transformers import PreTrainedModel
 
 from conformance.batches import batch_for, cases_of
@@ -27,8 +28,8 @@ from conformance.corrections import NOT_BUILT
 from conformance.double import Double
 from conformance.models import build, class_name, config_of
 from conformance.verdict import BOUND, Outcome, Result, described, judged, on_this_rank, one_process, own_loss
-from ringattn.errors import InputError, PlanError
-from ringattn.integrations.transformers.attention_interface import register
+from ringattn import InputError, PlanError
+from ringattn.integrations.transformers import register
 
 LIMIT = 40  # seconds for one case on one rank
 LAYOUTS = {1: "contiguous", 2: "zigzag", 3: "contiguous"}
@@ -39,7 +40,7 @@ def run(rank: int, job: Job, models: list[tuple[str, str]]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     register()
-    board = dist.FileStore(f"{job.folder}/board", max(job.worlds))
+    board = FileStore(f"{job.folder}/board", max(job.worlds))
     board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + job.patience)))
     parent = multiprocessing.parent_process()
     for number, (task, name) in enumerate(models):
@@ -74,7 +75,7 @@ class Sweep:
 
     rank: int
     job: Job
-    board: dist.FileStore
+    board: FileStore
     task: str
     name: str
 
@@ -161,7 +162,7 @@ class Sweep:
 @contextmanager
 def group(job: Job, world: int, rank: int, name: str) -> Iterator[None]:
     """A default group of its own for one case: whatever the last one left behind is gone."""
-    store = dist.FileStore(f"{job.folder}/{name.replace(' ', '-')}-{world}", world)
+    store = FileStore(f"{job.folder}/{name.replace(' ', '-')}-{world}", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=job.patience))
     try:
         yield

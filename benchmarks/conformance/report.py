@@ -54,17 +54,17 @@ def write(folder: Path, page: Path | None = None) -> None:
 
 def summary(results: list[Line]) -> list[dict[str, Any]]:
     """Of each type: its class, the outcome of each case over all worlds, what was said, and the largest error."""
-    told = []
+    text_lines = []
     for (task, name), cases in by_type(results).items():
-        said: dict[str, list[str]] = defaultdict(list)
-        for case, found in cases.items():
-            for text in {line["text"] for line in found if line["text"]}:
-                said[text].append(case)
+        words: dict[str, list[str]] = defaultdict(list)
+        for case, measured in cases.items():
+            for text in {line["text"] for line in measured if line["text"]}:
+                words[text].append(case)
         error = worst(cases)
         first = next(iter(cases.values()))[0]
-        one = {"task": task, "type": name, "class": first.get("class"), "outcomes": outcomes(cases), "said": said}
-        told.append(one | {"error": None if error != error else error})
-    return told
+        entry = {"task": task, "type": name, "class": first.get("class"), "outcomes": outcomes(cases), "said": words}
+        text_lines.append(entry | {"error": None if error != error else error})
+    return text_lines
 
 
 def by_type(results: Iterable[Line]) -> dict[tuple[str, str], dict[str, list[Line]]]:
@@ -88,14 +88,14 @@ def outcomes(cases: dict[str, list[Line]]) -> dict[str, str]:
 
 def reasons(cases: dict[str, list[Line]], kind: str) -> str:
     """What was said in the cases with this outcome, each text once."""
-    found: dict[str, list[str]] = defaultdict(list)
+    measured: dict[str, list[str]] = defaultdict(list)
     for case, results in cases.items():
         for line in results:
-            if line["kind"] == kind and case not in found[cell(line["text"])]:
-                found[cell(line["text"])].append(case)
-    if len(found) == 1:
-        return next(iter(found))
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in found.items())
+            if line["kind"] == kind and case not in measured[cell(line["text"])]:
+                measured[cell(line["text"])].append(case)
+    if len(measured) == 1:
+        return next(iter(measured))
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in measured.items())
 
 
 def cell(text: str) -> str:
@@ -109,8 +109,8 @@ def markdown(results: list[Line]) -> str:
     table = by_type(results)
     kinds = {key: outcomes(cases) for key, cases in table.items()}
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for key, found in kinds.items():
-        groups[group_of(set(found.values()))].append(key)
+    for key, measured in kinds.items():
+        groups[group_of(set(measured.values()))].append(key)
     parts = [totals(table, kinds, groups)]
     for name, heading in HEADINGS.items():
         if groups[name]:
@@ -121,15 +121,15 @@ def markdown(results: list[Line]) -> str:
 
 def own_losses(results: list[Line], keys: set[tuple[str, str]]) -> list[str]:
     """Of the types that run, those whose own loss is not that of shifted labels."""
-    told = [
+    text_lines = [
         f"{line['type']} ({line['task']})"
         for line in results
         if line["kind"] == "note" and (line["task"], line["type"]) in keys
     ]
-    if not told:
+    if not text_lines:
         return []
     text = "The loss that these models make of `labels` is not that of each row's logits and the label behind it,\nwhich"
-    return [f"## Loss of their own\n\n{text} is what `shard_batch` gives targets for: {', '.join(told)}."]
+    return [f"## Loss of their own\n\n{text} is what `shard_batch` gives targets for: {', '.join(text_lines)}."]
 
 
 HEADINGS = {
@@ -141,13 +141,13 @@ HEADINGS = {
 }
 
 
-def group_of(found: set[str]) -> str:
+def group_of(measured: set[str]) -> str:
     """Under which heading a type with these outcomes stands."""
-    if "third" in found:
+    if "third" in measured:
         return "third"
-    if found <= {"exact", "none"} and "exact" in found:
+    if measured <= {"exact", "none"} and "exact" in measured:
         return "exact"
-    return "some" if "exact" in found else "refused" if "refused" in found else "none"
+    return "some" if "exact" in measured else "refused" if "refused" in measured else "none"
 
 
 def totals(
@@ -156,9 +156,9 @@ def totals(
     groups: dict[str, list[tuple[str, str]]],
 ) -> str:
     """How many types and cases came to what."""
-    worlds = sorted({line["world"] for cases in table.values() for found in cases.values() for line in found} - {0})
-    count = Counter(kind for found in kinds.values() for kind in found.values())
-    told = [
+    worlds = sorted({line["world"] for cases in table.values() for measured in cases.values() for line in measured} - {0})
+    count = Counter(kind for measured in kinds.values() for kind in measured.values())
+    text_lines = [
         f"{len(table)} pairs of type and task, on {', '.join(map(str, worlds))} ranks.",
         "",
         "| | exact in every case | exact in some, else refused | refused | third outcome | not run |",
@@ -166,9 +166,9 @@ def totals(
     ]
     for task in sorted({task for task, _ in table}):
         counts = [str(sum(key[0] == task for key in groups[name])) for name in ("exact", "some", "refused", "third", "none")]
-        told.append(f"| {task} | {' | '.join(counts)} |")
-    told += ["", f"Cases: {', '.join(f'{count[kind]} {kind}' for kind in ORDER)}."]
-    return "\n".join(told)
+        text_lines.append(f"| {task} | {' | '.join(counts)} |")
+    text_lines += ["", f"Cases: {', '.join(f'{count[kind]} {kind}' for kind in ORDER)}."]
+    return "\n".join(text_lines)
 
 
 def rows(
@@ -178,21 +178,21 @@ def rows(
     kinds: dict[tuple[str, str], dict[str, str]],
 ) -> str:
     """A table of the types under one heading."""
-    told = []
+    text_lines = []
     for task, model_type in keys:
         cases = table[task, model_type]
         first = next(iter(cases.values()))[0]
         head = f"| {model_type} | {first.get('class', '')} |"
         by_case = " | ".join(kinds[task, model_type].get(case, "") for case in CAUSAL)
         if name in ("refused", "none"):
-            told.append(f"{head} {reasons(cases, name)} |")
+            text_lines.append(f"{head} {reasons(cases, name)} |")
         elif name == "exact":
-            told.append(f"{head} {by_case} | {worst(cases):.0e} |")
+            text_lines.append(f"{head} {by_case} | {worst(cases):.0e} |")
         else:
-            told.append(f"{head} {by_case} | {reasons(cases, 'third' if name == 'third' else 'refused')} |")
+            text_lines.append(f"{head} {by_case} | {reasons(cases, 'third' if name == 'third' else 'refused')} |")
     columns = "reason" if name in ("refused", "none") else " | ".join((*CAUSAL, "error" if name == "exact" else "reason"))
     width = 2 + columns.count("|") + 1
-    return "\n".join([f"| type | class | {columns} |", "|" + "---|" * width, *told])
+    return "\n".join([f"| type | class | {columns} |", "|" + "---|" * width, *text_lines])
 
 
 def worst(cases: dict[str, list[Line]]) -> float:

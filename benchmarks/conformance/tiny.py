@@ -94,8 +94,8 @@ def fields_of(config: PretrainedConfig) -> dict[str, Any]:
 
 def grouped(fields: Mapping[str, Any]) -> dict[str, str]:
     """For each count of key/value heads the count of heads it belongs to: where they were equal they stay so."""
-    pairs = (("num_key_value_heads", "num_attention_heads"), ("num_kv_heads", "num_attention_heads"))
-    pairs += (("swa_num_key_value_heads", "swa_num_attention_heads"), ("linear_num_key_heads", "linear_num_value_heads"))
+    pairs = [("num_key_value_heads", "num_attention_heads"), ("num_kv_heads", "num_attention_heads")]
+    pairs += [("swa_num_key_value_heads", "swa_num_attention_heads"), ("linear_num_key_heads", "linear_num_value_heads")]
     return {kv: heads for kv, heads in pairs if kv in fields and heads in fields}
 
 
@@ -103,7 +103,7 @@ def accepted(cls: type) -> set[str]:
     """The names that a configuration's constructor takes."""
     if dataclasses.is_dataclass(cls):
         return {field.name for field in dataclasses.fields(cls) if field.init} - {"transformers_version", "dtype"}
-    return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
+    return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}  # type: ignore[misc]  # cls is no instance
 
 
 def all_smaller(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def token(name: str, value: Any) -> Any:
     """A special token's id within the small vocabulary, apart from the ids that batches draw from."""
     common = {"pad": 0, "bos": 1, "eos": 2}
     if isinstance(value, list):
-        return [token(name, one) for one in value][:1]
+        return [token(name, entry) for entry in value][:1]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if name.split("_")[0] in common and name.endswith("_token_id") and name.count("_") == 2:

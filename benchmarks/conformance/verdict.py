@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from conformance.batches import IGNORE
 from conformance.double import Double
-from ringattn.errors import InputError, PlanError
-from ringattn.integrations.transformers.attention_interface import shard_batch
+from ringattn import InputError, PlanError
+from ringattn.integrations.transformers import shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
 # Both sides compute the same sums in fp64, only in another order. Through the few layers of a tiny model, gradients of loss and
@@ -87,6 +87,7 @@ def on_this_rank(model: PreTrainedModel, batch: dict[str, Any], layout: str) -> 
     try:
         with Double():
             inputs, targets = shard_batch(batch, model.config, schedule="ring", layout=layout, dtype=torch.float64)
+            assert targets is not None, "every batch has labels"
             loss = cross_entropy(model(**inputs).logits, targets)
             loss.backward()
             reduce_gradients(model.parameters())
@@ -117,8 +118,8 @@ def judged(whole: Result, ranks: list[Result]) -> Outcome:
     kinds = {result.kind for result in ranks}
     texts = sorted({result.text for result in ranks})
     if len(kinds) > 1:
-        said = "; ".join(f"rank {n} {result.kind} {result.text}" for n, result in enumerate(ranks))
-        return Outcome("third", f"ranks disagree: {said}")
+        words = "; ".join(f"rank {n} {result.kind} {result.text}" for n, result in enumerate(ranks))
+        return Outcome("third", f"ranks disagree: {words}")
     if kinds == {"refused"}:
         return Outcome("refused", texts[0])
     if whole.kind != "ran":

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from ringattn import Mask, Plan, make_plan, positions
-from ringattn.comm.simulated import Simulated, SimulatedPort
-from ringattn.execution.autograd import Inputs, attend
-from ringattn.kernels import KERNELS, Options
-from ringattn.kernels.select import unsupported_reason
-from ringattn.schedule.program import Message
+from ringattn.comm import Simulated, SimulatedPort
+from ringattn.execution import Inputs, attend
+from ringattn.kernels import KERNELS, Options, unsupported_reason
+from ringattn.schedule import Message
 
 SCHEDULES = ("ring", "bidirectional_ring", "token_ring", "mesh", "all_gather", "ulysses")
 WANTED = ("sdpa", "reference", "cudnn", "flash", "flash2", "flash3", "flash4")
@@ -49,11 +48,11 @@ def kernels_here(device: torch.device, dtype: torch.dtype, head_dim: int, *, bia
     """Those of `WANTED` that run here, and in words why the others do not."""
     here, why = [], []
     for name in WANTED:
-        found = (
+        outcomes = (
             unsupported_reason(name, device, dtype, head_dim, bias=bias) if name in KERNELS else f"there is no kernel {name!r}"
         )
-        here += [name] if found is None else []
-        why += [] if found is None else [f"{name}: {found}"]
+        here += [name] if outcomes is None else []
+        why += [] if outcomes is None else [f"{name}: {outcomes}"]
     return here, why
 
 
@@ -140,11 +139,11 @@ def answer(e: Example, plan: Plan, *, softcap: float | None = None) -> list[Tens
 def visible(mask: Mask, length: int, device: torch.device) -> Tensor:
     """(length, length) bool: which row sees which key, as the mask's rectangles and bands say."""
     row, key = torch.arange(length, device=device)[:, None], torch.arange(length, device=device)
-    seen = torch.zeros(length, length, dtype=torch.bool, device=device)
+    device_facts = torch.zeros(length, length, dtype=torch.bool, device=device)
     for r in mask.rects:
         inside = (row >= r.q_start) & (row < r.q_stop) & (key >= r.k_start) & (key < r.k_stop)
-        seen |= inside & (key - row >= r.band.left) & (key - row <= r.band.right)
-    return seen
+        device_facts |= inside & (key - row >= r.band.left) & (key - row <= r.band.right)
+    return device_facts
 
 
 def dense(e: Example, keep: Tensor, *, softcap: float | None = None) -> list[Tensor]:
@@ -164,11 +163,11 @@ def dense(e: Example, keep: Tensor, *, softcap: float | None = None) -> list[Ten
     return [out.detach(), *torch.autograd.grad(out, leaves, e.dout.double())]
 
 
-def error(found: Tensor, exact: Tensor) -> float:
+def error(outcomes: Tensor, exact: Tensor) -> float:
     """The norm of the difference relative to the norm of the exact result; infinity where something is not finite."""
-    if not found.isfinite().all():
+    if not outcomes.isfinite().all():
         return float("inf")
-    return float(((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item())
+    return float(((outcomes.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item())
 
 
 @contextmanager
@@ -210,14 +209,14 @@ def interleaved(contenders: Mapping[str, Callable[[], Sequence[float]]], rounds:
 
     All take their turn in each round, beginning with another one each time: a card that gets hot does so for all of them.
     """
-    found: dict[str, list[Sequence[float]]] = {name: [] for name in contenders}
+    outcomes: dict[str, list[Sequence[float]]] = {name: [] for name in contenders}
     for run in contenders.values():
         run()
     order = list(contenders)
     for number in range(rounds):
         for name in order[number % len(order) :] + order[: number % len(order)]:
-            found[name].append(contenders[name]())
-    return {name: [median(part) for part in zip(*seconds, strict=True)] for name, seconds in found.items()}
+            outcomes[name].append(contenders[name]())
+    return {name: [median(part) for part in zip(*seconds, strict=True)] for name, seconds in outcomes.items()}
 
 
 def often(device: torch.device, action: Callable[[], object], calls: int = 20, rounds: int = 5) -> float:

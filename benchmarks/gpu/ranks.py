@@ -68,10 +68,10 @@ def ended(process: subprocess.Popen[bytes], path: Path, begin: float, seconds: f
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(6)  # prints the stacks of its threads
             time.sleep(0.3)
-    found = json.loads(path.read_text()) if path.exists() else {}
+    outcomes = json.loads(path.read_text()) if path.exists() else {}
     output = path.with_suffix(".txt").read_text(errors="replace")
-    seconds = found.get("seconds", time.monotonic() - begin)
-    return Ended(found.get("result"), found.get("error") or error, seconds, output, time.time())
+    seconds = outcomes.get("seconds", time.monotonic() - begin)
+    return Ended(outcomes.get("result"), outcomes.get("error") or error, seconds, output, time.time())
 
 
 def free_port() -> int:

@@ -39,9 +39,9 @@ def one_schedule(device: torch.device, schedule: str, dtype: torch.dtype) -> dic
         out = ringattn.attention(q, k, v, plan)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), shards.douts[rank])]
 
-    found = both()
-    equal = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    off = error(found[0], dense(e, visible(mask, LENGTH, device))[0][:, shards.rows[rank]])
+    results = both()
+    equal = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    off = error(results[0], dense(e, visible(mask, LENGTH, device))[0][:, shards.rows[rank]])
     dist.barrier()
     begin = time.perf_counter()
     for _ in range(CALLS):
@@ -59,11 +59,11 @@ def takes_transport() -> bool:
 
 def judge(stage: Any, table: str, world: int, ended: list[Any], **cells: Any) -> None:
     """Rows and failures of a stage from what all ranks have found: the slowest time, right if right on each rank."""
-    for rank, one in enumerate(ended):
-        stage.check(not one.error, f"{table}, {world} ranks: rank {rank} {one.error}")
-    if any(one.error for one in ended):
+    for rank, entry in enumerate(ended):
+        stage.check(not entry.error, f"{table}, {world} ranks: rank {rank} {entry.error}")
+    if any(entry.error for entry in ended):
         return
-    for rows in zip(*(one.result["rows"] for one in ended), strict=True):
+    for rows in zip(*(entry.result["rows"] for entry in ended), strict=True):
         name = rows[0]["schedule"]
         right = all(row["right"] for row in rows)
         off = max(row["off"] for row in rows)

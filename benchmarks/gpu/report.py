@@ -25,10 +25,10 @@ MARKED = re.compile(r"(<!-- gpu:(?!end)(\w+) -->\n).*?(<!-- gpu:end -->)", re.DO
 
 def write(folder: Path, page: Path | None = None) -> Path:
     """Make DIR/report.md and the pictures from the JSONs in `folder`; and the tables of `page`. Returns the report's path."""
-    found = load(folder)
-    pictures = draw(folder, found)
-    sections = {name: section(name, found) for name in SECTIONS}
-    title = f"# {found.get('run', {}).get('date', 'Undated')}, {card(found)}\n"
+    results = load(folder)
+    pictures = draw(folder, results)
+    sections = {name: section(name, results) for name in SECTIONS}
+    title = f"# {results.get('run', {}).get('date', 'Undated')}, {card(results)}\n"
     parts = [title, *(f"## {SECTIONS[name][0]}\n\n{body}\n" for name, body in sections.items() if body)]
     parts += [f"![{name}]({name})\n" for name in pictures]
     (folder / "report.md").write_text("\n".join(parts))
@@ -59,12 +59,12 @@ def linked(folder: Path, page: Path, pictures: Iterable[str]) -> str:
     return "\n\n".join(f"![{name}]({(where / name).as_posix()})" for name in pictures)
 
 
-def card(found: Mapping[str, Json]) -> str:
+def card(results: Mapping[str, Json]) -> str:
     """The device and the versions in a line."""
-    figures = found.get("environment", {}).get("figures", {})
+    figures = results.get("environment", {}).get("figures", {})
     named = {"torch": "torch", "cuda": "CUDA", "cudnn": "cuDNN", "nccl": "NCCL"}
     versions = [f"{word} {figures[key]}" for key, word in named.items() if figures.get(key)]
-    return ", ".join([figures.get("gpu") or found.get("run", {}).get("card", "unknown device"), *versions])
+    return ", ".join([figures.get("gpu") or results.get("run", {}).get("card", "unknown device"), *versions])
 
 
 def table(rows: list[Json], columns: Iterable[str] | None = None) -> str:
@@ -84,24 +84,24 @@ def cell(value: Any) -> str:
     return "" if value is None else str(value).replace("|", "/")
 
 
-def section(name: str, found: Mapping[str, Json]) -> str:
-    return SECTIONS[name][1](found).strip()
+def section(name: str, results: Mapping[str, Json]) -> str:
+    return SECTIONS[name][1](results).strip()
 
 
-def rows_of(found: Mapping[str, Json], stage: str, name: str) -> list[Json]:
-    rows: list[Json] = found.get(stage, {}).get("figures", {}).get(name, [])
+def rows_of(results: Mapping[str, Json], stage: str, name: str) -> list[Json]:
+    rows: list[Json] = results.get(stage, {}).get("figures", {}).get(name, [])
     return rows
 
 
-def summary(found: Mapping[str, Json]) -> str:
+def summary(results: Mapping[str, Json]) -> str:
     """One row for each stage, what failed in words, and the goals."""
-    stages = [result for name, result in found.items() if name != "run"]
+    stages = [result for name, result in results.items() if name != "run"]
     counts = [
         {"stage": r["stage"], "status": r["status"], "seconds": r["seconds"], "failures": len(r["failures"])} for r in stages
     ]
     goals = [goal | {"stage": r["stage"]} for r in stages for goal in r["goals"]]
     failures = [f"- {r['stage']}: {words}" for r in stages for words in r["failures"]]
-    parts = [card(found) + f", {found.get('run', {}).get('date', 'undated')}.", table(counts)]
+    parts = [card(results) + f", {results.get('run', {}).get('date', 'undated')}.", table(counts)]
     parts += ["What failed:\n\n" + "\n".join(failures)] if failures else []
     return "\n\n".join([*parts, table(goals, ("stage", "goal", "least", "most", "found", "met"))])
 
@@ -109,32 +109,32 @@ def summary(found: Mapping[str, Json]) -> str:
 def simple(stage: str, *names: str) -> Callable[[Mapping[str, Json]], str]:
     """The tables of one stage, with its single figures in a line before them."""
 
-    def make(found: Mapping[str, Json]) -> str:
-        figures = found.get(stage, {}).get("figures", {})
+    def make(results: Mapping[str, Json]) -> str:
+        figures = results.get(stage, {}).get("figures", {})
         single = [f"{key.replace('_', ' ')} {value}" for key, value in figures.items() if not isinstance(value, (list, dict))]
-        parts = ["; ".join(single) + "." if single else "", *(table(rows_of(found, stage, name)) for name in names)]
+        parts = ["; ".join(single) + "." if single else "", *(table(rows_of(results, stage, name)) for name in names)]
         return "\n\n".join(filter(None, parts))
 
     return make
 
 
-def launches(found: Mapping[str, Json]) -> str:
+def launches(results: Mapping[str, Json]) -> str:
     columns = ("kernel", "schedule", "mask", "forward", "backward")
-    host = rows_of(found, "launches", "host_us_per_tile")
-    parts = [table(rows_of(found, "launches", "launches"), columns)]
+    host = rows_of(results, "launches", "host_us_per_tile")
+    parts = [table(rows_of(results, "launches", "launches"), columns)]
     parts += ["Host, us per tile:\n\n" + table(host)] if host else []
     return "\n\n".join(filter(None, parts))
 
 
-def processes(found: Mapping[str, Json]) -> str:
+def processes(results: Mapping[str, Json]) -> str:
     """Graphs, the compiler, and real processes."""
     parts = []
     for stage, name in (("graphs", "graphs"), ("compiled", "compiled"), ("symmetric", "processes"), ("nccl", "ranks")):
-        body = table(rows_of(found, stage, name))
-        result = found.get(stage, {})
+        body = table(rows_of(results, stage, name))
+        result = results.get(stage, {})
         left_out = "; ".join(result.get("left_out", []))
         parts.append(f"{stage} ({result.get('status', 'not run')}{', ' if left_out else ''}{left_out})\n\n{body}".strip())
-    killed = found.get("nccl", {}).get("figures", {}).get("killed_peer")
+    killed = results.get("nccl", {}).get("figures", {}).get("killed_peer")
     parts += [f"A killed peer, after {killed['seconds']} s: {killed['said']}"] if killed else []
     return "\n\n".join(parts)
 
@@ -152,26 +152,26 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Json]], str]]] = {
 }
 
 
-def draw(folder: Path, found: Mapping[str, Json]) -> list[str]:
+def draw(folder: Path, results: Mapping[str, Json]) -> list[str]:
     """SVG files for what there are figures of; their names."""
-    made: dict[str, tuple[str, dict[str, list[tuple[float, float]]], str, dict[str, float] | None]] = {}
+    built: dict[str, tuple[str, dict[str, list[tuple[float, float]]], str, dict[str, float] | None]] = {}
     for mask in ("full", "causal"):
         speeds: dict[str, list[tuple[float, float]]] = {}
-        for row in rows_of(found, "baselines", "dense"):
+        for row in rows_of(results, "baselines", "dense"):
             if row["mask"] == mask:
                 speeds.setdefault(row["kernel"], []).append((row["rows"], row["both"]))
-        made[f"baselines-{mask}.svg"] = (f"Dense attention, {mask}", speeds, "TFLOP/s, forward + backward", None)
+        built[f"baselines-{mask}.svg"] = (f"Dense attention, {mask}", speeds, "TFLOP/s, forward + backward", None)
         fractions: dict[str, list[tuple[float, float]]] = {}
-        for row in rows_of(found, "efficiency", "efficiency"):
+        for row in rows_of(results, "efficiency", "efficiency"):
             if row["mask"] == mask and row["schedule"] == "token_ring" and row["kernel"] == "sdpa":
                 fractions.setdefault(f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}", []).append((row["rows"], row["of_best"]))
         words = "fraction of the best dense attention"
-        made[f"efficiency-{mask}.svg"] = (f"token_ring, sdpa, {mask}", fractions, words, {"dense": 1.0})
-    made = {name: what for name, what in made.items() if what[1]}
-    for name, (title, lines, up, marks) in made.items():
+        built[f"efficiency-{mask}.svg"] = (f"token_ring, sdpa, {mask}", fractions, words, {"dense": 1.0})
+    built = {name: what for name, what in built.items() if what[1]}
+    for name, (title, lines, up, marks) in built.items():
         chart = line_chart(title, lines, across="rows of the whole sequence", up=up, marks=marks)
         (folder / name).write_text(chart)
-    return list(made)
+    return list(built)
 
 
 def main() -> int:

@@ -85,11 +85,11 @@ def arguments() -> argparse.Namespace:
 
 
 def names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in found if name not in SHARES]
-    if unknown or not found:
+    outcomes = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in outcomes if name not in SHARES]
+    if unknown or not outcomes:
         raise argparse.ArgumentTypeError(f"no stage {', '.join(unknown)}; there are {', '.join(SHARES)}")
-    return found
+    return outcomes
 
 
 def breakage(text: str) -> tuple[str, str]:
@@ -190,10 +190,10 @@ def empty(name: str, status: str, device: str, **more: Any) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        outcomes: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return outcomes
 
 
 def save(path: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -73,10 +73,10 @@ class Stage:
             self.check(False, f"{words}: {type(error).__name__}: {first_line(error)}")
             traceback.print_exc()
 
-    def goal(self, words: str, found: float, *, least: float | None = None, most: float | None = None) -> None:
+    def goal(self, words: str, results: float, *, least: float | None = None, most: float | None = None) -> None:
         """A speed or size that is wished for. A missed one is reported and is no failure: nothing is wrong."""
-        met = (least is None or found >= least) and (most is None or found <= most)
-        self.goals.append({"goal": words, "least": least, "most": most, "found": found, "met": met})
+        met = (least is None or results >= least) and (most is None or results <= most)
+        self.goals.append({"goal": words, "least": least, "most": most, "found": results, "met": met})
         self.write("running")
 
     def omit(self, words: str) -> None:
@@ -85,9 +85,9 @@ class Stage:
         self.write("running")
 
     def write(self, status: str) -> None:
-        found = {"stage": self.name, "status": status, "seconds": round(time.perf_counter() - STARTED, 3)}
-        found |= {"device": str(self.device), "figures": self.figures, "failures": self.failures}
-        write_json(self.out, found | {"goals": self.goals, "left_out": self.left_out})
+        results = {"stage": self.name, "status": status, "seconds": round(time.perf_counter() - STARTED, 3)}
+        results |= {"device": str(self.device), "figures": self.figures, "failures": self.failures}
+        write_json(self.out, results | {"goals": self.goals, "left_out": self.left_out})
 
 
 def first_line(error: BaseException) -> str:

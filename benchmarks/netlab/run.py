@@ -51,7 +51,8 @@ def _run_on_all(lab: Lab, script: list[str], deadline: float) -> int:
             if any(rank.poll() for rank in ranks):  # one has failed: the others would wait for it
                 deadline = min(deadline, time.monotonic() + 5)
             time.sleep(0.1)
-        return max((abs(rank.poll()) if rank.poll() is not None else 1) for rank in ranks)
+        ended = [rank.poll() for rank in ranks]
+        return max(1 if status is None else abs(status) for status in ended)
     finally:
         for rank in ranks:
             rank.send_signal(signal.SIGKILL)

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from ringattn.sequence.layout import LAYOUTS, Layout
+from ringattn.sequence import LAYOUTS, Layout
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import torch.distributed as dist
 
@@ -38,7 +39,8 @@ def _build(setting: Setting) -> Attention:
     from deepspeed.utils import groups
 
     # On a CPU it compiles an extension for reductions in shared memory, for a minute; Ulysses reduces nothing.
-    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
     init_distributed(dist_backend="gloo", verbose=False)
     # The uneven path asks the model-parallel unit which rank this is, and nothing else.
     groups.mpu = SimpleNamespace(get_sequence_parallel_rank=lambda: setting.rank)

@@ -131,9 +131,10 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> None:
     _only_one(cu_seqlens_q, cu_seqlens_k)
-    tensors = (x[None] for x in (dout, q, k, v, out, softmax_lse, dq, dk, dv))
-    window = window_size_left, window_size_right
-    _flash_attn_backward(*tensors, dropout_p, softmax_scale, causal, *window, softcap, alibi_slopes, deterministic)
+    tensors = [x[None] for x in (dout, q, k, v, out, softmax_lse, dq, dk, dv)]
+    options = (dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic)
+    given: tuple[Any, ...] = (*tensors, *options)
+    _flash_attn_backward(*given)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -165,7 +166,9 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> Tensor:
     _only_plain(dropout_p, *window_size, softcap, alibi_slopes)
-    return _Differentiable.apply(q, k, v, causal, q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    out: Tensor = _Differentiable.apply(q, k, v, causal, scale)
+    return out
 
 
 def _only_plain(dropout: float, left: int, right: int, softcap: float, alibi: Tensor | None) -> None:

@@ -32,16 +32,16 @@ class Whole(NamedTuple):
 def error(attention: Attention, whole: Whole, positions: Tensor, causal: bool, backward: bool) -> float:
     """Of this rank's rows: the largest over out, dq, dk and dv."""
     group = whole.q.shape[2] // whole.k.shape[2]
-    found = _run(attention, whole.rows(positions), backward)
+    results = _run(attention, whole.rows(positions), backward)
     expected = _dense(whole, positions, causal, torch.float32)
     heads = (group, group, 1, 1)
-    return max(_distance(a[:, :, :n], b) for a, b, n in zip(found, expected, heads, strict=False))
+    return max(_distance(a[:, :, :n], b) for a, b, n in zip(results, expected, heads, strict=False))
 
 
 def error_of_dense(whole: Whole, positions: Tensor, causal: bool) -> float:
     """What attention on one device in this dtype loses."""
-    found, expected = (_dense(whole, positions, causal, dtype) for dtype in (whole.q.dtype, torch.float32))
-    return max(map(_distance, found, expected))
+    results, expected = (_dense(whole, positions, causal, dtype) for dtype in (whole.q.dtype, torch.float32))
+    return max(map(_distance, results, expected))
 
 
 def _run(attention: Attention, shard: Whole, backward: bool) -> tuple[Tensor, ...]:
@@ -55,9 +55,9 @@ def _dense(whole: Whole, positions: Tensor, causal: bool, dtype: torch.dtype) ->
     group = whole.q.shape[2] // whole.k.shape[2]
     q, dout = (x[:, positions, :group].transpose(1, 2).to(dtype) for x in (whole.q, whole.dout))
     k, v = (x[:, :, :1].transpose(1, 2).to(dtype) for x in (whole.k, whole.v))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    leaves = q, k, v = tuple(x.clone().requires_grad_() for x in (q, k, v))
     keep = positions[:, None] >= torch.arange(k.shape[2]) if causal else None
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=keep, enable_gqa=group > 1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, enable_gqa=group > 1)
     dq, *of_keys = torch.autograd.grad(out, leaves, dout)
     for grad in (sums := [x.float() for x in of_keys]):
         dist.all_reduce(grad)
@@ -65,5 +65,6 @@ def _dense(whole: Whole, positions: Tensor, causal: bool, dtype: torch.dtype) ->
     return out, dq, dk[:, positions], dv[:, positions]
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+def _distance(results: Tensor, expected: Tensor) -> float:
+    distance: float = ((results.float() - expected.float()).norm() / expected.float().norm()).item()
+    return distance

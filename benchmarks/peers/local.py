@@ -36,10 +36,11 @@ class Cpu:
         q, k, v = map(_dense_rows, (q, k, v))
         operator = aten._scaled_dot_product_flash_attention_for_cpu
         if not before:
-            return operator(q, k, v, 0.0, causal, scale=scale)
+            out, lse = operator(q, k, v, 0.0, causal, scale=scale)
+            return out, lse
         # The operator's causal mask starts at the first query and key, so keys that all queries see are a call of their own.
-        seen, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
-        return merge(*operator(q, *seen, 0.0, False, scale=scale), *operator(q, *diagonal, 0.0, True, scale=scale))
+        visible, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
+        return merge(*operator(q, *visible, 0.0, False, scale=scale), *operator(q, *diagonal, 0.0, True, scale=scale))
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
@@ -48,9 +49,10 @@ class Cpu:
         dout, q, k, v, out = map(_dense_rows, (dout, q, k, v, out))
         operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
         if not before:
-            return operator(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
-        seen, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
-        dq, *of_seen = operator(dout, q, *seen, out, lse, 0.0, False, scale=scale)
+            dq, dk, dv = operator(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+            return dq, dk, dv
+        visible, diagonal = (k[:, :, :before], v[:, :, :before]), (k[:, :, before:], v[:, :, before:])
+        dq, *of_seen = operator(dout, q, *visible, out, lse, 0.0, False, scale=scale)
         dq_too, *of_diagonal = operator(dout, q, *diagonal, out, lse, 0.0, True, scale=scale)
         dk, dv = (torch.cat(pair, dim=2) for pair in zip(of_seen, of_diagonal, strict=True))
         return dq + dq_too, dk, dv

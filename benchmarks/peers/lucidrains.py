@@ -37,15 +37,17 @@ def _build(striped: bool, setting: Setting) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Its query head n belongs to KV head n % kv_heads, everybody else's to n // groups.
         q = q.unflatten(2, groups).transpose(2, 3).flatten(2, 3) if groups[1] > 1 else q
-        out = ring.ring_flash_attn_cuda(q, k, v, causal=setting.causal, ring_reduce_col=True, striped_ring_attn=striped)
-        return out.unflatten(2, groups[::-1]).transpose(2, 3).flatten(2, 3) if groups[1] > 1 else out
+        out: Tensor = ring.ring_flash_attn_cuda(q, k, v, causal=setting.causal, ring_reduce_col=True, striped_ring_attn=striped)
+        if groups[1] > 1:
+            out = out.unflatten(2, groups[::-1]).transpose(2, 3).flatten(2, 3)
+        return out
 
     return attention
 
 
 def _library(local: Local) -> Any:
     """The module with the ring, made to run on a CPU."""
-    kernel = ModuleType(f"{PACKAGE}.triton_flash_attn")
+    kernel: Any = ModuleType(f"{PACKAGE}.triton_flash_attn")
     kernel.flash_attn_forward, kernel.flash_attn_backward = partial(_forward, local), partial(_backward, local)
     sys.modules[kernel.__name__] = kernel
     from ring_attention_pytorch import ring
@@ -78,7 +80,7 @@ def _forward(
     first = 1 if causal_mask_diagonal else 0  # each row sees one key less: the first row none
     keys, values = (x[:, :, : x.shape[2] - first] for x in (k, v))
     part, part_lse = local.forward(q[:, :, first:], keys, values, causal, softmax_scale)
-    if o is None:
+    if o is None or lse is None:
         return part.transpose(1, 2), part_lse, part_lse
     if isinstance(local, Emulated):
         return o, lse, lse  # a part of its kernel, so its time is within the kernel's

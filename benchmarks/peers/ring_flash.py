@@ -63,9 +63,10 @@ def _llama3(heads: int, setting: Setting) -> Attention:
     ends_q, ends_k, longest_q, longest_k, keys = cut_to
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        one = (x.squeeze(0) for x in (q, k, v))
+        entry = (x.squeeze(0) for x in (q, k, v))
         given = (ends_q, ends_k, longest_q, longest_k, heads, keys)
-        return part.llama3_flash_attn_varlen_func(*one, *given, causal=setting.causal).unsqueeze(0)
+        out: Tensor = part.llama3_flash_attn_varlen_func(*entry, *given, causal=setting.causal)
+        return out.unsqueeze(0)
 
     return attention
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peers.base import Attention, Peer, Setting, two_halves
 from peers.local import Local, choose
-from ringattn.sequence.layout import LAYOUTS, Layout
+from ringattn.sequence import LAYOUTS, Layout
 
 ROWS = 2  # the dimension of the sequence
 
@@ -56,7 +56,8 @@ class _Ring(torch.autograd.Function):
         )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.given = local, method, causal, scale
-        return out.transpose(1, 2)
+        rows: Tensor = out.transpose(1, 2)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

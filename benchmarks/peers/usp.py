@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from peers import flash_on_cpu
 from peers.base import Attention, Peer, Setting, cut, only_causal, sixteen_bits, two_halves
-from ringattn.sequence.layout import LAYOUTS, Layout, take
+from ringattn.sequence import LAYOUTS, Layout, take
 
 PACKAGE = "yunchang"
 

@@ -53,7 +53,8 @@ def save(
     Args:
         directory: where the run's checkpoints live; made if missing.
         step: optimizer steps done so far.
-        model, optimizer: with the same state on every rank. torch's random state is saved too, each rank's own.
+        model: with the same parameters and buffers on every rank.
+        optimizer: with the same state on every rank. torch's random state is saved too, each rank's own.
         config: whatever must be the same to go on (JSON values); `load` compares it.
         keep: so many newest checkpoints stay, older ones are deleted once this one is complete.
 

@@ -1,8 +1,8 @@
-"""Collectives of torch.distributed that the board watches: sums and gathers over all ranks of a group.
+"""Sums and gathers tensors over all ranks of a group, watched by the watchdog.
 
-On GPUs they return before they have run, and a rank that waits for a dead peer then waits somewhere else, in `.item()` for
-example. So what they do to the stream is followed, like transfers. To be used inside `comm_errors`, which says what they are
-for.
+On GPUs a collective of torch.distributed returns before it has run, so a rank with a dead peer blocks somewhere else, in
+`.item()` for example. Therefore an event on the stream is tracked, as for transfers. Call these inside `comm_errors`, which
+names the purpose of the call.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringattn.comm.process_group import is_asynchronous
-from ringattn.faults.pending import Reached, recorded
+from ringattn.faults.pending import StreamEvent, record_event
 from ringattn.faults.watchdog import follow, watchdog
 
 
@@ -31,6 +31,6 @@ def all_gather(parts: Sequence[Tensor], tensor: Tensor, group: dist.ProcessGroup
 
 
 def _follow(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """By an event of the stream that now waits: the collective's own handle would keep its buffers until somebody looks."""
+    """Track an event of the waiting stream; the collective's own handle would keep its buffers alive until it is polled."""
     if is_asynchronous(device) and watchdog() is not None:
-        follow([Reached(recorded(device))], group, device)
+        follow([StreamEvent(record_event(device))], group, device)

@@ -1,12 +1,12 @@
-"""Sends and receives between two ranks, so that both directions of a link run at full rate.
+"""Posts sends and receives so that both directions of a link between two ranks run at full rate.
 
-gloo joins two ranks with one TCP connection, and in it each direction's acknowledgements wait behind the other's data: on
-shaped links a pair that exchanges 1 MB both ways took 0.33 s where one way takes 0.17 s (docs/log.md). A second group over the
-same ranks has connections of its own; what goes to a higher rank travels in the first and what goes to a lower one in the
-second. NCCL has channels for both directions already and needs none of this: there, what is posted together is one batch with
-one handle. A group may have both backends; the tensor decides which of them moves it.
+gloo joins two ranks with one TCP connection, in which each direction's acknowledgements wait behind the other direction's data:
+on shaped links a pair that exchanges 1 MB both ways took 0.33 s where one way takes 0.17 s (docs/log.md). A second group over
+the same ranks has its own connections; messages to a higher rank travel in the first and messages to a lower rank in the
+second. NCCL has channels for both directions and does not need this: transfers that are posted together are one batch with one
+handle. A group may have both backends; the tensor decides which of them moves it.
 
-Every point-to-point transfer of the library is made here. What it does not do: check sizes, dtypes or order.
+Every point-to-point transfer of the library is posted here. Sizes, dtypes and order are not checked here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _twins: WeakKeyDictionary[dist.ProcessGroup, ProcessGroupGloo] = WeakKeyDictiona
 
 
 class Transfer(NamedTuple):
-    """`tensor` goes from rank `src` of `group` to rank `dst`; `rank` is the one that is here, either of the two."""
+    """`tensor` goes from rank `src` of `group` to rank `dst`; `rank` is this process, one of the two."""
 
     tensor: Tensor
     group: Group
     rank: int
     src: int
     dst: int
-    tag: int = 0  # gloo never joins a send and a receive whose tags differ; NCCL has none
+    tag: int = 0  # gloo never matches a send with a receive of another tag; NCCL ignores tags
 
 
 def sending(tensor: Tensor, group: Group, rank: int, peer: int, tag: int = 0) -> Transfer:
@@ -55,17 +55,17 @@ def prepare(group: Group) -> None:
     """Make the second connections of a group that has gloo, once. Collective: all its ranks call it at the same point."""
     if group is None or group in _twins or backends(group).get("cpu") != "gloo":
         return
-    # Not by new_group: it names groups by how many a process has been in, which differs between ranks of subgroups.
+    # Not with new_group: it numbers groups by how many this process has joined, which differs between ranks of subgroups.
     store = PrefixStore("ringattn/duplex", _get_process_group_store(group))
     timeout = timedelta(seconds=timeout_of(group, CPU))
     _twins[group] = ProcessGroupGloo(store, dist.get_rank(group), dist.get_world_size(group), timeout)
 
 
 def connect(group: Group, device: torch.device) -> None:
-    """Let all ranks of `group` meet once in the backend that moves tensors of `device`. Collective, like `prepare`.
+    """Connect all ranks of `group` once in the backend that moves tensors of `device`. Collective, like `prepare`.
 
-    NCCL makes its communicator when it is first used, and then all ranks must come. The first batch of a schedule may leave a
-    rank out, or reach it only after it has waited for others.
+    NCCL creates its communicator at its first use, in which all ranks must take part. The first batch of a schedule may leave
+    a rank out, or reach it only after it has waited for others.
     """
     if group is None or not is_asynchronous(device) or device.type in _connected.setdefault(group, set()):
         return
@@ -75,15 +75,15 @@ def connect(group: Group, device: torch.device) -> None:
 
 
 def start(transfers: Sequence[Transfer]) -> list[list[dist.Work]]:
-    """Post `transfers`, of one group and device, together; for each, what to wait for: its own handle, or the one for all."""
+    """Post `transfers` of one group and device together; returns for each the handles to wait for: its own, or that of all."""
     tensor, group, *_ = transfers[0]
     group = dist.group.WORLD if group is None else group
     assert group is not None
     twin = _twins.get(group) if tensor.is_cpu else None
     if twin is not None:
-        works = [_one_way(transfer, group if transfer.src < transfer.dst else twin) for transfer in transfers]
+        works = [_post(transfer, group if transfer.src < transfer.dst else twin) for transfer in transfers]
     elif tensor.is_cpu:
-        works = [_one_way(transfer, group) for transfer in transfers]
+        works = [_post(transfer, group) for transfer in transfers]
     else:
         works = _as_batch(transfers, group, tensor.device)
     if waits_on_stream(tensor):
@@ -98,20 +98,20 @@ def finish(transfers: Sequence[Transfer]) -> None:
             work.wait()
 
 
-def _one_way(transfer: Transfer, way: Any) -> dist.Work:
+def _post(transfer: Transfer, connection: Any) -> dist.Work:
     tensor, _, rank, src, dst, tag = transfer
-    work: dist.Work = way.send([tensor], dst, tag) if rank == src else way.recv([tensor], src, tag)
+    work: dist.Work = connection.send([tensor], dst, tag) if rank == src else connection.recv([tensor], src, tag)
     return work
 
 
 def _as_batch(transfers: Sequence[Transfer], group: Any, device: torch.device) -> list[dist.Work]:
-    """Transfers that the backend starts together; NCCL gives one handle for all of them.
+    """Post transfers that the backend starts together; NCCL returns one handle for all of them.
 
-    As `dist.batch_isend_irecv`, less its checks of arguments, which take the host longer than all else that is done here.
+    Like `dist.batch_isend_irecv` without its checks of arguments, which cost the host more time than everything else here.
     """
     if type(group) is not dist.ProcessGroup or not group._get_backend(device).supports_coalescing:
-        return [_one_way(transfer, group) for transfer in transfers]
+        return [_post(transfer, group) for transfer in transfers]
     group._start_coalescing(device)
     for transfer in transfers:
-        _one_way(transfer, group)
+        _post(transfer, group)
     return [group._end_coalescing(device)]

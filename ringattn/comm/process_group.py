@@ -1,4 +1,4 @@
-"""Which process group, and which rank in it: the one place that reads torch.distributed's state."""
+"""Resolves the process group of a call and this process's rank in it; the only module that reads torch.distributed's state."""
 
 from __future__ import annotations
 
@@ -47,42 +47,42 @@ def group_and_rank(group: Group | None, world: int) -> tuple[dist.ProcessGroup |
 
 
 def backends(group: dist.ProcessGroup) -> Mapping[str, str]:
-    """Which backend moves tensors of which device type between the ranks of `group`: {"cpu": "gloo", "cuda": "nccl"}.
+    """The backend that moves tensors of each device type between the ranks of `group`: {"cpu": "gloo", "cuda": "nccl"}.
 
-    Asked of the backends themselves, once per group: `get_backend` answers "undefined" where the group was started without a
+    Read from the backends themselves, once per group: `get_backend` returns "undefined" where the group was started without a
     name, and a pair of names where it has two. gloo registers for GPUs too, but sends no GPU tensors point to point.
     """
-    found = _backends.get(group)
-    if found is None:
+    by_device = _backends.get(group)
+    if by_device is None:
         names = {device.type: group._get_backend(device).name() for device in group._device_types}
-        found = {device: name for device, name in names.items() if name != "gloo" or device == "cpu"}
-        _backends[group] = found
-    return found
+        by_device = {device: name for device, name in names.items() if name != "gloo" or device == "cpu"}
+        _backends[group] = by_device
+    return by_device
 
 
-def described(group: dist.ProcessGroup) -> str:
-    """Its backends for people: "cpu:gloo", or "cpu:gloo,cuda:nccl"."""
+def describe_backends(group: dist.ProcessGroup) -> str:
+    """The backends of `group` as text: "cpu:gloo", or "cpu:gloo,cuda:nccl"."""
     return ",".join(f"{device}:{name}" for device, name in backends(group).items())
 
 
-def moves(group: dist.ProcessGroup, device: torch.device) -> bool:
+def supports_device(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether `group` can send tensors of this device."""
     return device.type in backends(group)
 
 
 def cannot_move(group: dist.ProcessGroup | None, name: str, tensor: torch.Tensor) -> str | None:
-    """What is wrong, in words, where `group` moves no tensors of the device that `tensor` is on; else None."""
-    if group is None or moves(group, tensor.device):
+    """The error message where `group` cannot move tensors of the device that `tensor` is on; else None."""
+    if group is None or supports_device(group, tensor.device):
         return None
     served, names = " and ".join(backends(group)), " and ".join(backends(group).values())
     hint = {"cuda": "backend='nccl'", "cpu": "backend='gloo'"}.get(tensor.device.type, "another backend")
-    found = f"{name} is on {tensor.device} and the {names} group moves tensors on {served}"
-    return f"{found}; move it there, or start the group with {hint}"
+    problem = f"{name} is on {tensor.device} and the {names} group moves tensors on {served}"
+    return f"{problem}; move it there, or start the group with {hint}"
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where small tensors that belong to no device must be for `group` to exchange them: the CPU if it can be, since reading
-    what came then stalls no GPU; else the current GPU."""
+    """The device on which `group` exchanges small control tensors: the CPU if it can, since reading the result then stalls no
+    GPU; else the current GPU."""
     served = backends(group)
     if "cpu" in served or not served:
         return CPU
@@ -91,26 +91,26 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
 
 
 def device_type_of(group: dist.ProcessGroup) -> str:
-    """On which devices a model would be whose tensors `group` moves: GPUs where it moves those of GPUs, else the CPU."""
+    """The device type of models that use `group`: GPUs where the group moves GPU tensors, else the CPU."""
     return next((device for device in backends(group) if device != "cpu"), "cpu")
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether waiting for a transfer of this device's tensors returns at once, and only makes the device's stream wait."""
+    """Whether waiting for a transfer of this device's tensors returns at once and only makes the device's stream wait."""
     return device.type != "cpu"
 
 
 def waits_on_stream(tensor: torch.Tensor) -> bool:
-    """`is_asynchronous` for the device of `tensor`; asked for every transfer, and quicker."""
+    """`is_asynchronous` for the device of `tensor`; faster, as it is called for every transfer."""
     return not tensor.is_cpu
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work on this device is being captured in a CUDA graph. Torch without CUDA cannot be asked."""
+    """Whether work on this device is being captured in a CUDA graph. False in a torch without CUDA."""
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device) -> float:
-    """Seconds after which the backend gives up a transfer of this device's tensors; infinite if it does not tell."""
+    """Seconds after which the backend gives up a transfer of this device's tensors; infinite if unknown."""
     options = getattr(group._get_backend(device), "options", None)
     return float(options._timeout.total_seconds()) if options is not None else math.inf

@@ -1,12 +1,12 @@
-"""Transfers between ranks of one host through shared memory; the counterpart of `p2p`, with the same errors and deadlines.
+"""Moves messages between ranks of one host through shared memory; the counterpart of `p2p`, with the same errors and deadlines.
 
 All copying happens in `post` and `wait`, in the thread that calls them: a message that fits into the ring of its link (up to
-64 MiB; rings grow to what is under way) is there for the peer when `post` returns, and its receiver copies it out when it
-waits. So nothing competes with compute for cores or for Python's lock. While a rank waits it also moves whatever else it has
+64 MiB; rings grow to what is in flight) is available to the peer when `post` returns, and its receiver copies it out when it
+waits. So nothing competes with compute for cores or for Python's lock. While a rank waits it also moves everything else it has
 pending, in both directions, so ranks that all send first cannot block each other, whatever the size of their messages.
 
-What ends a wait: the message; the deadline of the group; the end of the peer, whose sockets the system closes. After a failure
-the transport of this group is over on every rank, as it is with gloo. Tensors on GPUs go the way of `p2p`.
+A wait ends with the message, at the deadline of the group, or at the end of the peer, whose sockets the system closes. After a
+failure the transport of this group is closed on every rank, as with gloo. Tensors on GPUs are sent by `p2p`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Links:
             self._poller.register(number, events)
 
     def begin_call(self) -> int:
-        """The number of the next call. Every rank counts the same calls; what is left of an earlier one is dropped."""
+        """The number of the next call. Every rank counts the same calls; transfers left from an earlier one are dropped."""
         self._calls += 1
         for link in self.links.values():
             link.abandon()
@@ -59,21 +59,21 @@ class Links:
         self._check()
         deadline = time.monotonic() + self.timeout
         try:
-            for one in self.links.values():
-                if one is link or one.ready or (one.lost and one.pending):
-                    self._progress(one)
+            for other in self.links.values():
+                if other is link or other.ready or (other.lost and other.pending):
+                    self._progress(other)
             while not transfer.finished:
-                left = deadline - time.monotonic()
-                if left <= 0:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
                     raise RuntimeError(f"Timed out waiting {self.timeout:g} s for rank {link.peer}")
-                for number, _ in self._poller.poll(left):
+                for number, _ in self._poller.poll(remaining):
                     self._progress(self._by_socket[number])
         except RuntimeError as error:
             self.close(str(error))
             raise
 
     def close(self, why: str = "the process has been forked") -> None:
-        """End all connections of this process; peers that still wait for it learn so at once."""
+        """End all connections of this process; peers that still wait for it notice at once."""
         self._failed = self._failed or why
         for link in self.links.values():
             link.close()
@@ -86,7 +86,7 @@ class Links:
             raise RuntimeError(link.lost)
 
     def _watch(self, link: Link) -> None:
-        """Wait for frames that come, and for room for those that could not be sent; not for a connection that has ended."""
+        """Poll for incoming frames, and for space for frames that could not be sent; not for a connection that has ended."""
         number = link.socket.fileno()
         wanted = 0 if link.lost else select.EPOLLIN | (select.EPOLLOUT if link.blocked else 0)
         if wanted == self._watched[number]:

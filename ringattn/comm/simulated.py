@@ -1,8 +1,8 @@
-"""All ranks in one process: the transport under the debugger, and the one most distributed bugs die on.
+"""Runs all ranks in one process: the transport for debugging and tests.
 
-It runs the same engine as the real one, in lock step or in any order a seed draws; counts bytes on every directed link; can
-delay messages (they arrive only after the waiting rank has asked that many times) and drop them. When no rank can go on, it
-says who waits for what, instead of hanging.
+It runs the same engine as the real transports, in lock step or in a random order drawn from a seed; counts bytes on every
+directed link; can delay messages (they arrive only after the waiting rank has polled that many times) and drop them. When no
+rank can proceed, it raises an error that lists which message each rank waits for, instead of hanging.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ringattn.comm.wire_format import Wire
 from ringattn.errors import CommError, StalledError
 from ringattn.schedule.program import Message
 
-PATIENCE = 1000  # rounds in which nobody gets anywhere before it counts as stalled; delays must stay below
+MAX_IDLE_ROUNDS = 1000  # rounds without progress of any rank that count as a stall; delays must stay below
 
 
 class Simulated:
-    """A transport that hosts every rank. `bytes_sent[src, dst]` and `messages_sent[src, dst]` count what has travelled.
+    """A transport that hosts every rank. `bytes_sent[src, dst]` and `messages_sent[src, dst]` count what was sent.
 
-    copy: whether messages are copied, as between real ranks. False: the receiver reads the sender's own memory, for timing what
-    is not the transport's.
+    copy: whether messages are copied, as between real ranks. False: the receiver reads the sender's own memory, for timing the
+    rest of a pass.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class Simulated:
         return [SimulatedPort(self, links, rank, label) for rank in self.ranks]
 
     def drive(self, runs: Sequence[Generator[None, None, Result]]) -> list[Result]:
-        """Advance the ranks in turn until each has returned; raise `StalledError` when none can go on."""
+        """Advance the ranks in turn until each has returned; raise `StalledError` when none can proceed."""
         results: dict[int, Result] = {}
         running = dict(enumerate(runs))
         idle_rounds = 0
         while running:
             before = self._progress
-            for rank in self._turn(running):
+            for rank in self._turn_order(running):
                 try:
                     next(running[rank])
                 except StopIteration as stop:
@@ -65,8 +65,8 @@ class Simulated:
                     del running[rank]
                     self.advanced(rank)
             idle_rounds = idle_rounds + 1 if self._progress == before else 0
-            if idle_rounds > PATIENCE:
-                stuck = "\n".join(f"  rank {rank} waits for {what}" for rank, what in sorted(self.waiting_for.items()))
+            if idle_rounds > MAX_IDLE_ROUNDS:
+                stuck = "\n".join(f"  rank {rank} waits for {message}" for rank, message in sorted(self.waiting_for.items()))
                 raise StalledError(f"every rank waits for a message that will not come:\n{stuck}")
         return [results[rank] for rank in range(len(runs))]
 
@@ -74,7 +74,7 @@ class Simulated:
         self._progress += 1
         self.waiting_for.pop(rank, None)
 
-    def _turn(self, running: Mapping[int, object]) -> list[int]:
+    def _turn_order(self, running: Mapping[int, object]) -> list[int]:
         ranks = list(running)
         if self._order is not None:
             self._order.shuffle(ranks)
@@ -90,7 +90,7 @@ class SimulatedPort(Port):
         self._handed_over: dict[Message, Tensor] = {}
 
     def allocate(self, wire: Wire, device: torch.device) -> Tensor:
-        # What is handed over needs no memory here, only a size that can be checked.
+        # A message that is handed over needs no memory here, only a size to check.
         return super().allocate(wire, device if self._transport.copy else torch.device("meta"))
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
@@ -106,23 +106,23 @@ class SimulatedPort(Port):
 
     def wait(self, message: Message) -> Generator[None, None, Tensor | None]:
         link = (message.src, message.dst)
-        asked = 0
+        polls = 0
         while message.dst == self.rank and any(pending is message for pending, _ in self._posted[link]):
-            if self._links[link] and asked >= self._transport.delay(message):
+            if self._links[link] and polls >= self._transport.delay(message):
                 self._deliver(link)
             else:
-                asked += 1
+                polls += 1
                 self._transport.waiting_for[self.rank] = f"{message} ({self._label})"
                 yield
         self._transport.advanced(self.rank)
         return self._handed_over.pop(message, None)
 
     def _deliver(self, link: tuple[int, int]) -> None:
-        """The oldest message on the link goes into the oldest buffer posted for it, as on a real one."""
+        """Copy the oldest message on the link into the oldest buffer posted for it, as on a real link."""
         message, buffer = self._posted[link].popleft()
         arrived = self._links[link].popleft()
         if arrived.nbytes != buffer.nbytes:
-            raise CommError(f"{self._label}: {arrived.nbytes} bytes came where {message} has {buffer.nbytes}")
+            raise CommError(f"{self._label}: received {arrived.nbytes} bytes where {message} has {buffer.nbytes}")
         if self._transport.copy:
             buffer.copy_(arrived)
         else:

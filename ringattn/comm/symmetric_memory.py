@@ -1,20 +1,19 @@
-"""Transfers between GPUs of one host by copies into each other's memory, over torch's symmetric memory.
+"""Moves messages between GPUs of one host by copies into each other's memory, over torch's symmetric memory.
 
-Every rank allocates an arena of the same size, in it a few slots for each peer. Messages pass through the slots of their link
-in chunks, whatever their sizes. A slot is full or free, and each of the two is a signal in the memory of the rank that waits
-for it: the sender waits for "free" (not in the first round), copies, and signals "full"; the receiver waits for "full", copies
-out, and signals "free". torch's signals are flags that only the rank that waits for them puts back: there are no epochs to
-count.
+Every rank allocates an arena of the same size, with a few slots for each peer. Messages pass through the slots of their link in
+chunks, whatever their sizes. A slot is full or free, and each state is a signal in the memory of the rank that waits for it:
+the sender waits for "free" (not in the first round), copies, and signals "full"; the receiver waits for "full", copies out, and
+signals "free". torch's signals are flags that only the waiting rank resets, so there are no epochs to count.
 
-Nothing of this stops the host: sends are queued on one side stream and receives on another, in the global order of messages,
-which both ends share, so no two ranks can wait for each other; `wait` orders the stream of the caller behind them. Two streams,
-and not two for each peer: GPUs have few queues, and a wait at the head of one stops whatever shares it.
+The host never waits: sends are queued on one side stream and receives on another, in the global order of messages, which both
+ends share, so no two ranks can wait for each other; `wait` orders the caller's stream behind them. There are two streams and
+not two for each peer: GPUs have few queues, and a wait at the head of one stops all that share it.
 
-Each chunk carries the number of its call, message and place, compared on the device when it arrives: a call that one rank has
-given up is an error of the device, never wrong numbers. So is a signal that does not come within the deadline of the group; the
-process must end after either. Tensors on CPUs go the way of `p2p`.
+Each chunk carries the number of its call, message and position, compared on the device when it arrives: a call that one rank
+has given up is an error of the device, never wrong numbers. So is a signal that does not arrive within the deadline of the
+group; the process must end after either. Tensors on CPUs are sent by `p2p`.
 
-It is taken by name alone: its logic is tested with plain tensors, but it has not run on GPUs yet.
+It is used only when named: its logic is tested with plain tensors, but it has not run on GPUs yet.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ringattn.comm.p2p import P2P, P2PPort
 from ringattn.faults.watchdog import comm_errors
 from ringattn.schedule.program import Message
 
-SLOTS = 4  # of each directed link: chunks that may be under way
+SLOTS = 4  # of each directed link: chunks that may be in flight
 SLOT_BYTES = 4 << 20
 TAG_BYTES = 16  # behind the data of a slot, 8 of them used
 FULL, FREE = 0, 1  # a signal's channel is kind * slots + slot
@@ -39,7 +38,7 @@ OLDEST_TORCH = (2, 11)  # with the signatures used here
 
 
 class Memory(Protocol):
-    """What is used of `torch._C._distributed_c10d._SymmetricMemory`. Its calls are queued on the current stream."""
+    """The part of `torch._C._distributed_c10d._SymmetricMemory` that is used. Its calls are queued on the current stream."""
 
     @property
     def rank(self) -> int: ...
@@ -61,14 +60,14 @@ class Side(Protocol):
     """Where transfers of one direction are queued, in order."""
 
     def run(self, operation: Callable[[], None], buffer: Tensor) -> Any:
-        """Queue `operation` on `buffer`, behind what the caller has queued so far; what is returned marks its end."""
+        """Queue `operation` on `buffer` behind what the caller has queued so far; returns a mark of its end."""
 
     def join(self, mark: Any) -> None:
-        """What the caller does from now on comes after `mark`."""
+        """Order everything that the caller queues from now on after `mark`."""
 
 
 class SideStream:
-    """A stream of its own on a GPU, ahead of those with ordinary priority."""
+    """A separate stream on a GPU, with higher priority than ordinary streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device, priority=-1)
@@ -103,7 +102,7 @@ class Arena:
         self.memory, self.device_type, self._owner = memory, device_type, owner
         self.sends, self.receives = sends, receives
         self._timeout, self._slots, self._slot_bytes = timeout_ms, slots, slot_bytes
-        self._sent: Counter[int] = Counter()  # chunks, to and from each peer since the arena was made
+        self._sent: Counter[int] = Counter()  # chunks to and from each peer since the arena was created
         self._received: Counter[int] = Counter()
         self.calls = 0
 
@@ -113,7 +112,7 @@ class Arena:
         return world * slots * (slot_bytes + TAG_BYTES)
 
     def send(self, peer: int, buffer: Tensor, tag: int) -> None:
-        """To be run on the side of sends. buffer: uint8, contiguous; tag: what the receiver expects of the message."""
+        """Send on the current stream, that of sends. buffer: uint8, contiguous; tag: as the receiver expects it."""
         for index, chunk in enumerate(_chunks(buffer, self._slot_bytes)):
             slot, reused = self._sent[peer] % self._slots, self._sent[peer] >= self._slots
             if reused:
@@ -125,7 +124,7 @@ class Arena:
             self._sent[peer] += 1
 
     def receive(self, peer: int, buffer: Tensor, tag: int) -> None:
-        """To be run on the side of receives."""
+        """Receive on the current stream, that of receives; arguments as in `send`."""
         for index, chunk in enumerate(_chunks(buffer, self._slot_bytes)):
             slot = self._received[peer] % self._slots
             self.memory.wait_signal(peer, FULL * self._slots + slot, self._timeout)
@@ -158,7 +157,7 @@ def unsupported_reason() -> str:
 def open_arena(group: dist.ProcessGroup, timeout: float) -> Arena:
     """Allocate the arenas of all ranks of `group` and map each other's. Collective; raises `RuntimeError` where torch does.
 
-    timeout: seconds that a signal may take to come.
+    timeout: seconds that a signal may take to arrive.
     """
     import torch.distributed._symmetric_memory as symmetric  # takes a second, and needs a build with distributed
 

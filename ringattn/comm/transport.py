@@ -1,8 +1,8 @@
-"""What the engine asks of a transport, and nothing more.
+"""Defines the interface of transports, as the engine uses it.
 
 A `Port` is one rank's end. `post` starts the transfers of one departure, all at once, in the order given; `wait` ends one of
-them. `wait` is a generator so that one engine serves two worlds: a real port blocks inside it and never yields; a simulated one
-yields until another rank, in the same process, has sent.
+them. `wait` is a generator so that one engine serves both kinds of transport: a real port blocks inside it and never yields; a
+simulated one yields until another rank, in the same process, has sent.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Port(Protocol):
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
         """Start sending (where `message.src` is this rank) or receiving each message from or into its contiguous buffer.
 
-        What is sent may be the caller's own tensor: it is only read, and not kept after `wait`.
+        A sent buffer may be the caller's own tensor: it is only read, and not used after `wait`.
         """
 
     def wait(self, message: Message) -> Generator[None, None, Tensor | None]:
         """Return when `message` has been sent or received completely; its buffer may then be used.
 
-        A received message is in the buffer that was posted for it, unless another is returned: one that a peer in the same
-        process hands over. It may only be read.
+        A received message is in the buffer that was posted for it, unless another is returned: the buffer of a peer in the
+        same process. It is read-only.
         """
 
 

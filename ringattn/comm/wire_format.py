@@ -1,9 +1,9 @@
-"""Lays tensors of several shapes and dtypes out in one message, and reads them back as views of it.
+"""Packs tensors of several shapes and dtypes into one message, and reads them back as views of it.
 
-Both ends know every shape beforehand, so nothing but the payload travels: the bytes on a link are exactly the closed form.
-Wider dtypes come first, which keeps every tensor aligned without padding. Tensors of four dimensions, (batch, heads, rows,
-head_dim), lie in memory as (batch, rows, heads, head_dim), which is what attention kernels read and write; so what a kernel has
-written is copied as one run of bytes, and a message of a single tensor is that tensor's own memory, not copied at all.
+Both ends know every shape beforehand, so only the payload travels: the bytes on a link are exactly the closed form. Wider
+dtypes come first, which keeps every tensor aligned without padding. Tensors of four dimensions, (batch, heads, rows, head_dim),
+lie in memory as (batch, rows, heads, head_dim), which is what attention kernels read and write; so the output of a kernel is
+copied as one run of bytes, and a message of a single tensor is that tensor's own memory, without a copy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Spec(NamedTuple):
 
 
 class Wire:
-    """The layout of one message: where in it each of `specs` lies.
+    """The layout of one message: the position of each of `specs` in it.
 
     A message is a contiguous tensor of one dimension and of dtype `unit`, the widest of its tensors' dtypes where its size is a
     multiple of that, else uint8. Only its bytes matter; the unit saves the conversions.
@@ -58,12 +58,12 @@ class Wire:
             start += spec.nbytes
 
     def empty(self, device: torch.device) -> Tensor:
-        """A message that holds nothing yet."""
+        """An uninitialized message."""
         return torch.empty(self.length, dtype=self.unit, device=device)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in `buffer`, a message, in the order of `specs`."""
-        found: list[Tensor] = [buffer] * len(self.specs)
+        tensors: list[Tensor] = [buffer] * len(self.specs)
         dtype, typed = self.unit, buffer
         for placed in self._placed:
             first = placed.first
@@ -71,11 +71,11 @@ class Wire:
                 typed, first = buffer.narrow(0, placed.start, placed.nbytes).view(placed.dtype), 0
             elif placed.dtype != dtype:
                 dtype, typed = placed.dtype, buffer.view(placed.dtype)
-            found[placed.n] = typed.as_strided(placed.shape, placed.strides, typed.storage_offset() + first)
-        return found
+            tensors[placed.n] = typed.as_strided(placed.shape, placed.strides, typed.storage_offset() + first)
+        return tensors
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A message that holds `tensors`, cast to `specs`. It may be the memory of the only one there is."""
+        """A message that holds `tensors`, cast to `specs`. For a single tensor it may be that tensor's memory."""
         runs = [_as_run(tensors[placed.n], placed, self.unit) for placed in self._placed]
         ready = [run for run in runs if run is not None]
         if len(ready) == len(runs):
@@ -99,11 +99,13 @@ class _Placed(NamedTuple):
 
 
 def _as_run(tensor: Tensor, placed: _Placed, unit: torch.dtype) -> Tensor | None:
-    """The memory of `tensor` in units, if it lies there exactly as in the message, else None."""
+    """The memory of `tensor` in units, if it has the layout of the message, else None."""
     if tensor.dtype != placed.dtype or placed.nbytes % unit.itemsize:
         return None
     if tensor.stride() != placed.strides and any(
-        have != want for have, want, size in zip(tensor.stride(), placed.strides, placed.shape, strict=True) if size > 1
+        actual != expected
+        for actual, expected, size in zip(tensor.stride(), placed.strides, placed.shape, strict=True)
+        if size > 1
     ):
         return None
     first = tensor.storage_offset()
@@ -120,6 +122,6 @@ def pack(tensors: Sequence[Tensor], specs: Sequence[Spec]) -> Tensor:
 
 
 def unpack(buffer: Tensor, specs: Sequence[Spec]) -> list[Tensor]:
-    """Views into `buffer`, what `pack` has made, in the order of `specs`."""
+    """Views into `buffer`, the result of `pack`, in the order of `specs`."""
     wire = Wire(specs)
     return wire.views(buffer.view(wire.unit))

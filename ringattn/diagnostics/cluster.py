@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 import ringattn
-from ringattn.comm.consistency import ranks_named
+from ringattn.comm.consistency import format_ranks
 from ringattn.comm.gloo_duplex import finish, prepare, receiving, sending
 from ringattn.diagnostics.doctor import Finding, examine
 from ringattn.planner import make_plan
@@ -91,7 +91,7 @@ def _compared(everyone: list[dict[str, str]]) -> Iterator[Finding]:
         by_value: dict[str, list[int]] = {}
         for rank, said in enumerate(everyone):
             by_value.setdefault(said[what], []).append(rank)
-        told = "; ".join(f"{value} on {ranks_named(ranks, len(everyone))}" for value, ranks in by_value.items())
+        told = "; ".join(f"{value} on {format_ranks(ranks, len(everyone))}" for value, ranks in by_value.items())
         if what == "ranks":
             yield Finding(what, f"{len(everyone)}: {told}")
         else:
@@ -143,7 +143,7 @@ def _links(mesh: DeviceMesh) -> Finding:
     found = f"{low / 1e9:.2g} to {high / 1e9:.2g} GB/s each way, all at once; slowest from rank {src} to {dst}"
     if damaged:
         return Finding(
-            "neighbours", f"{found}; {ranks_named(damaged, world)} received damaged bytes", "do not train on this network"
+            "neighbours", f"{found}; {format_ranks(damaged, world)} received damaged bytes", "do not train on this network"
         )
     return Finding("neighbours", found)
 
@@ -159,7 +159,7 @@ def _hosts(own: list[Finding]) -> Iterator[Finding]:
     for finding, ranks in told.items():
         if finding.what in ("python", "torch", "ringattn", "torchrun"):
             continue  # said above, of all ranks
-        where = "" if ranks == asked else f" (host of {ranks_named(ranks, len(by_rank))})"
+        where = "" if ranks == asked else f" (host of {format_ranks(ranks, len(by_rank))})"
         yield finding._replace(found=finding.found + where)
 
 

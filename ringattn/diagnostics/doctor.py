@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend
 
 import ringattn
-from ringattn.comm.process_group import described
+from ringattn.comm.process_group import describe_backends
 from ringattn.kernels import KERNELS, Operands, Options, get
 from ringattn.kernels.select import pick, resolved, unsupported_reason
 from ringattn.sequence.segments import CAUSAL, Segment
@@ -157,7 +157,7 @@ def _gloo() -> Finding:
     hint = "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an interface (see `ip link`)"
     members = dist.group.WORLD if dist.is_initialized() else None
     if members is not None:
-        return Finding("gloo", f"in a group, {described(members)}")
+        return Finding("gloo", f"in a group, {describe_backends(members)}")
     try:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""`attention`: the public function. It checks what it is given, makes sure all ranks agree, and obeys the plan."""
+"""Computes exact attention over a sequence that is cut over ranks: the public function `attention`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ringattn._validation import as_finite_float, error_message, flag, short_repr
-from ringattn.comm.consistency import Gradient, agree
-from ringattn.comm.process_group import Group, cannot_move, capturing
-from ringattn.comm.select import moves, transport_for
+from ringattn.comm.consistency import Gradient
+from ringattn.comm.process_group import Group
+from ringattn.comm.select import transport_for
 from ringattn.errors import InputError
-from ringattn.execution.autograd import Inputs, attend
-from ringattn.execution.checks import as_strided_tensor, resolve_group
-from ringattn.execution.custom_op import define, known_as, options_for
-from ringattn.execution.first_order import outside_transforms, unsupported_transform
+from ringattn.execution.arguments import checked_on_all_ranks
+from ringattn.execution.autograd import Inputs, attend, options_for
+from ringattn.execution.custom_op import attention_operator, known_as
 from ringattn.execution.joint_backward import gradient_of, in_backward
 from ringattn.execution.selective import unwatched, watched
-from ringattn.kernels.select import resolved, unsupported_reason
 from ringattn.plan.plan import Plan
-
-OPERATOR = "operator of kernel {!r} (where GPUs differ, give make_plan a kernel by name, such as 'flash')"
 
 
 @overload
@@ -127,67 +121,20 @@ def attention(
                 "check_finite needs the numbers, which a compiled graph does not have; leave it out of what is compiled"
             )
         named = None if strict is None else str(strict)  # an operator takes no argument that is one or the other
-        out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, gradient == Gradient.NEEDED, named)
+        out, lse, _ = attention_operator(*inputs, *known_as(plan, group), scale, softcap, gradient == Gradient.NEEDED, named)
     else:
         as_one = watched()
         with unwatched() if as_one else nullcontext():
-            process_group, needed = _checked(inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse)
+            process_group, needed = checked_on_all_ranks(
+                inputs, plan, group, scale, softcap, gradient, strict, check_finite, return_lse
+            )
         if needed and gradient == Gradient.NONE:
             inputs = inputs._replace(q=in_backward(q))
         if as_one:
-            out, lse, _ = _compiled(*inputs, *known_as(plan, group), scale, softcap, needed, "False")
+            out, lse, _ = attention_operator(*inputs, *known_as(plan, group), scale, softcap, needed, "False")
             return (out, lse) if return_lse else out
         ((out, lse),) = attend([inputs], plan, options_for(plan, scale, softcap), transport_for(process_group))
     return (out, lse) if return_lse else out
-
-
-def _checked(
-    inputs: Inputs,
-    plan: Plan,
-    group: Group | None,
-    scale: float | None,
-    softcap: float | None,
-    gradient: Gradient,
-    strict: bool | str | None,
-    check_finite: bool | str = False,
-    return_lse: bool = False,
-) -> tuple[dist.ProcessGroup | None, bool]:
-    """The process group to use, when all of its ranks have come with arguments that fit the plan and each other; and whether
-    any of them needs a gradient."""
-    process_group, rank = resolve_group(plan, group)
-    q, k, v, key_bias, sinks = inputs
-    problem = error_message(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
-    problem = problem or _wrong_device(q, process_group) or _problem(q, k, v, plan, rank, key_bias, scale, sinks, softcap)
-    if problem is None and check_finite:
-        problem = _graph_cannot_check(check_finite) if capturing(q.device) else _not_finite(inputs, check_finite)
-    if problem is not None:
-        with outside_transforms():
-            agree(process_group, {"call": "attention"}, problem, device=q.device if isinstance(q, Tensor) else None)
-    fields = {
-        "call": "attention",
-        "plan": plan.digest,
-        "batch": q.shape[0],
-        "value head_dim": v.shape[-1],
-        "dtype": q.dtype,
-        "device type": q.device.type,
-        OPERATOR.format(plan.kernel): resolved(
-            *(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], plan.heads),
-            bias=key_bias is not None,
-            softcap=softcap is not None,
-        ),
-        "scale": scale,
-        "softcap": softcap,
-        "key_bias": key_bias is not None and key_bias.ndim,
-        "sinks": sinks is not None,
-        "check_finite": check_finite,
-        "strict": strict,
-    }
-    every_call = True if check_finite or isinstance(strict, str) else strict
-    needed = agree(process_group, fields, every_call=every_call, device=q.device, behind=plan.describe, gradient=gradient)
-    return process_group, needed
-
-
-_compiled = define(_checked)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -199,96 +146,3 @@ def cast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.is_floating_point() and x.dtype != torch.float64 else x.dtype
-
-
-def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_lse: object) -> None:
-    """Raise `InputError` for what is no tensor or no option at all."""
-    for name, value in zip(inputs._fields, inputs, strict=True):
-        if value is not None or name in "qkv":
-            as_strided_tensor(name, value)
-    for name, option, others in (("strict", strict, str | None), ("check_finite", check_finite, str)):
-        if not isinstance(option, others):
-            flag(name, option, InputError)
-    flag("return_lse", return_lse, InputError)
-    if problem := unsupported_transform(*inputs):
-        raise InputError(problem)
-
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    rank: int,
-    key_bias: Tensor | None,
-    scale: float | None,
-    sinks: Tensor | None,
-    softcap: float | None,
-) -> str | None:
-    """The first thing wrong with this rank's arguments, in words, or None."""
-    batch, rows, keys = q.shape[0] if q.ndim else "batch", plan.rows(rank), plan.kv_rows(rank)
-    expected: list[tuple[str, Tensor | None, tuple[object, ...]]] = [
-        ("q", q, (batch, rows, plan.heads, plan.head_dim)),
-        ("k", k, (batch, keys, plan.kv_heads, plan.head_dim)),
-        ("v", v, (batch, keys, plan.kv_heads, v.shape[-1] if v.ndim else "head_dim")),
-        ("sinks", sinks, (plan.heads,)),
-        ("key_bias", key_bias, (batch, keys) if key_bias is not None and key_bias.ndim == 2 else (batch, plan.kv_heads, keys)),
-    ]
-    for name, tensor, shape in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            return _wrong_shape(name, tensor, shape, plan, rank)
-        if tensor.device != q.device:
-            return f"{name} is on {tensor.device} and q on {q.device}; move all tensors to this rank's device"
-        if not tensor.is_floating_point():
-            return f"{name} has dtype {tensor.dtype}; it must be a floating-point tensor"
-        if name in "qkv" and str(tensor.dtype) != f"torch.{plan.dtype}":
-            return (
-                f"{name} has dtype {tensor.dtype} and the plan is for {plan.dtype}; cast {name}, "
-                f"or make the plan with dtype={str(tensor.dtype).removeprefix('torch.')!r}"
-            )
-    if scale is not None and not as_finite_float(scale):
-        return f"scale={short_repr(scale)}: must be finite and not 0; leave it out for 1/sqrt(head_dim)"
-    if softcap is not None and (as_finite_float(softcap) or 0) <= 0:
-        return f"softcap={short_repr(softcap)}: must be finite and positive; leave it out for none"
-    return unsupported_reason(plan.kernel, q.device, q.dtype, plan.head_dim, v.shape[-1], bias=key_bias is not None)
-
-
-def _graph_cannot_check(check_finite: bool | str) -> str:
-    return (
-        f"check_finite={short_repr(check_finite)}: a CUDA graph is being captured, in which numbers cannot be read; pass "
-        "check_finite=False, and check inputs outside of the graph"
-    )
-
-
-def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
-    return None if group is not None and moves(group, q.device) else cannot_move(group, "q", q)
-
-
-def _not_finite(inputs: Inputs, where: bool | str) -> str | None:
-    """The first tensor that holds what no attention should, with how much of it and where it begins, or None."""
-    for name, tensor in zip(inputs._fields, inputs, strict=True):
-        if tensor is None:
-            continue
-        bad = ~torch.isfinite(tensor) if name != "key_bias" else tensor.isnan() | tensor.isposinf()
-        if bad.any():
-            first, nans = tuple(bad.nonzero()[0].tolist()), int(tensor.isnan().sum())
-            said = f"{where}: " if isinstance(where, str) else ""
-            return f"{said}{name} holds {nans} NaN and {int(bad.sum()) - nans} infinities, the first at {first}"
-    return None
-
-
-def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Plan, rank: int) -> str:
-    found = tuple(tensor.shape)
-    said = f"{name} has shape {found}, the plan expects {shape} on rank {rank}"
-    if len(found) == 4 and len(shape) == 4 and (found[0], found[2], found[1], found[3]) == shape:
-        return f"{said}; heads and rows are swapped: pass {name}.transpose(1, 2)"
-    if len(found) > 1 and len(shape) > 1 and found[1] != shape[1] and name in "qkv":
-        layout = plan.layout if name == "q" else plan.layout.of_keys
-        keys = ", keys=True" * (layout is not plan.layout)
-        if found[1] == layout.length:
-            return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan{keys})"
-        resident = f"rank {rank} holds {layout.rows(rank)} of {layout.length} rows"
-        return f"{said}; {resident}: cut the sequence with shard(x, plan{keys}) and the same plan"
-    return f"{said}; make the plan with the model's heads, kv_heads and head_dim"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import sqrt
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -51,6 +52,11 @@ def attend(inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Tr
     with without_autocast(inputs[0].q.device.type):
         results = _Attend.apply(plan, options, transport, *flat)
     return list(zip(results[::2], results[1::2], strict=True))
+
+
+def options_for(plan: Plan, scale: float | None, softcap: float | None) -> Options:
+    """What a kernel is told beside its operands; the scale is 1 / sqrt(head_dim) where none is given."""
+    return Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -157,7 +163,7 @@ def residents(plan: Plan, rank: int) -> list[Item]:
             found.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
             found.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
     inputs = [item for item in found if not item.kind.moved]
-    stay = [item for item in inputs if plan.forward[item.head_group].schedule.rest(item.kind, item.index) == rank]
+    stay = [item for item in inputs if plan.forward[item.head_group].schedule.resident_rank(item.kind, item.index) == rank]
     return sorted(stay, key=lambda item: (item.head_group, item.kind.value, item.index))
 
 

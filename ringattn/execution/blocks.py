@@ -59,7 +59,7 @@ class _Pass(ABC):
 
     def rests_here(self, item: Item) -> bool:
         """Whether input `item` stays on this rank from forward to backward."""
-        return self.head_groups[item.head_group].schedule.rest(item.kind, item.index) == self.rank
+        return self.head_groups[item.head_group].schedule.resident_rank(item.kind, item.index) == self.rank
 
     def owns(self, item: Item) -> bool:
         """Whether the rows of `item` are this rank's."""

@@ -23,8 +23,7 @@ it, and ranks on which it does so differently would exchange the wrong tensors. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import sqrt
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -37,15 +36,13 @@ from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.comm.select import transport_for
 from ringattn.comm.wire_format import Spec, pack, unpack
 from ringattn.errors import LaunchError, MismatchError, PlanError
-from ringattn.execution.autograd import Inputs, residents, run_backward, run_forward
+from ringattn.execution.arguments import checked_on_all_ranks
+from ringattn.execution.autograd import Inputs, options_for, residents, run_backward, run_forward
 from ringattn.execution.first_order import only_once
 from ringattn.execution.shapes import InputSizes, Shapes
-from ringattn.kernels import Options
 from ringattn.kernels.lse import accum_dtype
 from ringattn.plan.plan import Plan
 from ringattn.schedule.program import Item
-
-Check = Callable[..., tuple[dist.ProcessGroup | None, bool]]
 
 WHERE = "str plan, str group, int rank, float? scale, float? softcap"
 FORWARD = (
@@ -84,48 +81,37 @@ def known_as(plan: Plan, group: Group | None) -> tuple[str, str, int]:
 known_as._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def define(check: Check) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Register `ringattn::attention`, which gives out, lse and `kept`; `check` answers for its arguments on all ranks."""
-
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_bias: Tensor | None,
-        sinks: Tensor | None,
-        plan: str,
-        group: str,
-        rank: int,
-        scale: float | None,
-        softcap: float | None,
-        gradient: bool,
-        strict: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
-        how = {"True": True, "False": False}.get(strict or "", strict)
-        # The graph is made, with or without a backward pass: a rank without one cannot take part in that of others.
-        asked = Gradient.NEEDED if gradient else Gradient.OFF
-        process_group, _ = check(inputs, known, _group(group), scale, softcap, asked, how)
-        if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
-            raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
-        keep = known.reuse_inputs and gradient
-        with torch.autocast(q.device.type, enabled=False):
-            (out, lse), (resident,) = run_forward(
-                [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
-            )
-        specs = _kept_specs(known, rank, out, key_bias) if keep else {}
-        tensors = [tensor for item in specs for tensor in resident[item]]
-        kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
-        return out.contiguous(), lse.contiguous(), kept
-
-    op = torch.library.custom_op("ringattn::attention", forward, mutates_args=(), schema=FORWARD, **OUTSIDE_GRAPHS)
-    op.register_fake(_fake_forward)
-    op.register_autograd(_differentiate, setup_context=_remember)
-    return op
-
-
-def options_for(plan: Plan, scale: float | None, softcap: float | None) -> Options:
-    return Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
+def _run_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    sinks: Tensor | None,
+    plan: str,
+    group: str,
+    rank: int,
+    scale: float | None,
+    softcap: float | None,
+    gradient: bool,
+    strict: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse and `kept`, after all ranks have agreed on the arguments."""
+    inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
+    how = {"True": True, "False": False}.get(strict or "", strict)
+    # The graph is made, with or without a backward pass: a rank without one cannot take part in that of others.
+    asked = Gradient.NEEDED if gradient else Gradient.OFF
+    process_group, _ = checked_on_all_ranks(inputs, known, _group(group), scale, softcap, asked, how)
+    if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
+        raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
+    keep = known.reuse_inputs and gradient
+    with torch.autocast(q.device.type, enabled=False):
+        (out, lse), (resident,) = run_forward(
+            [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
+        )
+    specs = _kept_specs(known, rank, out, key_bias) if keep else {}
+    tensors = [tensor for item in specs for tensor in resident[item]]
+    kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
+    return out.contiguous(), lse.contiguous(), kept
 
 
 def _fake_forward(
@@ -185,7 +171,7 @@ def _run_backward(
     softcap: float | None,
 ) -> list[Tensor]:
     known = _plan(plan)
-    inputs = _or_ghosts(q, k, v, known, rank, out, key_bias, sinks)
+    inputs = _inputs_or_shapes(q, k, v, known, rank, out, key_bias, sinks)
     process_group, _ = group_and_rank(_group(group), known.world)
     specs = _kept_specs(known, rank, out, key_bias) if q is None else {}
     tensors = unpack(kept, [spec for some in specs.values() for spec in some])
@@ -220,11 +206,11 @@ def _fake_backward(
     scale: float | None,
     softcap: float | None,
 ) -> list[Tensor]:
-    inputs = _or_ghosts(q, k, v, _plan(plan), rank, out, key_bias, sinks)
+    inputs = _inputs_or_shapes(q, k, v, _plan(plan), rank, out, key_bias, sinks)
     return [t.new_empty(t.shape) for t in inputs if t is not None]
 
 
-def _or_ghosts(
+def _inputs_or_shapes(
     q: Tensor | None,
     k: Tensor | None,
     v: Tensor | None,
@@ -264,3 +250,10 @@ def _group(name: str) -> dist.ProcessGroup | None:
         raise MismatchError(name[1:])
     registry: Any = distributed_c10d
     return cast(dist.ProcessGroup, registry._resolve_process_group(name)) if name else None
+
+
+attention_operator = torch.library.custom_op(
+    "ringattn::attention", _run_forward, mutates_args=(), schema=FORWARD, **OUTSIDE_GRAPHS
+)
+attention_operator.register_fake(_fake_forward)
+attention_operator.register_autograd(_differentiate, setup_context=_remember)

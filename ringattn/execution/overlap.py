@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ringattn._validation import count, error_message, flag
 from ringattn.comm.consistency import agree
-from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import Group, backends
 from ringattn.comm.select import transport_for
-from ringattn.comm.transport import Port
+from ringattn.comm.transport import Port, Transport
 from ringattn.errors import InputError
 from ringattn.execution.autograd import Resident, back, resting
 from ringattn.execution.blocks import Backward, Forward
@@ -141,7 +140,7 @@ def _work(plan: Plan, rank: int, batch: int, backward: bool, device: torch.devic
     return Backward(plan, rank, options, q=q, k=k, v=v, dout=dout, lse=lse, delta=torch.zeros_like(lse))
 
 
-def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: P2P) -> Resident:
+def _kept(plan: Plan, rank: int, batch: int, device: torch.device, transport: Transport) -> Resident:
     """What stays on this rank from a forward pass."""
     work = _work(plan, rank, batch, False, device)
     assert isinstance(work, Forward)

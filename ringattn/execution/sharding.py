@@ -73,7 +73,7 @@ def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, 
     gradient = gradient_of(x)
     fields = {"call": "unshard"} | said
     if (
-        agree(process_group, fields, problem, device=device, behind=plan.describe, gradient=gradient)
+        agree(process_group, fields, problem, device=device, details=plan.describe, gradient=gradient)
         and gradient == Gradient.NONE
     ):
         x = in_backward(x)

@@ -1,10 +1,10 @@
 """Tracks transfers that the host has posted and the GPU has not finished yet.
 
 Waiting for an NCCL transfer returns at once and only makes the GPU's stream wait, so the host is far ahead when a peer fails.
-What this rank really waits for is the oldest transfer whose work is not complete. The board's watching thread asks for it a few
-times a second; nothing is asked on the thread that trains.
+What this rank really waits for is the oldest transfer whose work is not complete. The watchdog's watching thread polls for it a
+few times a second; the training thread polls nothing.
 
-Asking means querying a CUDA event. By default CUDA refuses that, and breaks the capture, while any thread captures a graph, so
+Polling means querying a CUDA event. By default CUDA refuses that, and breaks the capture, while any thread captures a graph, so
 the watching thread first takes the capture mode in which captures of other threads do not concern it
 (cudaThreadExchangeStreamCaptureMode, CUDA runtime API, stream management). Where it cannot, nothing is tracked.
 """
@@ -23,32 +23,32 @@ import torch.distributed as dist
 
 from ringattn.comm.process_group import capturing, timeout_of
 
-EARLY = 5.0  # seconds before the backend's own deadline, at which it would end the process without naming anybody
-MOST = 1 << 14  # posted and not looked at; more only if the watching thread has ended
+EARLY = 5.0  # seconds before the backend's own deadline, at which it would end the process without naming a rank
+MOST = 1 << 14  # transfers posted and not polled; more only if the watching thread has ended
 THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 
 
 class Posted(NamedTuple):
-    """One transfer or batch: what to tell others while it lasts, its handles, and when it was posted (monotonic seconds)."""
+    """One transfer or batch: its description for other ranks, its handles, and when it was posted (monotonic seconds)."""
 
     doing: tuple[Any, ...]
     works: Sequence[Any]  # each with `is_completed`
     group: dist.ProcessGroup | None
     device: torch.device
     since: float
-    finished: Callable[[], None] | None  # to call once it is complete
+    finished: Callable[[], None] | None  # called once it is complete
 
     @property
     def deadline(self) -> float:
-        """When to give it up. The timeout is read now, as training loops shorten it after the first steps."""
+        """When to give up. The timeout is read at each call, as training loops shorten it after the first steps."""
         group = dist.group.WORLD if self.group is None else self.group
         assert group is not None
         timeout = timeout_of(group, self.device)
         return self.since + max(timeout / 2, timeout - EARLY)
 
 
-class Reached(NamedTuple):
-    """A stream's arrival at an event, in the form of a transfer's handle."""
+class StreamEvent(NamedTuple):
+    """An event of a stream, with the interface of a transfer's handle."""
 
     event: Any
 
@@ -56,7 +56,7 @@ class Reached(NamedTuple):
         return bool(self.event.query())
 
 
-def recorded(device: torch.device, *, timed: bool = False) -> Any:
+def record_event(device: torch.device, *, timed: bool = False) -> Any:
     """An event recorded on the device's current stream, with its time if it is `timed`."""
     module = getattr(torch, device.type)
     event = module.Event(enable_timing=timed)
@@ -65,14 +65,14 @@ def recorded(device: torch.device, *, timed: bool = False) -> Any:
 
 
 class PendingTransfers:
-    """What has been posted, oldest first."""
+    """The transfers posted so far, oldest first."""
 
     def __init__(self) -> None:
         self._posted: deque[Posted] = deque(maxlen=MOST)
         self._paused = False
-        self._first: Posted | None = None  # as last found, and since when it has been
-        self._found = 0.0
-        self._may_query: bool | None = None  # not known before the watching thread has tried
+        self._first: Posted | None = None  # the oldest at the last poll; `_oldest_since` is since when
+        self._oldest_since = 0.0
+        self._may_query: bool | None = None  # unknown until the watching thread has tried
 
     def add(
         self,
@@ -82,26 +82,26 @@ class PendingTransfers:
         device: torch.device,
         finished: Callable[[], None] | None = None,
     ) -> None:
-        """Called by the thread that posts. What a CUDA graph captures does not run now and cannot be asked about."""
+        """Called by the posting thread. Transfers captured in a CUDA graph do not run now and cannot be queried."""
         self._paused = capturing(device)
         if not self._paused and self._may_query is not False:
             self._posted.append(Posted(doing, works, group, device, time.monotonic(), finished))
 
     def oldest(self) -> Posted | None:
-        """The first that is not complete, those before it being let go; None while a graph is captured. For one thread only."""
+        """The first incomplete transfer, after dropping those before it; None during a capture. For one thread only."""
         before, self._first = self._first, self._next()
         if self._first is not before:
-            self._found = time.monotonic()
+            self._oldest_since = time.monotonic()
         return self._first
 
     def clear(self) -> None:
-        """Nobody will look any more; what is kept here would keep its group."""
+        """Drop all transfers and stop tracking: entries would keep their group alive."""
         self._may_query = False
         self._posted.clear()
 
     def seconds(self) -> float:
-        """For how long `oldest` has found the same; 0 if there is none."""
-        return time.monotonic() - self._found if self._first is not None else 0.0
+        """For how long `oldest` has returned the same transfer; 0 if there is none."""
+        return time.monotonic() - self._oldest_since if self._first is not None else 0.0
 
     def _next(self) -> Posted | None:
         while self._posted and not self._paused:
@@ -123,12 +123,12 @@ class PendingTransfers:
 def _is_complete(work: Any) -> bool:
     try:
         return bool(work.is_completed())
-    except RuntimeError:  # of the device, which the thread that trains will meet too
+    except RuntimeError:  # of the device; the training thread will get it too
         return False
 
 
 def _queries_are_safe(device: torch.device) -> bool:
-    """Make queries of this thread harmless to captures by others; whether that worked."""
+    """Make queries of this thread harmless to captures in other threads; returns whether that worked."""
     if device.type != "cuda":
         return True
     try:

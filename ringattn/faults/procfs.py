@@ -1,7 +1,7 @@
-"""What Linux tells of a process of this host: whether it lives, has ended, or has been stopped.
+"""Reads from /proc whether a process of this host runs, has ended, or has been stopped.
 
-A process is known by host, container, number and time of birth, since numbers are given to others in time. Of others nothing is
-told, and nothing where there is no /proc.
+A process is identified by host, PID namespace, number and start time, since numbers are reused. Nothing is known about
+processes of other hosts, or where there is no /proc.
 """
 
 from __future__ import annotations
@@ -13,26 +13,31 @@ from pathlib import Path
 from typing import Any
 
 ENDED, STOPPED, UNKNOWN = ("X", "Z"), ("T",), ""  # states, as Linux abbreviates them
-BORN = 19  # where /proc/PID/stat has the time of birth, counted from the state
+START_TIME = 19  # index of the start time in /proc/PID/stat, counted from the state
 
 
 def own() -> dict[str, Any]:
-    """This process."""
-    return {"host": socket.gethostname(), "within": _within(), "pid": os.getpid(), "born": _stat("self")[BORN:][:1]}
+    """The identity of this process."""
+    return {
+        "host": socket.gethostname(),
+        "within": _pid_namespace(),
+        "pid": os.getpid(),
+        "born": _stat("self")[START_TIME:][:1],
+    }
 
 
-def state(one: Mapping[str, Any]) -> str:
-    """The letter that Linux has for the state of a process, X if it is gone; where one has been noted, that."""
-    if "state" in one:
-        return str(one["state"])
-    if one["host"] != socket.gethostname() or one["within"] != _within() or not one["born"]:
+def state(identity: Mapping[str, Any]) -> str:
+    """The letter that Linux has for the state of a process, X if it is gone; a recorded state takes precedence."""
+    if "state" in identity:
+        return str(identity["state"])
+    if identity["host"] != socket.gethostname() or identity["within"] != _pid_namespace() or not identity["born"]:
         return UNKNOWN
-    found = _stat(one["pid"])
-    return found[0] if found[BORN:][:1] == one["born"] else "X"
+    fields = _stat(identity["pid"])
+    return fields[0] if fields[START_TIME:][:1] == identity["born"] else "X"
 
 
-def _within() -> str:
-    """What numbers of processes are counted in: containers may share a host's name, but not these."""
+def _pid_namespace() -> str:
+    """The PID namespace: containers may share a host name, but not this."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -40,7 +45,7 @@ def _within() -> str:
 
 
 def _stat(pid: int | str) -> list[str]:
-    """What /proc tells of a process from its state on, empty if there is none."""
+    """The fields of /proc/PID/stat from the state on, empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -100,7 +100,8 @@ def register_with_transformers(
         micro_batch_size: sequences per forward; another number is refused.
         seq_length: whole length of every batch, where `seq_length_is_variable` is False.
         disable_in_eval: a model in eval mode keeps its own attention, and whole sequences.
-        schedule, topology: for `make_plan`.
+        schedule: for `make_plan`.
+        topology: for `make_plan`.
 
     Returns:
         mpu for `deepspeed.initialize`.
@@ -141,7 +142,8 @@ class DistributedAttention(nn.Module):
         gather_idx: dimension of the sequence: 0, or 1 where the batch comes first.
         sp_stream: None. Communication overlaps with compute in any case.
         num_kv_heads: None, or what the keys have.
-        schedule, topology: for `make_plan`.
+        schedule: for `make_plan`.
+        topology: for `make_plan`.
 
     Raises:
         InputError: `local_attention` does not say what it means, or means what cannot be cut.

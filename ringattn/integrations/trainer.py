@@ -36,6 +36,8 @@ from ringattn.integrations.transformers.support.unsupported import without_inter
 from ringattn.integrations.transformers.whole import bare
 from ringattn.nn.loss import IGNORE
 
+__all__ = ["SequenceParallel"]
+
 if TYPE_CHECKING:  # at run time a mixin, so that it goes with any subclass of Trainer
     from transformers import Trainer as Base
 else:

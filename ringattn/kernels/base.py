@@ -9,15 +9,16 @@ A kernel knows neither ranks nor masks nor schedules. Subclasses compute one pie
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ringattn.kernels.fused import surrogate_out
 from ringattn.kernels.lse import Partial, accum_dtype, merge_, nothing
+from ringattn.plan.kernel_names import KernelOption
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import Segment
 
@@ -83,11 +84,46 @@ class Prepared(tuple[Segment, ...]):
         return prepared
 
 
+class KernelCall(NamedTuple):
+    """What of a call decides whether a kernel can compute it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int  # of q and k
+    value_dim: int
+    heads: int = 1
+    bias: bool = False
+    softcap: bool = False
+    bands: bool = False  # whether there are masks other than causal
+    generation: int | None = None  # major compute capability; that of the device where it is None
+
+
 class Kernel(ABC):
-    """Walks over pieces; a subclass gives the arithmetic of a single one."""
+    """Walks over pieces; a subclass gives the arithmetic of a single one, and says what it cannot compute.
+
+    Attributes:
+        name: as make_plan(kernel=...) takes it.
+        options: whole numbers that the name may carry ("flash3:sm_margin=8"), which are keywords of the constructor.
+        needs_out: whether backward takes `Rows.out` and not delta.
+    """
 
     name: str
-    needs_out = False  # whether backward takes `Rows.out` and not delta
+    options: ClassVar[Mapping[str, KernelOption]] = {}
+    needs_out = False
+
+    @classmethod
+    def unsupported_reason(cls, call: KernelCall) -> str | None:
+        """Why it cannot compute such a call, in words; None if it can. Asked before anything is sent."""
+        return None
+
+    @classmethod
+    def supports(cls, call: KernelCall) -> bool:
+        return cls.unsupported_reason(call) is None
+
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        """What computes the call, by name. Ranks compare it: where it differs, results could."""
+        return cls.name
 
     @abstractmethod
     def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:

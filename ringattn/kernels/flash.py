@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, up_to, with_bias
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.base import Grads, KernelCall, Operands, Options, Rows
+from ringattn.kernels.cuda_only import CudaOnly
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.external import Package
 from ringattn.kernels.lse import Partial
+from ringattn.kernels.operator_choice import Facts
 from ringattn.kernels.reference import Reference
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
@@ -62,13 +64,26 @@ class Call(NamedTuple):
         return self.window == (ANY, 0)
 
 
-class Flash(Kernel):
+class Flash(CudaOnly):
     package: ClassVar[Package]
+    generations: ClassVar[range]  # of GPUs it is for, by major compute capability
+    largest_head_dim = 256
     needs_out = True
     one_head_dim: ClassVar[bool] = True  # whether v must have as many channels as q and k
 
     def __init__(self) -> None:
         self.module, self.calls = self.package.load()
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        generation, known = device.capability[0], cls.generations
+        if generation in known:
+            return None
+        return f"kernel {cls.name!r} is for compute capability {known[0]} to {known[-1]}, and this is {generation}"
+
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        return Reference.name if call.bias and call.softcap else cls.name  # the channels of a bias would be capped too
 
     @abstractmethod
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ _BACKWARD = ("dout", "q", "k", "v", "out", "softmax_lse", "dq", "dk", "dv", *_SH
 
 class Flash2(Flash):
     name = "flash2"
+    generations = range(8, 10)
     package = Package(
         "flash-attn 2",
         "flash_attn.flash_attn_interface",

@@ -17,6 +17,7 @@ from torch import Tensor
 from ringattn.errors import InputError
 from ringattn.kernels.external import Package, parameters
 from ringattn.kernels.flash import Call, Flash
+from ringattn.plan.kernel_names import KERNELS
 
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 _NOT_NEEDED = (
@@ -33,6 +34,8 @@ _PAIR, _TWO = ("window_size",), ("window_size_left", "window_size_right")
 
 class Flash3(Flash):
     name = "flash3"
+    generations = range(9, 10)
+    options = KERNELS["flash3"].options
     package = Package(
         "flash-attn 3",
         "flash_attn_interface",

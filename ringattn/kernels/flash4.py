@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringattn.kernels.base import KernelCall
 from ringattn.kernels.external import Package
 from ringattn.kernels.flash import ANY, Call, Flash
+from ringattn.kernels.operator_choice import Facts, call_width
 
 _SHARED = ("softmax_scale", "causal", "softcap", "window_size_left", "window_size_right")
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
+LARGEST_ON_BLACKWELL = 128  # but for 256 with 256 and 192 with 128
+
 
 class Flash4(Flash):
     name = "flash4"
+    generations = range(9, 13)
     one_head_dim = False
     package = Package(
         "flash-attn 4",
@@ -32,6 +37,14 @@ class Flash4(Flash):
             },
         ),
     )
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        sizes = (call_width(call.head_dim, 0, bias=call.bias), call_width(0, call.value_dim, bias=False))
+        blackwell = device.capability[0] in (10, 11)
+        if blackwell and max(sizes) > LARGEST_ON_BLACKWELL and sizes not in ((256, 256), (192, 128)):
+            return f"kernel 'flash4' takes head sizes up to {LARGEST_ON_BLACKWELL} on this GPU, 192 with 128, or 256"
+        return super().unsupported_there(call, device)
 
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
         q, k, v = call[:3]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ringattn.errors import InputError
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.lse import Partial, accum_dtype
 from ringattn.kernels.reference import Reference
@@ -37,6 +37,11 @@ MASKS_KEPT = 32  # each is two numbers for every two blocks
 
 class Flex(Kernel):
     name = "flex"
+
+    @classmethod
+    def unsupported_reason(cls, call: KernelCall) -> str | None:
+        no_float64 = call.device.type == "cuda" and call.dtype == torch.float64
+        return "kernel 'flex' takes no float64 on CUDA" if no_float64 else None
 
     def __init__(self) -> None:
         try:

@@ -16,10 +16,21 @@ from torch import Tensor
 
 from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, with_bias
 from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
-from ringattn.kernels.base import Grads, Kernel, Operands, Options, Rows
+from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
+from ringattn.kernels.cuda_only import CudaOnly, short_dtype, width_of
 from ringattn.kernels.device_constants import kept
 from ringattn.kernels.lse import Partial
-from ringattn.kernels.operator_choice import CallShape, call_width, chosen
+from ringattn.kernels.operator_choice import (
+    LARGEST_CUDNN,
+    LARGEST_FLASH,
+    CallShape,
+    Facts,
+    call_width,
+    chosen,
+    cudnn_takes,
+    efficient_takes,
+    flash_takes,
+)
 from ringattn.kernels.reference import Reference, band_mask
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
@@ -31,6 +42,13 @@ MASKS_KEPT = 8  # the strips of a window need the same few again and again; each
 class Sdpa(Kernel):
     name = "sdpa"
     needs_out = True
+
+    @classmethod
+    def operator_of(cls, call: KernelCall) -> str:
+        if call.softcap:
+            return Reference.name
+        shape = CallShape(call.dtype, width_of(call), 2, call.bands, call.heads)
+        return chosen(cls.name, call.device, shape)
 
     def operator(self, block: Operands, band: Band) -> Fused | None:
         """The operator that computes a piece, or None where only plain mathematics can."""
@@ -66,16 +84,50 @@ class Sdpa(Kernel):
         return None if options.softcap is not None else self.operator(block, band)
 
 
-class Cudnn(Sdpa):
+class _Pinned(CudaOnly, Sdpa):
+    """One of torch's operators in particular. Bands, and what it does not take, go to the memory-efficient one."""
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        shape = CallShape(call.dtype, width_of(call), 2)
+        if efficient_takes(shape, device) and cls.takes(shape, device):
+            return None
+        (major, minor), cudnn = device.capability, f" and cuDNN {device.cudnn}" if cls is Cudnn else ""
+        size = f"head size {shape.width} in {short_dtype(call.dtype)}"
+        return f"torch's operator {cls.name!r} does not take {size} with compute capability {major}.{minor}{cudnn}"
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return True
+
+
+class Cudnn(_Pinned):
     name = "cudnn"
+    largest_head_dim = LARGEST_CUDNN
+
+    @classmethod
+    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+        if device.deterministic:
+            return "kernel 'cudnn' has no deterministic backward, and torch.use_deterministic_algorithms(True) asks for one"
+        return super().unsupported_there(call, device)
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return cudnn_takes(shape, device)
 
 
-class TorchFlash(Sdpa):
+class TorchFlash(_Pinned):
     name = "flash"
+    largest_head_dim = LARGEST_FLASH
+
+    @classmethod
+    def takes(cls, shape: CallShape, device: Facts) -> bool:
+        return flash_takes(shape, device)
 
 
-class Efficient(Sdpa):
+class Efficient(_Pinned):
     name = "efficient"
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _shape(block: Operands, band: Band) -> CallShape:

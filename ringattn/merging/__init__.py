@@ -7,6 +7,7 @@
 
 Each policy returns a `Merge`, which says which rows form a group. `shorten(merge, plan)` makes a `MergedSequence`, which merges
 this rank's rows, has the plan for attention over the groups, and unmerges. Merges compose: `first.then(second)`.
+`POLICIES` lists the policies by the names under which a model takes them; `register` adds one.
 """
 
 from ringattn.merging.bipartite_matching import bipartite
@@ -15,12 +16,15 @@ from ringattn.merging.gate import DeleteGate, RateController, delete
 from ringattn.merging.merge import Merge, grid, segments, windows
 from ringattn.merging.merged_sequence import MergedSequence, shorten
 from ringattn.merging.placement import LayerCost
+from ringattn.merging.policies import POLICIES, MergeRequest, register, unregister
 from ringattn.merging.similar_rows import similar
 
 __all__ = [
     "DeleteGate",
     "Merge",
     "LayerCost",
+    "MergeRequest",
+    "POLICIES",
     "RateController",
     "MergedSequence",
     "bipartite",
@@ -30,5 +34,7 @@ __all__ = [
     "shorten",
     "similar",
     "gather_rows",
+    "register",
+    "unregister",
     "windows",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import one_of
-from ringattn.comm.all_to_all import everyone
+from ringattn.comm.all_to_all import all_gather_rows
 from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
@@ -66,9 +66,17 @@ def bipartite(
     """Merges the most similar rows of the whole sequence; refused under a causal mask. Collective.
 
     Args:
-        metric, layout, remove, threshold, protected, scorer, margin, seed, layer, group: as in `similar`, with the whole
-            sequence as one window.
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine, such as keys averaged over heads.
+        layout: which rows each rank holds: `plan.layout`.
+        remove: the share of all rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most that share.
+        protected: bool (batch, rows), this rank's rows that must not merge.
+        scorer: "alternate", "energy" or "random", as in `similar`, with the whole sequence as one window.
+        margin: for "energy": the cosine from which rows count as similar.
+        seed: for "random".
+        layer: for "random": the merging layer, so that layers draw differently.
         schedule: how rows of A meet rows of B: ring, token_ring, mesh or all_gather.
+        group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 
     Returns:
         The same merge on every rank, for any number of ranks and any schedule, ties included.
@@ -157,7 +165,7 @@ class _ShardedDirections:
             operands = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
             matchings.append(make(plan, rank, *operands, b[rank]))
         results = run_matchings(matchings, plan, self.transport)
-        parts = everyone([result.transpose(0, 1).contiguous() for result in results], row_counts, self.transport)
+        parts = all_gather_rows([result.transpose(0, 1).contiguous() for result in results], row_counts, self.transport)
         gathered = []
         for tables, of_ranks in zip(row_tables, parts, strict=True):
             result = torch.cat(of_ranks).transpose(0, 1)

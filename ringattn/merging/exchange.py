@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ringattn._validation import error_message
-from ringattn.comm.all_to_all import everyone, swap
+from ringattn.comm.all_to_all import all_gather_rows, exchange_rows
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
@@ -86,7 +86,7 @@ def sum_to_slots(exchanges: Sequence[SlotExchange], rows: Sequence[Tensor], tran
     for exchange, own in zip(exchanges, rows, strict=True):
         of_rows = own.to(_sum_dtype(own.dtype))[exchange.has_slot]
         outgoing.append(of_rows.new_zeros(sum(exchange.send_counts), own.shape[-1]).index_add(0, exchange.send_slot, of_rows))
-    received = swap(
+    received = exchange_rows(
         outgoing, [exchange.send_counts for exchange in exchanges], [exchange.recv_counts for exchange in exchanges], transport
     )
     return [
@@ -101,7 +101,7 @@ def sum_to_slots(exchanges: Sequence[SlotExchange], rows: Sequence[Tensor], tran
 def read_slots(exchanges: Sequence[SlotExchange], slots: Sequence[Tensor], transport: Transport) -> list[Tensor]:
     """Copies each slot to its rows, 0 for a row without a slot. slots: (batch, slots, dim); returns (batch, rows, dim)."""
     outgoing = [own.flatten(0, 1)[exchange.recv_slots] for exchange, own in zip(exchanges, slots, strict=True)]
-    received = swap(
+    received = exchange_rows(
         outgoing, [exchange.recv_counts for exchange in exchanges], [exchange.send_counts for exchange in exchanges], transport
     )
     values = []
@@ -150,6 +150,6 @@ def _check(name: str, flags: Tensor, dtypes: tuple[torch.dtype, ...], layout: La
 def gather_all_rows(rows: Sequence[Tensor], layout: Layout, transport: Transport) -> list[Tensor]:
     """All-gathers (batch, rows, ...) to (batch, seq_len, ...) in sequence order, on each rank that `transport` hosts."""
     counts = [layout.rows(rank) for rank in range(layout.world)]
-    parts = everyone([own.transpose(0, 1).contiguous() for own in rows], counts, transport)
+    parts = all_gather_rows([own.transpose(0, 1).contiguous() for own in rows], counts, transport)
     order = in_order(layout).to(rows[0].device)
     return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

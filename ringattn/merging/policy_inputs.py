@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ringattn._validation import as_finite_float, as_int, error_message, one_of, short_repr
 from ringattn.comm.consistency import agree
-from ringattn.comm.p2p import P2P
 from ringattn.comm.process_group import Group, cannot_move
 from ringattn.comm.select import transport_for
+from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.checks import as_strided_tensor, resolve_group
 from ringattn.merging.matching import MOST_CHANNELS
@@ -94,7 +94,7 @@ def agree_on_arguments(
     protected: Tensor | None,
     group: Group | None,
     other_fields: Callable[[], dict[str, object]],
-) -> tuple[P2P, Tensor]:
+) -> tuple[Transport, Tensor]:
     """Checks that all ranks passed the same arguments; returns the transport and this rank's protected rows.
 
     other_fields: makes further fields that ranks must agree on.

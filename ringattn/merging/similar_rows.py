@@ -59,15 +59,16 @@ def similar(
 
     Args:
         metric: (batch, rows, dim), this rank's rows of what is compared by cosine, such as keys averaged over heads.
-        layout: of the rows over ranks: `plan.layout`.
+        layout: which rows each rank holds: `plan.layout`.
         window: rows in a window; the last may have fewer.
-        remove: the share of a window's rows that merge into others, up to 0.5.
-        threshold: cosine above which rows merge; with `remove` too, at most that share. One of the two must be given.
+        remove: the share of a window's rows that merge into others, up to 0.5. This or `threshold` must be given.
+        threshold: cosine above which rows merge; with `remove` too, at most that share.
         protected: bool (batch, rows), this rank's rows that must not merge.
         scorer: "alternate": every other row may merge into one of the rest (ToMe); "energy": only rows that are similar to many
-            others may (PiToMe); "random": into one of every two rows, drawn by (seed, layer, position).
-        margin: for "energy", the cosine from which rows count as similar.
-        seed, layer: for "random".
+            others may (PiToMe, with `margin`); "random": into one of every two rows, drawn by (seed, layer, position).
+        margin: for "energy": the cosine from which rows count as similar.
+        seed: for "random".
+        layer: for "random": the merging layer, so that layers draw differently.
         cu_seqlens: boundaries of packed documents; windows restart at each.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 

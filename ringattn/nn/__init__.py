@@ -9,13 +9,14 @@ two reductions depend on how the sequence is sharded.
 """
 
 from ringattn.nn.config import DecoderConfig
-from ringattn.nn.decoder import MLP, Decoder, SelfAttention
+from ringattn.nn.decoder import MLP, Block, Decoder, SelfAttention
 from ringattn.nn.grads import reduce_gradients
 from ringattn.nn.loss import cross_entropy, shift_labels
 from ringattn.nn.merging import Merging, MergingDecoder
 from ringattn.nn.rotary import apply_rotary, rotary
 
 __all__ = [
+    "Block",
     "Decoder",
     "DecoderConfig",
     "MLP",

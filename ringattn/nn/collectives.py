@@ -14,7 +14,7 @@ from ringattn.faults.watchdog import comm_errors
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
-    """Resolves `group`, or the default group, to a process group; None where there is nothing to reduce: no group, or one rank."""
+    """Resolves `group`, or the default group, to a process group; None where there is none, or it has one rank."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None
     try:

@@ -40,7 +40,7 @@ class DecoderConfig:
                 raise InputError(f"{name}={short_repr(getattr(self, name))}: must be positive")
         if self.heads % self.kv_heads:
             raise InputError(
-                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; each KV head serves equally many query heads"
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; all KV heads serve as many query heads"
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim={self.head_dim}: must be even, since the rotary embedding rotates pairs of channels")

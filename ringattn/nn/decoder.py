@@ -127,7 +127,7 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises matrices to keep the variance; those that add to the residual stream get 1/sqrt(2 layers), as in GPT-2."""
+        """Initialises matrices to keep the variance, scaled by 1/sqrt(2 layers) where they add to the residual stream (GPT-2)."""
         nn.init.normal_(
             self.embed_tokens.weight, std=0.02
         )  # small, since it is also the head: the initial loss is log(vocab_size)
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
     def loss(
         self, tokens: Tensor, targets: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False
     ) -> Tensor:
-        """Computes `cross_entropy(self(tokens, plan, group), targets, group)` without the logits of the whole shard in memory.
+        """Computes `cross_entropy(self(tokens, plan, group), targets, group)` without all logits of the shard in memory.
 
         targets: int64 (batch, rows), shifted before sharding. Logits of 1,024 rows exist at once; backward recomputes them.
 
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         process_group, rank = resolve_group(plan, group)
         problem = error_message(lambda: self._check(tokens, plan, rank, checkpoint, targets))
-        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, behind=plan.describe)
+        agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, details=plan.describe)
         block_args = BlockArgs(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
         normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), block_args))
         return normed

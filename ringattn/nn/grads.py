@@ -40,7 +40,7 @@ def reduce_gradients(parameters: Iterable[Tensor], group: Group | None = None) -
     problem = error_message(lambda: trained.extend(_trained(parameters, process_group)))
     shapes = [(tuple(p.shape), p.dtype) for p in trained]
     fields = {"call": "reduce_gradients", "shapes of parameters": sha256(repr(shapes).encode()).hexdigest()[:16]}
-    agree(process_group, fields, problem, behind=lambda: {"number of parameters": len(trained)})
+    agree(process_group, fields, problem, details=lambda: {"number of parameters": len(trained)})
     if process_group is None:
         return
     for bucket in _buckets(trained):

@@ -30,7 +30,7 @@ NUMBERS = (torch.int64, torch.int32)
 
 
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """Makes next-token targets: tokens shifted one to the left, `ignore_index` last. tokens: int64 (batch, seq_len), unsharded."""
+    """Makes next-token targets: tokens shifted left by one, `ignore_index` last. tokens: int64 (batch, seq_len), unsharded."""
     if as_strided_tensor("tokens", tokens).ndim != 2 or tokens.dtype not in NUMBERS:
         raise InputError(f"tokens: {tokens.dtype} of shape {tuple(tokens.shape)}; give int64 (batch, seq_len)")
     ignore_index = count("ignore_index", ignore_index, InputError, least=-MOST)

@@ -3,9 +3,9 @@
     x ──blocks──┬─────────────────────────────────────────────────┬─(+)──blocks── loss, at every row
                 └─merge── y ──blocks on groups── y' ── y' - y ──unmerge─┘
 
-What the middle adds to a group is added to its rows; under a causal mask, to the rows from the position on at which the group is
-ready, so no row depends on later ones. Labels are unchanged, rotary positions are those of each group's last row, and keys are
-weighted by the number of rows they represent.
+What the middle adds to a group is added to its rows; under a causal mask, to the rows from the position on at which the group
+is ready, so no row depends on later ones. Labels are unchanged, rotary positions are those of each group's last row, and keys
+are weighted by the number of rows they represent.
 
 With the delete gate (`policy="gate"`) the middle runs in training on all rows, attenuated by the gate, and in evaluation on the
 kept rows; a deleted row bypasses the middle. Architecture: Nawrot et al. 2021, https://arxiv.org/abs/2110.13711 (hourglass),
@@ -15,7 +15,7 @@ whose shift this generalises; MergeDNA, https://arxiv.org/abs/2511.14806.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,7 @@ from torch import Tensor, nn
 from ringattn._validation import as_finite_float, as_int, count, counts, flag, instance, one_of, short_repr
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
-from ringattn.merging import (
-    DeleteGate,
-    LayerCost,
-    Merge,
-    MergedSequence,
-    RateController,
-    bipartite,
-    delete,
-    gather_rows,
-    segments,
-    shorten,
-    similar,
-    windows,
-)
-from ringattn.merging.placement import mask_edges
+from ringattn.merging import POLICIES, DeleteGate, LayerCost, Merge, MergedSequence, MergeRequest, RateController, shorten
 from ringattn.merging.policy_inputs import SCORERS
 from ringattn.nn.collectives import sum_over
 from ringattn.nn.config import DecoderConfig
@@ -45,15 +31,14 @@ from ringattn.nn.decoder import Block, BlockArgs, Decoder
 from ringattn.plan.plan import Plan
 from ringattn.planner.topology import Topology
 
-POLICIES = ("windows", "similar", "bipartite", "words", "gate")
-
 
 @dataclass(frozen=True)
 class Merging:
     """Configures what `MergingDecoder` merges, and where. Validated by the decoder's constructor.
 
-    policy: "windows" of `factor` rows; "similar" rows inside windows of `window`; "bipartite": similar rows of the whole
-        sequence, not causal; "words": up to and including a token of `ends`; "gate": rows that a learned gate deletes.
+    policy: one of `ringattn.merging.POLICIES`. "windows" of `factor` rows; "similar" rows inside windows of `window`;
+        "bipartite": similar rows of the whole sequence, not causal; "words": up to and including a token of `ends`; "gate":
+        rows that a learned gate deletes.
     first, last: blocks [first, last) run on the short sequence.
     factor: rows in a window of "windows".
     window: rows in a window of "similar".
@@ -69,7 +54,7 @@ class Merging:
         takes seconds for each, a named schedule milliseconds.
     """
 
-    policy: Literal["windows", "similar", "bipartite", "words", "gate"]
+    policy: str
     first: int
     last: int
     factor: int = 2
@@ -106,7 +91,7 @@ class Merging:
         one_of("how", self.how, ("mean", "last", "learned"), InputError)
         if self.protect < 0:
             raise InputError(f"protect={short_repr(self.protect)}: counts rows, 0 or more")
-        if not 0 < (as_finite_float(self.remove) or 0) < 1 or (self.policy in ("similar", "bipartite") and self.remove > 0.5):
+        if not 0 < (as_finite_float(self.remove) or 0) < 1 or (POLICIES[self.policy].pairs and self.remove > 0.5):
             raise InputError(
                 f"remove={short_repr(self.remove)}: is a share of rows, more than 0, less than 1, up to 0.5 where rows "
                 "are merged"
@@ -114,8 +99,8 @@ class Merging:
         count("protect", self.protect, InputError, least=0)
         for name in ("factor", "window", "bucket"):
             count(name, getattr(self, name), InputError, hint="it counts rows")
-        if self.policy == "gate" and (self.protect or self.how != "mean"):
-            raise InputError('policy="gate" deletes rows and computes no means: leave out protect and how')
+        if POLICIES[self.policy].deletes and (self.protect or self.how != "mean"):
+            raise InputError(f'policy="{self.policy}" deletes rows and computes no means: leave out protect and how')
 
 
 class MergingDecoder(Decoder):
@@ -128,11 +113,11 @@ class MergingDecoder(Decoder):
         instance("config", config, DecoderConfig, InputError, "give a DecoderConfig")
         instance("merging", merging, Merging, InputError, "give a Merging(policy, first, last, ...)").check(config)
         super().__init__(config)
-        self.merging = merging
+        self.merging, self._policy = merging, POLICIES[merging.policy]
         self.short: MergedSequence | None = None
         self._static_merges: dict[object, MergedSequence] = {}
         self._gates: Tensor | None = None
-        if merging.policy == "gate":
+        if self._policy.deletes:
             self.gate, self.controller = DeleteGate(config.dim), RateController(merging.remove)
         if merging.how == "learned":
             self.weigh = nn.Linear(config.dim, 1, bias=False)
@@ -156,7 +141,7 @@ class MergingDecoder(Decoder):
     def _blocks(self, x: Tensor, block_args: BlockArgs) -> Tensor:
         m, blocks = self.merging, list(self.layers)
         x = block_args(blocks[: m.first], x)
-        x = (self._soft_gated if m.policy == "gate" and self.training else self._merged)(
+        x = (self._soft_gated if self._policy.deletes and self.training else self._merged)(
             x, blocks[m.first : m.last], block_args
         )
         return block_args(blocks[m.last :], x)
@@ -175,7 +160,7 @@ class MergingDecoder(Decoder):
 
     def _merged(self, x: Tensor, middle: list[nn.Module], block_args: BlockArgs) -> Tensor:
         m = self.merging
-        g = self.gate(x) if m.policy == "gate" else None
+        g = self.gate(x) if self._policy.deletes else None
         short = self.short = self._shorten(x, g, block_args)
         weights = (10 * torch.tanh(self.weigh(x) / 10)).exp().squeeze(-1) if m.how == "learned" else None
         y = short.merge(x, "last" if m.how == "last" or g is not None else "mean", weights)
@@ -195,7 +180,7 @@ class MergingDecoder(Decoder):
         key = (plan, len(x), x.device, group)
         if key in self._static_merges:
             return self._static_merges[key]
-        config, static = self.config, m.policy == "windows"
+        config, static = self.config, self._policy.static
         heads = config.heads + config.kv_heads
         cost = LayerCost(
             m.last - m.first, len(x), config.dim, 2.0 * config.dim * (2 * heads * config.head_dim + 3 * config.hidden_dim)
@@ -207,25 +192,27 @@ class MergingDecoder(Decoder):
         return short
 
     def _merge(self, x: Tensor, g: Tensor | None, block_args: BlockArgs) -> Merge:
-        m, plan, group = self.merging, block_args.plan, block_args.group
-        cuts = (0, *mask_edges(plan.mask, plan.seq_len), plan.seq_len)  # windows restart where the mask changes
-        if m.policy == "windows":
-            first = torch.arange(plan.seq_len) < m.protect
-            return windows(plan.seq_len, m.factor, protected=first, cu_seqlens=cuts, batch=len(x), device=x.device)
-        if m.policy == "words":
-            last = torch.isin(block_args.positions + 1, torch.tensor(cuts[1:-1], device=x.device))
-            alone = block_args.positions < m.protect
-            ends = torch.isin(block_args.tokens, torch.tensor(m.ends, device=x.device)) | last | alone
-            return segments(gather_rows(ends, plan.layout, group))
-        if g is not None:
-            return delete(self.gate.keeps(g), plan.layout, group)
-        protected = (block_args.positions < m.protect).expand(x.shape[:2])
-        match_args: dict[str, Any] = dict(
-            remove=m.remove, threshold=m.threshold, scorer=m.scorer, protected=protected, seed=m.seed, layer=m.first
+        m = self.merging
+        request = MergeRequest(
+            x,
+            block_args.tokens,
+            block_args.positions,
+            block_args.plan,
+            block_args.group,
+            self._metric,
+            None if g is None else self.gate.keeps(g),
+            m.factor,
+            m.window,
+            m.remove,
+            m.threshold,
+            m.scorer,
+            m.ends,
+            m.protect,
+            m.seed,
+            m.first,
         )
-        if m.policy == "similar":
-            return similar(self._metric(x), plan.layout, window=m.window, cu_seqlens=cuts, group=group, **match_args)
-        return bipartite(self._metric(x), plan.layout, group=group, **match_args)
+        merge = self._policy.decide(request)
+        return instance(f"policy {m.policy!r} returned", merge, Merge, InputError, "return a Merge, as windows(...) makes one")
 
     @torch.no_grad()
     def _metric(self, x: Tensor) -> Tensor:

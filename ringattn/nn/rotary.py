@@ -1,4 +1,4 @@
-"""Applies rotary position embedding by global position: the rotation depends on a row's position in the sequence, not in the shard.
+"""Applies rotary position embedding by global position: it depends on a row's position in the sequence, not in the shard.
 
 Su et al. 2021, https://arxiv.org/abs/2104.09864; channels are paired n with n + head_dim / 2, as in Llama's published weights.
 """

@@ -20,7 +20,7 @@ from ringattn.sequence.layout import Layout, Span, even_parts, joined, take
 from ringattn.sequence.mask import Mask
 from ringattn.sequence.segments import Segment, tile_segments
 
-WORTH_A_CUT = 0.9  # of the rows: if others need more of them than this, whole blocks travel
+MAX_NEEDED_SHARE = 0.9  # of the rows: if others need more of them than this, whole blocks travel
 
 
 class Block(NamedTuple):
@@ -54,10 +54,10 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """One schedule on some of the heads, joined with layout and mask. `whole` is it before pruning."""
+    """One schedule on some of the heads, joined with layout and mask. `unpruned` is it before pruning."""
 
     heads: Heads
-    whole: Schedule
+    unpruned: Schedule
     q_blocks: tuple[Block, ...]
     kv_blocks: tuple[Block, ...]
     tiles: Tiles
@@ -65,7 +65,7 @@ class HeadGroup:
     @cached_property
     def schedule(self) -> Schedule:
         """Only the tiles that have work, and the moves that serve one."""
-        return _prune(self.whole, self.tiles)
+        return _prune(self.unpruned, self.tiles)
 
     def block(self, kind: Kind, index: int) -> Block:
         return (self.q_blocks if kind.of_queries else self.kv_blocks)[index]
@@ -75,9 +75,9 @@ class HeadGroup:
         """Kept (query, key) pairs of every tile with work."""
         return self.tiles.areas
 
-    def segments(self, work: TileBatch) -> tuple[Segment, ...]:
-        """What a kernel has to compute of `work`, in rows of its blocks put one behind another."""
-        return self.tiles.segments(work.i, work.j)
+    def segments(self, batch: TileBatch) -> tuple[Segment, ...]:
+        """What a kernel has to compute of `batch`, in rows of its blocks put one behind another."""
+        return self.tiles.segments(batch.i, batch.j)
 
 
 class Cuts(NamedTuple):
@@ -100,28 +100,30 @@ def make_head_groups(
     """
     if len(schedules) == 2 > kv_heads and _share_keys(*schedules):
         schedules = [side_by_side(*schedules)]
-    if len(schedules) > heads and not any(schedule.resting for schedule in schedules):
+    if len(schedules) > heads and not any(schedule.has_residents for schedule in schedules):
         raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
     return tuple(
-        _head_group(part, one, layout, mask, cuts) for share, one in zip(shares, schedules, strict=True) for part in share
+        _head_group(part, schedule, layout, mask, cuts)
+        for share, schedule in zip(shares, schedules, strict=True)
+        for part in share
     )
 
 
 def _share_keys(a: Schedule, b: Schedule) -> bool:
     """Whether two schedules can run over the same queries, each on some of the keys."""
     queries_travel = any(move.kind.of_queries for schedule in (a, b) for move in schedule.moves)
-    return a.q_owner == b.q_owner and not (a.resting or b.resting or queries_travel)
+    return a.q_owner == b.q_owner and not (a.has_residents or b.has_residents or queries_travel)
 
 
 def pairs(head_groups: Sequence[HeadGroup]) -> Counter[int]:
     """Kept (query, key) pairs that each rank computes, over all heads."""
-    work: Counter[int] = Counter()
+    batch: Counter[int] = Counter()
     for head_group in head_groups:
         areas, heads = head_group.areas, head_group.heads.of_queries
-        for _, rank, i, j in head_group.whole.tiles:
-            work[rank] += areas.get((i, j), 0) * heads
-    return work
+        for _, rank, i, j in head_group.unpruned.tiles:
+            batch[rank] += areas.get((i, j), 0) * heads
+    return batch
 
 
 def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
@@ -164,7 +166,7 @@ class Tiles:
 
     def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
         self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
-        self._found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Segment, ...]] = {}
+        self._segments: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Segment, ...]] = {}
         areas = {
             (i, j): sum(segment.area for segment in self.segments((i,), (j,)))
             for i, j in product(range(len(q_spans)), range(len(k_spans)))
@@ -173,12 +175,13 @@ class Tiles:
 
     def segments(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Segment, ...]:
         """Between query blocks `i` and key blocks `j`, each put one behind another."""
-        if (i, j) not in self._found:
+        if (i, j) not in self._segments:
             q_spans, k_spans = (
-                joined(span for n in some for span in spans[n]) for some, spans in ((i, self._q_spans), (j, self._k_spans))
+                joined(span for n in numbers for span in spans[n])
+                for numbers, spans in ((i, self._q_spans), (j, self._k_spans))
             )
-            self._found[i, j] = tile_segments(q_spans, k_spans, self.mask)
-        return self._found[i, j]
+            self._segments[i, j] = tile_segments(q_spans, k_spans, self.mask)
+        return self._segments[i, j]
 
 
 @lru_cache(maxsize=16)
@@ -215,8 +218,8 @@ def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[t
     """From the first to the last row of each rank that another reads; nothing where that is nearly all of what is read from."""
     hulls = [(min(start for start, _ in runs), max(stop for _, stop in runs)) if runs else (0, 0) for runs in read]
     rows = sum(layout.rows(rank) for rank, runs in enumerate(read) if runs)
-    return tuple(hulls) if sum(stop - start for start, stop in hulls) < WORTH_A_CUT * rows else ()
+    return tuple(hulls) if sum(stop - start for start, stop in hulls) < MAX_NEEDED_SHARE * rows else ()
 
 
-def _spans(layout: Layout, found: Sequence[Block]) -> list[tuple[Span, ...]]:
-    return [take(layout.shards[block.rank], block.start, block.stop) for block in found]
+def _spans(layout: Layout, blocks_: Sequence[Block]) -> list[tuple[Span, ...]]:
+    return [take(layout.shards[block.rank], block.start, block.stop) for block in blocks_]

@@ -1,24 +1,54 @@
 """Names of kernels, and the options that a name may carry, as make_plan(kernel=...) takes them and plans keep them.
 
 An option stands behind a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
-on every rank. No torch here.
+on every rank. `KERNELS` is the one list of names; `ringattn.kernels.register` adds to it. No torch here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from ringattn._validation import short_repr
+from ringattn._validation import Registry, short_repr
 from ringattn.errors import RingAttnError
 
-KERNELS = ("sdpa", "reference", "cudnn", "flash", "efficient", "flex", "flash2", "flash3", "flash4")
 EMULATED = "emulated"  # behind its colon stand the flop/s, see `kernels.emulated`
+AUTO = "sdpa"  # what "auto" stands for
 MOST_SMS = 1024  # streaming multiprocessors; no GPU has as many
-# By kernel: the options its name may carry, with what each means.
-OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "flash3": {"sm_margin": f"multiprocessors to leave to others, as NCCL; 0 to {MOST_SMS}"},
-}
+
+
+class KernelOption(NamedTuple):
+    """A whole number that a kernel's name may carry; 0 where it is left out."""
+
+    meaning: str
+    most: int
+
+
+class KernelInfo(NamedTuple):
+    """What is known of a kernel without importing it."""
+
+    summary: str
+    options: Mapping[str, KernelOption] = MappingProxyType({})
+
+
+_SM_MARGIN = KernelOption(f"multiprocessors to leave to others, as NCCL; 0 to {MOST_SMS}", MOST_SMS)
+
+KERNELS: Registry[KernelInfo] = Registry(
+    "kernel",
+    {
+        "sdpa": KernelInfo("torch's own fused operators, chosen as torch would"),
+        "reference": KernelInfo("plain mathematics"),
+        "cudnn": KernelInfo("torch's cuDNN operator, wherever it can be had on CUDA"),
+        "flash": KernelInfo("torch's flash-attention operator, wherever it can be had on CUDA"),
+        "efficient": KernelInfo("torch's memory-efficient operator, wherever it can be had on CUDA"),
+        "flex": KernelInfo("torch's flex_attention"),
+        "flash2": KernelInfo("the flash-attn 2 package, which must be installed"),
+        "flash3": KernelInfo("the flash-attn 3 package, which must be installed", {"sm_margin": _SM_MARGIN}),
+        "flash4": KernelInfo("the flash-attn 4 package, which must be installed"),
+    },
+    reserved=("auto", EMULATED),
+)
 
 
 class KernelName(NamedTuple):
@@ -28,8 +58,8 @@ class KernelName(NamedTuple):
     options: Mapping[str, int]
 
     def __str__(self) -> str:
-        given = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
-        return f"{self.kernel}:{given}" if given else self.kernel
+        options_ = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{options_}" if options_ else self.kernel
 
 
 def parse(name: str, error: type[RingAttnError]) -> KernelName:
@@ -43,22 +73,25 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
         raise error(f"kernel={short_repr(name)}; choose one of auto, {', '.join(KERNELS)}, {EMULATED}:FLOPS")
     if not colon:
         return KernelName(kernel, {})
-    known = OPTIONS.get(kernel)
-    if known is None:
-        having = ", ".join(OPTIONS)
-        raise error(f"kernel={short_repr(name)}; {kernel!r} has no options (only {having} has): pass kernel={kernel!r}")
-    given = [_option(kernel, known, part, name, error) for part in text.split(",")]
-    options = dict(given)
-    if len(options) < len(given):
+    known = KERNELS[kernel].options
+    if not known:
+        having = [name for name, info in KERNELS.items() if info.options]
+        only = f"only {', '.join(having)} {'has' if len(having) == 1 else 'have'}"
+        raise error(f"kernel={short_repr(name)}; {kernel!r} has no options ({only}): pass kernel={kernel!r}")
+    pairs = [_option(kernel, known, part, name, error) for part in text.split(",")]
+    options = dict(pairs)
+    if len(options) < len(pairs):
         raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
     return KernelName(kernel, options)
 
 
-def _option(kernel: str, known: Mapping[str, str], part: str, name: str, error: type[RingAttnError]) -> tuple[str, int]:
+def _option(
+    kernel: str, known: Mapping[str, KernelOption], part: str, name: str, error: type[RingAttnError]
+) -> tuple[str, int]:
     option, _, value = part.partition("=")
-    meaning = "; ".join(f"{known_option}=N ({what})" for known_option, what in known.items())
+    meaning = "; ".join(f"{known_option}=N ({about.meaning})" for known_option, about in known.items())
     if option not in known:
         raise error(f"kernel={short_repr(name)}; options of {kernel!r} are {meaning}, not {short_repr(option)}")
-    if not (value.isascii() and value.isdigit() and int(value[:6]) <= MOST_SMS and len(value) <= 6):
+    if not (value.isascii() and value.isdigit() and len(value) <= 18 and int(value) <= known[option].most):
         raise error(f"kernel={short_repr(name)}; give {option} as a whole number: {meaning}")
     return option, int(value)

@@ -73,12 +73,12 @@ class Plan:
         "auto" rounds what is rounded once, as the kernel's own result is: on the straight way home. What gathers on its way
         would be rounded at every hop, and the error would grow with the number of ranks.
         """
-        return head_group.schedule.return_to_owner(kind) if self.partials == "auto" else self.partials == "narrow"
+        return head_group.schedule.returns_to_owner(kind) if self.partials == "auto" else self.partials == "narrow"
 
     @property
     def reuse_inputs(self) -> bool:
         """Whether inputs that rest away from home stay there for backward: when it has the same lanes."""
-        return self.forward is self.backward and any(head_group.schedule.resting for head_group in self.forward)
+        return self.forward is self.backward and any(head_group.schedule.has_residents for head_group in self.forward)
 
     def program(self, rank: int, *, backward: bool) -> tuple[Step, ...]:
         """What `rank` does in one pass."""
@@ -132,8 +132,8 @@ class Plan:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        found = [self.rows(rank) for rank in range(self.world)]
-        rows = f"{min(found)} to {max(found)}" if max(found) > min(found) else f"{max(found)}"
+        counts = [self.rows(rank) for rank in range(self.world)]
+        rows = f"{min(counts)} to {max(counts)}" if max(counts) > min(counts) else f"{max(counts)}"
         keys = f" against {self.kv_len} keys" if self.layout.keys is not None else ""
         lines = [
             f"{self.seq_len} tokens{keys}, {self.heads} heads over {self.kv_heads} of {self.head_dim}, {self.dtype}, "

@@ -16,8 +16,9 @@ from ringattn.plan.kernel_names import KERNELS
 from ringattn.plan.plan import Plan
 from ringattn.planner.closed_form import rank_families
 from ringattn.planner.cost import Cost, compute_seconds, price, traffic, transfer_seconds
+from ringattn.planner.cost.memory import pass_bytes
 from ringattn.planner.request import DEFAULT_TOPOLOGY, request
-from ringattn.planner.search import Candidate, allowed, choose
+from ringattn.planner.search import Candidate, all_candidates, choose
 from ringattn.planner.topology import PRESETS, Topology, load_topology
 from ringattn.schedule import Schedule
 from ringattn.sequence.layout import Layout
@@ -34,6 +35,7 @@ __all__ = [
     "compute_seconds",
     "load_topology",
     "make_plan",
+    "pass_bytes",
     "price",
     "rank_families",
     "traffic",
@@ -121,5 +123,7 @@ def make_plan(
 
 def candidates(seq_len: int, *, world: Any, heads: int, head_dim: int, **others: Any) -> list[Candidate]:
     """Everything that `make_plan` with the same arguments would choose from, priced; the fastest in all passes first."""
-    asked = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
-    return sorted(allowed(asked), key=lambda option: sum(option.cost(backward=backward).seconds for backward in asked.passes))
+    parsed = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
+    return sorted(
+        all_candidates(parsed), key=lambda option: sum(option.cost(backward=backward).seconds for backward in parsed.passes)
+    )

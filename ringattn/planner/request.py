@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from ringattn._validation import as_int, count, flag, instance, one_of, short_repr, text
 from ringattn.errors import PlanError
+from ringattn.plan.kernel_names import AUTO as AUTO_KERNEL
 from ringattn.plan.kernel_names import EMULATED as EMULATED_NAME
-from ringattn.plan.kernel_names import KERNELS, parse
+from ringattn.plan.kernel_names import parse
 from ringattn.planner.cost import ITEMSIZE
 from ringattn.planner.topology import PRESETS, Topology
 from ringattn.schedule import Schedule, check
@@ -23,7 +24,6 @@ from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout
 from ringattn.sequence.mask import Mask, causal, full
 
-SCHEDULES = ("auto", *NAMES, "balanced")
 EMULATED = f"{EMULATED_NAME}:"  # and the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
@@ -49,6 +49,7 @@ class Request(NamedTuple):
     buffer_limit: int | None
     passes: tuple[bool, ...]  # that count: forward (False), and in training backward (True)
     partials: str
+    catalog: int  # how often `NAMES` has changed: a plan by a name that then meant something else is not found again
 
 
 def request(
@@ -97,6 +98,7 @@ def request(
         None if buffer_limit is None else count("buffer_limit", buffer_limit, PlanError),
         (False, True)[: 1 + flag("training", training, PlanError)],
         one_of("partials", partials, PARTIALS, PlanError),
+        NAMES.changes,
     )
 
 
@@ -104,7 +106,7 @@ def _kernel(kernel: Any) -> str:
     """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
     if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
         name = text("kernel", kernel, PlanError)
-        return KERNELS[0] if name == "auto" else str(parse(name, PlanError))
+        return AUTO_KERNEL if name == "auto" else str(parse(name, PlanError))
     try:
         flops = float(kernel.removeprefix(EMULATED))
     except ValueError:
@@ -140,12 +142,12 @@ def _mask(mask: Any) -> Mask:
     )
 
 
-def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
+def _degrees(ulysses: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
     """The degree asked for; otherwise all that leave every rank a head, or none where a schedule was asked for."""
     choices = tuple(degree for degree in factors(world, upto=world) if degree <= heads)
-    if asked is None:
+    if ulysses is None:
         return choices if isinstance(schedule, str) and schedule == "auto" else (1,)
-    degree = count("ulysses", asked, PlanError)
+    degree = count("ulysses", ulysses, PlanError)
     if degree not in choices:
         why = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
         raise PlanError(f"ulysses={degree} {why}; choose one of {list(choices)}, or None")
@@ -155,16 +157,16 @@ def _degrees(asked: Any, world: int, heads: int, schedule: Any) -> tuple[int, ..
 def topology_for(topology: Any, world: int) -> Topology:
     if topology is None:
         topology = DEFAULT_TOPOLOGY
-    found = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
-    if found is None:
+    value = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
+    if value is None:
         raise PlanError(
             f"topology={short_repr(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
         )
-    if found.world not in (None, world):
+    if value.world not in (None, world):
         raise PlanError(
-            f"topology {found.name!r} describes {found.world} ranks and world={world}; measure these, or name a preset"
+            f"topology {value.name!r} describes {value.world} ranks and world={world}; measure these, or name a preset"
         )
-    return found
+    return value
 
 
 def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_offset: Any) -> tuple[Layout, ...]:
@@ -173,17 +175,17 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
         if layout.world != world:
             raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
         layout.validate(seq_len)
-        for name, value, found in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
-            if value is not None and as_int(name, value, PlanError) != found:
+        for name, value, value in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
+            if value is not None and as_int(name, value, PlanError) != value:
                 raise PlanError(
-                    f"{name}={short_repr(value)} and layout={layout.name!r} has {found}; leave {name} out: the layout says it"
+                    f"{name}={short_repr(value)} and layout={layout.name!r} has {value}; leave {name} out: the layout says it"
                 )
-        _fits(mask, layout.length, layout.of_keys.length, layout.first)
+        _check_mask_length(mask, layout.length, layout.of_keys.length, layout.first)
         return (layout,)
     name = one_of("layout", layout, ("auto", *LAYOUTS, "documents"), PlanError)
     keys = seq_len if kv_len is None else count("kv_len", kv_len, PlanError)
     offset = _offset(q_offset, seq_len, keys, mask)
-    _fits(mask, seq_len, keys, offset)
+    _check_mask_length(mask, seq_len, keys, offset)
     packed = mask.bounds if (keys, offset) == (seq_len, 0) and mask.bounds[-1:] == (seq_len,) else ()
     if name == "documents" and not packed:
         raise PlanError(f"layout='documents' and mask={mask}: it needs packed documents, and as many keys as queries")
@@ -191,14 +193,14 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
     plain = mask == full() or world == 1
     choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if len(packed) > 2 else list(LAYOUTS)
     return tuple(
-        by_documents(packed, world) if one == "documents" else _laid_out(one, seq_len, world, keys, offset)
-        for one in (choices if name == "auto" else [name])
+        by_documents(packed, world) if name == "documents" else _make_layout(name, seq_len, world, keys, offset)
+        for name in (choices if name == "auto" else [name])
     )
 
 
-def _laid_out(name: str, seq_len: int, world: int, keys: int, offset: int) -> Layout:
-    made = LAYOUTS[name](seq_len, world)
-    return made if (keys, offset) == (seq_len, 0) else replace(made.moved(offset), keys=LAYOUTS[name](keys, world))
+def _make_layout(name: str, seq_len: int, world: int, keys: int, offset: int) -> Layout:
+    layout = LAYOUTS[name](seq_len, world)
+    return layout if (keys, offset) == (seq_len, 0) else replace(layout.moved(offset), keys=LAYOUTS[name](keys, world))
 
 
 def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
@@ -216,7 +218,7 @@ def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
     return count("q_offset", offset, PlanError, least=0)
 
 
-def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
+def _check_mask_length(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
     if mask.length not in (None, keys) or (mask.length is not None and offset + seq_len > keys):
         plain = (keys, offset) == (seq_len, 0)
         beyond = f"seq_len={seq_len}" if plain else f"kv_len={keys}, seq_len={seq_len} from {offset} on"
@@ -227,15 +229,19 @@ def _fits(mask: Mask, seq_len: int, keys: int, offset: int) -> None:
 _check_once = lru_cache(maxsize=64)(check)
 
 
+def _schedule_names() -> tuple[str, ...]:
+    return ("auto", *NAMES, "balanced")
+
+
 def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadGroups:
     if isinstance(schedule, str):
-        return one_of("schedule", schedule, SCHEDULES, PlanError)
+        return one_of("schedule", schedule, _schedule_names(), PlanError)
     head_groups = (
         (schedule,) if isinstance(schedule, Schedule) else tuple(schedule) if isinstance(schedule, list | tuple) else ()
     )
     if not head_groups or not all(isinstance(head_group, Schedule) for head_group in head_groups):
         raise PlanError(
-            f"schedule={short_repr(schedule)}; give a name ({', '.join(SCHEDULES)}), a Schedule, or a tuple of them"
+            f"schedule={short_repr(schedule)}; give a name ({', '.join(_schedule_names())}), a Schedule, or a tuple of them"
         )
     for head_group in head_groups:
         if head_group.world * degree != world:
@@ -249,7 +255,7 @@ def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadG
             _check_once(head_group)
     if (
         len(head_groups) * degree > heads
-        and not any(head_group.resting for head_group in head_groups)
+        and not any(head_group.has_residents for head_group in head_groups)
         and len(head_groups) != 2
     ):
         raise PlanError(
@@ -257,6 +263,8 @@ def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadG
         )
     if degree > 1:
         head_groups = tuple(
-            one for members in zip(*(ulysses(head_group, degree) for head_group in head_groups), strict=True) for one in members
+            name
+            for members in zip(*(ulysses(head_group, degree) for head_group in head_groups), strict=True)
+            for name in members
         )
     return head_groups

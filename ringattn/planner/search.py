@@ -24,16 +24,16 @@ from ringattn.plan.head_groups import EVENLY, make_head_groups, pairs, trim
 from ringattn.plan.plan import Plan
 from ringattn.planner.cost import BACKWARD_FLOPS, Cost, compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.request import Request
-from ringattn.planner.solved import shared_out
+from ringattn.planner.solved import balanced_candidates
 from ringattn.planner.topology import Topology
 from ringattn.schedule import check, ring, split
-from ringattn.schedule.catalog import NAMES, Facts, Named, named
+from ringattn.schedule.catalog import NAMES, CatalogEntry, CatalogRequest, Named, automatic_names, named
 from ringattn.schedule.ir import MOST_RANKS
 from ringattn.sequence.layout import Layout
 from ringattn.sequence.mask import full
 
 TIE = 1.01
-WORTH_A_SEARCH = 0.05  # of the time, that ranks would wait for transfers
+MIN_IDLE_SHARE = 0.05  # of the time, that ranks would wait for transfers
 SMALL = 8  # up to as many ranks "auto" searches for a balanced schedule: a second or two; by name it does for any number
 LARGE = 16  # more ranks than this are planned in whole blocks: parts gain little there and take long to price
 LAYOUT_TIE = 1.05
@@ -67,7 +67,7 @@ class Candidate:
     def _compute(self) -> float:
         return compute_seconds(self.plan, self.topology)
 
-    def at_least(self, *, backward: bool) -> float:
+    def lower_bound(self, *, backward: bool) -> float:
         """Seconds it cannot take less than, without a simulation."""
         return max(self.compute(backward=backward), transfer_seconds(self._traffic[backward], self.topology))
 
@@ -93,7 +93,7 @@ def choose(request: Request) -> Plan:
         )
     chosen, _ = _decide(request)
     forward, backward = chosen[0], chosen[-1]
-    notes = f"predicted on {request.topology.name}: {'; '.join(map(_told, request.passes, chosen))}"
+    notes = f"predicted on {request.topology.name}: {'; '.join(map(_prediction, request.passes, chosen))}"
     labels = str(forward.named), str(backward.named)
     head_groups = forward.plan.forward if forward is backward else backward.plan.backward
     return replace(forward.plan, backward=head_groups, labels=labels, notes=notes)
@@ -103,31 +103,33 @@ def choose(request: Request) -> Plan:
 def _decide(request: Request) -> tuple[Chosen, Sequence[Candidate]]:
     """The candidates of the plan, and what was searched for besides those that have names."""
     best: tuple[int, Chosen] | None = None
-    for n, layout in reversed(list(enumerate(_worthwhile(request)))):
+    for n, layout in reversed(list(enumerate(_useful_layouts(request)))):
         limit = float("inf") if best is None else LAYOUT_TIE * _seconds(best[1])
         found = options(request, layout, limit)
-        if found and min(_least((option,) * len(request.passes)) for option in found) < limit:
+        if found and min(_lower_bound_of((option,) * len(request.passes)) for option in found) < limit:
             chosen = _best(found, request.passes)
             best = (n, chosen) if best is None or _seconds(chosen) < limit else best
     if best is None:
         free = request._replace(buffer_limit=None)
-        every = [option for layout in _worthwhile(free) for option in options(free, layout)]
+        every = [option for layout in _useful_layouts(free) for option in options(free, layout)]
         least = min(option.buffer_bytes(request.passes) for option in every)
         raise PlanError(f"buffer_limit={request.buffer_limit}: the least that any allowed plan needs is {least} bytes")
-    return _shared_out(request, *best)
+    return _with_balanced(request, *best)
 
 
-def _shared_out(request: Request, at: int, best: Chosen) -> tuple[Chosen, Sequence[Candidate]]:
+def _with_balanced(request: Request, at: int, best: Chosen) -> tuple[Chosen, Sequence[Candidate]]:
     """The same, or better with schedules made for this very mask: worth a search where compute does not hide all transfers."""
     searched: list[Candidate] = []
     if request.schedule != "auto" or request.world > SMALL or request.mask == full():
         return best, searched
-    for n, layout in enumerate(_worthwhile(request)):
+    for n, layout in enumerate(_useful_layouts(request)):
         idle = _seconds(best) - _sum(best, Candidate.compute)
-        if idle < WORTH_A_SEARCH * _seconds(best):
+        if idle < MIN_IDLE_SHARE * _seconds(best):
             break
         degrees = [degree for degree in request.degrees if request.world // degree > 2]
-        found = _candidates(request, layout, (one for degree in degrees for one in shared_out(request, layout, degree)))
+        found = _candidates(
+            request, layout, (one for degree in degrees for one in balanced_candidates(request, layout, degree))
+        )
         searched += found
         chosen = _best([*found, *(best if n == at else ())], request.passes) if found else best
         if TIE * _seconds(chosen) < _seconds(best):
@@ -143,7 +145,7 @@ def _best(found: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
         choices.append(tuple(_cheapest(free, backward=backward) for backward in passes))
     best, *others = sorted(choices, key=lambda chosen: _sum(chosen, Candidate.total_bytes))
     for chosen in others:
-        if TIE * _least(chosen) < _seconds(best) and TIE * _seconds(chosen) < _seconds(best):
+        if TIE * _lower_bound_of(chosen) < _seconds(best) and TIE * _seconds(chosen) < _seconds(best):
             best = chosen
     return best
 
@@ -152,7 +154,7 @@ def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
     first, *others = sorted(found, key=lambda option: option.total_bytes(backward=backward))
     best, seconds = first, first.cost(backward=backward).seconds
     for option in others:
-        if TIE * option.at_least(backward=backward) < seconds and TIE * option.cost(backward=backward).seconds < seconds:
+        if TIE * option.lower_bound(backward=backward) < seconds and TIE * option.cost(backward=backward).seconds < seconds:
             best, seconds = option, option.cost(backward=backward).seconds
     return best
 
@@ -166,20 +168,20 @@ def _seconds(chosen: Chosen) -> float:
     return _sum(chosen, lambda option, *, backward: option.cost(backward=backward).seconds)
 
 
-def _least(chosen: Chosen) -> float:
+def _lower_bound_of(chosen: Chosen) -> float:
     """What no simulation can find less than."""
-    return _sum(chosen, Candidate.at_least)
+    return _sum(chosen, Candidate.lower_bound)
 
 
-def _told(backward: bool, option: Candidate) -> str:
+def _prediction(backward: bool, option: Candidate) -> str:
     cost = option.cost(backward=backward)
     which = "backward" if backward else "forward"
     return f"{which} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
 
 
-def allowed(request: Request) -> list[Candidate]:
+def all_candidates(request: Request) -> list[Candidate]:
     """All that `choose` has chosen from: what has a name, and what it searched for."""
-    named = [option for layout in _worthwhile(request) for option in options(request, layout)]
+    named = [option for layout in _useful_layouts(request) for option in options(request, layout)]
     return [*named, *_decide(request)[1]] if named else named
 
 
@@ -203,7 +205,7 @@ def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> lis
 
 
 @lru_cache(maxsize=64)
-def _worthwhile(request: Request) -> list[Layout]:
+def _useful_layouts(request: Request) -> list[Layout]:
     """The layouts, without those on which a ring's work is no more even than on one before."""
     found: list[tuple[int, Layout]] = []
     for layout in request.layouts:
@@ -221,23 +223,19 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
         yield Named("given", "", request.schedule)
         return
     if request.schedule == "balanced":
-        yield from shared_out(request, layout, request.degrees[0])
+        yield from balanced_candidates(request, layout, request.degrees[0])
         return
-    facts = _facts(request, layout)
+    asked = _catalog_request(request, layout)
     for degree in request.degrees:
-        groups = request.world // degree
-        for name in _different(groups) if request.schedule == "auto" else [request.schedule]:
-            yield from _variants(name, facts, degree)
+        ranks = request.world // degree
+        for name in automatic_names(ranks) if request.schedule == "auto" else [request.schedule]:
+            variants = _variants(name, NAMES[name], asked, degree)
+            if not variants and request.schedule != "auto":
+                raise PlanError(f"schedule={name!r} has no variant for {ranks} ranks; choose another, or other ranks")
+            yield from variants
 
 
-def _different(ranks: int) -> list[str]:
-    """Names that differ on so few ranks. all_gather is left out: its buffers grow with the whole sequence."""
-    if ranks == 1:
-        return ["ring"]
-    return [name for name in NAMES if name != "all_gather" and (ranks > 2 or name not in ("ring_direct", "mesh"))]
-
-
-def _facts(request: Request, layout: Layout) -> Facts:
+def _catalog_request(request: Request, layout: Layout) -> CatalogRequest:
     """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
     world = request.world
     (whole,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
@@ -247,9 +245,10 @@ def _facts(request: Request, layout: Layout) -> Facts:
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     node_size = request.topology.node_size or 1
     cut = tuple(what for what, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
-    return Facts(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
+    return CatalogRequest(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
 
 
 @lru_cache(maxsize=64)
-def _variants(name: str, facts: Facts, degree: int) -> tuple[Named, ...]:
-    return tuple(named(name, facts, degree))
+def _variants(name: str, entry: CatalogEntry, asked: CatalogRequest, degree: int) -> tuple[Named, ...]:
+    """`entry` is what the name stands for now: it may be registered anew."""
+    return tuple(named(name, asked, degree))

@@ -22,7 +22,7 @@ PARTS = 2  # blocks of each rank
 SCARCE = {"mesh": "link", "matrix": "link"}  # elsewhere the port of a rank
 
 
-def shared_out(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
+def balanced_candidates(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
     """Balanced schedules among the world / degree groups of Ulysses; of a single one there is nothing to share out."""
     for backward in request.passes:
         for objective in ("total", SCARCE.get(request.topology.kind, "port")):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from ringattn.comm.consistency import ranks_named
+from ringattn.comm.consistency import format_ranks
 from ringattn.errors import LaunchError
 
 ON_CPUS = "or use init(backend='gloo') to run on CPUs"
@@ -56,20 +56,20 @@ def decide(everyone: Sequence[VisibleGpus]) -> str:
     """The backend, from what all ranks see. Raises `LaunchError`; see `choose`."""
     asked = _by(everyone, "backend")
     if len(asked) > 1:
-        said = ", ".join(f"{backend} on {ranks_named(ranks, len(everyone))}" for backend, ranks in asked.items())
+        said = ", ".join(f"{backend} on {format_ranks(ranks, len(everyone))}" for backend, ranks in asked.items())
         raise LaunchError(f"ranks disagree on backend: {said}; pass the same to init() on every rank")
     backend = everyone[0].backend
     if backend == "gloo" or (backend is None and not any(one.gpus for one in everyone)):
         return "gloo"
     without = [rank for rank, one in enumerate(everyone) if one.gpu is None]
     if without:
-        _raise(everyone, f"{ranks_named(without, len(everyone))} {_verb(without, 'sees', 'see')} no GPU")
+        _raise(everyone, f"{format_ranks(without, len(everyone))} {_verb(without, 'sees', 'see')} no GPU")
     if not all(one.nccl for one in everyone):
         raise LaunchError(f"there are GPUs, but torch was built without NCCL; install a build that has it, {ON_CPUS}")
     shared = {gpu: ranks for gpu, ranks in _by(everyone, "gpu_uuid").items() if len(ranks) > 1}
     if shared and not all(one.shares for one in everyone):
         gpu, ranks = next(iter(shared.items()))
-        _raise(everyone, f"{ranks_named(ranks, len(everyone))} would share one GPU ({gpu})")
+        _raise(everyone, f"{format_ranks(ranks, len(everyone))} would share one GPU ({gpu})")
     return "nccl"
 
 

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 import ringattn
 from ringattn._validation import count, flag, one_of, path, seconds, short_repr
-from ringattn.comm.consistency import ranks_named
+from ringattn.comm.consistency import format_ranks
 from ringattn.comm.gloo_duplex import finish, prepare, receiving, sending
 from ringattn.comm.process_group import LAUNCH_HINT, backends, device_type_of
 from ringattn.comm.select import TRANSPORTS
@@ -206,7 +206,7 @@ def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
                 "process that hosts it (torchrun's agent, or rank 0)"
             ) from error
         raise LaunchError(
-            f"{ranks_named(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
+            f"{format_ranks(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
             f"{env['RANK']}; see the log of what should have started there, and that WORLD_SIZE (--nnodes x --nproc-per-node) "
             "is the number of ranks that are started"
         ) from error

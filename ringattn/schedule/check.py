@@ -1,9 +1,9 @@
-"""Proof that a schedule is a correct algorithm, by replaying it with names instead of numbers.
+"""Proves that a schedule is a correct algorithm, by replaying it with names instead of numbers.
 
-Every tile is computed exactly once; nothing is read before it is due; every accumulator ends at its owner with exactly its own
-tiles in it; buffers stay within the schedule's promise; both ends of every link see the same messages in the same order.
-What passes here computes the right attention, and what does not pass does not: tests drop, duplicate and redirect every move of
-every schedule to show both.
+Every tile is computed exactly once; nothing is read before it arrives; every accumulator ends at its owner with exactly its own
+tiles; buffers stay within the schedule's limits; both ends of every link list the same messages in the same order. A schedule
+that passes computes the right attention, and one that fails does not: tests drop, duplicate and redirect every move of every
+schedule to show both.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ from ringattn.schedule.program import Message, messages, program
 
 
 def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) -> BufferLimits:
-    """Raise `ScheduleError` naming step and item at the first fault; otherwise the peak of foreign blocks a rank holds.
+    """Proves `schedule`; returns the most foreign blocks of each kind that any rank holds.
 
-    `alive` are the tiles that have work (default: all of them).
+    Args:
+        schedule: the schedule to prove.
+        alive: the tiles (i, j) that have work; by default all of them.
+
+    Raises:
+        ScheduleError: the schedule is not a correct algorithm; names step and item of the first fault.
     """
     instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
     expected = (
@@ -40,15 +45,15 @@ def check(schedule: Schedule, alive: Collection[tuple[int, int]] | None = None) 
 
 
 def pairs_of(alive: Any) -> Collection[tuple[int, int]]:
-    """`alive`, if it is what it should be: pairs of blocks."""
+    """Checks that `alive` is a collection of pairs of blocks, and returns it."""
     try:
-        fine = isinstance(alive, Collection) and not isinstance(alive, str) and all(map(_is_pair, alive))
+        valid = isinstance(alive, Collection) and not isinstance(alive, str) and all(map(_is_pair, alive))
     except Exception:  # a tensor without dimensions
-        fine = False
-    if not fine:
+        valid = False
+    if not valid:
         raise ScheduleError(f"alive={short_repr(alive)}; must be a collection of tiles (i, j)")
-    found: Collection[tuple[int, int]] = alive
-    return found
+    pairs: Collection[tuple[int, int]] = alive
+    return pairs
 
 
 def _is_pair(tile: object) -> bool:
@@ -62,7 +67,7 @@ def _check_form(schedule: Schedule) -> None:
             raise ScheduleError(f"{schedule.name}: {move} does not go from one rank of {schedule.world} to another")
         if move.depart < 0 or move.arrival <= move.depart:
             raise ScheduleError(
-                f"{schedule.name}: {move} departs in step {move.depart} and would be due no later, or before the first step"
+                f"{schedule.name}: {move} departs in step {move.depart} and arrives no later, or before the first step"
             )
     for tile in schedule.tiles:
         if tile.step < 0 or tile.rank not in ranks:
@@ -70,14 +75,14 @@ def _check_form(schedule: Schedule) -> None:
 
 
 def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int, int]]]:
-    """Run all ranks with names for numbers: which tiles each accumulator holds, wherever it is at the end."""
+    """Runs all ranks with names instead of numbers: which tiles each accumulator contains at the end, on any rank."""
     resident = {(rank, Kind.Q, i) for i, rank in enumerate(schedule.q_owner)}
     resident |= {(rank, Kind.KV, j) for j, rank in enumerate(schedule.kv_owner)}
     gathered: dict[tuple[int, Kind, int], Counter[tuple[int, int]]] = defaultdict(Counter)
-    on_the_way: dict[int, list[tuple[Move, Counter[tuple[int, int]]]]] = defaultdict(list)
+    in_flight: dict[int, list[tuple[Move, Counter[tuple[int, int]]]]] = defaultdict(list)
     moves, tiles = _by_step(schedule)
     for step in range(schedule.steps):
-        for move, content in on_the_way.pop(step, []):
+        for move, content in in_flight.pop(step, []):
             if move.kind.moved:
                 gathered[move.dst, move.kind, move.index] += content
             else:
@@ -86,7 +91,7 @@ def _replay(schedule: Schedule) -> dict[tuple[int, Kind, int], Counter[tuple[int
             source = (move.src, move.kind, move.index)
             if source not in (gathered if move.kind.moved else resident):
                 raise ScheduleError(f"{schedule.name}, step {step}: rank {move.src} does not hold what it sends in {move}")
-            on_the_way[move.arrival].append((move, gathered.pop(source) if move.kind.moved else Counter()))
+            in_flight[move.arrival].append((move, gathered.pop(source) if move.kind.moved else Counter()))
         for tile in tiles[step]:
             for kind, index in ((Kind.Q, tile.i), (Kind.KV, tile.j)):
                 if (tile.rank, kind, index) not in resident:
@@ -113,27 +118,27 @@ def _check_result(
 ) -> None:
     idle = {(tile.i, tile.j) for tile in schedule.tiles} - expected
     if idle:
-        raise ScheduleError(f"{schedule.name}: tiles {sorted(idle)} have no work and are computed all the same; prune them")
+        raise ScheduleError(f"{schedule.name}: tiles {sorted(idle)} have no work but are computed; prune them")
     for kind, axis in ((Kind.Q_ACC, 0), (Kind.KV_ACC, 1)):
         wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
         for tile in expected:
             wanted[tile[axis]].add(tile)
-        for (rank, held_kind, index), tiles in gathered.items():
-            if held_kind is kind and rank != schedule.owner(kind, index):
+        for (rank, gathered_kind, index), tiles in gathered.items():
+            if gathered_kind is kind and rank != schedule.owner(kind, index):
                 raise ScheduleError(
                     f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}"
                 )
         for index, complete in wanted.items():
-            found = gathered[schedule.owner(kind, index), kind, index]
-            if found != Counter(complete):
-                missing, extra = sorted(complete - set(found)), sorted((found - Counter(complete)).elements())
+            actual = gathered[schedule.owner(kind, index), kind, index]
+            if actual != Counter(complete):
+                missing, extra = sorted(complete - set(actual)), sorted((actual - Counter(complete)).elements())
                 raise ScheduleError(
-                    f"{schedule.name}: {kind.value}{index} comes home without {missing} and with {extra} too many"
+                    f"{schedule.name}: {kind.value}{index} returns to its owner without {missing} and with {extra} too many"
                 )
 
 
 def _check_links(schedule: Schedule) -> None:
-    """Both ends of each link, each from its own program, list the same messages in the same order."""
+    """Checks that both ends of each link, each from its own program, list the same messages in the same order."""
     for backward in (False, True):
         sent = messages([schedule], backward=backward)
         links: dict[tuple[int, int, int], list[tuple[int, Message]]] = defaultdict(list)
@@ -151,7 +156,7 @@ def peak(schedule: Schedule) -> BufferLimits:
     instance("schedule", schedule, Schedule, ScheduleError, A_SCHEDULE)
     change: dict[tuple[Kind, int], Counter[int]] = defaultdict(Counter)  # by step, for each kind and rank
     last_read: dict[tuple[int, Kind, int], int] = {}
-    born: dict[tuple[int, Kind, int], list[int]] = defaultdict(list)
+    first_written: dict[tuple[int, Kind, int], list[int]] = defaultdict(list)
 
     def occupy(kind: Kind, rank: int, start: int, stop: int) -> None:
         if start < stop:
@@ -162,9 +167,9 @@ def peak(schedule: Schedule) -> BufferLimits:
         for item in ((rank, Kind.Q, i), (rank, Kind.KV, j)):
             last_read[item] = max(step, last_read.get(item, 0))
         if schedule.q_owner[i] != rank:
-            born[rank, Kind.Q_ACC, i].append(step)
+            first_written[rank, Kind.Q_ACC, i].append(step)
         if schedule.kv_owner[j] != rank:
-            born[rank, Kind.KV_ACC, j].append(step)
+            first_written[rank, Kind.KV_ACC, j].append(step)
     for kind, index, src, _, depart, _ in schedule.moves:
         last_read[src, kind, index] = max(depart, last_read.get((src, kind, index), 0))
     for kind, index, src, dst, depart, arrival in schedule.moves:
@@ -172,7 +177,7 @@ def peak(schedule: Schedule) -> BufferLimits:
         occupy(kind, dst, depart, arrival if kind.moved else max(arrival, last_read.get((dst, kind, index), 0) + 1))
         if kind.moved:
             # The sender's: from the first share computed or merged there until the transfer is complete.
-            occupy(kind, src, min((s for s in born[src, kind, index] if s < depart), default=depart), arrival)
+            occupy(kind, src, min((s for s in first_written[src, kind, index] if s < depart), default=depart), arrival)
     highest = dict.fromkeys(Kind, 0)
     for (kind, _), steps in change.items():
         highest[kind] = max(highest[kind], *accumulate(steps[step] for step in sorted(steps)))

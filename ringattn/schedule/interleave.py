@@ -1,11 +1,11 @@
-"""Parts of a block that take turns with those of other blocks: for schedules that send straight from owner to user.
+"""Interleaves parts of a block with parts of other blocks, for schedules that send straight from owner to user.
 
     token_ring, direct, 4 ranks, rank 0, by step         parts one after another     parts of 3, 2 and 1 in turn
                                                          3a 3b 2a 2b 1a 1b           3a 2a 1a 3b 2b 1b
 
-Where every pair of ranks has a link of its own, the first parts of all blocks arrive at once. `split` works through one
-block while the others lie ready and the link that matters is the one it waits for; here the first part of each is worked on
-first, while the second parts travel. The first results also leave sooner. As many bytes are in flight as before.
+Where every pair of ranks has a link of its own, the first parts of all blocks arrive at once. `split` computes one block to the
+end while the others have arrived, and waits for the link of that block; here the first part of each block is computed first,
+while the second parts travel. The first results also leave sooner. As many bytes are in flight as before.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from ringattn.schedule.transforms import parts_of
 
 
 def take_turns(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
-    """Cut every block of queries into `q` parts or every block of keys into `kv`; visitors' parts are computed in turn.
+    """Cuts every block of queries into `q` parts or every block of keys into `kv`, and computes visitors' parts in turn.
 
-    What is computed in step 0, own rows against own keys, stays one step. Raises `PlanError` where blocks hop.
+    Step 0, own rows against own keys, stays one step.
+
+    Raises:
+        PlanError: blocks hop in this schedule, or both `q` and `kv` are more than 1.
     """
     q, kv = parts_of("take_turns", schedule, q, kv)
     if min(q, kv) != 1:
@@ -32,8 +35,8 @@ def take_turns(schedule: Schedule, *, q: int = 1, kv: int = 1) -> Schedule:
     turns = _Turns(schedule, q, kv)
     owners = tuple(h for h in schedule.q_owner for _ in range(q)), tuple(h for h in schedule.kv_owner for _ in range(kv))
     name = f"{schedule.name}/{q}x{kv} in turn"
-    made = make(name, schedule.world, turns.tiles(), turns.moves(), schedule.limits, owners)
-    return replace(made, limits=peak(made))
+    interleaved = make(name, schedule.world, turns.tiles(), turns.moves(), schedule.limits, owners)
+    return replace(interleaved, limits=peak(interleaved))
 
 
 class _Turns:
@@ -41,14 +44,14 @@ class _Turns:
         self.schedule, self.q, self.kv = schedule, q, kv
         self.parts = q * kv
         self.round = max((tile.step for tile in schedule.tiles), default=0)  # steps in which each visitor has one turn
-        self.end = self.parts * self.round + 2  # when the last results are in
+        self.end = self.parts * self.round + 2  # the step in which the last results arrive
 
     def step(self, step: int, part: int) -> int:
-        """When `part` of what was computed in `step` is computed now."""
+        """The new step of `part` of the tiles of old step `step`."""
         return part * self.round + step if step else 0
 
     def parts_of(self, kind: Kind) -> Iterator[tuple[int, int, int]]:
-        """Number, first and last turn of each part of a block; what is not cut takes part in all turns."""
+        """Number, first and last turn of each part of a block; a block that is not cut is used in all turns."""
         cut = self.q if kind.of_queries else self.kv
         return ((n, n, n) if cut > 1 else (0, 0, self.parts - 1) for n in range(cut))
 

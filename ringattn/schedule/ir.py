@@ -1,20 +1,20 @@
-"""A schedule is plain data: which rank computes which tile at which step, and what travels meanwhile.
+"""Defines schedules as plain data: which rank computes which tile at which step, and what moves meanwhile.
 
-Four kinds of thing exist and no fifth:
+Exactly four kinds of item exist:
 
     Q[i]       queries of block i       forward: q         backward: q, dout, lse, delta   read-only, copied
     KV[j]      keys, values of block j  k, v (, key_bias)  the same                        read-only, copied
     Q_ACC[i]   result for Q[i]          out, lse           dq                              moved, merged on arrival
     KV_ACC[j]  result for KV[j]         nothing            dk, dv (, dbias)                moved, merged on arrival
 
-One definition serves both passes: forward ignores `KV_ACC`. Time is a row of steps. At the start of step t a rank takes in what
-is due at t, then sends what departs at t (as it is at that moment), then computes the tiles of step t; so a move that departs
-at t and is due at u travels beside the tiles of steps t .. u - 1. Inputs are never written and accumulators are given away when
-they leave, so no buffer can change while it is in flight, by construction.
+One definition serves both passes: forward ignores `KV_ACC`. Time is a sequence of steps. At the start of step t a rank first
+receives the moves with arrival step t, then sends those that depart at t, then computes the tiles of step t. So a move that
+departs at t and arrives at u overlaps with the tiles of steps t .. u - 1. Inputs are never written and accumulators are handed
+over when they leave, so no buffer can change while it is in flight.
 
-A rank's rows may be cut into several blocks: blocks that name the same home divide its rows evenly, in order. Inputs may `rest`
-at another rank than home: there they stay from forward to backward, which is all that Ulysses is (see `ulysses`).
-What this module does not do: run, prove, price or draw a schedule. Each of those is one reader of this data.
+A rank's rows may be cut into several blocks: blocks with the same owner divide its rows evenly, in order. An input may have a
+resident rank other than its owner; it then stays there from forward to backward. Ulysses uses nothing else (see `ulysses`).
+This module does not run, prove, price or draw a schedule; each of those is a reader of this data.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 from ringattn._validation import count, instance, short_repr, text
 from ringattn.errors import ScheduleError
 
-A_SCHEDULE = "give a Schedule, as ring(4) makes one"
-MOST_RANKS = 4096  # a schedule lists every tile; `ringattn.planner.closed_form` prices more ranks by closed form
-MOST = 1 << 20  # steps and blocks: far more than any algorithm has, and few enough to go through one by one
+A_SCHEDULE = "pass a Schedule, such as ring(4)"
+MOST_RANKS = 4096  # a schedule lists every tile; `ringattn.planner.closed_form` prices more ranks
+MOST = 1 << 20  # steps and blocks: far more than any algorithm has, and few enough to list
 
 
 class Kind(Enum):
@@ -41,7 +41,7 @@ class Kind(Enum):
     Q_ACC = "Q_ACC"
     KV_ACC = "KV_ACC"
 
-    __hash__ = object.__hash__  # that of Enum is slow, and every item and move is hashed often
+    __hash__ = object.__hash__  # Enum's own hash is slow, and items and moves are hashed often
 
     def __init__(self, name: str) -> None:
         self.moved = name.endswith("ACC")  # accumulators are moved and merged; inputs are copied
@@ -62,10 +62,10 @@ class Tile(NamedTuple):
 
 
 class Move(NamedTuple):
-    """`kind[index]` leaves `src` at the start of step `depart` and is taken in by `dst` at the start of step `arrival`."""
+    """`kind[index]` leaves `src` at the start of step `depart` and is received by `dst` at the start of step `arrival`."""
 
     kind: Kind
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used here
     src: int
     dst: int
     depart: int
@@ -76,7 +76,7 @@ class Move(NamedTuple):
 
 
 class BufferLimits(NamedTuple):
-    """How many blocks of each kind that belong to other ranks a rank may hold at once, those in flight included."""
+    """How many blocks of each kind owned by other ranks one rank may hold at once, those in flight included."""
 
     q: int = 0
     kv: int = 0
@@ -86,12 +86,12 @@ class BufferLimits(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tiles and moves in order, and the bounds they promise to keep.
+    """Tiles and moves in order, and the buffer limits they keep.
 
-    `q_owner[i]` and `kv_owner[j]` are the ranks that own query block i and key block j; `q_resident` and `kv_resident` those
-    where their inputs stay between the passes, as many, or none when that is at home. `limits` is the promise on buffers:
-    `check` rejects a schedule that needs more. Moves are in one global order; every rank derives its sends and receives from
-    it, so both ends of a link agree without tags.
+    `q_owner[i]` and `kv_owner[j]` are the ranks that own query block i and key block j. `q_resident` and `kv_resident` are the
+    ranks where these inputs stay between the passes, one for each block, or empty when every input stays with its owner.
+    `check` rejects a schedule that needs more buffers than `limits`. Moves are in one global order; every rank derives its
+    sends and receives from it, so both ends of a link agree without tags.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Schedule:
     kv_resident: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """It is made of what schedules are made of. Whether it is a correct algorithm, `check` says."""
+        """Checks types and ranges. Whether the schedule is a correct algorithm is decided by `check`."""
         text("name of a schedule", self.name, ScheduleError)
         about = f"schedule {self.name!r}: "
         count(f"{about}world", self.world, ScheduleError, most=MOST_RANKS)
@@ -115,7 +115,7 @@ class Schedule:
                 raise ScheduleError(f"{about}{name}={short_repr(ranks)}; must be a tuple of ranks below world={self.world}")
         if not isinstance(self.limits, BufferLimits) or not _are_numbers([self.limits], MOST):
             raise ScheduleError(
-                f"{about}room={short_repr(self.limits)}; must be a Room(q, kv, q_acc, kv_acc) of numbers of blocks"
+                f"{about}limits={short_repr(self.limits)}; must be a BufferLimits(q, kv, q_acc, kv_acc) of numbers of blocks"
             )
         for kind, (residents, owners) in {
             "q": (self.q_resident, self.q_owner),
@@ -123,13 +123,13 @@ class Schedule:
         }.items():
             if len(residents) not in (0, len(owners)):
                 raise ScheduleError(
-                    f"{about}{kind}_rest has {len(residents)} ranks and {kind}_home {len(owners)}; give as many, or none"
+                    f"{about}{kind}_resident has {len(residents)} ranks and {kind}_owner {len(owners)}; pass as many, or none"
                 )
         self._check_tiles(about)
         self._check_moves(about)
 
     def _check_tiles(self, about: str) -> None:
-        """Asked of whole columns: there may be millions."""
+        """Checks whole columns at once: there may be millions of tiles."""
         must = f"must be a tuple of Tile(step, rank, i, j) of whole numbers up to {MOST:,}, none before the first step"
         steps, ranks, i, j = _columns(f"{about}tiles", self.tiles, Tile, ScheduleError, must)
         if not (
@@ -137,11 +137,11 @@ class Schedule:
             and _are_numbers([i], len(self.q_owner))
             and _are_numbers([j], len(self.kv_owner))
         ):
-            raise ScheduleError(f"{about}tiles={short_repr(self.tiles)}; {must}, of blocks that have a home")
+            raise ScheduleError(f"{about}tiles={short_repr(self.tiles)}; {must}, of blocks that have an owner")
 
     def _check_moves(self, about: str) -> None:
         must = (
-            f"must be a tuple of Move(kind, index, src, dst, depart, due) of a Kind and whole numbers up to {MOST:,}, "
+            f"must be a tuple of Move(kind, index, src, dst, depart, arrival) of a Kind and whole numbers up to {MOST:,}, "
             "none before the first step"
         )
         kinds, indices, *others = _columns(f"{about}moves", self.moves, Move, ScheduleError, must)
@@ -152,7 +152,7 @@ class Schedule:
 
     @cached_property
     def steps(self) -> int:
-        """One more than the last step in which anything happens; the last one may only take in what is due."""
+        """Number of steps; in the last one a rank may only receive."""
         return max([t.step for t in self.tiles] + [m.arrival for m in self.moves], default=0) + 1
 
     def owner(self, kind: Kind, index: int) -> int:
@@ -161,8 +161,8 @@ class Schedule:
         except Exception:
             raise self._no_block(kind, index) from None
 
-    def rest(self, kind: Kind, index: int) -> int:
-        """Where an input stays between forward and backward."""
+    def resident_rank(self, kind: Kind, index: int) -> int:
+        """The rank where an input stays between forward and backward."""
         try:
             residents = (self.q_resident or self.q_owner) if kind.of_queries else (self.kv_resident or self.kv_owner)
             return residents[index]
@@ -173,34 +173,36 @@ class Schedule:
         blocks = f"{len(self.q_owner)} blocks of queries and {len(self.kv_owner)} of keys"
         return ScheduleError(
             f"schedule {self.name!r}: kind={short_repr(kind)}, index={short_repr(index)}; there are {blocks}: "
-            "give a Kind and a number"
+            "pass a Kind and a number"
         )
 
     @property
-    def resting(self) -> bool:
-        """Whether any input stays away from home between the passes."""
+    def has_residents(self) -> bool:
+        """Whether any input stays at another rank than its owner between the passes."""
         return bool(self.q_resident or self.kv_resident)
 
-    def to_rest(self, move: Move) -> bool:
-        """Whether `move` takes an input from its home to where it rests."""
-        instance("move", move, Move, ScheduleError, "give a Move(kind, index, src, dst, depart, due)")
-        at_home = move.src == self.owner(move.kind, move.index)
-        return not move.kind.moved and at_home and move.dst == self.rest(move.kind, move.index)
+    def moves_to_resident(self, move: Move) -> bool:
+        """Whether `move` takes an input from its owner to its resident rank."""
+        instance("move", move, Move, ScheduleError, "pass a Move(kind, index, src, dst, depart, arrival)")
+        from_owner = move.src == self.owner(move.kind, move.index)
+        return not move.kind.moved and from_owner and move.dst == self.resident_rank(move.kind, move.index)
 
-    def return_to_owner(self, kind: Kind) -> bool:
-        """Whether every share of this kind is merged where the result rests, and so is rounded at most once on the way there.
+    def returns_to_owner(self, kind: Kind) -> bool:
+        """Whether every partial result of `kind` goes straight to the resident rank, and so is rounded at most once.
 
-        A complete result that goes on from there to its owner is not rounded once more: it is the result.
+        A complete result that moves on from there to its owner is not rounded a second time.
         """
-        return instance("kind", kind, Kind, ScheduleError, "give a Kind") not in self._riding
+        return instance("kind", kind, Kind, ScheduleError, "pass a Kind") not in self._accumulated_kinds
 
     @cached_property
-    def _riding(self) -> frozenset[Kind]:
-        moved = [m for m in self.moves if m.kind.moved]
-        return frozenset(m.kind for m in moved if m.dst != self.rest(m.kind, m.index) and not self._last_leg(m))
+    def _accumulated_kinds(self) -> frozenset[Kind]:
+        accumulator_moves = [m for m in self.moves if m.kind.moved]
+        return frozenset(
+            m.kind for m in accumulator_moves if m.dst != self.resident_rank(m.kind, m.index) and not self._last_leg(m)
+        )
 
     def _last_leg(self, move: Move) -> bool:
-        return (move.src, move.dst) == (self.rest(move.kind, move.index), self.owner(move.kind, move.index))
+        return (move.src, move.dst) == (self.resident_rank(move.kind, move.index), self.owner(move.kind, move.index))
 
     @cached_property
     def digest(self) -> str:
@@ -210,9 +212,13 @@ class Schedule:
         return hash(self.digest)
 
     def __str__(self) -> str:
-        """One line per step; `parse` reads it back."""
+        """One line per step; `parse` reads it back.
+
+        This text is a pinned format: digests and stored schedules depend on it. Its keys keep their names: q_home and kv_home
+        are the owners, room the limits, q_rest and kv_rest the resident ranks.
+        """
         owners = f"q_home={_csv(self.q_owner)} kv_home={_csv(self.kv_owner)} room={_csv(self.limits)}"
-        if self.resting:
+        if self.has_residents:
             owners += f" q_rest={_csv(self.q_resident)} kv_rest={_csv(self.kv_resident)}"
         tiles: list[list[str]] = [[] for _ in range(self.steps)]
         moves: list[list[str]] = [[] for _ in range(self.steps)]
@@ -233,33 +239,45 @@ def make(
     owners: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     residents: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> Schedule:
-    """A schedule in canonical order: by step and due step, otherwise as given. Without `owners`, block n belongs to rank n."""
+    """Builds a schedule in canonical order: by step, then arrival step, then as passed. By default rank n owns block n."""
     world = count("world", world, ScheduleError, most=MOST_RANKS)
-    q_owner, kv_owner = _two("homes", owners) if owners is not None else (tuple(range(world)), tuple(range(world)))
-    made = Schedule(
-        name, world, q_owner, kv_owner, _all("tiles", tiles), _all("moves", moves), limits, *_two("rests", residents)
+    q_owner, kv_owner = _pair("owners", owners) if owners is not None else (tuple(range(world)), tuple(range(world)))
+    schedule = Schedule(
+        name,
+        world,
+        q_owner,
+        kv_owner,
+        _as_tuple("tiles", tiles),
+        _as_tuple("moves", moves),
+        limits,
+        *_pair("residents", residents),
     )
-    in_time = tuple(sorted(made.moves, key=lambda m: (m.depart, m.arrival)))  # what is needed sooner goes first on a link
-    in_order = tuple(sorted(made.tiles, key=lambda t: t.step))
-    return replace(made, tiles=in_order, moves=in_time)
+    ordered_moves = tuple(
+        sorted(schedule.moves, key=lambda m: (m.depart, m.arrival))
+    )  # what is needed sooner is sent first on a link
+    ordered_tiles = tuple(sorted(schedule.tiles, key=lambda t: t.step))
+    return replace(schedule, tiles=ordered_tiles, moves=ordered_moves)
 
 
 def parse(text: str) -> Schedule:
     """The schedule that prints as `text`. Raises `ScheduleError` for any other text."""
-    head, *lines = instance("text", text, str, ScheduleError, "give what str(schedule) says").strip().splitlines() or [""]
-    rest = r"(?: q_rest=([\d,]*) kv_rest=([\d,]*))?"
-    found = re.fullmatch(r"(.+) world=(\d+) q_home=([\d,]*) kv_home=([\d,]*) room=([\d,]*)" + rest, head)
-    if found is None:
+    head, *lines = instance(
+        "text", text, str, ScheduleError, "pass the text of a schedule, as str(schedule) returns it"
+    ).strip().splitlines() or [""]
+    # The keys of this line are part of the pinned text format, see `Schedule.__str__`.
+    residents_pattern = r"(?: q_rest=([\d,]*) kv_rest=([\d,]*))?"
+    match = re.fullmatch(r"(.+) world=(\d+) q_home=([\d,]*) kv_home=([\d,]*) room=([\d,]*)" + residents_pattern, head)
+    if match is None:
         raise ScheduleError(
             f"not a schedule: {short_repr(head)}; the first line reads 'NAME world=.. q_home=.. kv_home=.. room=..'"
         )
     try:
-        return _parsed(lines, *found.groups(default=""))
+        return _parse_steps(lines, *match.groups(default=""))
     except (ValueError, TypeError) as error:  # ScheduleError is a ValueError too
         raise ScheduleError(f"not a schedule: {error}; lines read 'STEP | rRANK(I,J) .. | KINDn:SRC>DST@DUE ..'") from error
 
 
-def _parsed(
+def _parse_steps(
     lines: Iterable[str], name: str, world: str, q_owner: str, kv_owner: str, limits: str, q_resident: str, kv_resident: str
 ) -> Schedule:
     tiles, moves = [], []
@@ -273,31 +291,31 @@ def _parsed(
     return make(name, int(world), tiles, moves, BufferLimits(*_ints(limits)), owners, residents)
 
 
-def _all(name: str, things: Any) -> tuple[Any, ...]:
+def _as_tuple(name: str, things: Any) -> tuple[Any, ...]:
     try:
         return tuple(things)
     except Exception:
-        raise ScheduleError(f"{name}={short_repr(things)}; must be several of them, in a list or tuple") from None
+        raise ScheduleError(f"{name}={short_repr(things)}; must be a list or tuple of them") from None
 
 
-def _two(name: str, pair: Any) -> tuple[Any, Any]:
-    """Of blocks of queries and of keys."""
+def _pair(name: str, pair: Any) -> tuple[Any, Any]:
+    """Checks a pair of tuples: one for blocks of queries, one for blocks of keys."""
     if not isinstance(pair, tuple) or len(pair) != 2:
-        raise ScheduleError(f"{name}={short_repr(pair)}; must be two tuples of ranks, of blocks of queries and of keys")
+        raise ScheduleError(f"{name}={short_repr(pair)}; must be two tuples of ranks, for blocks of queries and blocks of keys")
     return pair
 
 
 def _columns(
     name: str, things: Any, kind: type[NamedTuple], error: type[ScheduleError], must: str
 ) -> Collection[tuple[Any, ...]]:
-    """Of a tuple of `kind`, its fields, each with the values of all."""
+    """The fields of a tuple of `kind`, as one column of values for each field."""
     if not isinstance(things, tuple) or not set(map(type, things)) <= {kind}:
         raise error(f"{name}={short_repr(things)}; {must}")
     return list(zip(*things, strict=True)) or [()] * len(kind._fields)
 
 
 def _are_numbers(columns: Iterable[tuple[Any, ...]], stop: int) -> bool:
-    """Whether all are whole numbers from 0 to below `stop`."""
+    """Whether all values are integers in [0, stop)."""
     return all(
         all(issubclass(kind, int) for kind in set(map(type, column))) and (not column or 0 <= min(column) <= max(column) < stop)
         for column in columns

@@ -1,17 +1,17 @@
-"""Mesh: ranks stand in a grid of a columns and b rows; Q travels along its row, KV along its column.
+"""Builds mesh attention: ranks form a grid of a columns and b rows; Q moves along rows, KV along columns.
 
     a = 3, b = 2, rank = y * a + x     rank (x, y) computes every tile (i, j) with i from its row and j from its column:
-                                       Q[i] of rank (xi, yi) meets KV[j] of rank (xj, yj) at rank (xj, yi), and only there
+                                       Q[i] of rank (xi, yi) and KV[j] of rank (xj, yj) are both at rank (xj, yi), only there
     0  1  2     Q of 0 visits 0, 1, 2
     3  4  5     KV of 0 visits 0, 3    step = visit of Q * b + visit of KV
 
-A rank then receives a - 1 blocks of Q and b - 1 of KV instead of world - 1 of either: O(sqrt(world)) traffic, paid for by
-keeping the b - 1 foreign blocks of KV and their gradients. a = 1 is a ring, b = 1 is TokenRing. With a = ranks in a node it is
+A rank receives a - 1 blocks of Q and b - 1 of KV instead of world - 1 of either: O(sqrt(world)) traffic, at the price of
+keeping the b - 1 foreign blocks of KV and their gradients. a = 1 is a ring, b = 1 is TokenRing. With a = ranks in a node it has
 two levels: queries stay inside the node, and only KV crosses between nodes.
 
-Along either axis a block hops from neighbour to neighbour or goes straight from its owner to all others. KV goes round once,
-during the first visit, and is kept; each partial of Q leaves after its visit. Gradients of KV gather where the block is kept
-and leave in the last visit, which ends with the rank's own KV, so that they travel beside it.
+Along either axis a block hops from neighbour to neighbour or moves straight from its owner to all others. KV moves around once,
+during the first visit, and is kept; each partial result of Q leaves after its visit. Gradients of KV accumulate where the block
+is kept and leave in the last visit, which ends with the rank's own KV, so that they travel beside it.
 The same volume argument as 2.5D matrix products; as attention: Mesh-Attention, https://arxiv.org/abs/2512.20968.
 """
 
@@ -26,15 +26,21 @@ from ringattn.errors import PlanError
 from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make
 from ringattn.schedule.moves import ROUTINGS, validate
 
-AHEAD = 3  # visits ahead of its use that a block may leave its owner when it goes direct
+AHEAD = 3  # how many visits before its use a block may leave its owner with direct routing
 
 
 def mesh(world: int, *, a: int | None = None, q_routing: str = "hop", kv_routing: str = "hop") -> Schedule:
-    """Q visits the `a` ranks of its row, KV the world / a ranks of its column, by "hop" or "direct" along each axis.
+    """Q visits the `a` ranks of its row, KV the world / a ranks of its column.
 
-    By default `a` is the largest factor of `world` not above its root: of two equally square grids the one that moves less Q
-    moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at most as many heads.
-    Raises `PlanError` unless `a` divides `world`.
+    Args:
+        world: number of ranks.
+        a: ranks in a row. By default the largest factor of `world` not above its square root: of two equally square grids the
+            one that moves less Q moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at
+            most as many heads.
+        q_routing, kv_routing: "hop" or "direct", along rows and along columns.
+
+    Raises:
+        PlanError: `a` does not divide `world`, or an argument is out of range.
     """
     world, _ = validate(world, "hop", 1, 1)
     for name, routing in (("q_routing", q_routing), ("kv_routing", kv_routing)):
@@ -62,14 +68,14 @@ class _Grid:
         self.end = a * b + 1  # the step in which the last results are taken in
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        """x, y and rank of everyone."""
+        """x, y and number of every rank."""
         return ((x, y, self.rank(x, y)) for y, x in product(range(self.b), range(self.a)))
 
     def rank(self, x: int, y: int) -> int:
         return y % self.b * self.a + x % self.a
 
     def step(self, n: int, m: int) -> int:
-        """When visit n of Q meets visit m of KV: own KV first in the first visit, as no other is there yet; then last."""
+        """The step of visit n of Q and visit m of KV: own KV is first in the first visit, later last."""
         return n * self.b + (m if n == 0 else (m - 1) % self.b)
 
     def tiles(self) -> Iterator[Tile]:
@@ -98,9 +104,9 @@ class _Grid:
             yield Move(Kind.KV_ACC, rank, self.rank(x, y + m), rank, depart, min(depart + 2, self.end))
 
     def limits(self) -> BufferLimits:
-        """Of Q one block in use and one on its way, of results one more. All KV; all its gradients, and two coming home."""
+        """Q: one block in use, one in flight, one more of results. KV: all, all gradients, and two of these in flight."""
         foreign_q, foreign_kv = self.a - 1, self.b - 1
-        passing_on = self.a == 1  # with a single visit of Q nothing of KV is needed twice
+        passing_on = self.a == 1  # with a single visit of Q no block of KV is needed twice
         return BufferLimits(
             q=min(foreign_q, AHEAD + 1 if self.q_direct else 2),
             kv=min(foreign_kv, AHEAD + 1 if self.kv_direct else 2) if passing_on else foreign_kv,

@@ -1,12 +1,12 @@
-"""How one kind of thing travels over all ranks: the vocabulary that schedules are written in.
+"""Generates the moves of one kind of item over all ranks; schedules are composed of these.
 
 `visit` is at the rank `step * direction` away from its owner during step `step`. It gets there by one of two routings:
     hop      from neighbour to neighbour, one link busy at a time, as published for ring attention and TokenRing
     direct   from the owner straight to each rank in turn, up to `lookahead` of them in flight, so that on a full mesh as
              many links are busy at once
 
-Accumulators come home by `return_to_owner` (each partial by itself, from wherever it was computed) or by `accumulate_along`
-(one accumulator goes round behind its block and gathers what it finds).
+Accumulators return by `return_to_owner` (each partial result by itself, from the rank that computed it) or by
+`accumulate_along` (one accumulator follows its block and is added to at every rank).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUTINGS = ("hop", "direct")
 
 
 def validate(world: int, routing: str, direction: int, lookahead: int) -> tuple[int, int]:
-    """`world` and `lookahead`, if all of them are what they should be."""
+    """Checks the arguments that schedules share; returns `world` and `lookahead`."""
     world = count("world", world, PlanError, most=MOST_RANKS, hint="a schedule needs at least one rank")
     one_of("routing", routing, ROUTINGS, PlanError)
     if not isinstance(direction, int) or direction not in (1, -1):
@@ -31,12 +31,12 @@ def validate(world: int, routing: str, direction: int, lookahead: int) -> tuple[
 
 
 def variant(name: str, routing: str, direction: int) -> str:
-    """The name with what sets it apart, for plans and pictures."""
+    """The name of a variant of a schedule, for plans and pictures."""
     return name + ("_direct" if routing == "direct" else "") + ("_reversed" if direction == -1 else "")
 
 
 def at(owner: int, step: int, direction: int, world: int) -> int:
-    """Where the visitor of `owner` is during `step`."""
+    """The rank that the block of `owner` visits during `step`."""
     return (owner + step * direction) % world
 
 
@@ -50,7 +50,7 @@ def visit(kind: Kind, world: int, routing: str, direction: int, lookahead: int) 
 
 
 def return_to_owner(kind: Kind, world: int, direction: int, lookahead: int) -> Iterator[Move]:
-    """What was computed during a visit goes from there to the owner, and is taken in up to `lookahead` steps later."""
+    """The result of each visit moves from there to the owner, and is received up to `lookahead` steps later."""
     for step in range(1, world):
         for n in range(world):
             arrival = min(step + 1 + lookahead, world + 1)
@@ -58,7 +58,7 @@ def return_to_owner(kind: Kind, world: int, direction: int, lookahead: int) -> I
 
 
 def accumulate_along(kind: Kind, world: int, direction: int) -> Iterator[Move]:
-    """One accumulator follows its block a step behind; the owner's own share waits at home, so world - 1 hops suffice."""
+    """One accumulator follows its block one step behind; the owner's own share stays there, so world - 1 hops suffice."""
     for step in range(1, world):
         for n in range(world):
             yield Move(kind, n, at(n, step, direction, world), at(n, step + 1, direction, world), step + 1, step + 2)

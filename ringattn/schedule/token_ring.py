@@ -1,4 +1,4 @@
-"""TokenRing: K and V stay where they are, Q goes out one way, partial results come home the other way.
+"""Builds TokenRing: K and V stay where they are, Q moves one way, and partial results return the other way.
 
     step 0     step 1     step 2     step 3     step 4     (row: rank, entry: the Q block it works on)
     0          3          2          1                     hop:    Q moves on to the next rank each step
@@ -7,14 +7,14 @@
     3          2          1          0
                           <- partials of step 1, then 2, then 3: each straight to the owner of its Q
 
-Both directions of a full-duplex link carry data at once, and nothing of KV ever moves: not keys, not values, not per-key
-biases. Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the forward pass with hops. New here: the backward
-pass, from the same list (q, dout and row statistics go out, dq comes home, dk and dv gather where they are), and
-`routing="direct"`, which sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by
-`lookahead`.
+Both directions of a full-duplex link carry data at once, and nothing of KV ever moves: no keys, values or per-key biases.
+Wang et al. 2024, https://arxiv.org/abs/2412.20501, published for the forward pass with hops. New here: the backward pass, from
+the same list (q, dout and row statistics move out, dq returns, dk and dv accumulate where they are), and `routing="direct"`,
+which sends to several peers at once and so uses every link of a full mesh; buffers stay bounded by `lookahead`.
 
-`accumulating_ring` is the older form, in which one result rides along behind its queries and gathers what it finds: neighbours
-only, but one way only, and a result that is added to on its way must travel wide (see `payload`).
+`accumulating_ring` is the older form, in which one result follows its queries and accumulates on the way: it sends to
+neighbours only, but in one direction only, and a result that is added to on its way must travel in the accumulation dtype
+(see `wire_fields`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,17 @@ from ringattn.schedule.moves import accumulate_along, at, return_to_owner, valid
 
 
 def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahead: int | None = None) -> Schedule:
-    """Q visits every rank, and each partial goes straight home. `lookahead` (steps in flight) is 1 for hops, else up to 4."""
+    """Q visits every rank, and each partial result returns straight to the owner.
+
+    Args:
+        world: number of ranks.
+        routing: "hop" (from neighbour to neighbour) or "direct" (from the owner to each rank).
+        direction: 1 towards higher ranks, -1 towards lower ones.
+        lookahead: steps that a move may be in flight; by default 1 for hops, and up to 4 for direct.
+
+    Raises:
+        PlanError: an argument is out of range.
+    """
     world, ahead = validate(world, routing, direction, 1 if lookahead is None else lookahead)
     lookahead = ahead if lookahead is not None else 1 if routing == "hop" else max(1, min(4, world - 1))
     moves = [
@@ -36,7 +46,7 @@ def token_ring(world: int, *, routing: str = "hop", direction: int = 1, lookahea
 
 
 def accumulating_ring(world: int, *, direction: int = 1) -> Schedule:
-    """Q visits every rank, and its result follows a step behind; on the last hop it comes home."""
+    """Q visits every rank, and its result follows one step behind; the last hop returns it to the owner."""
     world, _ = validate(world, "hop", direction, 1)
     moves = [*visit(Kind.Q, world, "hop", direction, 1), *accumulate_along(Kind.Q_ACC, world, direction)]
     return make(
@@ -45,7 +55,7 @@ def accumulating_ring(world: int, *, direction: int = 1) -> Schedule:
 
 
 def _visits(world: int, direction: int) -> list[Tile]:
-    """At each rank that a Q visits it meets the keys that live there."""
+    """Each query block against the keys of every rank it visits."""
     return [
         Tile(step, at(i, step, direction, world), i, at(i, step, direction, world))
         for step in range(world)

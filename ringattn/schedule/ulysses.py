@@ -1,15 +1,15 @@
-"""Ulysses: ranks of a group trade sequence for heads. Here it is a schedule like any other, a lane for every share of heads.
+"""Builds Ulysses as a schedule: ranks of a group exchange sequence for heads, with one head group for every member.
 
-    u = 4, one lane (that of member 2)      rank 0, 1, 3 send their rows of the lane's heads to rank 2, where they rest;
-                                            rank 2 computes every tile; results go back to the ranks that own the rows
+    u = 4, the head group of member 2       ranks 0, 1, 3 send their rows of these heads to rank 2, their resident rank;
+                                            rank 2 computes every tile; results return to the ranks that own the rows
 
-With a lane for every member all ranks send to all: the all-to-all of DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509). Said
-as moves it needs no collective, no divisible lengths and no wait for the last byte: the first tiles start on what has arrived.
-Inputs rest where they were sent, so that backward moves only dout and row statistics in, and gradients out.
+With a head group for every member all ranks send to all: the all-to-all of DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509).
+As moves it needs no collective, no divisible lengths and no wait for the last byte: the first tiles start on what has arrived.
+Inputs stay where they were sent, so that backward receives only dout and row statistics, and sends only gradients.
 
 Around an inner schedule for world / u ranks it is USP (https://arxiv.org/abs/2405.07719), with a mesh or TokenRing inside as
-well as a ring. Members of a group are neighbours: rank = inner rank * u + member. `resharded` makes the lane of one member,
-`later` lets another share of heads follow behind, so that its exchange travels beside the compute of the one before.
+well as a ring. Members of a group are neighbours: rank = inner rank * u + member. `resharded` builds the head group of one
+member; `later` delays another share of heads, so that its exchange overlaps with the compute of the one before.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ from ringattn.schedule.ir import A_SCHEDULE, MOST_RANKS, BufferLimits, Kind, Mov
 
 
 def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -> tuple[Schedule, ...]:
-    """`inner` for every member of every group of `degree` ranks: degree * groups lanes, each for its own share of the heads.
+    """`inner` for every member of a group of `degree` ranks: degree * groups schedules, each for its own share of the heads.
 
-    `stages`: in how many portions the rows of the other members are taken in, while there is work on what has arrived; with 0
-    the first tile waits for all of them, as after a collective, and all are computed at once. `groups`: how many shares of a
-    member's heads follow one another. Lanes of the first share stand first.
+    Args:
+        inner: schedule for world / degree ranks.
+        degree: ranks in a group.
+        stages: in how many portions the rows of the other members are received while tiles on earlier portions are computed;
+            with 0 the first tile waits for all rows, as after a collective, and all are computed at once.
+        groups: into how many shares the heads of a member are cut, which follow one another. The schedules of the first share
+            come first.
+
+    Raises:
+        PlanError: an argument is out of range, or `inner` is resharded already.
     """
     instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
     degree = count("degree", degree, PlanError, most=MOST_RANKS // inner.world)
@@ -47,14 +54,14 @@ def ulysses(inner: Schedule, degree: int, *, stages: int = 0, groups: int = 1) -
 
 
 def resharded(inner: Schedule, degree: int, member: int, *, stages: int = 0) -> Schedule:
-    """`inner`, for world / degree ranks, on the ranks that are `member` of their group, with rows from all of the group."""
+    """`inner`, for world / degree ranks, on the ranks with number `member` in their group, with the rows of the whole group."""
     instance("inner", inner, Schedule, PlanError, A_SCHEDULE)
-    named = (("degree", degree), ("member", member), ("stages", stages))
-    degree, member, stages = (as_int(name, value, PlanError) for name, value in named)
+    arguments = (("degree", degree), ("member", member), ("stages", stages))
+    degree, member, stages = (as_int(name, value, PlanError) for name, value in arguments)
     if not 1 <= degree <= MOST_RANKS // inner.world or not 0 <= member < degree or not 0 <= stages <= MOST_RANKS:
-        said = f"resharded(degree={short_repr(degree)}, member={short_repr(member)}, stages={short_repr(stages)})"
-        raise PlanError(f"{said}: one of the group, and 0 stages or more, of {MOST_RANKS} ranks at most")
-    if inner.resting:
+        call_text = f"resharded(degree={short_repr(degree)}, member={short_repr(member)}, stages={short_repr(stages)})"
+        raise PlanError(f"{call_text}: member must be one of the group, stages 0 or more, and ranks {MOST_RANKS} at most")
+    if inner.has_residents:
         raise PlanError(f"{inner.name} is resharded already; reshard once, with the product of both degrees")
     head_group = _resharded(inner, degree, member, stages, BufferLimits())
     return replace(head_group, limits=peak(head_group))
@@ -70,16 +77,18 @@ def _resharded(inner: Schedule, degree: int, member: int, stages: int, limits: B
 
 
 def later(schedule: Schedule, steps: int) -> Schedule:
-    """`schedule` begun `steps` later, except that inputs leave for where they rest when the share before has begun."""
-    behind = _later(schedule, steps, BufferLimits())
-    return replace(behind, limits=peak(behind))
+    """`schedule` delayed by `steps`, except that inputs leave for their resident ranks when the share before has begun."""
+    delayed = _later(schedule, steps, BufferLimits())
+    return replace(delayed, limits=peak(delayed))
 
 
 def _later(schedule: Schedule, steps: int, limits: BufferLimits) -> Schedule:
     early = max((tile.step for tile in schedule.tiles), default=0) + 1
     tiles = tuple(tile._replace(step=tile.step + steps) for tile in schedule.tiles)
     moves = [
-        move._replace(depart=move.depart + steps - (early if schedule.to_rest(move) else 0), arrival=move.arrival + steps)
+        move._replace(
+            depart=move.depart + steps - (early if schedule.moves_to_resident(move) else 0), arrival=move.arrival + steps
+        )
         for move in schedule.moves
     ]
     return replace(
@@ -88,7 +97,7 @@ def _later(schedule: Schedule, steps: int, limits: BufferLimits) -> Schedule:
 
 
 class _HeadGroup:
-    """Block n of the inner schedule becomes `degree` blocks, n * degree + m holding the rows of member m."""
+    """Expands each block n of the inner schedule into `degree` blocks: block n * degree + m has the rows of member m."""
 
     def __init__(self, inner: Schedule, degree: int, member: int, stages: int) -> None:
         self.inner, self.degree, self.member, self.stages = inner, degree, member, stages
@@ -103,29 +112,29 @@ class _HeadGroup:
         return inner * self.degree + self.member
 
     def parts(self, index: int) -> Iterator[tuple[int, int]]:
-        """Member and number of each block that block `index` of the inner schedule has become."""
+        """Member and index of each block that block `index` of the inner schedule is expanded to."""
         return ((m, index * self.degree + m) for m in range(self.degree))
 
     def stage(self, m: int) -> int:
-        """When the rows of member `m` are there: own rows at once, the others by their distance."""
+        """The step in which the rows of member `m` have arrived: own rows at once, the others by their distance."""
         distance = (m - self.member) % self.degree
         return 1 + (distance - 1) * self.stages // (self.degree - 1) if distance else 0
 
     def tiles(self) -> Iterator[Tile]:
-        """Tiles among blocks of one's own as they arrive, from the first on; all others when everything has."""
+        """Tiles among the group's own blocks as these arrive, starting with the first; all others once every block has."""
         for step, rank, i, j in self.inner.tiles:
             own = self.inner.q_owner[i] == self.inner.kv_owner[j] == rank
             for m, q in self.parts(i):
                 for n, kv in self.parts(j):
-                    arrived = max(self.stage(m), self.stage(n)) if own and self.stages else self._all_there
+                    arrived = max(self.stage(m), self.stage(n)) if own and self.stages else self._all_arrived
                     yield Tile(arrived + step, self.rank(rank), q, kv)
 
     @property
-    def _all_there(self) -> int:
+    def _all_arrived(self) -> int:
         return max(1, self.stages) if self.degree > 1 else 0
 
     def inputs(self) -> Iterator[Move]:
-        """From the owners of the rows to the member that has these heads."""
+        """Moves from the owners of the rows to the member that computes these heads."""
         needed = self._first_use()
         for kind, owners in ((Kind.Q, self.inner.q_owner), (Kind.KV, self.inner.kv_owner)):
             for index, owner in enumerate(owners):
@@ -135,7 +144,7 @@ class _HeadGroup:
                         yield Move(kind, block, owner * self.degree + m, self.rank(owner), 0, arrival)
 
     def _first_use(self) -> dict[tuple[Kind, int], int]:
-        """The step of the inner schedule in which an input is first read or sent at its home."""
+        """The step of the inner schedule in which an input is first read or sent at its owner."""
         steps: dict[tuple[Kind, int], int] = {}
         reads = [(Kind.Q, t.i, t.rank, t.step) for t in self.inner.tiles] + [
             (Kind.KV, t.j, t.rank, t.step) for t in self.inner.tiles
@@ -147,26 +156,26 @@ class _HeadGroup:
         return steps
 
     def within(self) -> Iterator[Move]:
-        """The moves of the inner schedule; what leaves its home there at once leaves as soon as it has come."""
+        """The moves of the inner schedule; what leaves its owner in step 0 there leaves here as soon as it has arrived."""
         for move in self.inner.moves:
             at_once = move.depart == 0 and not move.kind.moved and move.src == self.inner.owner(move.kind, move.index)
             for m, block in self.parts(move.index):
-                depart = self.stage(m) if at_once else self._all_there + move.depart
-                yield Move(move.kind, block, self.rank(move.src), self.rank(move.dst), depart, self._all_there + move.arrival)
+                depart = self.stage(m) if at_once else self._all_arrived + move.depart
+                yield Move(move.kind, block, self.rank(move.src), self.rank(move.dst), depart, self._all_arrived + move.arrival)
 
     def results(self) -> Iterator[Move]:
-        """Back to the owners of the rows, each as soon as its last share is in."""
+        """Moves back to the owners of the rows, each as soon as its last share has arrived."""
         complete: dict[tuple[Kind, int], int] = defaultdict(int)
         for move in self.inner.moves:
             if move.kind.moved and move.dst == self.inner.owner(move.kind, move.index):
                 key = move.kind, move.index
-                complete[key] = max(complete[key], self._all_there + move.arrival)
+                complete[key] = max(complete[key], self._all_arrived + move.arrival)
         for tile in self.inner.tiles:
             for kind, index in ((Kind.Q_ACC, tile.i), (Kind.KV_ACC, tile.j)):
                 if tile.rank == self.inner.owner(kind, index):
-                    complete[kind, index] = max(complete[kind, index], self._all_there + tile.step + 1)
+                    complete[kind, index] = max(complete[kind, index], self._all_arrived + tile.step + 1)
         for (kind, index), step in complete.items():
             owner = self.inner.owner(kind, index)
             for m, block in self.parts(index):
                 if m != self.member:
-                    yield Move(kind, block, self.rank(owner), owner * self.degree + m, step, step + self._all_there + 1)
+                    yield Move(kind, block, self.rank(owner), owner * self.degree + m, step, step + self._all_arrived + 1)

@@ -1,8 +1,9 @@
-"""A layout for packed documents: whole ones on one rank as far as balance allows, since a document on one rank sends nothing.
+"""Builds a layout for packed documents that keeps each document on one rank as far as balance allows.
 
-Zigzag over the whole sequence balances one causal triangle, and not many of different sizes: a rank may hold the ends of two
-long documents, or a hundred short ones. Cutting every document for itself balances all of them, and cuts what is short into
-crumbs. This is in between. It knows where documents begin and end and nothing else of a mask; no torch here.
+A document that lies on one rank sends nothing. Zigzag over the whole sequence balances one causal triangle, but not many of
+different sizes: a rank may hold the ends of two long documents, or a hundred short ones. Cutting every document separately
+balances all of them, but cuts short ones into tiny parts. This layout is in between. It uses only the document boundaries of a
+mask. No torch here.
 """
 
 from __future__ import annotations
@@ -13,71 +14,75 @@ from typing import NamedTuple
 
 from ringattn.sequence.layout import Layout, Span
 
-EVEN = 1.05  # times the mean may a rank hold, or compute
+EVEN = 1.05  # the most rows, and the most work, that a rank may have, in multiples of the mean
 
 
 def by_documents(bounds: Sequence[int], world: int) -> Layout:
-    """Documents [bounds[n], bounds[n + 1]) kept whole on a rank as far as balance allows; longer ones cut as zigzag is, each.
+    """Assigns documents [bounds[n], bounds[n + 1]) to ranks: short ones uncut, longer ones each cut as in zigzag.
 
-    Those up to a certain length stay whole, each with the rank that has the fewest rows so far, the longest first. Of all
-    halvings of an even share, down to no document at all, that length is the first at which neither rows nor causal work of any
-    rank are more than `EVEN` times the mean. Parts of cut documents stand before whole ones, which need not travel with them.
-    Documents of one row each that stand one behind another, as padding may, are dealt out as one: any cut through them is free.
+    Documents up to a length limit stay uncut. In order of decreasing length, each goes to the rank with the fewest rows so far.
+    The limit starts at an even share of the rows and is halved, down to 0, until neither the rows nor the causal work of any
+    rank exceed `EVEN` times the mean. Within a shard, parts of cut documents come before uncut ones, so that uncut ones need
+    not travel with them. Adjacent documents of one row each, such as padding, count as one document: cutting it costs nothing.
+
+    Args:
+        bounds: first position of every document, then the length of the sequence; it starts with 0 and never decreases.
+        world: number of ranks.
     """
-    documents = sorted(_units(bounds), key=lambda unit: (-unit.length, unit.start))
+    documents = sorted(_document_runs(bounds), key=lambda run: (-run.length, run.start))
     share, limit = bounds[-1] / world, bounds[-1] // world
-    work = sum(unit.work for unit in documents) / world
+    work = sum(run.work for run in documents) / world
     while True:
-        rows, squares, shards = _dealt(documents, world, limit)
+        rows, squares, shards = _distribute(documents, world, limit)
         if limit == 0 or (max(rows) <= EVEN * share and max(squares) <= EVEN * work):
             return Layout("documents", tuple(tuple(shard) for shard in shards))
         limit //= 2
 
 
-class Unit(NamedTuple):
-    """A document, or several of one row each."""
+class DocumentRun(NamedTuple):
+    """One document, or several adjacent ones of one row each."""
 
     length: int
     start: int
-    each: int  # rows of one document
+    rows_each: int  # rows of one document
 
     @property
     def work(self) -> int:
-        """What it costs to compute, as the square of a document's rows."""
-        return self.length * self.each
+        """Cost to compute: the square of a document's rows, summed over documents."""
+        return self.length * self.rows_each
 
 
-def _units(bounds: Sequence[int]) -> Iterator[Unit]:
+def _document_runs(bounds: Sequence[int]) -> Iterator[DocumentRun]:
     lengths = ((b - a, a) for a, b in pairwise(bounds) if a < b)
-    for one_row, some in groupby(lengths, key=lambda document: document[0] == 1):
-        documents = list(some)
+    for one_row, group in groupby(lengths, key=lambda document: document[0] == 1):
+        documents = list(group)
         if one_row:
-            yield Unit(len(documents), documents[0][1], 1)
+            yield DocumentRun(len(documents), documents[0][1], 1)
         else:
-            yield from (Unit(length, start, length) for length, start in documents)
+            yield from (DocumentRun(length, start, length) for length, start in documents)
 
 
-def _dealt(documents: Sequence[Unit], world: int, limit: int) -> tuple[list[int], list[float], list[list[Span]]]:
-    """Rows, causal work and spans of every rank, when documents of at most `limit` rows stay whole."""
+def _distribute(documents: Sequence[DocumentRun], world: int, limit: int) -> tuple[list[int], list[float], list[list[Span]]]:
+    """Rows, causal work and spans of every rank when documents of at most `limit` rows stay uncut."""
     shards: list[list[Span]] = [[] for _ in range(world)]
-    rows, squares, turn = [0] * world, [0.0] * world, 0
-    for unit in documents:
-        length, start, _ = unit
+    rows, squares, offset = [0] * world, [0.0] * world, 0
+    for run in documents:
+        length, start, _ = run
         if length <= limit:
             rank = min(range(world), key=rows.__getitem__)
             shards[rank].append(Span(start, length))
             rows[rank] += length
-            squares[rank] += unit.work
+            squares[rank] += run.work
             continue
-        # 2 * world chunks, of which those that are one longer come round in turn: over all documents ranks stay even.
+        # 2 * world chunks; which of them are one row longer rotates, so that ranks stay even over all documents.
         base, longer = divmod(length, 2 * world)
         for n in range(2 * world):
-            size = base + ((n - turn) % (2 * world) < longer)
+            size = base + ((n - offset) % (2 * world) < longer)
             rank = min(n, 2 * world - 1 - n)
             if size:
                 shards[rank].append(Span(start, size))
                 rows[rank] += size
             start += size
-        turn += longer
-        squares = [square + unit.work / world for square in squares]
+        offset += longer
+        squares = [square + run.work / world for square in squares]
     return rows, squares, shards

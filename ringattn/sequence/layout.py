@@ -1,8 +1,9 @@
-"""A layout says which global positions each rank holds, in which local order: spans of integers, nothing else.
+"""Maps each rank to the global positions it holds, in local order, as spans of integers.
 
-contiguous, zigzag, striped, uneven and empty shards are all just tuples of spans. Any sequence length works on any number of
-ranks: where it does not divide, some ranks hold one row more. Keys lie where queries do, or have a layout of their own: in
-cross-attention, and where a chunk of queries meets all keys so far. No mask, schedule or kernel is known here, and no torch.
+contiguous, zigzag, striped, uneven and empty shards are all tuples of spans. Any sequence length works on any number of ranks:
+where it does not divide, some ranks hold one row more. Keys have the layout of the queries or one of their own: in
+cross-attention, and where a chunk of queries attends to all keys so far. A layout knows no mask, schedule or kernel. No torch
+here.
 
 zigzag (a causal mask then costs every rank the same): Zhu 2024, https://github.com/zhuzilin/ring-flash-attention/issues/2
 striped: Brandon et al. 2023, https://arxiv.org/abs/2311.09431
@@ -22,7 +23,7 @@ from ringattn.errors import PlanError
 
 
 class Span(NamedTuple):
-    """Global positions start, start + stride, ..., `length` of them."""
+    """The `length` global positions start, start + stride, start + 2 * stride, ..."""
 
     start: int
     length: int
@@ -38,9 +39,9 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """`shards[rank]` is the ordered tuple of spans that rank holds; local row n has one global position.
+    """`shards[rank]` is the ordered tuple of spans that rank holds; each local row has one global position.
 
-    `keys`: where keys and values lie, if not where the queries do.
+    `keys`: the layout of keys and values, if it differs from that of the queries.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Layout:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that agree exactly when two layouts do: a hash that is the same in every process."""
+        """16 hex digits, equal exactly when two layouts are; the same in every process."""
         return sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
@@ -75,11 +76,11 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Positions that all ranks hold together."""
+        """Number of positions, over all ranks."""
         return sum(span.length for shard in self.shards for span in shard)
 
     def rows(self, rank: int) -> int:
-        """Rows that `rank` holds; may be 0."""
+        """Number of rows that `rank` holds; may be 0."""
         return sum(span.length for span in self._shard(rank))
 
     def positions(self, rank: int) -> list[int]:
@@ -92,13 +93,13 @@ class Layout:
         return self.shards[rank]
 
     def moved(self, by: int) -> Layout:
-        """The same, `by` positions further on; keys stay where they are."""
+        """This layout with query positions shifted by `by`; keys keep theirs."""
         by = as_int("by", by, PlanError)
         moved = tuple(tuple(span._replace(start=span.start + by) for span in shard) for shard in self.shards)
         return Layout(self.name, moved, self.keys)
 
     def after(self, before: Layout) -> Layout:
-        """This chunk of queries, behind all that `before` has keys of: every rank appends its new keys to those it has."""
+        """The layout of this chunk after the chunks of `before`: each rank appends its new keys to those it holds."""
         instance("before", before, Layout, PlanError, "give the layout of the chunks so far")
         if before.world != self.world:
             raise PlanError(f"layout {self.name!r} has {self.world} shards and the one before {before.world}; cut both alike")
@@ -107,7 +108,11 @@ class Layout:
         return Layout(self.name, new.shards, Layout(f"{old.name}, {self.name}", keys))
 
     def validate(self, seq_len: int) -> None:
-        """Raise `PlanError` unless the shards hold `seq_len` positions in a row, and the keys all from 0 on, each once."""
+        """Checks that the shards hold `seq_len` consecutive positions, and the keys all positions from 0 on, each once.
+
+        Raises:
+            PlanError: a position is missing, held twice or outside the range, or strides differ.
+        """
         seq_len = count("seq_len", seq_len, PlanError, least=0)
         spans = [span for layout in (self, self.of_keys) for shard in layout.shards for span in shard]
         strides = {span.stride for span in spans if span.length > 1}
@@ -127,7 +132,7 @@ class Layout:
         self._cover(self.first if self.keys is not None else 0, seq_len)
 
     def _cover(self, first: int, length: int) -> None:
-        """Positions that are equal modulo the stride are runs of whole numbers, which have to follow on one another."""
+        """Per residue modulo the stride, positions form runs; each run must start where the one before ends."""
         spans, stop = [span for shard in self.shards for span in shard if span.length], first + length
         stride = max((span.stride for span in spans if span.length > 1), default=1)
         runs: dict[int, list[Span]] = defaultdict(list)
@@ -149,7 +154,7 @@ class Layout:
 
 
 def _are_shards(shards: object) -> bool:
-    """Whether it is a tuple of tuples of spans with numbers that a span may have."""
+    """Whether it is a tuple of tuples of valid spans."""
     return isinstance(shards, tuple) and all(isinstance(shard, tuple) and all(map(_is_span, shard)) for shard in shards)
 
 
@@ -181,15 +186,15 @@ def take(spans: tuple[Span, ...], begin: int, end: int) -> tuple[Span, ...]:
 
 
 def joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same positions in fewer spans, where one goes on where the one before ends."""
-    found: list[Span] = []
+    """Joins adjacent spans; the positions stay the same."""
+    merged: list[Span] = []
     for span in spans:
-        last = found[-1] if found else None
+        last = merged[-1] if merged else None
         if last is not None and last.stride == span.stride and last.start + last.length * last.stride == span.start:
-            found[-1] = last._replace(length=last.length + span.length)
+            merged[-1] = last._replace(length=last.length + span.length)
         else:
-            found.append(span)
-    return tuple(found)
+            merged.append(span)
+    return tuple(merged)
 
 
 def contiguous(seq_len: int, world: int) -> Layout:
@@ -198,13 +203,13 @@ def contiguous(seq_len: int, world: int) -> Layout:
 
 
 def zigzag(seq_len: int, world: int) -> Layout:
-    """Of 2 * world chunks rank r holds number r and number 2 * world - 1 - r."""
+    """The sequence is cut into 2 * world chunks; rank r holds chunks r and 2 * world - 1 - r."""
     chunks = [Span(a, b - a) for a, b in even_parts(seq_len, 2 * world)]
     return Layout("zigzag", tuple(_spans(chunks[r], chunks[-1 - r]) for r in range(world)))
 
 
 def striped(seq_len: int, world: int) -> Layout:
-    """Rank r holds positions r, r + world, r + 2 * world, ..."""
+    """Rank r holds the positions r, r + world, r + 2 * world, ..."""
     counts = [len(range(r, seq_len, world)) for r in range(world)]
     return Layout("striped", tuple(_spans(Span(r, n, world)) for r, n in enumerate(counts)))
 

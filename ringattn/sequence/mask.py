@@ -1,10 +1,10 @@
-"""Masks are integers: disjoint rectangles over global positions, each with a band.
+"""Represents attention masks as disjoint rectangles over global positions, each with a band.
 
 A query at position q sees the key at position k when some rectangle contains (q, k) and `left <= k - q <= right` holds in its
-band. Full, causal, sliding window, packed documents and prefix-LM are all of this form, one to four lines each, and `a & b`
-intersects any two. A mask knows nothing of ranks, layouts, schedules or kernels; `segments` joins it with a layout.
+band. Full, causal, sliding window, packed documents and prefix-LM all have this form, in one to four lines each, and `a & b`
+intersects any two. A mask knows no ranks, layouts, schedules or kernels; `segments` joins it with a layout.
 
-No torch here, and no sequence length: the plan gives that. `END` stands for "to the end, however long".
+A mask usually has no sequence length: the plan supplies it, and `END` stands for "to the end". No torch here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ringattn._validation import as_int, count, counts, flag, instance, short_repr
 from ringattn.errors import PlanError
 
-END = 1 << 60  # larger than any sequence, and safe to add and subtract
+END = 1 << 60  # larger than any sequence; sums and differences still fit in 64 bits
 
 
 class Band(NamedTuple):
@@ -31,7 +31,7 @@ class Band(NamedTuple):
 
 
 class Rect(NamedTuple):
-    """Queries [q_start, q_stop) against keys [k_start, k_stop), kept where the band says so."""
+    """Queries [q_start, q_stop) against keys [k_start, k_stop), of which the pairs in the band are kept."""
 
     q_start: int
     q_stop: int
@@ -42,7 +42,7 @@ class Rect(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """A named union of disjoint rectangles. `length` is the sequence length the mask insists on, if any."""
+    """A named union of disjoint rectangles. `length` is the sequence length the mask requires, if any."""
 
     name: str
     rects: tuple[Rect, ...]
@@ -58,26 +58,26 @@ class Mask:
             count("length", self.length, PlanError, least=0)
 
     def keeps(self, q: int, k: int) -> bool:
-        """The meaning, for one pair of global positions."""
+        """Whether the query at position `q` sees the key at position `k`."""
         q, k = as_int("q", q, PlanError), as_int("k", k, PlanError)
         return any(
             r.q_start <= q < r.q_stop and r.k_start <= k < r.k_stop and r.band.left <= k - q <= r.band.right for r in self.rects
         )
 
     def near(self, start: int, stop: int) -> tuple[Rect, ...]:
-        """Rectangles for all that queries of [start, stop) see: with thousands of documents, a few of them."""
+        """The rectangles that queries of [start, stop) can see; of thousands of documents, a few."""
         start, stop = as_int("start", start, PlanError), as_int("stop", stop, PlanError)
-        if not self._one_after_another:
+        if not self._rects_ascend:
             return self.rects
-        rects, starts, stops = self._in_order
+        rects, starts, stops = self._ordered_rects
         return rects[bisect_right(stops, start) : bisect_left(starts, stop)]
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
-        """Where documents that do not see each other begin, and where the last one ends; empty where there are none."""
+        """First position of every packed document, then the end of the last; empty if the mask is not made of documents."""
         rects = self.rects
-        alone = all((r.q_start, r.q_stop) == (r.k_start, r.k_stop) for r in rects)
-        packed = bool(rects) and alone and all(a.q_stop == b.q_start for a, b in pairwise(rects))
+        separate = all((r.q_start, r.q_stop) == (r.k_start, r.k_stop) for r in rects)
+        packed = bool(rects) and separate and all(a.q_stop == b.q_start for a, b in pairwise(rects))
         return (
             (*(r.q_start for r in rects), rects[-1].q_stop)
             if packed and rects[0].q_start == 0 and rects[-1].q_stop < END
@@ -85,32 +85,34 @@ class Mask:
         )
 
     @cached_property
-    def _one_after_another(self) -> bool:
-        """Whether both ends of the rectangles' rows never go back, so that those near a row lie beside each other."""
+    def _rects_ascend(self) -> bool:
+        """Whether both row bounds never decrease over the rectangles, so that those near a row are adjacent."""
         return all(a.q_start <= b.q_start and a.q_stop <= b.q_stop for a, b in pairwise(self.rects))
 
     @cached_property
-    def _in_order(self) -> tuple[tuple[Rect, ...], list[int], list[int]]:
-        """The same pairs in fewer rectangles, and where each begins and ends. Documents of one row each, one behind another,
-        are one diagonal: padding whose positions all begin anew comes as thousands of them."""
+    def _ordered_rects(self) -> tuple[tuple[Rect, ...], list[int], list[int]]:
+        """The mask in fewer rectangles, with the first and end row of each.
+
+        Adjacent documents of one row each become one diagonal: padding whose positions restart at every token makes thousands.
+        """
         rects: list[Rect] = []
         for rect in self.rects:
-            before = rects[-1] if rects else None
-            if before and (before.q_stop, before.k_stop) == rect[0:4:2] and _is_diagonal(before) and _is_diagonal(rect):
+            last = rects[-1] if rects else None
+            if last and (last.q_stop, last.k_stop) == rect[0:4:2] and _is_diagonal(last) and _is_diagonal(rect):
                 shift = rect.k_start - rect.q_start
-                rects[-1] = before._replace(q_stop=rect.q_stop, k_stop=rect.k_stop, band=Band(shift, shift))
+                rects[-1] = last._replace(q_stop=rect.q_stop, k_stop=rect.k_stop, band=Band(shift, shift))
             else:
                 rects.append(rect)
         return tuple(rects), [r.q_start for r in rects], [r.q_stop for r in rects]
 
     def __and__(self, other: Mask) -> Mask:
-        """Keep what both keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""
+        """Keeps the pairs that both masks keep, for example `documents(cu_seqlens) & sliding_window(4096)`."""
         instance("mask & other: other", other, Mask, PlanError, "masks are intersected with masks, as in full() & causal()")
         if None not in (self.length, other.length) and self.length != other.length:
             raise PlanError(f"masks for {self.length} and {other.length} tokens cannot be intersected")
-        met = (_meet(a, b) for a in self.rects for b in other.rects)
+        intersections = (_intersect(a, b) for a in self.rects for b in other.rects)
         length = self.length if self.length is not None else other.length
-        return Mask(f"{self.name} & {other.name}", tuple(r for r in met if r is not None), length)
+        return Mask(f"{self.name} & {other.name}", tuple(r for r in intersections if r is not None), length)
 
     def __str__(self) -> str:
         return self.name
@@ -125,12 +127,12 @@ def _is_rect(rect: object) -> bool:
 
 
 def _is_diagonal(rect: Rect) -> bool:
-    """Whether the rectangle is square, and each row sees the one key that stands where it does."""
+    """Whether the rectangle is square and each row sees only the key at its own position."""
     rows, keys, shift = rect.q_stop - rect.q_start, rect.k_stop - rect.k_start, rect.k_start - rect.q_start
     return rows == keys and (rect.band == (shift, shift) or (rows == 1 and rect.band.left <= shift <= rect.band.right))
 
 
-def _meet(a: Rect, b: Rect) -> Rect | None:
+def _intersect(a: Rect, b: Rect) -> Rect | None:
     q_start, q_stop = max(a.q_start, b.q_start), min(a.q_stop, b.q_stop)
     k_start, k_stop = max(a.k_start, b.k_start), min(a.k_stop, b.k_stop)
     band = Band(max(a.band.left, b.band.left), min(a.band.right, b.band.right))
@@ -156,7 +158,7 @@ def sliding_window(left: int, right: int = 0) -> Mask:
 
 
 def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
-    """Packed documents that do not see each other; `cu_seqlens` = (0, end of 1st, ..., seq_len) as in flash-attn's varlen."""
+    """Packed documents that do not see each other; `cu_seqlens` = (0, end of the first, ..., seq_len), as in flash-attn."""
     cu, causal = counts("cu_seqlens", cu_seqlens, PlanError), flag("causal", causal, PlanError)
     if len(cu) < 2 or cu[0] != 0 or any(a > b for a, b in pairwise(cu)):
         raise PlanError(
@@ -168,20 +170,21 @@ def documents(cu_seqlens: Sequence[int], causal: bool = True) -> Mask:
 
 
 def prefix_lm(prefix: int) -> Mask:
-    """The first `prefix` tokens see each other in both directions; what follows is causal and sees all of the prefix."""
+    """The first `prefix` tokens see each other in both directions; later tokens are causal and see the whole prefix."""
     prefix = count("prefix", prefix, PlanError, least=0)
     rects = (Rect(0, END, 0, prefix, Band()), Rect(prefix, END, prefix, END, Band(right=0)))
     return Mask(f"prefix({prefix})", rects[prefix == 0 :])
 
 
 def bidirectional_blocks(bounds: Sequence[tuple[int, int]], base: Mask | None = None) -> Mask:
-    """`base`, and within each block every token sees every other: images inside causal text, a prefix before it.
+    """`base`, plus full attention within each block: images inside causal text, or a prefix before it.
 
     Args:
-        bounds: (start, stop) of each block in global positions, in order, none overlapping another.
-        base: what holds besides; `causal()` by default. A window in it does not hold within a block.
+        bounds: (start, stop) of each block in global positions, in order, without overlap.
+        base: the mask outside the blocks; `causal()` by default. Its window does not apply within a block.
 
-    Raises `PlanError` where blocks overlap, are not in order, or go beyond the length of `base`.
+    Raises:
+        PlanError: blocks overlap, are not in order, or go beyond the length of `base`.
     """
     base = causal() if base is None else instance("base", base, Mask, PlanError, "such as causal() or sliding_window(4096)")
     blocks = [counts("a block of bounds", block, PlanError) for block in bounds]
@@ -189,17 +192,17 @@ def bidirectional_blocks(bounds: Sequence[tuple[int, int]], base: Mask | None = 
     length = END if base.length is None else base.length
     if any(len(block) != 2 for block in blocks) or any(a > b for a, b in pairwise([0, *ends, length])):
         raise PlanError(
-            f"bidirectional_blocks(bounds={short_repr(bounds)}): pass (start, stop) of each block, in order, none over another"
+            f"bidirectional_blocks(bounds={short_repr(bounds)}): pass (start, stop) of each block, in order, without overlap"
             + ("" if base.length is None else f", within {base.length} tokens")
         )
     blocks = [block for block in blocks if block[0] < block[1]]
-    rects = [part for rect in base.rects for part in _around(rect, blocks)]
+    rects = [part for rect in base.rects for part in _without_blocks(rect, blocks)]
     rects += [Rect(start, stop, start, stop, Band()) for start, stop in blocks]
     return Mask(f"{base.name} | blocks({len(blocks)})", tuple(sorted(rects)), base.length)
 
 
-def _around(rect: Rect, blocks: Sequence[Sequence[int]]) -> Iterator[Rect]:
-    """What is left of a rectangle when each block's rows leave out the keys of their own block."""
+def _without_blocks(rect: Rect, blocks: Sequence[Sequence[int]]) -> Iterator[Rect]:
+    """The parts of `rect` that remain when the rows of each block skip the keys of their own block."""
     row = rect.q_start
     for start, stop in blocks[bisect_right(blocks, rect.q_start, key=itemgetter(1)) :]:
         if start >= rect.q_stop:
@@ -213,7 +216,7 @@ def _around(rect: Rect, blocks: Sequence[Sequence[int]]) -> Iterator[Rect]:
 
 
 def _not_empty(rect: Rect) -> Iterator[Rect]:
-    """The rectangle, unless it has no rows or keys or its band keeps none of them."""
+    """Yields the rectangle if it keeps any pair."""
     q_last, k_last = rect.q_stop - 1, rect.k_stop - 1
     visible = rect.k_start - q_last <= rect.band.right and k_last - rect.q_start >= rect.band.left
     if rect.q_start < rect.q_stop and rect.k_start < rect.k_stop and visible:

@@ -1,11 +1,11 @@
-"""Layout and mask meet here: what of one tile has to be computed, in local indices.
+"""Joins a layout and a mask: lists the parts of a tile that must be computed, in local indices.
 
-A tile is one shard of queries against one shard of keys. `segments` cuts it into rectangles that are full, square causal, or
-carry a band; together they cover every kept cell exactly once and nothing else. This is all a kernel ever learns about masks.
+A tile is one shard of queries against one shard of keys. `tile_segments` cuts it into rectangles that are full, square causal,
+or carry a band; together they cover every kept pair exactly once and nothing else. Kernels know masks only in this form.
 
-A causal piece is always square, because aten aligns causal top-left and flash-attn bottom-right, and on squares they agree.
-Rows and keys without work are trimmed, so that in every piece each row sees a key. Neighbours are joined: under causal every
-pair of zigzag or striped shards comes out as one piece. No torch here.
+A causal segment is always square, because aten aligns causal top-left and flash-attn bottom-right, and on squares they agree.
+Rows and keys without work are trimmed, so each row of a segment sees a key. Neighbours are joined: under causal every pair of
+zigzag or striped shards is one segment. No torch here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ringattn.sequence.mask import END, Band, Mask, Rect
 
 FULL = Band()
 CAUSAL = Band(right=0)
-FEW = 8  # spans that are looked at one by one
+FEW = 8  # fewer spans than this are searched linearly
 
 
 class Segment(NamedTuple):
@@ -41,34 +41,34 @@ class Segment(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Kept (query, key) pairs: the sum of `visible` over all rows, in closed form."""
+        """Number of kept (query, key) pairs: the sum of `visible` over all rows, in closed form."""
         left, right = self.band
-        cut = min(max(self.keys - right, 0), self.rows)  # rows whose last key is decided by the band, not by the edge
+        cut = min(max(self.keys - right, 0), self.rows)  # rows whose last key is set by the band, not by the edge
         full = min(max(-left, 0), self.rows)  # rows that see from the first key on
         stops = cut * (2 * right + cut + 1) // 2 + (self.rows - cut) * self.keys
         starts = (self.rows - full) * (2 * left + full + self.rows - 1) // 2
         return stops - starts
 
     def visible(self, row: int) -> int:
-        """Keys that local row `row` of the piece sees."""
+        """Number of keys that local row `row` of the segment sees."""
         return min(self.keys, row + self.band.right + 1) - max(0, row + self.band.left)
 
 
 def tile_segments(q_spans: tuple[Span, ...], k_spans: tuple[Span, ...], mask: Mask) -> tuple[Segment, ...]:
-    """The work in the tile (q_spans, k_spans) under `mask`; empty when no query sees a key."""
+    """The segments of the tile (q_spans, k_spans) under `mask`; empty when no query sees a key."""
     keys = _Keys(k_spans)
-    found = (
+    segments = (
         segment
         for q_offset, q_span in _with_offsets(q_spans)
         for rect in mask.near(q_span.start, q_span.start + q_span.length * q_span.stride)
         for k_offset, k_span in keys.near(q_span, rect)
-        for segment in _meet(q_span, k_span, rect, q_offset, k_offset)
+        for segment in _segments_in_rect(q_span, k_span, rect, q_offset, k_offset)
     )
-    return _join(found)
+    return _join(segments)
 
 
 class _Keys:
-    """Spans of keys, of which a few may be seen: with thousands of documents most lie before or behind."""
+    """Finds the key spans that a query span may see; with thousands of documents most lie outside its range."""
 
     def __init__(self, spans: tuple[Span, ...]) -> None:
         self._placed = list(_with_offsets(spans))
@@ -76,11 +76,11 @@ class _Keys:
             self._placed.sort(key=lambda placed: placed[1].start)
         self._starts = [span.start for _, span in self._placed]
         self._stops = [span.start + span.length * span.stride for _, span in self._placed]
-        self._apart = all(stop <= start for stop, start in zip(self._stops, self._starts[1:], strict=False))
+        self._disjoint = all(stop <= start for stop, start in zip(self._stops, self._starts[1:], strict=False))
 
     def near(self, q_span: Span, rect: Rect) -> list[tuple[int, Span]]:
-        """Those that queries of `q_span` may see within `rect`."""
-        if not self._apart or len(self._placed) < FEW:
+        """The key spans, with local offsets, that queries of `q_span` may see within `rect`."""
+        if not self._disjoint or len(self._placed) < FEW:
             return self._placed
         last = q_span.start + (q_span.length - 1) * q_span.stride
         start, stop = max(rect.k_start, q_span.start + rect.band.left), min(rect.k_stop, last + rect.band.right + 1)
@@ -88,7 +88,7 @@ class _Keys:
 
 
 def strips(segment: Segment, rows: int) -> Iterator[Segment]:
-    """A band piece cut into runs of at most `rows` rows, each against only the keys those rows see."""
+    """Cuts a band segment into runs of at most `rows` rows, each against only the keys those rows see."""
     left, right = segment.band
     for begin, end in zip(range(0, segment.rows, rows), [*range(rows, segment.rows, rows), segment.rows], strict=True):
         first, last = max(0, begin + left), min(segment.keys, end + right)
@@ -103,8 +103,8 @@ def _with_offsets(spans: tuple[Span, ...]) -> Iterator[tuple[int, Span]]:
         offset += span.length
 
 
-def _meet(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) -> Iterator[Segment]:
-    """One span against one span inside one rectangle: trim what is dead, then name what is left."""
+def _segments_in_rect(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) -> Iterator[Segment]:
+    """One query span against one key span inside one rectangle: trims rows and keys without work."""
     q0, q1 = _inside(q_span, rect.q_start, rect.q_stop)
     k0, k1 = _inside(k_span, rect.k_start, rect.k_stop)
     if q0 >= q1 or k0 >= k1:
@@ -120,7 +120,7 @@ def _meet(q_span: Span, k_span: Span, rect: Rect, q_offset: int, k_offset: int) 
         return
     left, right = left + row0 - key0, right + row0 - key0
     q0, k0 = q_offset + q0 + row0, k_offset + k0 + key0
-    yield from _normal(q0, q0 + row1 - row0, k0, k0 + key1 - key0, left, right)
+    yield from _normalized(q0, q0 + row1 - row0, k0, k0 + key1 - key0, left, right)
 
 
 def _inside(span: Span, start: int, stop: int) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def _inside(span: Span, start: int, stop: int) -> tuple[int, int]:
     return max(0, first), min(span.length, end)
 
 
-def _normal(q0: int, q1: int, k0: int, k1: int, left: int, right: int) -> Iterator[Segment]:
+def _normalized(q0: int, q1: int, k0: int, k1: int, left: int, right: int) -> Iterator[Segment]:
     """Full, square causal with full rectangles split off, or a two-sided band."""
     rows, keys = q1 - q0, k1 - k0
     if left > 1 - rows:
@@ -139,17 +139,17 @@ def _normal(q0: int, q1: int, k0: int, k1: int, left: int, right: int) -> Iterat
     elif right >= keys - 1:
         yield Segment(q0, q1, k0, k1, FULL)
     else:
-        # Row i sees keys 0 .. right + i: `right` keys seen by all, a square triangle, and rows below it that see all the rest.
+        # Row i sees keys 0 .. right + i: `right` keys for all rows, a square triangle, and rows below that see all other keys.
         side = min(rows, keys - right)
         yield Segment(q0, q1, k0, k0 + right, FULL)
         yield Segment(q0, q0 + side, k0 + right, k0 + right + side, CAUSAL)
         yield Segment(q0 + side, q1, k0 + right, k1, FULL)
 
 
-def _join(found: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Join neighbours as they come: full beside full, full below full, and triangle + square + triangle to one triangle."""
+def _join(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Joins neighbours: full beside full, full below full, and triangle + square + triangle to one triangle."""
     stack: list[Segment] = []
-    for segment in found:
+    for segment in segments:
         if segment.rows and segment.keys:
             stack.append(segment)
             while _join_top(stack):

@@ -29,22 +29,22 @@ def run(folder: Path, *arguments: str, timeout: float, **modules: str) -> tuple[
     for name, code in modules.items():
         (shadow / f"{name}.py").write_text(code)
     command = [str(GPU / "run.py"), "--device", "cpu", "--out", str(folder / "out"), *arguments]
-    code, out, err = finish(start(command, PYTHONPATH=str(shadow)), timeout)
+    code, out, err = finish(start(command, fresh=True, PYTHONPATH=str(shadow)), timeout)
     results = {path.stem: json.loads(path.read_text()) for path in (folder / "out").glob("*.json")}
     return code, out + err, results
 
 
 @pytest.mark.timeout(420)  # a dozen processes that import torch, on a machine that runs other tests beside
 def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
-    code, said, results = run(tmp_path, "--minutes", "5", timeout=400)
-    assert code == 0, said
+    code, message, results = run(tmp_path, "--minutes", "5", timeout=400)
+    assert code == 0, message
     for name in STAGES:
         result = results[name]
         expected = "not applicable" if name == "graphs" else "passed"
-        assert (result["stage"], result["status"]) == (name, expected), (said, result)
+        assert (result["stage"], result["status"]) == (name, expected), (message, result)
         assert result["seconds"] > 0 and result["device"] == "cpu" and result["failures"] == []
         assert result["figures"] or name == "graphs"
-        assert re.search(rf"^{name} +{expected} +[0-9.]+ s", said, re.MULTILINE)
+        assert re.search(rf"^{name} +{expected} +[0-9.]+ s", message, re.MULTILINE)
     assert [stage["status"] for stage in results["run"]["stages"]].count("passed") == len(STAGES) - 1
     assert results["correctness"]["figures"]["errors"] and results["nccl"]["figures"]["killed_peer"]["seconds"] < 25
     # Forward is exact; in backward a block's last user may let go of it a moment before the plan does.
@@ -56,7 +56,7 @@ def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
     report = [str(GPU / "report.py"), str(tmp_path / "out"), "--into", str(page)]
     filled = []
     for _ in range(2):
-        code, _, err = finish(start(report), timeout=30)
+        code, _, err = finish(start(report, fresh=True), timeout=30)
         assert code == 0, err
         filled.append(page.read_text())
     assert filled[0] == filled[1] != PAGE.read_text()
@@ -70,17 +70,17 @@ def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
 def test_a_broken_stage_costs_only_itself(tmp_path: Path) -> None:
     stages = "merge,environment,launches,traps"
     breaks = ("--break", "merge", "--break", "launches:hang")
-    code, said, results = run(tmp_path, "--stages", stages, "--minutes", "0.7", *breaks, timeout=150)
-    assert code == 1, said
-    found = {name: (results[name]["status"], "; ".join(results[name]["failures"])) for name in stages.split(",")}
-    assert found["merge"] == ("broken", "RuntimeError: broken on purpose"), said
-    assert found["environment"] == ("passed", ""), said
-    assert found["launches"][0] == "broken" and "killed at its limit" in found["launches"][1], said
-    assert found["traps"][0] == "skipped" and "no time was left" in results["traps"]["left_out"][0], said
+    code, message, results = run(tmp_path, "--stages", stages, "--minutes", "0.7", *breaks, timeout=150)
+    assert code == 1, message
+    actual = {name: (results[name]["status"], "; ".join(results[name]["failures"])) for name in stages.split(",")}
+    assert actual["merge"] == ("broken", "RuntimeError: broken on purpose"), message
+    assert actual["environment"] == ("passed", ""), message
+    assert actual["launches"][0] == "broken" and "killed at its limit" in actual["launches"][1], message
+    assert actual["traps"][0] == "skipped" and "no time was left" in results["traps"]["left_out"][0], message
     assert "Traceback" in results["merge"]["output"]
     child = re.search(r"with process (\d+)", results["launches"]["output"])
     assert child is not None and not alive(int(child[1]))
-    assert "not right: merge, launches" in said
+    assert "not right: merge, launches" in message
 
 
 def alive(pid: int) -> bool:
@@ -90,8 +90,8 @@ def alive(pid: int) -> bool:
 
 
 def test_a_stage_that_dies_is_reported(tmp_path: Path) -> None:
-    code, said, results = run(tmp_path, "--stages", "merge", "--minutes", "1", "--break", "merge:die", timeout=50)
-    assert code == 1, said
+    code, message, results = run(tmp_path, "--stages", "merge", "--minutes", "1", "--break", "merge:die", timeout=50)
+    assert code == 1, message
     assert (results["merge"]["status"], results["merge"]["failures"]) == ("broken", ["died of SIGKILL"])
 
 
@@ -99,12 +99,12 @@ def test_a_stage_that_dies_is_reported(tmp_path: Path) -> None:
 def test_a_run_that_is_ended_leaves_no_process_and_keeps_what_it_had(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--out", str(tmp_path), "--stages", "merge", "--break", "merge:hang"]
     running, until = start([str(GPU / "run.py"), *arguments]), time.monotonic() + 60
-    while not (found := descendants(running.pid)[1:]) and time.monotonic() < until:  # the stage, and the child it starts
+    while not (actual := descendants(running.pid)[1:]) and time.monotonic() < until:  # the stage, and the child it starts
         time.sleep(0.2)
     running.send_signal(signal.SIGTERM)
     code, _, err = finish(running, timeout=20)
     assert code == 128 + signal.SIGTERM, err
-    assert found and not any(map(alive, found))
+    assert actual and not any(map(alive, actual))
     assert json.loads((tmp_path / "merge.json").read_text())["status"] == "running"
 
 
@@ -115,10 +115,10 @@ import ringattn.execution.autograd as autograd
 right = autograd.attend
 autograd.attend = lambda *given: [(out * 1.05, lse) for out, lse in right(*given)]
 """
-    code, said, results = run(tmp_path, "--stages", "correctness,traps", "--minutes", "2", timeout=150, sitecustomize=wrong)
-    assert code == 1, said
+    code, message, results = run(tmp_path, "--stages", "correctness,traps", "--minutes", "2", timeout=150, sitecustomize=wrong)
+    assert code == 1, message
     for name in ("correctness", "traps"):
-        assert results[name]["status"] == "failed" and "out is off by 5 %" in results[name]["failures"][0], said
+        assert results[name]["status"] == "failed" and "out is off by 5 %" in results[name]["failures"][0], message
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ masks = pytest.mark.parametrize("mask", MASKS)
 
 def errors(rank: int, world: int, library: int, dtype: str) -> dict[tuple[str, str, int, int], float]:
     """Of every variant in every setting that it supports, the largest error of this rank over out, dq, dk and dv."""
-    found = {}
+    actual = {}
     for mask, (heads, kv_heads) in product(MASKS, HEADS):
         setting = Setting(world, rank, ROWS, heads, kv_heads, mask == "causal", dtype)
         e = cached_example((heads, kv_heads), setting.seq_len, mask)
@@ -49,9 +49,9 @@ def errors(rank: int, world: int, library: int, dtype: str) -> dict[tuple[str, s
                 out = peer.build(setting)(*leaves)
                 grads = torch.autograd.grad(out, leaves, dout)
                 expected = [x.detach()[:, at] for x in (e.out, *e.grads)]
-                made = tuple(x.detach().double() for x in (out, *grads))
-                found[peer.name, mask, heads, kv_heads] = worst(made, tuple(expected))
-    return found
+                result = tuple(x.detach().double() for x in (out, *grads))
+                actual[peer.name, mask, heads, kv_heads] = worst(result, tuple(expected))
+    return actual
 
 
 @pytest.mark.parametrize("library", range(len(LIBRARIES)), ids=[x.__name__.removeprefix("peers.") for x in LIBRARIES])
@@ -61,9 +61,9 @@ def test_every_peer_equals_dense_attention(library: int, world: int) -> None:
     if any(find_spec(needs) is None for needs in {peer.needs for peer in peers}):
         pytest.skip("the extra `bench` is not installed")
     dtype, limit = ("float32", FP32) if LIBRARIES[library] in (torch_ring, deepspeed_ulysses) else ("bfloat16", BF16)
-    found = run_ranks(world, errors, world, library, dtype)
-    assert found[0]
-    assert {case: e for rank in found for case, e in rank.items() if not e < limit} == {}
+    actual = run_ranks(world, errors, world, library, dtype)
+    assert actual[0]
+    assert {case: e for rank in actual for case, e in rank.items() if not e < limit} == {}
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", FP32), ("float64", 1e-12)])
@@ -78,13 +78,13 @@ def test_flash_attn_on_a_cpu_equals_dense_attention(mask: str, rows: int, dtype:
     q, out, dout = (x.detach()[:, -rows:].to(getattr(torch, dtype)) for x in (e.q, e.out, e.dout))
     k, v = (x.detach().to(getattr(torch, dtype)) for x in (e.k, e.v))
     plain, scale = (-1, -1, 0.0, None), 16**-0.5
-    made, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, mask == "causal", *plain, False)
+    result, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, mask == "causal", *plain, False)
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    _flash_attn_backward(dout, q, k, v, made, lse, *grads, 0.0, scale, mask == "causal", *plain, False)
+    _flash_attn_backward(dout, q, k, v, result, lse, *grads, 0.0, scale, mask == "causal", *plain, False)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     differentiable = flash_attn_func(*leaves, causal=mask == "causal")
     expected = _dense_of_rows(e, rows, mask)
-    assert worst((made.double(), lse.double()), (e.out.detach()[:, -rows:], e.lse[:, :, -rows:])) < limit
+    assert worst((result.double(), lse.double()), (e.out.detach()[:, -rows:], e.lse[:, :, -rows:])) < limit
     assert worst(tuple(x.double() for x in grads), expected) < limit
     assert worst(torch.autograd.grad(differentiable, leaves, dout), tuple(grads)) < limit
     assert worst((differentiable.detach(),), (out,)) < limit
@@ -106,8 +106,8 @@ def test_a_block_of_keys_gives_its_share_of_the_gradients(parts: int) -> None:
     lse = e.lse.transpose(1, 2).contiguous().transpose(1, 2)
     blocks = zip(k.chunk(parts, dim=2), v.chunk(parts, dim=2), strict=True)
     shares = [Cpu().backward(dout, q, *block, out, lse, False, 16**-0.5) for block in blocks]
-    made = (sum(dq for dq, *_ in shares), *(torch.cat([share[n] for share in shares], dim=2) for n in (1, 2)))
-    assert worst(made, tuple(x.transpose(1, 2) for x in e.grads)) < 1e-12
+    result = (sum(dq for dq, *_ in shares), *(torch.cat([share[n] for share in shares], dim=2) for n in (1, 2)))
+    assert worst(result, tuple(x.transpose(1, 2) for x in e.grads)) < 1e-12
 
 
 def test_the_emulated_accelerator_takes_the_time_of_the_flops_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:

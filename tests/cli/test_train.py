@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,12 +18,15 @@ import torch
 from spawn import finish, start
 from thirty import DEADLINE
 
+from ringattn import InputError
+from ringattn.cli.train import TrainConfig, read_corpus, windows
+from ringattn.cli.train.report import Log
+from ringattn.cli.train.restart import checkpoint_to_resume
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = shlex.split("--seq-len 203 --batch 2 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3")
 LEARNED = ("step", "loss", "bits_per_byte", "gradient_norm", "lr")  # the rest of a line is time
-
-sys.path.insert(0, str(TRAIN.parent))
 
 
 def torchrun(*flags: str, ranks: int = 2) -> tuple[str, str]:
@@ -76,8 +78,8 @@ def test_every_step_is_logged(straight):
 
 def test_the_run_ends_with_a_table_and_pictures(straight):
     directory, out, _ = straight
-    for said in ("throughput", "attention sends", "gradient reduction sends", "peak memory", "communication"):
-        assert said in out
+    for message in ("throughput", "attention sends", "gradient reduction sends", "peak memory", "communication"):
+        assert message in out
     for picture in ("loss.png", "timeline.png"):
         assert (directory / picture).read_bytes().startswith(b"\x89PNG")
     assert (directory / "step_00000006").is_dir()
@@ -125,9 +127,9 @@ def test_another_number_of_ranks_goes_on_when_asked_and_up_to_rounding(straight,
     assert "was made by 2 ranks and this job has 1" in complaint(rank(0, 1, free_port(), *flags))
     code, _, err = finish(rank(0, 1, free_port(), *flags, "--any-world"), timeout=40)
     assert code == 0, err
-    found, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
+    actual, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
     # fp32 sums over two ranks or one: 2^-24 each, and three steps in which AdamW divides by small numbers
-    assert found == pytest.approx(wanted, rel=1e-5) and len(found) == 6
+    assert actual == pytest.approx(wanted, rel=1e-5) and len(actual) == 6
 
 
 def complaint(process: subprocess.Popen) -> str:
@@ -140,12 +142,12 @@ def complaint(process: subprocess.Popen) -> str:
 
 @pytest.mark.case(18)
 def test_without_torchrun_it_says_how_to_start(tmp_path):
-    said = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
-    assert "torchrun --nproc-per-node" in said
+    message = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
+    assert "torchrun --nproc-per-node" in message
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("--schedule star_ring", "star_ring"),
         ("--heads 3 --kv-heads 2", "heads=3 is not a multiple of kv_heads=2"),
@@ -155,34 +157,27 @@ def test_without_torchrun_it_says_how_to_start(tmp_path):
         ("--merge windows --merge-layers 1 5", "first=1, last=5: blocks [first, last) must be some of the 2"),
     ],
 )
-def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, said):
-    assert said in complaint(rank(0, 1, free_port(), *flags.split()))
+def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, message):
+    assert message in complaint(rank(0, 1, free_port(), *flags.split()))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(straight):
-    said = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
-    assert "lr is 0.5 and was 0.004" in said
+    message = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
+    assert "lr is 0.5 and was 0.004" in message
     assert len(metrics(straight[0])) == 6
 
 
 def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
-    from config import TrainConfig
-    from train import _checkpoint_to_resume
-
     config = TrainConfig(out=tmp_path / "run")
     for n in (1, 2):
-        assert _checkpoint_to_resume(config) is None
+        assert checkpoint_to_resume(config) is None
         (config.out / "metrics.jsonl").write_text(f"run {n}")
-    assert _checkpoint_to_resume(config) is None
+    assert checkpoint_to_resume(config) is None
     assert not list(config.out.iterdir())
     assert [(tmp_path / f"run.{n}" / "metrics.jsonl").read_text() for n in (1, 2)] == ["run 1", "run 2"]
 
 
 def test_windows_depend_on_seed_and_step_alone(tmp_path):
-    from data import read_corpus, windows
-
-    from ringattn import InputError
-
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.txt").write_text("first")
@@ -241,8 +236,6 @@ def test_a_damaged_checkpoint_is_passed_over(straight, tmp_path):
 
 
 def test_a_rank_that_dies_while_it_trims_the_log_loses_no_line(tmp_path, monkeypatch):
-    from report import Log
-
     lines = "".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 3))
     (tmp_path / "metrics.jsonl").write_text(lines)
 
@@ -251,23 +244,21 @@ def test_a_rank_that_dies_while_it_trims_the_log_loses_no_line(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "replace", dies)
     with pytest.raises(KeyboardInterrupt):
-        Log(tmp_path / "metrics.jsonl", speaks=True, done=2, steps=9)
+        Log(tmp_path / "metrics.jsonl", reports=True, done=2, steps=9)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 @pytest.mark.case(29)
 def test_metrics_that_cannot_be_written_cost_a_warning_and_no_training(tmp_path, capsys):
-    from report import Log
-
     line = {"loss": 1.0, "bits_per_byte": 1.0, "tokens_per_second": 1.0, "seconds": 1.0}
     (tmp_path / "metrics.jsonl").mkdir()
-    with Log(tmp_path / "metrics.jsonl", speaks=True, done=0, steps=2) as log:
+    with Log(tmp_path / "metrics.jsonl", reports=True, done=0, steps=2) as log:
         log.step(line | {"step": 1})
-    with Log(tmp_path / "other.jsonl", speaks=True, done=0, steps=2) as log:
+    with Log(tmp_path / "other.jsonl", reports=True, done=0, steps=2) as log:
         log.file.close()
         log.file = full = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
         log.step(line | {"step": 1})
         log.step(line | {"step": 2})
     full.detach()  # or its end would fail as well
-    said = capsys.readouterr().err
-    assert said.count("warning: metrics are no longer written") == 2 and "No space left" in said and "step 2/2" in said
+    message = capsys.readouterr().err
+    assert message.count("warning: metrics are no longer written") == 2 and "No space left" in message and "step 2/2" in message

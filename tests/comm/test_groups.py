@@ -88,8 +88,8 @@ def in_every_way(rank: int, folder: Path, ports: list[int]) -> list[str]:
             "mesh": wanted is not None or sequence_parallel(2).mesh.device_type == ("cuda" if "cuda" in name else "cpu"),
         }
         wrong += [f"{name}: {what}" for what, good in checks.items() if not good]
+        dist.barrier()
         dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "last"), 4), rank=rank, world_size=4)
     return wrong
 
 
@@ -123,7 +123,9 @@ def test_what_a_group_moves(names: dict[str, str], served: dict[str, str], small
     one = Group(**names)
     assert group.backends(one) == served
     assert group.device_of(one) == torch.device(small, 3 if small == "cuda" else None)
-    assert group.moves(one, CUDA) == ("cuda" in served) and group.moves(one, torch.device("cpu")) == ("cpu" in served)
+    assert group.supports_device(one, CUDA) == ("cuda" in served) and group.supports_device(one, torch.device("cpu")) == (
+        "cpu" in served
+    )
 
 
 def test_a_tensor_that_the_group_cannot_move_is_named_with_the_cure() -> None:

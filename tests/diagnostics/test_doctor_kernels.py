@@ -185,13 +185,13 @@ def test_importing_kernels_imports_no_package() -> None:
 # ---- selftest
 
 
-SMALL = ["--kernel", "sdpa", "--device", "cpu", "--worlds", "2", "--schedules", "token_ring"]
+SMALL = "['sdpa'], device='cpu', worlds=[2], schedules=['token_ring']"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'rich', 'docstring_parser', 'typeguard']))"
 
 
 @pytest.mark.timeout(300)
 def test_selftest_simulates_ranks_with_nothing_but_torch() -> None:
-    code = f"{WITHOUT}; from ringattn.diagnostics.selftest.run import main; sys.exit(main({SMALL}))"
+    code = f"{WITHOUT}; from ringattn.diagnostics import selftest; sys.exit(not selftest.run({SMALL}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "all passed" in done.stdout, done.stdout + done.stderr
     for name in ("alone", "token_ring 2", *(trap.name for trap in selftest.traps()), "equal bits twice in deterministic mode"):

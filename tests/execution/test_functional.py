@@ -1,14 +1,10 @@
 """`attention` as an ordinary function: how it behaves in training code, and how it answers input that does not fit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.distributed as dist
 from meaning import dense
-from spawn import run_ranks
+from spawn import finish, run_ranks, start
 from torch.utils.checkpoint import checkpoint
 
 import ringattn
@@ -16,7 +12,7 @@ from ringattn import InputError, LaunchError, MismatchError, Plan, RingAttnError
 from ringattn.comm import consistency as agree
 from ringattn.comm.gloo_duplex import Transfer
 from ringattn.comm.p2p import P2P
-from ringattn.execution import attention as functional
+from ringattn.execution import arguments
 from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 from ringattn.nn import cross_entropy
@@ -142,11 +138,9 @@ def test_a_plan_for_many_needs_a_group() -> None:
 
 
 def test_init_without_torchrun_says_which_command_to_use() -> None:
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    code = "import ringattn; ringattn.init()"
-    ran = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, timeout=30)
-    assert "LaunchError: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR not set" in ran.stderr
-    assert "torchrun --nproc-per-node" in ran.stderr
+    _, _, err = finish(start(["-c", "import ringattn; ringattn.init()"]), timeout=30)
+    assert "LaunchError: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR not set" in err
+    assert "torchrun --nproc-per-node" in err
 
 
 # ---- several processes; each function below runs on every rank
@@ -453,7 +447,7 @@ def test_errors_share_a_base() -> None:
 
 def other_gpu(rank: int) -> str:
     """As if the GPU of rank 1 were of another generation, for which torch takes another operator."""
-    functional.resolved = lambda *_, **__: "flash" if rank else "cudnn"
+    arguments.resolved = lambda *_, **__: "flash" if rank else "cudnn"
     x = torch.zeros(1, 4, 2, 8)
     try:
         attention(x, x, x, make_plan(8, world=2, heads=2, head_dim=8))

@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from ringattn import InputError, attention, causal, make_plan, shard, unshard
 from ringattn.comm import consistency as agreement
 from ringattn.comm import process_group as group
-from ringattn.execution import attention as functional
+from ringattn.execution import arguments
 
 REFUSED = {
     "the default where tensors are the CPU's": dict(),
@@ -44,7 +44,7 @@ def captures(rank: int) -> dict[str, str]:
         raise AssertionError("ranks exchanged something while a graph was captured")
 
     agreement._exchange = never
-    agreement.capturing = functional.capturing = lambda device: True
+    agreement.capturing = arguments.capturing = lambda device: True
     captured = both_passes(q, k, v, plan, strict=False)
     assert all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True))
     for name, options in REFUSED.items():
@@ -79,7 +79,7 @@ def test_a_known_call_is_captured_and_every_other_refused_on_every_rank_with_the
 
 def test_numbers_are_not_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not on a single rank either, which agrees with nobody."""
-    monkeypatch.setattr(functional, "capturing", lambda device: True)
+    monkeypatch.setattr(arguments, "capturing", lambda device: True)
     plan, q = make_plan(6, world=1, heads=2, head_dim=8), torch.full((1, 6, 2, 8), torch.nan)
     attention(q, q, q, plan)
     with pytest.raises(InputError, match=r"check_finite=True: a CUDA graph is being captured, .* pass check_finite=False"):

@@ -77,7 +77,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
         made = SCHEDULES[schedule](world)
         head_groups = made if isinstance(made, tuple) else (made,)
         found["schedule"] = (
-            made if len(head_groups) <= heads or any(head_group.resting for head_group in head_groups) else head_groups[0]
+            made if len(head_groups) <= heads or any(head_group.has_residents for head_group in head_groups) else head_groups[0]
         )
     return found
 

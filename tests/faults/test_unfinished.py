@@ -133,8 +133,8 @@ def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.Mo
     ],
 )
 def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str) -> None:
-    assert watchdog._is_of_a_lost_peer(dist.DistBackendError(words))
-    assert not watchdog._is_of_a_lost_peer(ValueError(words)) and not watchdog._is_of_a_lost_peer(
+    assert watchdog._caused_by_lost_peer(dist.DistBackendError(words))
+    assert not watchdog._caused_by_lost_peer(ValueError(words)) and not watchdog._caused_by_lost_peer(
         RuntimeError("CUDA error: out of")
     )
 
@@ -142,7 +142,7 @@ def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str
 def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     followed, tensor, event = [], SimpleNamespace(device=CUDA), SimpleNamespace(query=lambda: False)
     monkeypatch.setattr(collectives, "follow", lambda works, group, device: followed.append((works, device)))
-    monkeypatch.setattr(collectives, "recorded", lambda device: event)
+    monkeypatch.setattr(collectives, "record_event", lambda device: event)
     for name in ("all_reduce", "all_gather"):
         monkeypatch.setattr(dist, name, lambda *tensors, group: None)
     collectives.all_reduce(tensor, None)
@@ -150,7 +150,7 @@ def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(collectives, "watchdog", lambda: watchdog)
     collectives.all_reduce(tensor, None)
     collectives.all_gather([tensor], tensor, None)
-    assert followed == [([pending.Reached(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
+    assert followed == [([pending.StreamEvent(event)], CUDA)] * 2 and not followed[0][0][0].is_completed()
 
 
 @pytest.mark.timeout(60 * ATTEMPTS)
@@ -211,7 +211,7 @@ def journals_behind(rank: int, folder: Path) -> None:
     journal.begin(folder)
     watchdog.watch()
     p2p.waits_on_stream = lambda tensor: True
-    p2p.recorded = lambda device, timed: Event()
+    p2p.record_event = lambda device, timed: Event()
     plan = make_plan(37, world=2, heads=2, head_dim=8, schedule="token_ring", topology="cpu")
     q = shard(torch.randn(1, 37, 2, 8), plan).requires_grad_()
     attention(q, q, q, plan).sum().backward()

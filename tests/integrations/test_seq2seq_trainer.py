@@ -17,8 +17,7 @@ pytestmark = pytest.mark.timeout(180)
 
 def test_losses_gradients_and_predictions_are_those_of_plain_trainer(tmp_path: Path) -> None:
     alone, two = tmp_path / "alone", tmp_path / "two"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for process in [start([JOB, str(alone)]), start([*launch, JOB, str(two)])]:  # at the same time
+    for process in [start([JOB, str(alone)]), start([JOB, str(two)], ranks=2)]:  # at the same time
         code, _, err = finish(process, timeout=150)
         assert code == 0, err
     wanted, found = (json.loads(path.read_text()) for path in (alone, two))

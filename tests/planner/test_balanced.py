@@ -15,7 +15,7 @@ from ringattn.plan.head_groups import make_head_groups
 from ringattn.plan.plan import Plan
 from ringattn.planner.cost import compute_seconds, price, traffic, transfer_seconds
 from ringattn.planner.solver import OBJECTIVES, Costs, Problem, balanced, exact, measure, schedule_of, search
-from ringattn.planner.solver.local_search import Objective, Walk, initial
+from ringattn.planner.solver.local_search import LocalSearch, Objective, initial
 from ringattn.planner.solver.problem import loads, visits
 from ringattn.planner.solver.timeline import Timeline, next_batch
 from ringattn.planner.topology import Topology
@@ -57,7 +57,7 @@ def joined(world: int, mask, layout: str, length: int, objective: str = "total",
     """A problem that comes from a mask and a layout, as a planner would pose it, with two blocks a rank."""
     made = LAYOUTS[layout](length, world)
     (head_group,) = make_head_groups((split(ring(world), q=2, kv=2),), made, mask, *heads)
-    owners = head_group.whole.q_owner, head_group.whole.kv_owner
+    owners = head_group.unpruned.q_owner, head_group.unpruned.kv_owner
     rows = [block.rows for block in head_group.q_blocks], [block.rows for block in head_group.kv_blocks]
     return Problem(world, head_group.areas, *owners, *rows, Costs(heads[0], heads[0], 2 * heads[1]), objective), made
 
@@ -126,8 +126,8 @@ def test_the_walk_keeps_its_books() -> None:
     """After thousands of steps, counted anew: work, visits and bytes of where it is, and of the best it has seen."""
     for objective in OBJECTIVES:
         problem = halves(5, 2, "contiguous", objective=objective)
-        local_search = Walk(problem, initial(problem)[0], seed="a")
-        found = local_search.go(5000)
+        local_search = LocalSearch(problem, initial(problem)[0], seed="a")
+        found = local_search.run(5000)
         assert local_search.load == loads(problem, local_search.ranks)
         assert local_search.objective.value() == Objective(problem, local_search.ranks).value()
         assert local_search.over == sum(max(0, load - problem.cap) for load in local_search.load)
@@ -156,7 +156,7 @@ def test_every_mask_and_layout_gives_a_correct_schedule(mask: str, world: int, m
         assert check(schedule, set(problem.areas)) == schedule.limits == peak(schedule)
         assert measure(problem, {(t.i, t.j): t.rank for t in schedule.tiles}).load <= problem.cap
         assert schedule.name == f"balanced_{objective}"
-        assert schedule.return_to_owner(Kind.Q_ACC) and schedule.return_to_owner(Kind.KV_ACC)
+        assert schedule.returns_to_owner(Kind.Q_ACC) and schedule.returns_to_owner(Kind.KV_ACC)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +170,11 @@ def test_any_table_gives_a_correct_and_even_schedule(data: st.DataObject) -> Non
     rows = [[data.draw(st.integers(1, 50)) for _ in owner] for owner in owners]
     costs = Costs(*(data.draw(st.integers(0, 8)) for _ in range(4)))
     problem = Problem(world, areas, *owners, *rows, costs, data.draw(st.sampled_from(OBJECTIVES)))
-    walked = Walk(problem, problem.fallback, seed="b").go(300) if areas and world > 1 else Walk(problem, problem.fallback).best
+    walked = (
+        LocalSearch(problem, problem.fallback, seed="b").run(300)
+        if areas and world > 1
+        else LocalSearch(problem, problem.fallback).best
+    )
     assignment = dict(zip(problem.tiles, walked.ranks, strict=True))
     for lookahead in (1, 8):
         schedule = schedule_of(problem, assignment, lookahead=lookahead)

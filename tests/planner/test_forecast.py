@@ -159,7 +159,7 @@ def test_within_a_round_every_step_loads_the_links_alike(world: int) -> None:
 
 
 def _walk_all(clock: Clock, one: Any) -> None:
-    clock._walk(one, range(one.count))
+    clock._simulate(one, range(one.count))
 
 
 def test_work_is_what_the_mask_keeps() -> None:

@@ -29,8 +29,8 @@ def test_every_head_group_is_an_algorithm_and_is_read_back(inner: Schedule, degr
     assert len(head_groups) == degree * groups
     for head_group in head_groups:
         check(head_group)
-        assert parse(str(head_group)) == head_group and head_group.resting
-        assert {head_group.rest(Kind.KV, j) % degree for j in range(len(head_group.kv_owner))} == {
+        assert parse(str(head_group)) == head_group and head_group.has_residents
+        assert {head_group.resident_rank(Kind.KV, j) % degree for j in range(len(head_group.kv_owner))} == {
             tile.rank % degree for tile in head_group.tiles
         }
 

@@ -15,7 +15,7 @@ from ringattn import Layout, documents, full, make_plan, sliding_window
 from ringattn.planner import Candidate, candidates
 from ringattn.planner.cost import traffic
 from ringattn.schedule import ring, split
-from ringattn.sequence.document_layout import EVEN, Unit, _dealt, by_documents
+from ringattn.sequence.document_layout import EVEN, DocumentRun, _distribute, by_documents
 from ringattn.sequence.layout import contiguous
 
 MODEL: dict[str, Any] = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -52,8 +52,8 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
     done = work(layout, bounds)
     assert max(done) <= EVEN * sum(done) / world
     assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are whole"
-    every = [Unit(b - a, a, b - a) for a, b in pairwise(bounds)]
-    cut = Layout("all cut", tuple(map(tuple, _dealt(every, world, 0)[2])))
+    every = [DocumentRun(b - a, a, b - a) for a, b in pairwise(bounds)]
+    cut = Layout("all cut", tuple(map(tuple, _distribute(every, world, 0)[2])))
     plans = [
         make_plan(16384, world=world, **MODEL, mask=documents(bounds), layout=chosen, schedule="ring_direct")
         for chosen in (layout, cut)

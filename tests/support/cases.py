@@ -119,19 +119,19 @@ def simulate(
         Inputs(leaves[0][:, r], leaves[1][:, p], leaves[2][:, p], None if key_bias is None else key_bias[..., p], sinks)
         for r, p in zip(rows, keys, strict=True)
     ]
-    made = attend(
+    result = attend(
         inputs, plan, Options(options.pop("scale", plan.head_dim**-0.5), **options), transport or Simulated(plan.world)
     )
     order = torch.cat(rows).argsort()
-    out = torch.cat([o for o, _ in made], dim=1)[:, order]
-    lse = torch.cat([lse for _, lse in made], dim=2)[:, :, order]
+    out = torch.cat([o for o, _ in result], dim=1)[:, order]
+    lse = torch.cat([lse for _, lse in result], dim=2)[:, :, order]
     extra = [x for x in (key_bias, sinks) if x is not None]
     return out.detach(), lse, *torch.autograd.grad(out, [*leaves, *extra], dout)
 
 
-def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def worst(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     """Largest absolute difference; -inf equals -inf, and NaN differs from everything."""
-    pairs = zip(found, expected, strict=True)
+    pairs = zip(actual, expected, strict=True)
     return max(
         (torch.where(a == b, 0.0, (a - b).abs()).nan_to_num(nan=torch.inf).max().item() for a, b in pairs if a.numel()),
         default=0.0,
@@ -140,4 +140,4 @@ def worst(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 
 def schedules(world: int) -> dict[str, Schedule]:
     """One of each single-lane schedule."""
-    return {name: made for name, make in SCHEDULES.items() if isinstance(made := make(world), Schedule)}
+    return {name: result for name, make in SCHEDULES.items() if isinstance(result := make(world), Schedule)}

@@ -127,13 +127,13 @@ def batch_of(name: str, kind: str = "plain") -> dict[str, Tensor]:
     for sequence, place in ((0, 5), (0, 20), (1, 12)):
         ids[sequence, place - 1], ids[sequence, place + count] = START, END
         ids[sequence, place : place + count] = IMAGE
-    seen = ids == IMAGE
-    batch = {"input_ids": ids, "labels": ids.masked_fill(seen, -100)}
+    observed = ids == IMAGE
+    batch = {"input_ids": ids, "labels": ids.masked_fill(observed, -100)}
     if name.startswith(("qwen", "glm4v")):
         patches = 3 * 4 * count
         batch["pixel_values"] = torch.randn(patches, 3 * 2 * 2 * 2, generator=source).double()
         batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 3)
-        batch["mm_token_type_ids"] = seen.int()
+        batch["mm_token_type_ids"] = observed.int()
     elif name == "idefics3":
         batch["pixel_values"] = torch.randn(2, 2, 3, 8, 8, generator=source).double()
         batch["pixel_values"][1, 1] = 0  # no image: the model leaves it out
@@ -147,7 +147,7 @@ def batch_of(name: str, kind: str = "plain") -> dict[str, Tensor]:
         size = 16 if name == "internvl" else 8
         batch["pixel_values"] = torch.randn(3, 3, size, size, generator=source).double()
     if name == "gemma3":
-        batch["token_type_ids"] = seen.long()
+        batch["token_type_ids"] = observed.long()
     if name.startswith("paligemma"):  # a prefix seen both ways, then causal text
         batch["token_type_ids"] = (torch.arange(LENGTH)[None] >= torch.tensor([[26], [18]])).long()
     if kind == "padded":

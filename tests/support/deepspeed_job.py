@@ -37,8 +37,8 @@ def data(replicas: int, step: int) -> dict[str, torch.Tensor]:
 
 def part(batch: dict[str, torch.Tensor], mpu: object) -> dict[str, torch.Tensor]:
     """This rank's: its replica's sequence, its part of it. The last part is shorter."""
-    one, rank = slice(mpu.get_data_parallel_rank(), mpu.get_data_parallel_rank() + 1), mpu.get_sequence_parallel_rank()
-    return {name: x[one].tensor_split(mpu.get_sequence_parallel_world_size(), dim=1)[rank] for name, x in batch.items()}
+    entry, rank = slice(mpu.get_data_parallel_rank(), mpu.get_data_parallel_rank() + 1), mpu.get_sequence_parallel_rank()
+    return {name: x[entry].tensor_split(mpu.get_sequence_parallel_world_size(), dim=1)[rank] for name, x in batch.items()}
 
 
 def alone(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def stages(sp: int) -> dict[str, list[float]]:
     replicas = dist.get_world_size() // sp
     wanted, losses, _ = one_process(replicas)
     mpu = register_with_transformers(model_of(), "sdpa", sp, 1)
-    found = {}
+    actual = {}
     for stage in range(4):
         engine = engine_of(stage, mpu)
         apart, grads = 0.0, []
@@ -108,8 +108,8 @@ def stages(sp: int) -> dict[str, list[float]]:
             if stage
             else max((a - b).abs().max().item() for a, b in pairs)
         )
-        found[str(stage)] = [(got @ meant / (meant @ meant)).item(), off, apart, again]
-    return found
+        actual[str(stage)] = [(got @ meant / (meant @ meant)).item(), off, apart, again]
+    return actual
 
 
 def batches() -> dict[str, float]:
@@ -135,17 +135,17 @@ def batches() -> dict[str, float]:
     engine = engine_of(1, mpu, model)
     from deepspeed.utils import safe_get_full_grad
 
-    found = {}
+    actual = {}
     for name, batch in cases.items():
         engine.backward(loss_of(engine, part(batch, mpu)))
         got = torch.cat([safe_get_full_grad(p).flatten() for p in engine.module.parameters()])
-        found[name] = ((got - wanted[name]).norm() / wanted[name].norm()).item()
+        actual[name] = ((got - wanted[name]).norm() / wanted[name].norm()).item()
         engine.optimizer.zero_grad()
         engine.module.zero_grad()
     engine.eval()
     with torch.no_grad():
-        found["whole in eval"] = abs(alone(engine.module, plain).item() / alone(model_of().eval(), plain).item() - 1)
-    return found
+        actual["whole in eval"] = abs(alone(engine.module, plain).item() / alone(model_of().eval(), plain).item() - 1)
+    return actual
 
 
 def adapter() -> dict[str, float]:
@@ -200,14 +200,14 @@ def layer() -> dict[str, float]:
     shapes = [(2, 12, 4, 16), (2, 12, 2, 16), (2, 12, 2, 16)]
     qkv = [torch.randn(*shape, generator=source, requires_grad=True) for shape in shapes]
     ours, other = DistributedAttention(Local(), group, gather_idx=1), theirs.DistributedAttention(Local(), group, gather_idx=1)
-    found, kept = {}, []
+    actual, kept = {}, []
     angles = torch.arange(24.0)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
     tables = tuple(torch.cat([f(angles)] * 2, dim=-1)[None, :, None] for f in (torch.cos, torch.sin))
     for module in (ours, other):
         out = module(*qkv, 0)
         kept.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
     for name, mine, meant in zip(("out", "dq", "dk", "dv"), *kept, strict=True):
-        found[name] = ((mine - meant).norm() / meant.norm()).item()
+        actual[name] = ((mine - meant).norm() / meant.norm()).item()
     first = DistributedAttention(causal(), group)
     turned = first(*(x.transpose(0, 1) for x in qkv), 1, tables)
     whole = [_whole(x) for x in qkv]
@@ -215,8 +215,8 @@ def layer() -> dict[str, float]:
     meant = F.scaled_dot_product_attention(
         *(x.permute(1, 2, 0, 3) for x in (q, k, whole[2].transpose(0, 1))), is_causal=True, enable_gqa=True
     ).permute(2, 0, 1, 3)[rank * 12 : rank * 12 + 12]
-    found["rotary, sequence first"] = ((turned - meant).norm() / meant.norm()).item()
-    return found
+    actual["rotary, sequence first"] = ((turned - meant).norm() / meant.norm()).item()
+    return actual
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -229,15 +229,15 @@ def refusals() -> list[str]:
     from deepspeed.utils import groups
 
     model = model_of().eval()
-    told = []
+    messages = []
 
     def expect(call: object) -> None:
         try:
             call()
         except InputError as error:
-            told.append(str(error))
+            messages.append(str(error))
         else:
-            told.append("nothing")
+            messages.append("nothing")
 
     other = model_of()
     other.config._attn_implementation = "flash_attention_2"
@@ -275,7 +275,7 @@ def refusals() -> list[str]:
     expect(lambda: experts(**inputs))
     groups.mesh_device = object()  # as mesh_param leaves it
     expect(lambda: model(own["input_ids"], position_ids=own["position_ids"] + 0))
-    return told
+    return messages
 
 
 if __name__ == "__main__":

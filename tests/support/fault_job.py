@@ -35,12 +35,12 @@ def signalled(number: int) -> None:
 
 def when_waiting(word: str, action) -> None:
     """`action`, as soon as this rank waits for its second message of a pass whose label has `word`."""
-    wait, seen = PORT.wait, []
+    wait, observed = PORT.wait, []
 
     def waiting(port, message):
         if word in port._label:
-            seen.append(message)
-            if len(seen) == 2:
+            observed.append(message)
+            if len(observed) == 2:
                 action()
         return wait(port, message)
 

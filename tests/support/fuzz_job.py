@@ -13,18 +13,15 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))
-
 LIMIT = 50  # seconds for all of them
 
 
 def train(arguments: list[str]) -> None:
-    import train
     import tyro
-    from config import TrainConfig
 
-    train.main(tyro.cli(TrainConfig, args=arguments))
+    from ringattn.cli.train import TrainConfig, train
+
+    train(tyro.cli(TrainConfig, args=arguments))
 
 
 def command(arguments: list[str]) -> None:

@@ -71,12 +71,14 @@ CONFIG = {"about": "golden"}  # of the stored checkpoint
 
 def schedule_texts() -> dict[str, Any]:
     """The text form of every schedule that can be called by name, at several numbers of ranks and in its variants."""
-    return {f"{name}, {world} ranks": _text(made) for world in (1, 2, 3, 4, 6, 8) for name, made in _schedules(world).items()}
+    return {
+        f"{name}, {world} ranks": _text(result) for world in (1, 2, 3, 4, 6, 8) for name, result in _schedules(world).items()
+    }
 
 
 def _schedules(world: int) -> dict[str, Schedule | tuple[Schedule, ...]]:
     inside = world // 2 if world % 2 == 0 else 1
-    found: dict[str, Schedule | tuple[Schedule, ...]] = {
+    actual: dict[str, Schedule | tuple[Schedule, ...]] = {
         "ring": ring(world),
         "ring reversed": ring(world, direction=-1),
         "ring direct": ring(world, routing="direct", lookahead=2),
@@ -96,14 +98,14 @@ def _schedules(world: int) -> dict[str, Schedule | tuple[Schedule, ...]]:
         "ulysses in stages": ulysses(split(ring(1), q=2), world, stages=max(0, world - 1), groups=2),
     }
     if world > 1:
-        found["ulysses 2 with ring" if inside * 2 == world else "ulysses with one ring"] = ulysses(
+        actual["ulysses 2 with ring" if inside * 2 == world else "ulysses with one ring"] = ulysses(
             ring(inside), world // inside
         )
-    return found
+    return actual
 
 
-def _text(made: Schedule | tuple[Schedule, ...]) -> Any:
-    schedules = made if isinstance(made, tuple) else (made,)
+def _text(result: Schedule | tuple[Schedule, ...]) -> Any:
+    schedules = result if isinstance(result, tuple) else (result,)
     text = "\n\n".join(map(str, schedules))
     if schedules[0].world <= WHOLE_TEXT_UP_TO and len(text) < 1500:
         return text.splitlines()
@@ -161,12 +163,12 @@ def priced() -> dict[str, Any]:
 
     Prices are sums of IEEE doubles in one order, so they agree to the last digits everywhere.
     """
-    found = candidates(2048, **MODEL, topology="pcie", layout="zigzag")
-    seconds = [[option.cost(backward=backward).seconds for backward in (False, True)] for option in found]
+    actual = candidates(2048, **MODEL, topology="pcie", layout="zigzag")
+    seconds = [[option.cost(backward=backward).seconds for backward in (False, True)] for option in actual]
     return {
-        "best first": [f"{o.plan.digest} {a:.9e} {b:.9e}" for o, (a, b) in zip(found[:12], seconds, strict=False)],
-        "number": len(found),
-        "all": sha256("".join(sorted(option.plan.digest for option in found)).encode()).hexdigest(),
+        "best first": [f"{o.plan.digest} {a:.9e} {b:.9e}" for o, (a, b) in zip(actual[:12], seconds, strict=False)],
+        "number": len(actual),
+        "all": sha256("".join(sorted(option.plan.digest for option in actual)).encode()).hexdigest(),
     }
 
 
@@ -192,14 +194,14 @@ PARTS = ("out", "lse", "dq", "dk", "dv")
 
 def outputs() -> dict[str, Any]:
     """Outputs and gradients on the simulated transport, all ranks in this process, in fp32 and bf16."""
-    found = {}
+    actual = {}
     for name, choices in OUTPUTS.items():
         for extra, options in EXTRAS.items():
             for dtype in (torch.float32, torch.bfloat16):
                 tensors = _attended(choices, options, dtype)
                 about = f"{name}, {extra}, {str(dtype).removeprefix('torch.')}"
-                found[about] = {part: summary(x) for part, x in tensors.items()}
-    return found
+                actual[about] = {part: summary(x) for part, x in tensors.items()}
+    return actual
 
 
 def _attended(choices: Mapping[str, Any], options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -239,15 +241,15 @@ def summary(x: Tensor) -> dict[str, Any]:
 
 def fingerprint() -> str:
     """Of this machine's arithmetic: equal where torch's matmul, exp and attention give equal bits."""
-    found = [torch.__version__]
+    actual = [torch.__version__]
     for dtype in (torch.float32, torch.bfloat16):
         a, b, c = (sixty_fourths(1, 4, 60, 16, seed=n).to(dtype).requires_grad_() for n in range(3))
         out = nn.functional.scaled_dot_product_attention(a, b, c, is_causal=True)
         rows = a[0, 0] @ sixty_fourths(16, 33, seed=4).to(dtype)
-        made = [out, rows, rows.exp(), rows.sum(-1), rows.logsumexp(-1), torch.tanh(rows)]
-        made += torch.autograd.grad(out, (a, b, c), sixty_fourths(*out.shape, seed=9).to(dtype))
-        found += [summary(x)["sha256"] for x in made]
-    return sha256("".join(found).encode()).hexdigest()[:32]
+        result = [out, rows, rows.exp(), rows.sum(-1), rows.logsumexp(-1), torch.tanh(rows)]
+        result += torch.autograd.grad(out, (a, b, c), sixty_fourths(*out.shape, seed=9).to(dtype))
+        actual += [summary(x)["sha256"] for x in result]
+    return sha256("".join(actual).encode()).hexdigest()[:32]
 
 
 # Topologies
@@ -363,7 +365,7 @@ def _merges(plan: Plan) -> dict[str, Any]:
     x = shard(sixty_fourths(2, 48, 8, seed=1), wide)
     y = shard(sixty_fourths(2, 48, 8, seed=1), every)
     flags = shard(sixty_fourths(2, 48, seed=2), wide) > 0.5
-    found = {
+    actual = {
         "windows": (windows(48, 3, batch=2), wide),
         "words": (segments(gather_rows(flags, wide.layout)), wide),
         "grid": (grid(6, 8, batch=2), every),
@@ -375,7 +377,7 @@ def _merges(plan: Plan) -> dict[str, Any]:
         "windows of windows": (windows(48, 3, batch=2).then(windows(16, 2, batch=2)), wide),
     }
     values = {}
-    for name, (merge, whole) in found.items():
+    for name, (merge, whole) in actual.items():
         short = shorten(merge, whole, schedule="ring")
         merged = short.merge(x if whole is wide else y)
         values[name] = {
@@ -391,7 +393,7 @@ def _merges(plan: Plan) -> dict[str, Any]:
 def _decoders() -> dict[str, Any]:
     """The loss of a small decoder that merges by each policy."""
     config = DecoderConfig(vocab_size=64, dim=16, layers=3, heads=2, kv_heads=1, head_dim=8, hidden_dim=24)
-    found = {}
+    actual = {}
     for policy in ("windows", "similar", "bipartite", "words", "gate"):
         mask = full() if policy == "bipartite" else causal()
         plan = make_plan(48, world=JOB_RANKS, heads=2, kv_heads=1, head_dim=8, mask=mask, schedule="ring", topology="cpu")
@@ -405,8 +407,8 @@ def _decoders() -> dict[str, Any]:
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         groups = "" if model.short is None else model.short.groups.digest
-        found[policy] = {"groups": groups, "loss": summary(loss), "gradient": summary(gradient)}
-    return found
+        actual[policy] = {"groups": groups, "loss": summary(loss), "gradient": summary(gradient)}
+    return actual
 
 
 def _events(path: Path) -> dict[str, Any]:

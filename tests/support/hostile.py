@@ -91,10 +91,10 @@ def survives(call: Callable[[], Any], *, naming: str = "") -> str | None:
     try:
         call()
     except RingAttnError as error:
-        said = str(error)
-        said.encode()  # it can be printed
-        assert len(said) < 2000 and naming in said, said
-        return said
+        message = str(error)
+        message.encode()  # it can be printed
+        assert len(message) < 2000 and naming in message, message
+        return message
     except TypeError as error:
         assert SIGNATURE.search(str(error)), error
     return None
@@ -105,9 +105,9 @@ def each_alone(name: str, call: Callable[..., Any], fine: dict[str, Any]) -> Non
     assert survives(lambda: call(**fine)) is None
     for argument in fine:
         for label, value in VALUES.items():
-            said = survives(lambda given={argument: value}: call(**{**fine, **given}))
+            message = survives(lambda given={argument: value}: call(**{**fine, **given}))
             words = {argument, *re.findall(r"[A-Za-z_]+", name.lower()), *fine, "schedule", "layout", "topology", "tiles"}
-            assert said is None or any(word in said.lower() for word in words), f"{argument}: {label}: {said}"
+            assert message is None or any(word in message.lower() for word in words), f"{argument}: {label}: {message}"
 
 
 def several(functions: dict[str, tuple[Callable[..., Any], dict[str, Any]]]) -> list[str]:

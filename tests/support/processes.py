@@ -4,7 +4,8 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
+
+from spawn import finish, start
 
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER", "RANK", "WORLD", "LOCAL"))}
 
@@ -18,8 +19,9 @@ def free_port() -> int:
 def run_alone(
     env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))"
 ) -> subprocess.CompletedProcess[str]:
-    text = {name: str(value) for name, value in env.items()}
-    return subprocess.run([sys.executable, "-c", code], env=CLEAN | text, capture_output=True, text=True, timeout=40)
+    command = ["-c", code]
+    ended, out, err = finish(start(command, **{name: str(value) for name, value in env.items()}), timeout=40)
+    return subprocess.CompletedProcess(command, ended, out, err)
 
 
 def environment(**changes: object) -> dict[str, object]:
@@ -30,5 +32,5 @@ def namespaces_allowed() -> bool:
     if os.geteuid() != 0 or not all(map(shutil.which, ("ip", "tc"))):
         return False
     name = f"ringattn-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    return made and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0
+    result = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    return result and subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode == 0

@@ -36,21 +36,21 @@ def model() -> Any:
 def sequences(decoder_inputs: bool) -> list[dict[str, Any]]:
     """Sources without padding, then with it; targets of 20, 5, 20 and 2 tokens."""
     text = torch.randint(1, 61, (8, SOURCE + TARGET), generator=torch.Generator().manual_seed(0))
-    found = []
+    actual = []
     for n, row in enumerate(text):
         mask = (torch.arange(SOURCE) < SOURCE - 3 * (n % 3)).long()
         labels = row[SOURCE:].clone()
         labels[(20, 5, 20, 2)[n % 4] :] = -100
-        one = {"input_ids": row[:SOURCE] * mask, "attention_mask": mask, "labels": labels}
+        item = {"input_ids": row[:SOURCE] * mask, "attention_mask": mask, "labels": labels}
         if decoder_inputs:
-            one["decoder_input_ids"] = torch.cat([torch.zeros(1, dtype=torch.int64), row[SOURCE:-1]])
-        found.append(one)
-    return found
+            item["decoder_input_ids"] = torch.cat([torch.zeros(1, dtype=torch.int64), row[SOURCE:-1]])
+        actual.append(item)
+    return actual
 
 
-def metrics(found: Any) -> dict[str, float]:
+def metrics(actual: Any) -> dict[str, float]:
     """The order of sequences counts."""
-    logits, encoded = found.predictions
+    logits, encoded = actual.predictions
     weights = np.arange(1, 1 + len(logits))[:, None, None]
     return {"logits": float((logits * weights).sum()), "encoded": float((encoded * weights).sum()), "count": len(logits)}
 

@@ -80,19 +80,19 @@ REQUIRED = {
 
 def module(generation: str) -> ModuleType:
     """The package as a module of stand-ins. `calls` in it lists the name of every function called."""
-    made = ModuleType(generation)
-    made.calls = []
+    result = ModuleType(generation)
+    result.calls = []
     for name, parameters in SIGNATURES[generation].items():
-        setattr(made, name, _function(made, generation, name, parameters))
-    return made
+        setattr(result, name, _function(result, generation, name, parameters))
+    return result
 
 
-def _function(made: ModuleType, generation: str, name: str, parameters: str):
+def _function(result: ModuleType, generation: str, name: str, parameters: str):
     answer = _forward if name.endswith(("forward", "fwd")) else _backward
     required = REQUIRED[generation, name].split()
     signature = ", ".join(p if p in required else f"{p}=None" for p in parameters.split())
     names = ", ".join(f"{p!r}: {p}" for p in parameters.split())
-    scope = {"answer": lambda given: answer(generation, given), "calls": made.calls}
+    scope = {"answer": lambda given: answer(generation, given), "calls": result.calls}
     exec(f"def {name}({signature}):\n    calls.append({name!r})\n    return answer({{{names}}})", scope)
     return scope[name]
 
@@ -150,7 +150,7 @@ def _backward(generation: str, given: dict):
     assert lse.shape == ((q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1]))
     by_row = lse.mT if packed else lse.transpose(1, 2)  # to be cut as q is
     grads = [_gradients(generation, given, *part) for part in _sequences(given, q, k, v, dout, out, by_row)]
-    dq, dk, dv = (torch.cat([g[0] for g in some] if packed else list(some)) for some in zip(*grads, strict=True))
+    dq, dk, dv = (torch.cat([g[0] for g in subset] if packed else list(subset)) for subset in zip(*grads, strict=True))
     if generation == "flash4":
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     for name, grad in (("dq", dq), ("dk", dk), ("dv", dv)):

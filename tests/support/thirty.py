@@ -26,7 +26,7 @@ class Case:
     longest: float = 0.0
 
     @property
-    def seen(self) -> str:
+    def observed(self) -> str:
         return f"{self.bad[0]} ({len(self.bad)})" if self.bad else f"passed ({self.passed})" if self.passed else "not run"
 
     @property
@@ -79,26 +79,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    found = cases()
+    actual = cases()
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             properties = getattr(report, "user_properties", [])
-            for case in (found[n] for name, n in properties if name == "case"):
+            for case in (actual[n] for name, n in properties if name == "case"):
                 if outcome == "passed":
                     case.passed += 1
                     case.longest = max(case.longest, report.duration)
                     case.seconds += [seconds for name, seconds in properties if name == "seconds"]
                 else:
                     case.bad.append(outcome)
-    shown = [case for case in found.values() if case.passed or case.bad]
-    if not shown:
+    printed = [case for case in actual.values() if case.passed or case.bad]
+    if not printed:
         return
-    total = f"{sum(bool(case.passed and not case.bad) for case in shown)} of {len(found)} cases passed"
-    rows = [(str(n), case.what, case.asked, f"{case.within or ''}", case.seen, case.time) for n, case in found.items()]
+    total = f"{sum(bool(case.passed and not case.bad) for case in printed)} of {len(actual)} cases passed"
+    rows = [(str(n), case.what, case.asked, f"{case.within or ''}", case.observed, case.time) for n, case in actual.items()]
     head = ("", "case", "asked", "within s", "seen (tests)", "seconds")
     terminalreporter.section(total)
-    for number, what, _, within, seen, seconds in (row for row in rows if row[4] != "not run"):
-        terminalreporter.write_line(f"{number:>3} {what[:66]:66} {seen:14} {seconds:>14}{f'  of {within}' if within else ''}")
+    for number, what, _, within, observed, seconds in (row for row in rows if row[4] != "not run"):
+        terminalreporter.write_line(
+            f"{number:>3} {what[:66]:66} {observed:14} {seconds:>14}{f'  of {within}' if within else ''}"
+        )
     path = terminalreporter.config.getoption("--cases-report")
     if path:
         lines = [f"**{total}**", "", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]

@@ -67,12 +67,12 @@ def main(kind: str, folder: str, resume: str = "") -> None:
     given = dict(train_dataset=sequences(), eval_dataset=sequences()[:8], callbacks=[losses])
     own = Trainer(model(), asked, **given) if kind == "plain" else Ring(model(), asked, **given, sequence_parallel_size=2)
     own.train(resume_from_checkpoint=resume or None)
-    found = own.evaluate()["eval_loss"]
+    actual = own.evaluate()["eval_loss"]
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in own.model.parameters()]
     parameters = torch.cat([p.detach().flatten() for p in whole]).double().tolist()
     if asked.process_index == 0:
         batch = own.get_total_train_batch_size(asked)
-        answer = {"losses": losses.seen, "eval": found, "parameters": parameters, "batch": batch}
+        answer = {"losses": losses.seen, "eval": actual, "parameters": parameters, "batch": batch}
         Path(folder, "answer.json").write_text(json.dumps(answer))
 
 
@@ -86,7 +86,7 @@ def dealt(folder: str) -> None:
     for tried, asked, data, size in (
         (model(), stream, sequences(), 3),
         (model(), arguments(folder), Stream(), 2),
-        (model(), stream, [{"input_ids": one["input_ids"]} for one in sequences()], 2),
+        (model(), stream, [{"input_ids": item["input_ids"]} for item in sequences()], 2),
         (model(), arguments(folder, accelerator_config={"split_batches": True}), sequences(), 2),
         (bloom, arguments(folder), sequences(), 2),
     ):

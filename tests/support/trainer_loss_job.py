@@ -106,7 +106,7 @@ class RingOfLogits(SequenceParallel, OfLogits):
 
 def flattened(features: list[dict]) -> dict:
     """Documents of different lengths in one sequence, with position_ids and the arguments of flash attention."""
-    cut = [{name: x[: LENGTH - 7 * n].tolist() for name, x in one.items()} for n, one in enumerate(features)]
+    cut = [{name: x[: LENGTH - 7 * n].tolist() for name, x in item.items()} for n, item in enumerate(features)]
     return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(cut)
 
 
@@ -150,14 +150,14 @@ def model() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double()
 
 
-def metrics(found: Any) -> dict[str, float]:
+def metrics(actual: Any) -> dict[str, float]:
     """The order of sequences counts."""
-    weights = np.arange(1, 1 + len(found.predictions))[:, None, None]
+    weights = np.arange(1, 1 + len(actual.predictions))[:, None, None]
     return {
-        "hits": float((found.predictions.argmax(-1)[:, :-1] == found.label_ids[:, 1:]).mean()),
-        "sum": float((found.predictions * weights).sum()),
-        "inputs": float((found.inputs * weights[:, 0]).sum()),
-        "count": len(found.predictions),
+        "hits": float((actual.predictions.argmax(-1)[:, :-1] == actual.label_ids[:, 1:]).mean()),
+        "sum": float((actual.predictions * weights).sum()),
+        "inputs": float((actual.inputs * weights[:, 0]).sum()),
+        "count": len(actual.predictions),
     }
 
 
@@ -183,7 +183,7 @@ def outcome(kind: str, size: int) -> dict[str, list[float]]:
     counted = [trainer.state.num_input_tokens_seen, trainer.state.total_flos]
     if "prediction_loss_only" in arguments:
         return {"logged": logged, "evaluated": [evaluated["eval_loss"]], "counted": counted}
-    predicted = trainer.predict([{"input_ids": one["input_ids"]} for one in sequences()[:3]]).predictions
+    predicted = trainer.predict([{"input_ids": item["input_ids"]} for item in sequences()[:3]]).predictions
     return {
         "logged": logged,
         "evaluated": [evaluated[f"eval_{name}"] for name in ("loss", "hits", "sum", "inputs", "count")],

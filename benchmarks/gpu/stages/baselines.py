@@ -47,9 +47,9 @@ def attention(stage: Stage, length: int, heads: int, dim: int, causal: bool) -> 
     contenders: dict[str, Callable[[], list[float]]] = {}
     e = random_inputs(length, heads, dim, dtype, stage.device)
     for name in backends(stage.device):
-        one = Dense(name, e, causal=causal)
+        entry = Dense(name, e, causal=causal)
         try:
-            first = timed(stage.device, one.forward, one.backward)
+            first = timed(stage.device, entry.forward, entry.backward)
         except RuntimeError as error:  # torch's way to say that this kernel does not take these tensors here
             stage.omit(f"{name}, {where}: {str(error).strip().splitlines()[0][:200]}")
             continue
@@ -57,7 +57,7 @@ def attention(stage: Stage, length: int, heads: int, dim: int, causal: bool) -> 
         if 4 * sum(first) > max(2.0, stage.left()):
             stage.omit(f"{name}, {where}: no time was left")
             continue
-        contenders[name] = lambda one=one: timed(stage.device, one.forward, one.backward)  # type: ignore[misc]
+        contenders[name] = lambda entry=entry: timed(stage.device, entry.forward, entry.backward)  # type: ignore[misc]
     for name, (ahead, back) in interleaved(contenders, rounds=3).items():
         work = flops(length, heads, dim, causal=causal)
         speed = dict(forward=round(work / ahead / 1e12, 3), backward=round(2.5 * work / back / 1e12, 3))

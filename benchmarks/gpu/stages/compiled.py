@@ -36,10 +36,10 @@ def run(stage: Stage) -> None:
         expected = both(layer, leaves, e.dout)
         for name, how in ways.items():
             with stage.guard(name):
-                one(stage, name, layer, how, leaves, e.dout, expected)
+                entry(stage, name, layer, how, leaves, e.dout, expected)
 
 
-def one(
+def entry(
     stage: Stage,
     name: str,
     layer: Callable[..., Tensor],
@@ -52,9 +52,9 @@ def one(
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, **how)
     begin = time.perf_counter()
-    found = both(compiled, leaves, dout)
+    results = both(compiled, leaves, dout)
     seconds = time.perf_counter() - begin
-    calls = [found, *(both(compiled, leaves, dout) for _ in range(3))]  # reduce-overhead captures in the second, then replays
+    calls = [results, *(both(compiled, leaves, dout) for _ in range(3))]  # reduce-overhead captures in the second, then replays
     equal = [all(torch.equal(a, b) for a, b in zip(call, expected, strict=True)) for call in calls]
     stage.check(
         all(equal), f"{name}: other bits than an eager call, in calls {[n for n, same in enumerate(equal) if not same]}"

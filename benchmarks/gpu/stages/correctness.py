@@ -64,8 +64,8 @@ def compare(stage: Stage, case: Case, e: Example, exact: list[torch.Tensor], ker
         where = f"{kernel}, {dtype}, {world} ranks, {schedule}, {case.name}"
         with stage.guard(where):
             shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM, dtype=dtype, mask=case.mask, kernel=kernel)
-            found = answer(e, plan_for(LENGTH, world, schedule, **shape), softcap=case.softcap)
-            of_each = {name: error(a, b) for name, a, b in zip(NAMES, found, exact, strict=False)}
+            results = answer(e, plan_for(LENGTH, world, schedule, **shape), softcap=case.softcap)
+            of_each = {name: error(a, b) for name, a, b in zip(NAMES, results, exact, strict=False)}
             errors[schedule] = max(of_each.values())
             off = [f"{name} is off by {100 * wrong:.2g} %" for name, wrong in of_each.items() if not wrong <= bound]
             stage.check(not off, f"{where}: {', '.join(off)}")

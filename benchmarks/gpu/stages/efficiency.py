@@ -87,22 +87,22 @@ def compare(stage: Stage, group: Group, e: Example) -> None:
     """One row for each way: its seconds, and dense seconds over them."""
     everything: dict[str, Run] = {}
     for name in backends(stage.device):
-        one = Dense(name, e, causal=group.mask == "causal")
+        entry = Dense(name, e, causal=group.mask == "causal")
         try:
-            one.forward()
-            one.out = None
+            entry.forward()
+            entry.out = None
         except RuntimeError as error:
             stage.omit(f"dense {name}: {str(error).strip().splitlines()[0][:200]}")
             continue
         if name != "efficient":  # never the best, and slow
-            everything[f"dense {name}"] = lambda one=one: timed(stage.device, one.forward, one.backward)  # type: ignore[misc]
+            everything[f"dense {name}"] = lambda entry=entry: timed(stage.device, entry.forward, entry.backward)  # type: ignore[misc]
     cuts: dict[Layout, Shards] = {}  # shared by ways that cut alike: at 64k rows each takes 2 GB
     everything |= {" ".join(map(str, way)): ours(stage.device, group, way, e, cuts) for way in group.ways}
-    found = interleaved(everything, ROUNDS)
-    dense = {name.removeprefix("dense "): sum(seconds) for name, seconds in found.items() if name.startswith("dense ")}
+    results = interleaved(everything, ROUNDS)
+    dense = {name.removeprefix("dense "): sum(seconds) for name, seconds in results.items() if name.startswith("dense ")}
     best = min(dense, key=lambda name: dense[name])
     for way in group.ways:
-        ahead, back = found[" ".join(map(str, way))]
+        ahead, back = results[" ".join(map(str, way))]
         fraction = dense[best] / (ahead + back)
         same = dense.get(way.kernel, dense["torch"] if way.kernel == "sdpa" else None)  # sdpa chooses as torch does
         times = dict(forward_ms=round(1e3 * ahead, 3), backward_ms=round(1e3 * back, 3), dense_ms=round(1e3 * dense[best], 3))

@@ -11,8 +11,7 @@ import torch
 from stage import Stage
 
 import ringattn
-from ringattn.kernels import KERNELS
-from ringattn.kernels.select import unsupported_reason
+from ringattn.kernels import KERNELS, unsupported_reason
 
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,mig.mode.current,compute_mode"
 PACKAGES = ("triton", "flash_attn", "flash_attn_interface", "flash_attn_3", "flash_attn.cute", "flashinfer", "transformers")
@@ -33,17 +32,17 @@ def run(stage: Stage) -> None:
 
 
 def card(stage: Stage) -> None:
-    seen = torch.cuda.get_device_properties(stage.device)
-    stage.note(gpu=seen.name, capability=f"{seen.major}.{seen.minor}", memory_gib=round(seen.total_memory / 2**30, 1))
-    stage.note(multiprocessors=seen.multi_processor_count, gpus=torch.cuda.device_count())
+    gpu = torch.cuda.get_device_properties(stage.device)
+    stage.note(gpu=gpu.name, capability=f"{gpu.major}.{gpu.minor}", memory_gib=round(gpu.total_memory / 2**30, 1))
+    stage.note(multiprocessors=gpu.multi_processor_count, gpus=torch.cuda.device_count())
     free, _ = torch.cuda.mem_get_info(stage.device)
     stage.note(free_gib=round(free / 2**30, 1))
     with stage.guard("the version of NCCL"):
         stage.note(nccl=".".join(map(str, torch.cuda.nccl.version())))
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
-        stage.note(nvidia_smi=[dict(zip(ASKED.split(","), row.split(", "), strict=False)) for row in said])
+        words = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().splitlines()
+        stage.note(nvidia_smi=[dict(zip(ASKED.split(","), row.split(", "), strict=False)) for row in words])
     else:
         stage.omit("driver and clocks: there is no nvidia-smi")
 

@@ -44,10 +44,10 @@ def run(stage: Stage) -> None:
                     e = random_inputs(world * rows, heads, dim, dtype, stage.device)
                     plan = plan_for(world * rows, world, schedule, heads=heads, head_dim=dim, dtype=dtype, mask=causal(),
                                     kernel=kernel)  # fmt: skip
-                    one(stage, e, plan, kernel, schedule)
+                    entry(stage, e, plan, kernel, schedule)
 
 
-def one(stage: Stage, e: Example, plan: Plan, kernel: str, schedule: str) -> None:
+def entry(stage: Stage, e: Example, plan: Plan, kernel: str, schedule: str) -> None:
     """One row: whether a replay gives the bits of an eager call, and microseconds of both."""
     shards = cut(e, plan)
 
@@ -59,13 +59,13 @@ def one(stage: Stage, e: Example, plan: Plan, kernel: str, schedule: str) -> Non
         replay, results = captured(both)
         other_numbers(shards)
         replay()
-        found, expected, again = [x.clone() for x in results], both(), both()
+        outcomes, expected, again = [x.clone() for x in results], both(), both()
     where = f"{kernel}, {plan.world} ranks, {schedule}"
-    equal = same_bits(found, expected)
+    equal = same_bits(outcomes, expected)
     if same_bits(expected, again):
         stage.check(equal, f"{where}: a replayed graph gives other bits than an eager call")
     else:  # a kernel that promises no equal bits is held to its rounding
-        off = max(error(a, b.double()) for a, b in zip(found, expected, strict=True))
+        off = max(error(a, b.double()) for a, b in zip(outcomes, expected, strict=True))
         stage.check(off <= BOUNDS[e.q.dtype], f"{where}: a replayed graph is off by {100 * off:.2g} % of an eager call")
     eager, graph = clocked(both), clocked(replay)
     stage.row("graphs", kernel=kernel, ranks=plan.world, schedule=schedule, equal=equal, eager_us=eager, graph_us=graph)

@@ -19,7 +19,7 @@ import torch
 from common import Example, OneRank, Shards, backward, forward, kernels_here, one_rank, plan_for, synchronize, tiles
 from dense import random_inputs
 from stage import Stage
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is documented there
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,15 +64,15 @@ def launches(stage: Stage, e: Example, kernel: str, schedule: str, mask: str) ->
     outs: list[torch.Tensor] = []
     ahead = count(lambda: outs.extend(forward(plan, shards, transport=transport)))
     back = count(lambda: backward(outs, shards))
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, counted, behind in (("forward", ahead, False), ("backward", back, True)):
         others = Counter({what: n for what, n in counted.items() if not ATTENTION.search(what)})
         number = tiles(plan, RANK, backward=behind)
-        found[name] = round(others.total() / number, 2)
-        found[f"{name}_most"] = ", ".join(f"{n} {what[:60]}" for what, n in others.most_common(6))
-    stage.row("launches", kernel=kernel, schedule=schedule, mask=mask, **found)
+        results[name] = round(others.total() / number, 2)
+        results[f"{name}_most"] = ", ".join(f"{n} {what[:60]}" for what, n in others.most_common(6))
+    stage.row("launches", kernel=kernel, schedule=schedule, mask=mask, **results)
     for name, most in LAUNCHES.items() if kernel == "sdpa" and not stage.small else ():
-        stage.goal(f"{schedule}, {mask}, {name}: launches per tile that are not attention", found[name], most=most)
+        stage.goal(f"{schedule}, {mask}, {name}: launches per tile that are not attention", results[name], most=most)
 
 
 def launched_on_cuda(action: Callable[[], Any]) -> Counter[str]:
@@ -80,11 +80,11 @@ def launched_on_cuda(action: Callable[[], Any]) -> Counter[str]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         action()
         torch.cuda.synchronize()
-    found: Counter[str] = Counter()
+    results: Counter[str] = Counter()
     for event in profiled.key_averages():
         if event.device_type == DeviceType.CUDA and not event.key.startswith(("ringattn/", "ProfilerStep")):
-            found[event.key] += event.count
-    return found
+            results[event.key] += event.count
+    return results
 
 
 class Operators(TorchDispatchMode):
@@ -105,7 +105,8 @@ class Operators(TorchDispatchMode):
 def launched_on_cpu(action: Callable[[], Any]) -> Counter[str]:
     with Operators() as counting:
         action()
-    return counting.found
+    results: Counter[str] = counting.found
+    return results
 
 
 def host_time(stage: Stage, e: Example, schedule: str, mask: str) -> None:
@@ -113,9 +114,9 @@ def host_time(stage: Stage, e: Example, schedule: str, mask: str) -> None:
     plan = planned(e, INSTANT, schedule, mask)
     shards, transport = one_rank(e, plan, RANK)
     with inside_kernel(plan.kernel) as spent:
-        found = [passes(stage, plan, shards, transport, spent) for _ in range(5 if stage.small else 60)][2:]
+        results = [passes(stage, plan, shards, transport, spent) for _ in range(5 if stage.small else 60)][2:]
     names = ("forward", "backward")
-    microseconds = {name: round(1e6 * median(times), 1) for name, times in zip(names, zip(*found, strict=True), strict=True)}
+    microseconds = {name: round(1e6 * median(times), 1) for name, times in zip(names, zip(*results, strict=True), strict=True)}
     stage.row("host_us_per_tile", schedule=schedule, mask=mask, **microseconds)
     for name, found_us in microseconds.items() if not stage.small else ():
         stage.goal(f"{schedule}, {mask}, {name}: host us per tile", found_us, most=HOST_US)

@@ -1,7 +1,7 @@
 """Measures the most memory that one rank takes during a pass, beside what its plan says.
 
 One rank of several runs alone: what it receives are buffers that nobody fills, so its memory is that of a rank in a process of
-its own. `ringattn.planner.cost.memory` counts from the plan what the engine should hold. The kernel is emulated: scratch memory
+its own. `ringattn.planner.pass_bytes` counts from the plan what the engine should hold. The kernel is emulated: scratch memory
 of a real one is its own affair, and is measured too, without a bound. On a CPU the fused kernels are stand-ins that take the
 memory they would take on a GPU, since torch's operators in their place need temporaries.
 """
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from common import SCHEDULES, OneRank, Shards, backward, forward, one_rank, plan_for
@@ -25,8 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ringattn import Plan, full
 from ringattn.kernels import fused
-from ringattn.kernels.fused import triton_ops
-from ringattn.planner.cost.memory import pass_bytes
+from ringattn.planner import pass_bytes
 
 RANK = 1
 ALLOWED = 0.10
@@ -41,16 +39,16 @@ def run(stage: Stage) -> None:
         e = random_inputs(world * rows, heads, dim, dtype, stage.device)
         for schedule in SCHEDULES:
             with stage.guard(f"{schedule}, {world} ranks"):
-                one(stage, e, schedule, world)
+                entry(stage, e, schedule, world)
 
 
-def one(stage: Stage, e: Any, schedule: str, world: int) -> None:
+def entry(stage: Stage, e: Any, schedule: str, world: int) -> None:
     """Two rows: forward and backward of one schedule."""
     shape = dict(heads=e.q.shape[2], head_dim=e.q.shape[3], dtype=e.q.dtype, mask=full())
     plan, real = (plan_for(e.q.shape[1], world, schedule, **shape, kernel=kernel) for kernel in (INSTANT, "sdpa"))
-    found = measured(stage, plan, *one_rank(e, plan, RANK))
+    results = measured(stage, plan, *one_rank(e, plan, RANK))
     with_kernel = (0, 0) if stage.small else measured(stage, real, *one_rank(e, real, RANK))
-    for name, peak, scratch, behind in zip(("forward", "backward"), found, with_kernel, (False, True), strict=True):
+    for name, peak, scratch, behind in zip(("forward", "backward"), results, with_kernel, (False, True), strict=True):
         counted = pass_bytes(plan, RANK, backward=behind, surrogates=False)  # the emulated kernel asks for none
         off = peak / counted - 1
         megabytes = {"peak_mb": peak, "plan_mb": counted, "with_sdpa_mb": scratch}
@@ -65,16 +63,9 @@ def measured(stage: Stage, plan: Plan, shards: Shards, transport: OneRank) -> tu
     backward(forward(plan, shards, transport=transport), shards)
     on_gpu, outs = stage.device.type == "cuda", list[Tensor]()
     most = most_on_cuda if on_gpu else most_on_cpu
-    with nullcontext() if on_gpu else fused_stand_ins():
+    with nullcontext() if on_gpu else fused.launches_replaced(lambda name: None):
         ahead = most(lambda: outs.extend(forward(plan, shards, transport=transport)))
         return ahead, most(lambda: backward(outs, shards))
-
-
-@contextmanager
-def fused_stand_ins() -> Iterator[None]:
-    """The launches of the fused kernels, without the launching."""
-    with mock.patch.object(fused, "_ops", lambda *_: triton_ops), triton_ops.replaced(lambda name: None):
-        yield
 
 
 def most_on_cuda(action: Callable[[], Any]) -> int:

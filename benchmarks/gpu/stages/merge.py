@@ -14,22 +14,14 @@ from common import error, often
 from stage import Stage
 from torch import Tensor
 
-import ringattn.kernels.lse
-from ringattn.kernels.lse import Partial
-
-try:
-    from ringattn.kernels import fused
-except ImportError:  # the eager form is all there is
-    fused = None
+from ringattn.kernels import Partial, fused
 
 Way = Callable[[Partial, Sequence[Partial]], Partial]  # (sum so far, partials) to the new sum, perhaps in the old one's memory
 
 
 def run(stage: Stage) -> None:
     shape = (1, 4, 256, 32) if stage.small else (1, 32, 8192, 128)
-    stage.note(
-        shape=str(shape), partials="bfloat16 into float32", fused="yes" if fused else "no: one by one, with torch's operators"
-    )
+    stage.note(shape=str(shape), partials="bfloat16 into float32", fused="yes")
     whole = torch.empty(2, *shape, dtype=torch.float32, device=stage.device).zero_()
     copied = 2 * whole[0].nbytes / often(stage.device, lambda: whole[1].copy_(whole[0]), calls=3 if stage.small else 20)
     stage.note(copy_gb_per_s=round(copied / 1e9, 1))
@@ -37,7 +29,7 @@ def run(stage: Stage) -> None:
         parts = [partial(shape, torch.bfloat16, n, stage.device) for n in range(count)]
         for name, way in WAYS.items():
             with stage.guard(f"{name}, {count} partials"):
-                one(stage, name, way, parts, copied)
+                entry(stage, name, way, parts, copied)
     with stage.guard("surrogate out"):
         surrogate(stage, shape, copied)
 
@@ -48,7 +40,7 @@ def partial(shape: Sequence[int], dtype: torch.dtype, seed: int, device: torch.d
     return Partial(out, torch.randn(*shape[:-1], generator=source, device=device))
 
 
-def one(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) -> None:
+def entry(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) -> None:
     """One row: how wrong it is, GB/s and the share of a copy's."""
     start = partial(parts[0].out.shape, torch.float32, 99, stage.device)
     into = Partial(start.out.clone(), start.lse.clone())
@@ -69,15 +61,14 @@ def one(stage: Stage, name: str, way: Way, parts: list[Partial], copied: float) 
 def exactly(parts: Sequence[Partial]) -> tuple[Tensor, Tensor]:
     lse = torch.stack([part.lse.double() for part in parts])
     weights = lse.softmax(0)
-    return sum(w.unsqueeze(-1) * p.out.double() for w, p in zip(weights, parts, strict=True)), lse.logsumexp(0)  # type: ignore
+    total = torch.zeros_like(parts[0].out, dtype=torch.float64)
+    for weight, part in zip(weights, parts, strict=True):
+        total += weight.unsqueeze(-1) * part.out.double()
+    return total, lse.logsumexp(0)
 
 
 def ours(into: Partial, parts: Sequence[Partial]) -> Partial:
-    """All at once where the library can do so, else one by one as its engine does."""
-    if fused is None:
-        for part in parts:
-            ringattn.kernels.lse.merge_(into, part)
-        return into
+    """All at once."""
     rows = into.out.shape[2]
     total = Partial(torch.empty_like(into.out), torch.empty_like(into.lse))
     fused.merge([fused.PartialRows(0, rows, *part) for part in (into, *parts)], *total)
@@ -113,9 +104,9 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
     dtype = torch.bfloat16
     dout, out = partial(shape, dtype, 5, stage.device).out, partial(shape, dtype, 6, stage.device).out
     delta = (dout.float() * out.float()).sum(-1)
-    make = surrogate_out()
-    found = make(dout, delta)
-    again = (dout.double() * found.double()).sum(-1)
+    make = fused.surrogate_out
+    results = make(dout, delta)
+    again = (dout.double() * results.double()).sum(-1)
     wrong = error(again, delta.double())
     # Each element is rounded to bf16 once, at most 2^-9, and rounding of 128 of them does not add up to more.
     stage.check(wrong < 4e-3, f"surrogate out: its products with dout are off by {wrong:.1e} of delta")
@@ -123,14 +114,3 @@ def surrogate(stage: Stage, shape: Sequence[int], copied: float) -> None:
     speed = (2 * dout.nbytes + delta.nbytes) / seconds
     figures = dict(us=round(1e6 * seconds, 1), gb_per_s=round(speed / 1e9, 1), of_copy=round(speed / copied, 3))
     stage.note(surrogate_out=figures)
-
-
-def surrogate_out() -> Callable[[Tensor, Tensor], Tensor]:
-    make: Callable[[Tensor, Tensor], Tensor]
-    if fused is not None and hasattr(fused, "surrogate_out"):
-        make = fused.surrogate_out
-    else:
-        from ringattn.kernels import adapters as fit
-
-        make = fit.stand_in
-    return make

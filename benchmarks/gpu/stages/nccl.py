@@ -22,7 +22,7 @@ from real import judge, schedules_are_right, takes_transport
 from stage import Stage
 
 import ringattn
-from ringattn.faults.watchdog import watch
+from ringattn.faults import watch
 
 SEVERAL = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
 FROM = (2, 30)
@@ -36,7 +36,7 @@ def run(stage: Stage) -> None:
     for world in first:
         ended = run_ranks(world, f"stages.nccl:right_on_{device}", max(40.0, stage.left() / 3), **SEVERAL)
         judge(stage, "ranks", world, ended, backend="nccl" if device == "cuda" else "gloo")
-        if any(one.error for one in ended):
+        if any(entry.error for entry in ended):
             several = False
     if several:
         killed(stage, device)
@@ -66,10 +66,10 @@ def killed(stage: Stage, device: str) -> None:
         survivor, _ = run_ranks(2, job, max(DEADLINE + 25, stage.left()), **SEVERAL, KILLED=str(file))
         seconds = round(survivor.at - float(file.read_text()), 2) if file.exists() else None
     lines = [survivor.error, *reversed(survivor.output.splitlines())]
-    said = next((text for text in lines if "rank 1" in text), survivor.error or "nothing")[:500]
-    stage.note(killed_peer={"said": said, "seconds": seconds, "deadline": DEADLINE, "survivor": survivor.error})
+    words = next((text for text in lines if "rank 1" in text), survivor.error or "nothing")[:500]
+    stage.note(killed_peer={"said": words, "seconds": seconds, "deadline": DEADLINE, "survivor": survivor.error})
     stage.check(seconds is not None, "a killed peer: rank 1 did not come to the call in which it ends itself")
-    stage.check("rank 1" in said, f"a killed peer: the survivor did not name rank 1, but said: {said}")
+    stage.check("rank 1" in words, f"a killed peer: the survivor did not name rank 1, but said: {words}")
     late = seconds is not None and seconds > DEADLINE + 10  # of which some are for a process to end in
     stage.check(not late, f"a killed peer: the survivor ended after {seconds} s, and a transfer may take {DEADLINE:g} s")
 
@@ -78,7 +78,7 @@ def join(device: str, timeout: float) -> torch.device:
     """This process's rank in a group over NCCL or gloo."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if device == "cpu":
-        given = {"transport": "p2p"} if takes_transport() else {}
+        given: dict[str, Any] = {"transport": "p2p"} if takes_transport() else {}
         ringattn.init(backend="gloo", timeout=timeout, **given)
         return torch.device("cpu")
     if torch.cuda.device_count() >= world:

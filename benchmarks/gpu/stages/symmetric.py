@@ -16,11 +16,8 @@ from real import judge, schedules_are_right, takes_transport
 from stage import NotApplicable, Stage
 
 import ringattn
+from ringattn.comm import TRANSPORTS
 
-try:
-    from ringattn.comm.select import TRANSPORTS
-except ImportError:
-    TRANSPORTS = ("p2p",)
 OVERLAPPING = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
@@ -54,7 +51,8 @@ def rank_on_cpu() -> dict[str, Any]:
 def rank(device: str, dtype: torch.dtype, schedules: tuple[str, ...]) -> dict[str, Any]:
     name = transport(device)
     # gloo carries what the processes agree on; NCCL would refuse two of them on one device.
-    ringattn.init(backend="gloo", timeout=60.0, **({} if name == "p2p" else {"transport": name}))
+    given: dict[str, Any] = {} if name == "p2p" else {"transport": name}
+    ringattn.init(backend="gloo", timeout=60.0, **given)
     rows = schedules_are_right(torch.device(device), schedules, dtype)
     dist.barrier()
     dist.destroy_process_group()

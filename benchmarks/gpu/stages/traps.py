@@ -36,20 +36,20 @@ def run(stage: Stage) -> None:
                 stage.omit(f"{name}, {kernel}: no time was left")
                 continue
             before = len(stage.failures)
-            found = ""
+            results = ""
             with stage.guard(f"{name}, {kernel}"):
-                found = trap(stage, kernel, dtype)
-                if found:
-                    stage.check(False, f"{name}, {kernel}: {found}")
-            stage.row("traps", trap=name, kernel=kernel, right=len(stage.failures) == before, words=found)
+                results = trap(stage, kernel, dtype)
+                if results:
+                    stage.check(False, f"{name}, {kernel}: {results}")
+            stage.row("traps", trap=name, kernel=kernel, right=len(stage.failures) == before, words=results)
 
 
 def compared(stage: Stage, e: Example, mask: Mask, kernel: str, *, world: int = WORLD, schedule: str = "token_ring") -> str:
     """What is wrong with out or a gradient, in words; empty if all is right."""
     exact = dense(e, visible(mask, e.q.shape[1], stage.device))
-    found = answer(e, planned(e, mask, kernel, world, schedule))
+    results = answer(e, planned(e, mask, kernel, world, schedule))
     bound = BOUNDS[e.q.dtype]
-    errors = {name: error(a, b) for name, a, b in zip(NAMES, found, exact, strict=False)}
+    errors = {name: error(a, b) for name, a, b in zip(NAMES, results, exact, strict=False)}
     return ", ".join(
         f"{name} is off by {100 * off:.2g} % (allowed {100 * bound:g} %)" for name, off in errors.items() if not off <= bound
     )
@@ -74,49 +74,49 @@ def hidden_at_the_end(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
 
 def wide_heads_with_bias(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     """Heads of 255 and 256, where the channels of a bias would exceed what the flash kernels take."""
-    said = []
+    text = []
     for dim in (255, 256):
         here, why = kernels_here(stage.device, dtype, dim, bias=True)
         if kernel not in here:
             stage.omit(next(words for words in why if words.startswith(f"{kernel}:")))
             continue
         e = example(67, 2, 1, dim, device=stage.device, dtype=dtype, bias=True)
-        said.append(compared(stage, e, causal(), kernel))
-    return ", ".join(filter(None, said))
+        text.append(compared(stage, e, causal(), kernel))
+    return ", ".join(filter(None, text))
 
 
 def one_row(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     """One row for each rank, and ranks without any."""
-    found = [
+    results = [
         compared(stage, example(length, 4, 2, 64, device=stage.device, dtype=dtype), mask, kernel)
         for length in (WORLD, WORLD - 1)
         for mask in (full(), causal())
     ]
-    return ", ".join(filter(None, found))
+    return ", ".join(filter(None, results))
 
 
 def odd_rows(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     """Lengths that neither ranks nor blocks divide, with heads that are no multiple of 8."""
-    found = [
+    results = [
         compared(stage, example(length, 4, 2, dim, device=stage.device, dtype=dtype), causal(), kernel)
         for length, dim in ((131, 64), (257, 40), (129, 20))
     ]
-    return ", ".join(filter(None, found))
+    return ", ".join(filter(None, results))
 
 
 def windows(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     e = example(219, 4, 2, 64, device=stage.device, dtype=dtype)
-    found = [compared(stage, e, mask, kernel) for mask in (sliding_window(31, 9), sliding_window(64))]
-    return ", ".join(filter(None, found))
+    results = [compared(stage, e, mask, kernel) for mask in (sliding_window(31, 9), sliding_window(64))]
+    return ", ".join(filter(None, results))
 
 
 def shared_heads(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     """9 heads over 3, by a schedule that splits heads both ways and by Ulysses."""
     e = example(150, 9, 3, 64, device=stage.device, dtype=dtype)
-    found = [
+    results = [
         compared(stage, e, causal(), kernel, world=3, schedule=name) for name in ("bidirectional_ring", "token_ring", "ulysses")
     ]
-    return ", ".join(filter(None, found))
+    return ", ".join(filter(None, results))
 
 
 def equal_bits(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
@@ -142,8 +142,8 @@ def nan_is_kept(stage: Stage, kernel: str, dtype: torch.dtype) -> str:
     out: Tensor = answer(e, planned(e, causal(), kernel, layout="contiguous"))[0]
     missing = int((~out[0, at:].isnan().all(-1)).any(-1).sum())
     spread = int(out[0, :first].isnan().any(-1).any(-1).sum())
-    said = [f"{missing} rows that see NaN show numbers"] if missing else []
-    return ", ".join([*said, *([f"{spread} rows of ranks before it are NaN"] if spread else [])])
+    text = [f"{missing} rows that see NaN show numbers"] if missing else []
+    return ", ".join([*text, *([f"{spread} rows of ranks before it are NaN"] if spread else [])])
 
 
 TRAPS: dict[str, Trap] = {

@@ -1,11 +1,11 @@
 """Compares every kernel that runs here with dense attention in fp64, forward and backward, through schedules and merges.
 
-    python -m ringattn selftest                                             on one device, ranks simulated in one process
-    torchrun --standalone --nproc-per-node N -m ringattn selftest          over gloo, or NCCL where there are GPUs
+    ringattn selftest                                                  on one device, ranks simulated in one process
+    torchrun --standalone --nproc-per-node N -m ringattn selftest      over gloo, or NCCL where there are GPUs
 
-It needs torch alone. On one device every schedule is carried out for 2, 4 and 8 simulated ranks, with the tiles, merges and
-packing that real ranks have; what only a link can get wrong is tested under torchrun. Then come traps: shapes and biases that
-have broken kernels before. Exit status 1 if anything failed.
+`run` does the same from Python and needs torch alone. On one device every schedule is carried out for 2, 4 and 8 simulated
+ranks, with the tiles, merges and packing that real ranks have; what only a link can get wrong is tested under torchrun. Then
+come traps: shapes and biases that have broken kernels before.
 
 `cases` and `traps` are what is asked, `simulated_error` and `equal_bits` answer for one kernel and schedule, `simulated` goes
 through all of it and gives plain data, for scripts.
@@ -21,6 +21,7 @@ from ringattn.diagnostics.selftest.one_device import (
     simulated,
     simulated_error,
 )
+from ringattn.diagnostics.selftest.run import run
 
 __all__ = [
     "SCHEDULES",
@@ -30,6 +31,7 @@ __all__ = [
     "cases",
     "equal_bits",
     "kernels_here",
+    "run",
     "simulated",
     "simulated_error",
     "traps",

@@ -1,47 +1,72 @@
-"""`python -m ringattn selftest`, alone or under torchrun; see the package."""
+"""Runs the self-test and prints its table: on simulated ranks in this process, or under torchrun on real ones."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 
+from ringattn._validation import count, one_of
 from ringattn.diagnostics.selftest.one_device import SCHEDULES, WORLDS, simulated
 from ringattn.diagnostics.selftest.report import as_table
+from ringattn.errors import InputError
+from ringattn.plan.kernel_names import parse
+
+MOST_RANKS = 1024  # simulated in one process
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0 if everything passed, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m ringattn selftest", description=__doc__)
-    parser.add_argument("--kernel", nargs="+", default=[], help="only these; one that cannot run here counts as a failure")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where ranks are simulated; a GPU if there is one, by default"
-    )
-    parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS), help="numbers of ranks to simulate")
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES))
-    asked = parser.parse_args(arguments)
+def run(
+    kernels: Sequence[str] = (),
+    *,
+    device: str | None = None,
+    worlds: Sequence[int] | None = None,
+    schedules: Sequence[str] | None = None,
+) -> bool:
+    """Whether everything passed; progress goes to stderr, the table to stdout. Under torchrun collective over all its ranks.
+
+    Args:
+        kernels: only these; one that cannot run here counts as a failure. By default every kernel that runs here.
+        device: where ranks are simulated, "cpu" or "cuda"; by default a GPU if there is one.
+        worlds: numbers of ranks to simulate.
+        schedules: simulate only these.
+
+    Raises:
+        InputError: an argument is out of range, or says how to simulate ranks under torchrun, whose ranks are real.
+    """
     # cuBLAS reads it when it starts; without it torch refuses matrix products in deterministic mode, which is one of the tests.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for kernel in kernels:
+        parse(kernel, InputError)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _under_torchrun(asked.kernel)
-    device = torch.device(asked.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
+        given = {"device": device, "worlds": worlds, "schedules": schedules}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"{name}={value}: under torchrun ranks are real and all schedules run; leave it out")
+        return _over_ranks(kernels)
+    worlds = [count("worlds", world, InputError, most=MOST_RANKS) for world in (WORLDS if worlds is None else worlds)]
+    schedules = [one_of("schedules", name, SCHEDULES, InputError) for name in (SCHEDULES if schedules is None else schedules)]
+    return _simulated(kernels, device, worlds, schedules)
+
+
+def _simulated(kernels: Sequence[str], device: str | None, worlds: Sequence[int], schedules: Sequence[str]) -> bool:
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device())
     outcomes = []
-    for outcome in simulated(asked.kernel, device=device, worlds=asked.worlds, schedules=asked.schedules):
+    for outcome in simulated(kernels, device=where, worlds=worlds, schedules=schedules):
         outcomes.append(outcome)
         what = outcome.trap or f"{outcome.schedule} over {outcome.world}"
         print(f"{outcome.kernel} {outcome.dtype} {what}: {outcome}", file=sys.stderr, flush=True)
-    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {device}"))
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {where}"))
+    return all(outcome.passed for outcome in outcomes)
 
 
-def _under_torchrun(kernels: list[str]) -> int:
+def _over_ranks(kernels: Sequence[str]) -> bool:
     import torch.distributed as dist
 
-    from ringattn.comm.process_group import described
+    from ringattn.comm.process_group import describe_backends
     from ringattn.diagnostics.selftest.ranks import over_ranks
     from ringattn.runtime import init
 
@@ -51,13 +76,9 @@ def _under_torchrun(kernels: list[str]) -> int:
     outcomes = over_ranks(kernels, device)
     if dist.get_rank() == 0:
         print(
-            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {described(mesh.get_group())}, {device.type}"),
+            as_table(outcomes, f"ringattn selftest: {mesh.size()} ranks, {describe_backends(mesh.get_group())}, {device.type}"),
             flush=True,
         )
-    dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to have its say
+    dist.barrier()  # torchrun stops all ranks when the first exits with 1, and rank 0 has to print before
     dist.destroy_process_group()
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return all(outcome.passed for outcome in outcomes)

@@ -70,7 +70,10 @@ def shard_batch(
             (batch, seq_len, ...) are cut alike, whatever else there is goes through.
         config: the model's. Its layers must be softmax attention, causal.
         group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
-        schedule, layout, topology, training: for `make_plan`.
+        schedule: for `make_plan`.
+        layout: for `make_plan`.
+        topology: for `make_plan`.
+        training: for `make_plan`: whether backward counts in the choice.
         dtype: that attention will see, for the choice of the layout; the model's by default.
         documents_apart: packed documents do not see each other, also in a model whose own masks do not look at position_ids,
             which is refused otherwise.

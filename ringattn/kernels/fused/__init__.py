@@ -16,7 +16,8 @@ Parts cover rows [start, stop) of the block; rows that no part covers come out a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -26,7 +27,10 @@ from torch import Tensor
 
 from ringattn.kernels.fused import eager_ops
 
+__all__ = ["PartialRows", "SumRows", "add", "launches_replaced", "merge", "row_statistics", "surrogate_out", "triton_runs"]
+
 MOST_PROGRAMS = 65535  # along the second and third dimension of a CUDA grid: heads, and batch
+_replacing = False  # whether launches are replaced, see `launches_replaced`
 
 
 class PartialRows(NamedTuple):
@@ -87,11 +91,28 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
 def _ops(*tensors: Tensor) -> Any:
     """The module for these tensors: Triton's where it can run. It computes in fp32, so fp64 is left to torch's operators."""
     fits = tensors[0].is_cuda and max(tensors[0].shape[:2]) <= MOST_PROGRAMS
-    if fits and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs():
+    if _replacing or (fits and all(t.element_size() < 8 and t.ndim == 4 for t in tensors) and triton_runs()):
         from ringattn.kernels.fused import triton_ops
 
         return triton_ops
     return eager_ops
+
+
+@contextmanager
+def launches_replaced(called: Callable[[str], None]) -> Iterator[None]:
+    """Calls `called` with a Triton kernel's name instead of launching it, for tensors of any device and without a GPU.
+
+    Results are not computed. Launches are as many, and allocations as large, as on a GPU: to measure both anywhere.
+    """
+    global _replacing
+    from ringattn.kernels.fused import triton_ops
+
+    before, _replacing = _replacing, True
+    try:
+        with triton_ops.replaced(called):
+            yield
+    finally:
+        _replacing = before
 
 
 @cache

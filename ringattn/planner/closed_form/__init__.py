@@ -66,11 +66,11 @@ def rank_families(
     """Every member of the family for `world` ranks, the fastest first; of equally fast ones, the one that holds less."""
     links, work = Links(topology, world), _Work(seq_len, mask, layout)
     model = Model(heads, kv_heads, head_dim, dtype, batch)
-    found = [
+    forecasts = [
         Forecast(family, *(_pass(family, model, work, links, backward=backward) for backward in (False, True)))
         for family in families(world, heads)
     ]
-    return sorted(found, key=lambda one: (one.seconds, one.buffer_bytes))
+    return sorted(forecasts, key=lambda round_: (round_.seconds, round_.buffer_bytes))
 
 
 def forecast(
@@ -126,7 +126,7 @@ def _pass(family: Family, model: Model, work: _Work, links: Links, *, backward: 
     inputs, results = (u - 1) * exchange.inputs, (u - 1) * exchange.results
     clock = Clock(links, compute / family.inner, inner.merged)
     clock.run([_all_to_all(u, exchange.there)])
-    *rounds, last = (one._replace(held=one.held + inputs + results) for one in inner.rounds(links))
+    *rounds, last = (round_._replace(held=round_.held + inputs + results) for round_ in inner.rounds(links))
     at_once = sum(nbytes for kind, nbytes in exchange.back.items() if inner.stays(kind))
     back = sum(exchange.back.values())
     held = inputs + results * (at_once < back)

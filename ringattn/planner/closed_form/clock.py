@@ -20,7 +20,7 @@ from ringattn.planner.closed_form.shifts import Axis, Links
 from ringattn.planner.cost import MERGE
 
 
-class Due(NamedTuple):
+class Arrival(NamedTuple):
     """What is taken in at one step: the last arrival, bytes of all buffers, bytes of sums that it is added to."""
 
     arrival: float = 0.0
@@ -40,45 +40,45 @@ class Clock:
         self._free: dict[str, float] = {}  # when each class of resource has let all before through
         self._links_free: dict[tuple[Axis, int], float] = {}  # the same for links that only one pair of ranks uses
         self._step, self._flying = 0, 0
-        self._due: dict[int, Due] = {}
+        self._arrivals: dict[int, Arrival] = {}
 
     def run(self, rounds: Iterable[Round]) -> None:
         """Walk all rounds, then take in whatever is still on its way."""
-        for one in rounds:
-            self._round(one)
-        for step in sorted(self._due):
-            self._take_in(step)
+        for round_ in rounds:
+            self._round(round_)
+        for step in sorted(self._arrivals):
+            self._receive(step)
 
-    def _round(self, one: Round) -> None:
-        period = max((post.lag for post in one.posts), default=1)
+    def _round(self, round_: Round) -> None:
+        period = max((post.lag for post in round_.posts), default=1)
         settle = 2 * period + 2
         times = max(
-            0, (one.count - settle - period) // period - 1
+            0, (round_.count - settle - period) // period - 1
         )  # the last period is walked: the next round sees it as it is
         if times > 1:
-            self._walk(one, range(settle))
+            self._simulate(round_, range(settle))
             before = self._state()
-            self._walk(one, range(settle, settle + period))
-            self._leap(before, times, period)
-            self._walk(one, range(settle + period + times * period, one.count))
+            self._simulate(round_, range(settle, settle + period))
+            self._extrapolate(before, times, period)
+            self._simulate(round_, range(settle + period + times * period, round_.count))
         else:
-            self._walk(one, range(one.count))
-        for post in one.posts:
+            self._simulate(round_, range(round_.count))
+        for post in round_.posts:
             for resource, seconds, _ in self._links.load(post.axis, post.offset).shared:
-                self.busy[resource] += one.count * post.nbytes * seconds
+                self.busy[resource] += round_.count * post.nbytes * seconds
 
-    def _walk(self, one: Round, steps: range) -> None:
+    def _simulate(self, round_: Round, steps: range) -> None:
         for n in steps:
-            self._take_in(self._step)
+            self._receive(self._step)
             # Every post is one message sent, which is packed, and one received.
-            self.now += sum(2 * self._topology.launch + post.nbytes / self._topology.memory for post in one.posts)
-            self._post(one.posts, n)
-            self.peak = max(self.peak, self._flying + one.held)
-            self.now += one.tiles * self._tile
+            self.now += sum(2 * self._topology.launch + post.nbytes / self._topology.memory for post in round_.posts)
+            self._post(round_.posts, n)
+            self.peak = max(self.peak, self._flying + round_.held)
+            self.now += round_.tiles * self._tile
             self._step += 1
 
-    def _take_in(self, step: int) -> None:
-        arrival, nbytes, added = self._due.pop(step, Due())
+    def _receive(self, step: int) -> None:
+        arrival, nbytes, added = self._arrivals.pop(step, Arrival())
         self.now = max(self.now, arrival) + MERGE * added / self._topology.memory
         self._flying -= nbytes
 
@@ -98,15 +98,15 @@ class Clock:
             if load.alone:
                 link = post.axis, (post.offset + n * post.slope) % post.axis.size
                 through = self._links_free[link] = max(self._links_free.get(link, 0.0), self.now) + post.nbytes * load.alone
-            arrival, nbytes, added = self._due.get(self._step + post.lag, Due())
+            arrival, nbytes, added = self._arrivals.get(self._step + post.lag, Arrival())
             arrival = max(arrival, through + load.latency)
-            self._due[self._step + post.lag] = Due(arrival, nbytes + 2 * post.nbytes, added + post.added)
+            self._arrivals[self._step + post.lag] = Arrival(arrival, nbytes + 2 * post.nbytes, added + post.added)
             self._flying += 2 * post.nbytes
 
     def _state(self) -> tuple[int, float, dict[str, float], dict[int, float]]:
-        return self._step, self.now, dict(self._free), {step: arrival.arrival for step, arrival in self._due.items()}
+        return self._step, self.now, dict(self._free), {step: arrival.arrival for step, arrival in self._arrivals.items()}
 
-    def _leap(self, before: tuple[int, float, dict[str, float], dict[int, float]], times: int, period: int) -> None:
+    def _extrapolate(self, before: tuple[int, float, dict[str, float], dict[int, float]], times: int, period: int) -> None:
         """Everything that grew over the last period grows `times` more times."""
         step, now, free, arrival = before
         self._step += times * period
@@ -114,10 +114,10 @@ class Clock:
         for resource, then in free.items():
             self._free[resource] += times * (self._free[resource] - then)
         moved = {}
-        for number, one in self._due.items():
+        for number, round_ in self._arrivals.items():
             if number - period in arrival and number - period >= step:  # of this round; what was due later before it stays
-                shift = times * (one.arrival - arrival[number - period])
-                moved[number + times * period] = one._replace(arrival=one.arrival + shift)
+                shift = times * (round_.arrival - arrival[number - period])
+                moved[number + times * period] = round_._replace(arrival=round_.arrival + shift)
             else:
-                moved[number] = one
-        self._due = moved
+                moved[number] = round_
+        self._arrivals = moved

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import isqrt
 
 from ringattn.errors import PlanError
-from ringattn.planner.closed_form.rounds import HeadGroup, Model, Round, Way, grid, line, line_link_bytes
+from ringattn.planner.closed_form.rounds import HeadGroup, Model, Round, TravelMode, grid, line, line_link_bytes
 from ringattn.planner.closed_form.shifts import Axis, Links
 from ringattn.schedule.catalog import IN_FLIGHT
 from ringattn.schedule.ir import Kind
@@ -75,10 +75,10 @@ def families(world: int, heads: int) -> Iterator[Family]:
     """
     for u in _factors(world):
         if u <= heads:
-            yield from _around(u, world // u)
+            yield from _families_inside(u, world // u)
 
 
-def _around(u: int, inner: int) -> Iterator[Family]:
+def _families_inside(u: int, inner: int) -> Iterator[Family]:
     yield Family("ring", u, 1, inner)
     if inner == 1:
         return
@@ -151,24 +151,24 @@ class Inner:
         ((rows, ((q, _),), _), (columns, ((kv, _),), _)) = self._lines
         return grid(rows, columns, q, kv, links)
 
-    def _lines_of(self) -> Iterator[tuple[Axis, tuple[HeadGroup, ...], Way]]:
+    def _lines_of(self) -> Iterator[tuple[Axis, tuple[HeadGroup, ...], TravelMode]]:
         (a, b), direct = (self.rows.size, self.columns.size), self._family.routing == "direct"
         match self._family.name:
             case "ring" | "bidirectional_ring":
-                yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), Way(rides=True)
+                yield self.columns, tuple(map(self._kv, self.shares, (1, -1))), TravelMode(accumulates=True)
             case "ring_direct" | "all_gather":
                 ahead = b - 1 if self._family.name == "all_gather" else min(IN_FLIGHT, b - 1)
-                yield self.columns, (self._kv(self.shares[0]),), Way(direct, max(1, ahead))
+                yield self.columns, (self._kv(self.shares[0]),), TravelMode(direct, max(1, ahead))
             case "token_ring":
-                yield self.rows, (self._q(),), Way(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
+                yield self.rows, (self._q(),), TravelMode(direct, max(1, min(IN_FLIGHT, a - 1)) if direct else 1)
             case _:
                 if a > 1 or b == 1:
-                    yield self.rows, (self._q(),), Way()
+                    yield self.rows, (self._q(),), TravelMode()
                 if b > 1:
-                    yield self.columns, (self._kv(self.shares[0]),), Way(ahead=2)
+                    yield self.columns, (self._kv(self.shares[0]),), TravelMode(ahead=2)
 
     def _q(self) -> HeadGroup:
         return self.shares[0].visitor(Kind.Q, self._count, backward=self._backward), 1
 
     def _kv(self, share: Model, turn: int = 1) -> HeadGroup:
-        return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, rides=self.wide), turn
+        return share.visitor(Kind.KV, -(-self._count // self._cut), backward=self._backward, accumulates=self.wide), turn

@@ -63,40 +63,40 @@ class Visitor(NamedTuple):
         return self.out + self.partial
 
 
-class Way(NamedTuple):
-    """How visitors travel. `ahead`: steps in flight. `rides`: the result follows the block instead of going straight home."""
+class TravelMode(NamedTuple):
+    """How visitors travel. `ahead`: steps in flight. `accumulates`: the result follows the block, adding up on the way."""
 
     direct: bool = False
     ahead: int = 1
-    rides: bool = False
+    accumulates: bool = False
 
 
 HeadGroup = tuple[Visitor, int]  # and the direction it turns in
 
 
-def line(axis: Axis, head_groups: Sequence[HeadGroup], way: Way, links: Links) -> Iterator[Round]:
+def line(axis: Axis, head_groups: Sequence[HeadGroup], way: TravelMode, links: Links) -> Iterator[Round]:
     """Along one axis: the visitors of all lanes at once."""
     size, held = axis.size, sum(visitor.both for visitor, _ in head_groups)
     edges = {0, 1, 2, size - 1, size, size + 1, size - way.ahead}
     if way.direct:
         edges |= {offset - way.ahead for offset in links.changes(axis)}
-    if not way.rides:
+    if not way.accumulates:
         edges |= {size - offset + 2 for offset in links.changes(axis)}
     for step, end in pairwise(sorted(edge for edge in edges if 0 <= edge <= size + 1)):
         posts = [post for visitor, turn in head_groups for post in _posts(axis, visitor, turn, way, step)]
-        yield Round(end - step, step < size, _merged(posts), held if 0 < step < size else 0)
+        yield Round(end - step, step < size, _combined(posts), held if 0 < step < size else 0)
 
 
-def line_link_bytes(size: int, head_groups: Sequence[HeadGroup], way: Way) -> int:
+def line_link_bytes(size: int, head_groups: Sequence[HeadGroup], way: TravelMode) -> int:
     """On the busiest directed link: the next rank's gets every hop, and each link one result straight home."""
     if size == 1:
         return 0
     hops = size - 1
-    each = [(1 if way.direct else hops) * v.out + (hops if way.rides else 1) * v.owner for v, _ in head_groups]
+    each = [(1 if way.direct else hops) * v.out + (hops if way.accumulates else 1) * v.owner for v, _ in head_groups]
     return sum(each) if size == 2 else max(each)  # of two ranks both neighbours are the same one
 
 
-def _posts(axis: Axis, visitor: Visitor, turn: int, way: Way, step: int) -> Iterator[Post]:
+def _posts(axis: Axis, visitor: Visitor, turn: int, way: TravelMode, step: int) -> Iterator[Post]:
     last = axis.size - 1
     if not way.direct and step < last:
         yield Post(axis, turn, visitor.out, 1)
@@ -106,10 +106,10 @@ def _posts(axis: Axis, visitor: Visitor, turn: int, way: Way, step: int) -> Iter
         yield Post(axis, turn * (step + way.ahead), visitor.out, way.ahead, turn)
     if visitor.owner and 2 <= step <= axis.size:
         straight = Post(axis, -turn * (step - 1), visitor.owner, way.ahead, -turn, visitor.partial)
-        yield Post(axis, turn, visitor.owner, 1, 0, visitor.partial) if way.rides else straight
+        yield Post(axis, turn, visitor.owner, 1, 0, visitor.partial) if way.accumulates else straight
 
 
-def _merged(posts: Sequence[Post]) -> tuple[Post, ...]:
+def _combined(posts: Sequence[Post]) -> tuple[Post, ...]:
     """What has the same way and the same due step shares a message."""
     sizes: Counter[Post] = Counter()
     sums: Counter[Post] = Counter()
@@ -164,20 +164,20 @@ class Model:
         members = [tuple(dealt[first : first + head_groups]) for first in range(0, len(dealt), head_groups)]
         return max(members, key=lambda member: sum(share.heads + share.kv_heads for share in member))
 
-    def row(self, found: Iterable[Field], *, wide: bool = False) -> int:
-        """Bytes of one row of `found`. `wide`: sums as they are kept, not as they travel once rounded."""
+    def row(self, fields_: Iterable[Field], *, wide: bool = False) -> int:
+        """Bytes of one row of `fields_`. `wide`: sums as they are kept, not as they travel once rounded."""
         narrow, broad = ITEMSIZE[self.dtype], max(4, ITEMSIZE[self.dtype])
         heads = {"q": self.heads, "kv": self.kv_heads}
         return self.batch * sum(
             heads[field.heads] * (broad if field.wide or wide else narrow) * (self.head_dim if field.dim else 1)
-            for field in found
+            for field in fields_
         )
 
-    def visitor(self, kind: Kind, rows: int, *, backward: bool, rides: bool = False) -> Visitor:
+    def visitor(self, kind: Kind, rows: int, *, backward: bool, accumulates: bool = False) -> Visitor:
         """A block of `rows` rows of `kind` as it visits; what rides gathers on its way, and so stays wide."""
         there = fields(kind, backward=backward, bias=False)
         back = fields(RESULT[kind], backward=backward, bias=False)
-        return Visitor(rows * self.row(there), rows * self.row(back, wide=rides), rows * self.row(back, wide=True))
+        return Visitor(rows * self.row(there), rows * self.row(back, wide=accumulates), rows * self.row(back, wide=True))
 
 
 @dataclass(frozen=True)

@@ -105,12 +105,12 @@ def _peer(axis: Axis, offset: int, rank: int) -> int:
 def _staying(axis: Axis, offset: int, start: int, stop: int) -> int:
     """Ranks of [start, stop) whose peer is there too."""
     block, up, down = axis.size * axis.stride, offset * axis.stride, (axis.size - offset) * axis.stride
-    found = 0
+    staying = 0
     for base in range(start // block * block, stop, block):
         low, high = max(start, base), min(stop, base + block)
-        found += max(0, min(base + down, high - up) - low)  # peers further up
-        found += max(0, high - max(base + down, low + down))  # peers at the other end, `down` below
-    return found
+        staying += max(0, min(base + down, high - up) - low)  # peers further up
+        staying += max(0, high - max(base + down, low + down))  # peers at the other end, `down` below
+    return staying
 
 
 def _regular(topology: Topology, world: int) -> Topology:

@@ -20,13 +20,13 @@ def pass_bytes(
 
     surrogates: whether the kernel's backward asks for out, of which foreign queries bring only delta (see `kernels.fused`).
     """
-    walk = _Walk(plan, rank, batch, backward, bias_heads, surrogates and backward)
+    counter = _MemoryCounter(plan, rank, batch, backward, bias_heads, surrogates and backward)
     for step in plan.program(rank, backward=backward):
-        walk.step(step)
-    return walk.end()
+        counter.step(step)
+    return counter.end()
 
 
-class _Walk:
+class _MemoryCounter:
     """What is held after each event. Blocks of inputs are held as the messages in which they came."""
 
     def __init__(self, plan: Plan, rank: int, batch: int, backward: bool, bias_heads: int, surrogates: bool) -> None:
@@ -51,7 +51,7 @@ class _Walk:
                     self.add(item, part)
                 else:
                     self.blocks[item._replace(new=False)] = self.blocks.get(item._replace(new=False), 0) + part
-            self.seen()
+            self.update_peak()
         for message in step.post:
             self.post(message)
         for tiles in step.tiles:
@@ -65,7 +65,7 @@ class _Walk:
         # A block goes on as it came, and a single tensor as it lies; what has several tensors is copied into one message.
         copied = message.dst == self.rank or not self._lies_ready(message)
         self.messages[message] = nbytes if copied or leaving else 0
-        self.seen(sum(map(sum, leaving)) if copied else 0)
+        self.update_peak(sum(map(sum, leaving)) if copied else 0)
 
     def compute(self, tiles: TileBatch) -> None:
         head_group = self.sizes.head_groups[tiles.head_group]
@@ -89,7 +89,7 @@ class _Walk:
                 # A surrogate out, as large as dq.
                 share = self.sizes.share(Item(tiles.head_group, Kind.Q_ACC, index), head_group.block(Kind.Q, index).rows)
                 self.blocks[item] = max(self.blocks[item], self.sizes.travelling(item) + share)
-        self.seen(self._joined(Kind.Q, tiles.head_group, tiles.i) + self._joined(Kind.KV, tiles.head_group, tiles.j))
+        self.update_peak(self._joined(Kind.Q, tiles.head_group, tiles.i) + self._joined(Kind.KV, tiles.head_group, tiles.j))
 
     def _joined(self, kind: Kind, head_group: int, indices: tuple[int, ...]) -> int:
         """Several blocks are put one behind another for the kernel, which is a copy while it runs."""
@@ -99,7 +99,7 @@ class _Walk:
 
     def end(self) -> int:
         """The peak, when what the pass returns has been made of what is left."""
-        alone = len(self.shares) == (2 if self.backward else 1) and all(len(some) == 1 for some in self.shares.values())
+        alone = len(self.shares) == (2 if self.backward else 1) and all(len(part) == 1 for part in self.shares.values())
         rows, keys, dim = self.plan.rows(self.rank), self.plan.kv_rows(self.rank), self.plan.head_dim
         narrow, wide = ITEMSIZE[self.plan.dtype], max(4, ITEMSIZE[self.plan.dtype])
         returned = narrow * self.batch * rows * self.plan.heads * dim
@@ -107,19 +107,19 @@ class _Walk:
             returned += 2 * narrow * self.batch * keys * self.plan.kv_heads * dim
         else:
             returned += wide * self.batch * rows * self.plan.heads
-        self.seen(0 if alone else returned)
+        self.update_peak(0 if alone else returned)
         return self.peak
 
     def add(self, item: Item, nbytes: int) -> None:
         waiting = self.shares.setdefault(item, [])
         if len(waiting) == MERGED_AT_ONCE:
-            self.seen(self.sizes.held(item))
-            waiting[:] = [self.sizes.held(item)]
+            self.update_peak(self.sizes.stored(item))
+            waiting[:] = [self.sizes.stored(item)]
         waiting.append(nbytes)
 
-    def seen(self, beside: int = 0) -> None:
-        held = (self.messages, self.blocks)
-        total = sum(sum(some.values()) for some in held) + sum(map(sum, self.shares.values()))
+    def update_peak(self, beside: int = 0) -> None:
+        stored = (self.messages, self.blocks)
+        total = sum(sum(part.values()) for part in stored) + sum(map(sum, self.shares.values()))
         self.peak = max(self.peak, total + self.statistics + beside)
 
     def _lies_ready(self, message: Message) -> bool:
@@ -129,5 +129,5 @@ class _Walk:
         if item in self.blocks or item._replace(new=False) in self.blocks:
             return True
         fields = len(self.sizes.fields(item))
-        whole = self.batch == 1 and len(self.sizes.head_groups) == 1
-        return fields == 1 and (whole or item.kind.moved)
+        one_sequence = self.batch == 1 and len(self.sizes.head_groups) == 1
+        return fields == 1 and (one_sequence or item.kind.moved)

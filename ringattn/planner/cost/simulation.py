@@ -59,12 +59,12 @@ class Simulation:
                 now, rank = heappop(self.events)
                 last = max(last, now)
                 if self.position[rank] < len(self.programs[rank]):
-                    self._go_on(now, rank, self.programs[rank][self.position[rank]])
+                    self._advance(now, rank, self.programs[rank][self.position[rank]])
             else:
                 self._arrive(self.flows.next_end(), self.flows.end())
         return last
 
-    def _go_on(self, now: float, rank: int, step: Step) -> None:
+    def _advance(self, now: float, rank: int, step: Step) -> None:
         """Take in what is due, which may have to be waited for; then post, which begins when all of it is packed; compute."""
         for message in step.arrival:
             if message not in self.arrival:
@@ -75,7 +75,7 @@ class Simulation:
             heappush(self.events, (ready, rank))
         elif rank not in self.packed:
             self.packed.add(rank)
-            handling = sum(self._take_in(m, rank) for m in step.arrival) + sum(self._pack(m, rank) for m in step.post)
+            handling = sum(self._receive(m, rank) for m in step.arrival) + sum(self._pack(m, rank) for m in step.post)
             heappush(self.events, (now + handling, rank))
         else:
             self.packed.remove(rank)
@@ -97,7 +97,7 @@ class Simulation:
         head_group, calls = tiles.head_group, len(self.sizes.head_groups[tiles.head_group].segments(tiles))
         merged = [Item(head_group, Kind.Q_ACC, i) for i in tiles.i] + [Item(head_group, Kind.KV_ACC, j) for j in tiles.j]
         self.sums.update((rank, item) for item in merged)
-        touched = MERGE * sum(map(self.sizes.held, merged))
+        touched = MERGE * sum(map(self.sizes.stored, merged))
         kernel = sum(self.seconds[head_group].get(tile, 0.0) for tile in product(tiles.i, tiles.j))
         return kernel + calls * self.topology.launch + touched / self.topology.memory
 
@@ -105,9 +105,9 @@ class Simulation:
         """What a message costs either end when it is posted: the receiver only makes room for it."""
         return self.topology.launch + (self.nbytes[message] / self.topology.memory if message.src == rank else 0.0)
 
-    def _take_in(self, message: Message, rank: int) -> float:
+    def _receive(self, message: Message, rank: int) -> float:
         """Inputs are read where they have arrived; results are added to what is there."""
         results = [item for item in message.items if item.kind.moved] if message.dst == rank else []
         added = [item for item in results if (rank, item) in self.sums]
         self.sums.update((rank, item) for item in results)
-        return MERGE * sum(map(self.sizes.held, added)) / self.topology.memory
+        return MERGE * sum(map(self.sizes.stored, added)) / self.topology.memory

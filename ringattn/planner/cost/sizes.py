@@ -1,6 +1,6 @@
 """Bytes of everything in a pass: as it travels, as it is held, on every directed link, and at most at once.
 
-Counted, not estimated, from the table in `payload` that `work` makes its tensors of. No time and no links here.
+Counted, not estimated, from the table in `payload` that `batch` makes its tensors of. No time and no links here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Sizes:
         self._rows = [
             ([b.rows for b in head_group.kv_blocks], [b.rows for b in head_group.q_blocks]) for head_group in self.head_groups
         ]
-        self._held = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
+        self._stored = {key: self._per_row(*key, wide if key[1].moved else narrow, wide, bias_heads) for key in wire}
         self._share = {key: self._per_row(*key, narrow, wide, bias_heads) for key in wire}
 
     def travelling(self, item: Item) -> int:
@@ -48,9 +48,9 @@ class Sizes:
             * self._travelling[item.head_group, item.kind, item.new]
         )
 
-    def held(self, item: Item) -> int:
+    def stored(self, item: Item) -> int:
         """Bytes of `item` between messages: sums are wide."""
-        return self._rows[item.head_group][item.kind.of_queries][item.index] * self._held[item.head_group, item.kind]
+        return self._rows[item.head_group][item.kind.of_queries][item.index] * self._stored[item.head_group, item.kind]
 
     def fields(self, item: Item) -> tuple[Field, ...]:
         """The tensors of `item` in a message."""
@@ -81,31 +81,31 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
 
 def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
     """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
-    held: dict[Item | Message, int] = {}
+    stored: dict[Item | Message, int] = {}
     peak = 0
     for step in program:
         for message in step.arrival:
-            del held[message]
+            del stored[message]
             if message.dst == rank:
-                whole = (item._replace(new=False) for item in message.items if _home(sizes, item) != rank)
-                held.update((item, sizes.held(item)) for item in whole)
+                complete = (item._replace(new=False) for item in message.items if _owner(sizes, item) != rank)
+                stored.update((item, sizes.stored(item)) for item in complete)
         for message in step.post:
-            held[message] = sum(map(sizes.travelling, message.items))
+            stored[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
-                    held.pop(item, None)
-        for work in step.tiles:
-            results = [Item(work.head_group, Kind.Q_ACC, i) for i in work.i] + [
-                Item(work.head_group, Kind.KV_ACC, j) for j in work.j
+                    stored.pop(item, None)
+        for batch in step.tiles:
+            results = [Item(batch.head_group, Kind.Q_ACC, i) for i in batch.i] + [
+                Item(batch.head_group, Kind.KV_ACC, j) for j in batch.j
             ]
             for item in results:
-                if _home(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
-                    held[item] = sizes.held(item)
-        peak = max(peak, sum(held.values()))
+                if _owner(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
+                    stored[item] = sizes.stored(item)
+        peak = max(peak, sum(stored.values()))
         for item in step.release:
-            held.pop(item, None)
+            stored.pop(item, None)
     return peak
 
 
-def _home(sizes: Sizes, item: Item) -> int:
+def _owner(sizes: Sizes, item: Item) -> int:
     return sizes.head_groups[item.head_group].schedule.owner(item.kind, item.index)

@@ -37,17 +37,17 @@ def exact(problem: Problem, *, time_limit: float = 60.0) -> Exact:
     program = _Program(problem)
     row, column, value = zip(*program.entries, strict=True)
     matrix = coo_array((value, (row, column)), shape=(len(program.upper), len(program.weight))).tocsr()
-    answer: Any = milp(
+    result: Any = milp(
         program.weight,
         constraints=LinearConstraint(matrix, program.lower, program.upper),
         bounds=Bounds(0, program.most),
-        integrality=program.whole,
+        integrality=program.integer,
         options={"time_limit": time_limit},
     )
-    if answer.x is None:
-        raise PlanError(f"no assignment within {time_limit} s ({answer.message}): allow more time, or use `search`")
-    at = np.reshape(answer.x[: len(problem.tiles) * problem.world], (-1, problem.world)).argmax(axis=1)
-    return Exact({tile: int(rank) for tile, rank in zip(problem.tiles, at, strict=True)}, float(answer.mip_gap))
+    if result.x is None:
+        raise PlanError(f"no assignment within {time_limit} s ({result.message}): allow more time, or use `search`")
+    at = np.reshape(result.x[: len(problem.tiles) * problem.world], (-1, problem.world)).argmax(axis=1)
+    return Exact({tile: int(rank) for tile, rank in zip(problem.tiles, at, strict=True)}, float(result.mip_gap))
 
 
 class _Program:
@@ -59,22 +59,22 @@ class _Program:
         self.upper: list[float] = []
         self.weight: list[float] = []
         self.most: list[float] = []
-        self.whole: list[int] = []
-        everyone, unit = range(problem.world), 1 / max(1, *(line.bytes_in + line.bytes_home for line in problem.lines))
-        at = [[self._column(whole=1) for _ in everyone] for _ in problem.tiles]
+        self.integer: list[int] = []
+        ranks_, unit = range(problem.world), 1 / max(1, *(line.bytes_in + line.bytes_back for line in problem.lines))
+        at = [[self._column(integer=1) for _ in ranks_] for _ in problem.tiles]
         through: dict[Resource, list[tuple[int, float]]] = defaultdict(list)
         light = 1.0 if problem.objective == "total" else LIGHT / problem.world
         for line in problem.lines:
-            for rank in everyone:
+            for rank in ranks_:
                 if rank != line.owner and line.tiles:
-                    visit = self._column(weight=light * unit * (line.bytes_in + line.bytes_home))
+                    visit = self._column(weight=light * unit * (line.bytes_in + line.bytes_back))
                     for resource, nbytes in problem.charges(line, rank):
                         through[resource].append((visit, unit * nbytes))
                     for tile in line.tiles:
                         self._row([(at[tile][rank], 1.0), (visit, -1.0)], -1.0, 0.0)
         for ranks in at:
             self._row([(column, 1.0) for column in ranks], 1.0, 1.0)
-        for rank in everyone:
+        for rank in ranks_:
             work = [(ranks[rank], area / problem.cap) for ranks, area in zip(at, problem.area, strict=True)]
             self._row(work, 0.0, 1.0)
         if problem.objective != "total":
@@ -82,10 +82,10 @@ class _Program:
             for visits in through.values():
                 self._row([*visits, (busiest, -1.0)], -float("inf"), 0.0)
 
-    def _column(self, *, weight: float = 0.0, most: float = 1.0, whole: int = 0) -> int:
+    def _column(self, *, weight: float = 0.0, most: float = 1.0, integer: int = 0) -> int:
         self.weight.append(weight)
         self.most.append(most)
-        self.whole.append(whole)
+        self.integer.append(integer)
         return len(self.weight) - 1
 
     def _row(self, entries: list[tuple[int, float]], lower: float, upper: float) -> None:

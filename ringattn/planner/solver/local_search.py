@@ -48,8 +48,8 @@ Rule = Callable[[int, int], int]  # from the owners of queries and keys to the r
 def initial(problem: Problem) -> list[tuple[int, ...]]:
     """Each start once: the rank of every tile."""
     owners = [(problem.q_owner[i], problem.kv_owner[j]) for i, j in problem.tiles]
-    found = [tuple(rule(q, kv) for q, kv in owners) for rule in _rules(problem.world)]
-    return list(dict.fromkeys(found))
+    options = [tuple(rule(q, kv) for q, kv in owners) for rule in _rules(problem.world)]
+    return list(dict.fromkeys(options))
 
 
 def _rules(world: int) -> Iterator[Rule]:
@@ -83,16 +83,16 @@ class Objective:
             ]
             for line in problem.lines
         ]
-        self._visit = [line.bytes_in + line.bytes_home for line in problem.lines]
+        self._visit = [line.bytes_in + line.bytes_back for line in problem.lines]
         self._used = [0] * max(1, len(number))
-        self.enter((line, rank, 1) for line, rank in visits(problem, ranks))
+        self.apply((line, rank, 1) for line, rank in visits(problem, ranks))
         self._scale = 1 / max(1, *self._used) if len(number) > 1 else 0.0  # 0: a single resource, whose bytes are what counts
 
     def value(self) -> tuple[int, int]:
         """Bytes on the busiest resource, then on all: what decides."""
         return max(self._used), sum(self._used)
 
-    def enter(self, toggles: Iterable[Toggle]) -> None:
+    def apply(self, toggles: Iterable[Toggle]) -> None:
         used = self._used
         for line, rank, sign in toggles:
             for resource, nbytes in self._charges[line][rank]:
@@ -126,12 +126,12 @@ THRESHOLDS = tuple(round(-1024 * log((n + 0.5) / 1024)) for n in range(1024))
 Shift: TypeAlias = tuple[Sequence[int], int, int]  # tiles, from rank, to rank
 
 
-class Found(NamedTuple):
+class Solution(NamedTuple):
     badness: tuple[int, int, int]  # work beyond the cap, bytes on the busiest resource, bytes on all
     ranks: tuple[int, ...]
 
 
-class Walk:
+class LocalSearch:
     """Where the walk is: the rank of every tile, the work of every rank, who visits whom, and the best seen so far."""
 
     def __init__(self, problem: Problem, ranks: Sequence[int], seed: str = "") -> None:
@@ -140,7 +140,7 @@ class Walk:
         self.members = [line.tiles for line in problem.lines]
         rows, columns = ([sides[n] for sides in problem.sides] for n in (0, 1))
         self.across = [columns if line.kind is Kind.Q else rows for line in problem.lines]  # of every tile of each line
-        self.visit = [line.bytes_in + line.bytes_home for line in problem.lines]
+        self.visit = [line.bytes_in + line.bytes_back for line in problem.lines]
         self.objective = Objective(problem, ranks)
         self.load = loads(problem, ranks)
         self.over = sum(max(0, load - self.cap) for load in self.load)
@@ -149,12 +149,12 @@ class Walk:
         for rank, sides in zip(ranks, problem.sides, strict=True):
             for line in sides:
                 self.count[line][rank] += 1
-        self.best = Found((self.over, *self.objective.value()), tuple(ranks))
+        self.best = Solution((self.over, *self.objective.value()), tuple(ranks))
         self.rng = Random(seed).random
         self.usual = max(1.0, sum(self.visit) / max(1, len(self.visit)))
         self.fair = self.price = self.usual * len(self.ranks) / max(1, sum(self.area))
 
-    def go(self, steps: int) -> Found:
+    def run(self, steps: int) -> Solution:
         """Take `steps` steps; the best place seen so far."""
         warmth = WARMTH * self.usual / 1024
         for step in range(steps):
@@ -163,10 +163,10 @@ class Walk:
                 self.price = min(max(wanted, self.fair / SPAN), self.fair * SPAN)
             line, shifts = self._propose()
             if shifts:
-                toggles, over = self._weigh(line, shifts)
+                toggles, over = self._evaluate(line, shifts)
                 change = self.objective.change(toggles) if toggles else 0.0
                 if change + self.price * over <= THRESHOLDS[int(self.rng() * 1024)] * warmth:
-                    self._take(shifts, toggles, over)
+                    self._apply(shifts, toggles, over)
         return self.best
 
     def _propose(self) -> tuple[int, Sequence[Shift]]:
@@ -205,16 +205,16 @@ class Walk:
             if ranks[tile] == here:
                 crossing, area = across[tile], self.area[tile]
                 met, visit, extra, limits = self.count[crossing], self.visit[line], self.visit[crossing], self.cap - area
-                found: list[tuple[float, int, int]] = []
+                options: list[tuple[float, int, int]] = []
                 for there in elsewhere.union([ranks[other] for other in self.members[crossing]], (self.lines[crossing].owner,)):
                     if there != here:
                         over = load[there] - limits
                         cost = (0 if count[there] else visit) + (0 if met[there] else extra)
-                        found.append((cost + self.price * min(over, area) if over > 0 else cost, load[there], there))
-                shifts.append(((tile,), here, min(found)[2]))
+                        options.append((cost + self.price * min(over, area) if over > 0 else cost, load[there], there))
+                shifts.append(((tile,), here, min(options)[2]))
         return shifts
 
-    def _weigh(self, line: int, shifts: Sequence[Shift]) -> tuple[list[Toggle], int]:
+    def _evaluate(self, line: int, shifts: Sequence[Shift]) -> tuple[list[Toggle], int]:
         """The visits that a step begins and ends, and how much more work is then beyond the cap."""
         toggles: list[Toggle] = []
         gain: dict[int, int] = {}
@@ -247,8 +247,8 @@ class Walk:
                 over += after
         return toggles, over
 
-    def _take(self, shifts: Sequence[Shift], toggles: Sequence[Toggle], over: int) -> None:
-        self.objective.enter(toggles)
+    def _apply(self, shifts: Sequence[Shift], toggles: Sequence[Toggle], over: int) -> None:
+        self.objective.apply(toggles)
         self.over += over
         for tiles, source, target in shifts:
             for tile in tiles:
@@ -261,7 +261,7 @@ class Walk:
         if self.over <= self.best.badness[0]:
             badness = (self.over, *self.objective.value())
             if badness < self.best.badness:
-                self.best = Found(badness, tuple(self.ranks))
+                self.best = Solution(badness, tuple(self.ranks))
 
 
 STEPS_PER_TILE, LEAST_STEPS, MOST_STEPS = 900, 50_000, 400_000
@@ -272,12 +272,12 @@ def search(problem: Problem) -> Assignment:
     """A balanced assignment that moves little. Equal problems get equal answers."""
     if problem.world == 1 or not problem.tiles:
         return dict.fromkeys(problem.tiles, 0)
-    best = Walk(problem, problem.fallback).best
+    best = LocalSearch(problem, problem.fallback).best
     steps = min(max(LEAST_STEPS, STEPS_PER_TILE * len(problem.tiles)), MOST_STEPS) // ROUNDS
     pool = [problem.fallback, *initial(problem)] * 2
     for turn in range(ROUNDS):
-        found = [Walk(problem, ranks, f"{turn} {n}").go(steps // len(pool)) for n, ranks in enumerate(pool)]
-        found.sort(key=lambda one: one.badness)
-        best = min(best, found[0], key=lambda one: one.badness)
-        pool = [one.ranks for one in found[: max(1, len(found) // 2)]]
+        options = [LocalSearch(problem, ranks, f"{turn} {n}").run(steps // len(pool)) for n, ranks in enumerate(pool)]
+        options.sort(key=lambda solution: solution.badness)
+        best = min(best, options[0], key=lambda solution: solution.badness)
+        pool = [solution.ranks for solution in options[: max(1, len(options) // 2)]]
     return dict(zip(problem.tiles, best.ranks, strict=True))

@@ -43,7 +43,7 @@ class Line(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     owner: int
     bytes_in: int
-    bytes_home: int
+    bytes_back: int
     tiles: tuple[int, ...]  # numbers of its tiles
 
 
@@ -127,7 +127,7 @@ class Problem:
         """What one visit of `line` to `rank` adds to everything that the objective looks at."""
         if rank == line.owner:
             return ()
-        out, owner = line.bytes_in, line.bytes_home
+        out, owner = line.bytes_in, line.bytes_back
         if self.objective == "total":
             return ((("all", 0, 0), out + owner),)
         there = [(resource, out) for resource in self.route(line.owner, rank)]
@@ -152,8 +152,8 @@ def loads(problem: Problem, ranks: Sequence[int]) -> list[int]:
 
 def visits(problem: Problem, ranks: Sequence[int]) -> list[tuple[int, int]]:
     """Every (line, foreign rank) that must meet."""
-    met = ((n, {ranks[tile] for tile in line.tiles} - {line.owner}) for n, line in enumerate(problem.lines))
-    return [(n, rank) for n, found in met for rank in sorted(found)]
+    visitors = ((n, {ranks[tile] for tile in line.tiles} - {line.owner}) for n, line in enumerate(problem.lines))
+    return [(n, rank) for n, foreign in visitors for rank in sorted(foreign)]
 
 
 class Measure(NamedTuple):
@@ -172,9 +172,9 @@ def measure(problem: Problem, assignment: Assignment) -> Measure:
     for n, rank in visits(problem, ranks):
         line = problem.lines[n]
         links[line.owner, rank] += line.bytes_in
-        links[rank, line.owner] += line.bytes_home
-    everyone = range(problem.world)
-    ports = [sum(links[src, dst] for dst in everyone) for src in everyone]
-    ports += [sum(links[src, dst] for src in everyone) for dst in everyone]
-    link = max((links[pair] for pair in product(everyone, everyone)), default=0)
+        links[rank, line.owner] += line.bytes_back
+    ranks_ = range(problem.world)
+    ports = [sum(links[src, dst] for dst in ranks_) for src in ranks_]
+    ports += [sum(links[src, dst] for src in ranks_) for dst in ranks_]
+    link = max((links[pair] for pair in product(ranks_, ranks_)), default=0)
     return Measure(sum(links.values()), max(ports), link, max(loads(problem, ranks)))

@@ -38,9 +38,9 @@ from ringattn.schedule.check import peak
 from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make
 
 
-def next_batch(problem: Problem, rank: int, left: Collection[int], here: Collection[int], grain: int) -> tuple[int, ...]:
-    """Of the tiles that are `left` to `rank`, some whose blocks are `here`. A single tile may be more than the grain."""
-    able = {tile for tile in left if ready(problem, tile, here)}
+def next_batch(problem: Problem, rank: int, left: Collection[int], present: Collection[int], grain: int) -> tuple[int, ...]:
+    """Of the tiles that are `left` to `rank`, some whose blocks are `present`. A single tile may be more than the grain."""
+    able = {tile for tile in left if ready(problem, tile, present)}
     lines = {line for tile in able for line in problem.sides[tile]}
     if not lines:
         return ()
@@ -48,7 +48,7 @@ def next_batch(problem: Problem, rank: int, left: Collection[int], here: Collect
     chosen = _fill(problem, [tile for tile in problem.lines[first].tiles if tile in able], grain)
     crossings = {_crossing(problem, tile, first) for tile in chosen}
     for line in sorted(lines - {first}):
-        if _alike(problem, line, first, rank):
+        if _same_side(problem, line, first, rank):
             more = [t for t in problem.lines[line].tiles if t in able and _crossing(problem, t, line) in crossings]
             if len(more) == len(crossings) and sum(problem.area[tile] for tile in chosen + more) <= grain:
                 chosen += more
@@ -67,7 +67,7 @@ def _delay(problem: Problem, line: int, rank: int, left: Collection[int], able: 
     area = sum(problem.area[tile] for tile in mine)
     if problem.lines[line].owner == rank:
         return 3, area, line
-    if not problem.lines[line].bytes_home:
+    if not problem.lines[line].bytes_back:
         return 2, area, line
     return int(not able.issuperset(mine)), area, line
 
@@ -83,7 +83,7 @@ def _fill(problem: Problem, tiles: Sequence[int], grain: int) -> list[int]:
     return chosen
 
 
-def _alike(problem: Problem, line: int, other: int, rank: int) -> bool:
+def _same_side(problem: Problem, line: int, other: int, rank: int) -> bool:
     """Both queries or both keys, both own or both foreign."""
     a, b = problem.lines[line], problem.lines[other]
     return a.kind is b.kind and (a.owner == rank) is (b.owner == rank)
@@ -119,10 +119,10 @@ class Timeline:
 
     def __init__(self, problem: Problem, ranks: Sequence[int], window: int) -> None:
         self.problem, self.lines = problem, problem.lines
-        met = measure(problem, dict(zip(problem.tiles, ranks, strict=True)))
+        totals = measure(problem, dict(zip(problem.tiles, ranks, strict=True)))
         # A pair takes `per_pair`, a byte `per_byte`: then the busiest rank and the busiest resource take equally long.
-        self.per_byte, self.per_pair = max(1, met.load), max(1, met.link if problem.objective == "link" else met.port)
-        self.grain = max(met.load // GRAINS, *problem.area, 1)  # the most work of a batch
+        self.per_byte, self.per_pair = max(1, totals.load), max(1, totals.link if problem.objective == "link" else totals.port)
+        self.grain = max(totals.load // GRAINS, *problem.area, 1)  # the most work of a batch
         self.step = max(1, self.grain * self.per_pair // 2)
         self.window = max(1, window * self.grain // 2)
         world = range(problem.world)
@@ -130,20 +130,23 @@ class Timeline:
         for tile, rank in enumerate(ranks):
             self.left[rank].add(tile)
         own = [{n for n, line in enumerate(self.lines) if line.owner == rank} for rank in world]
-        self.here, self.coming = own, [set(lines) for lines in own]  # blocks at each rank, and those on their way there too
-        self.wanted: list[set[int]] = [set() for _ in world]
+        self.present, self.incoming = (
+            own,
+            [set(lines) for lines in own],
+        )  # blocks at each rank, and those on their way there too
+        self.unsent: list[set[int]] = [set() for _ in world]
         self.share: dict[tuple[int, int], set[int]] = {}  # tiles not finished of each visit
         for n, rank in visits(problem, ranks):
-            self.wanted[rank].add(n)
+            self.unsent[rank].add(n)
             self.share[n, rank] = {tile for tile in self.lines[n].tiles if ranks[tile] == rank}
         self.finished: list[tuple[int, int]] = []
         self.busy: set[int] = set()
         self.free: dict[Resource, int] = {}
         self.batches: list[Batch] = []
         self.transfers: list[Transfer] = []
-        self._play()
+        self._simulate()
 
-    def _play(self) -> None:
+    def _simulate(self) -> None:
         events: list[tuple[int, int, Batch | Transfer]] = []  # when it ends, number, what
         now = number = 0
         while True:
@@ -159,7 +162,7 @@ class Timeline:
     def _begin(self, now: int) -> Iterator[tuple[Batch | Transfer, int]]:
         """Everything that can begin at this moment."""
         for rank, left in enumerate(self.left):
-            tiles = () if rank in self.busy else next_batch(self.problem, rank, left, self.here[rank], self.grain)
+            tiles = () if rank in self.busy else next_batch(self.problem, rank, left, self.present[rank], self.grain)
             if tiles:
                 batch = Batch(now, rank, tiles)
                 left.difference_update(tiles)
@@ -168,7 +171,7 @@ class Timeline:
                 yield batch, now + sum(self.problem.area[tile] for tile in tiles) * self.per_pair
         while (transfer := self._next_transfer(now)) is not None:
             line = self.lines[transfer.line]
-            end = now + (line.bytes_home if transfer.returning else line.bytes_in) * self.per_byte
+            end = now + (line.bytes_back if transfer.returning else line.bytes_in) * self.per_byte
             for resource in self._route(transfer.line, transfer.rank, transfer.returning):
                 self.free[resource] = end
             self.transfers.append(transfer)
@@ -177,7 +180,7 @@ class Timeline:
     def _end(self, item: Batch | Transfer) -> None:
         if isinstance(item, Transfer):
             if not item.returning:
-                self.here[item.rank].add(item.line)
+                self.present[item.rank].add(item.line)
             return
         self.busy.remove(item.rank)
         for tile in item.tiles:
@@ -198,12 +201,12 @@ class Timeline:
         def free(line: int, rank: int, returning: bool) -> bool:
             return all(self.free.get(resource, 0) <= now for resource in self._route(line, rank, returning))
 
-        open_to = [rank for rank, wanted in enumerate(self.wanted) if any(free(n, rank, False) for n in wanted)]
-        for stock, rank in sorted((self._stock(rank), rank) for rank in open_to):
-            if stock < self.window:
-                line = min((n for n in self.wanted[rank] if free(n, rank, False)), key=lambda n: self._reluctance(n, rank))
-                self.wanted[rank].remove(line)
-                self.coming[rank].add(line)
+        open_to = [rank for rank, unsent in enumerate(self.unsent) if any(free(n, rank, False) for n in unsent)]
+        for queued, rank in sorted((self._queued_work(rank), rank) for rank in open_to):
+            if queued < self.window:
+                line = min((n for n in self.unsent[rank] if free(n, rank, False)), key=lambda n: self._priority(n, rank))
+                self.unsent[rank].remove(line)
+                self.incoming[rank].add(line)
                 return Transfer(now, line, rank, False)
         for n, (line, rank) in enumerate(self.finished):
             if free(line, rank, True):
@@ -211,17 +214,19 @@ class Timeline:
                 return Transfer(now, line, rank, True)
         return None
 
-    def _stock(self, rank: int) -> int:
+    def _queued_work(self, rank: int) -> int:
         """Work on foreign blocks that `rank` has or is about to have."""
-        coming, left = self.coming[rank], self.left[rank]
-        return sum(self.problem.area[tile] for tile in left if ready(self.problem, tile, coming) and self._foreign(tile, rank))
+        incoming, left = self.incoming[rank], self.left[rank]
+        return sum(
+            self.problem.area[tile] for tile in left if ready(self.problem, tile, incoming) and self._foreign(tile, rank)
+        )
 
-    def _reluctance(self, line: int, rank: int) -> tuple[float, float, int, int]:
+    def _priority(self, line: int, rank: int) -> tuple[float, float, int, int]:
         """Least for the block that opens most work for its bytes; among equals, ranks begin with different owners."""
         nbytes = max(1, self.lines[line].bytes_in)
         tiles = self.lines[line].tiles
-        area, left, coming = self.problem.area, self.left[rank], self.coming[rank] | {line}
-        opened = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, coming))
+        area, left, incoming = self.problem.area, self.left[rank], self.incoming[rank] | {line}
+        opened = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, incoming))
         total = sum(area[tile] for tile in tiles if tile in left)
         return -opened / nbytes, -total / nbytes, (rank - self.lines[line].owner) % self.problem.world, line
 
@@ -261,12 +266,12 @@ def schedule_of(problem: Problem, assignment: Assignment, *, lookahead: int | No
 
 def _steps(problem: Problem, timeline: Timeline) -> list[int]:
     """The step of every batch. What reads a foreign block cannot be in the first."""
-    reached, found = [0] * problem.world, []
+    reached, steps = [0] * problem.world, []
     for batch in timeline.batches:
         foreign = any(problem.lines[line].owner != batch.rank for tile in batch.tiles for line in problem.sides[tile])
         reached[batch.rank] = max(reached[batch.rank], batch.start // timeline.step, int(foreign))
-        found.append(reached[batch.rank])
-    return found
+        steps.append(reached[batch.rank])
+    return steps
 
 
 def _input(problem: Problem, transfer: Transfer, read: list[int], lookahead: int, planned: int) -> Move:

@@ -1,4 +1,4 @@
-"""Pictures of schedules: for terminals, as SVG, and as PNG (which needs matplotlib, imported only then)."""
+"""Draws schedules: as text for terminals, as SVG, and as PNG (which imports matplotlib when called)."""
 
 from ringattn.schedule.draw.png import draw_png
 from ringattn.schedule.draw.svg import draw_svg

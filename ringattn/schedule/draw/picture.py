@@ -1,7 +1,7 @@
-"""Where everything of a timeline goes on a picture: laid out once, for any canvas with three strokes.
+"""Lays out a timeline as a picture, for any canvas that draws boxes, arrows and text.
 
-A row for each rank, a column for each step. An arrow leaves its source where its first step begins and ends where the due step
-begins; all steps are drawn equally wide. Beyond 8 ranks the arrows lose their labels.
+A row for each rank, a column for each step. An arrow starts where its departure step begins and ends where its arrival step
+begins; all steps are drawn equally wide. Beyond 8 ranks the arrows have no labels.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ COLOURS = {
     Kind.KV: "#d55e00",
     Kind.Q_ACC: "#009e73",
     Kind.KV_ACC: "#aa3f98",
-}  # told apart by colour-blind eyes too
+}  # colours that colour-blind readers can distinguish
 INK, MUTED, PALE, PAPER = "#1f2933", "#52606d", "#eef1f4", "#ffffff"
 
 
-TILE_LEGEND = "tile, coloured by the home of its queries"
+TILE_LEGEND = "tile, coloured by the owner of its queries"
 LETTER = 5.9  # average width of a letter of the legend
 
 Point = tuple[float, float]
@@ -77,10 +77,10 @@ class Grid:
 
     @property
     def right(self) -> float:
-        """A last step that only takes in what is due is drawn narrow."""
+        """A last step in which ranks only receive is drawn narrow."""
         last = self.time.steps - 1
-        works = not self.time.arrows or any(box.step == last for box in self.time.boxes)
-        return self.x(last) + (self.column if works else 56)
+        has_tiles = not self.time.arrows or any(box.step == last for box in self.time.boxes)
+        return self.x(last) + (self.column if has_tiles else 56)
 
     @property
     def size(self) -> Point:
@@ -94,7 +94,7 @@ class Grid:
         return self.top + rank * (self.band + self.gap)
 
     def ends(self, arrow: Arrow) -> tuple[Point, Point]:
-        """From edge to edge of two rows; in a step, what comes in is left of what goes out."""
+        """Tail and tip, from edge to edge of two rows; within a step, arrivals are left of departures."""
         down = arrow.dst > arrow.src
         tail = self.x(arrow.depart) + 22, self.y(arrow.src) + self.band * down
         return tail, (self.x(arrow.arrival) + 12, self.y(arrow.dst) + self.band * (not down))
@@ -105,7 +105,7 @@ class Grid:
 
 
 def paint(time: Timeline, canvas: Canvas) -> None:
-    """The timeline on any canvas of `Grid(time).size`: rows first, arrows over them, tiles over the arrows, names on top."""
+    """Draws the timeline on a canvas of `Grid(time).size`: rows first, then arrows, tiles over the arrows, names on top."""
     grid = Grid(time)
     canvas.text((16, 28), time.title, 17)
     canvas.text((16, 48), time.subtitle, 12, MUTED)
@@ -127,7 +127,7 @@ def paint(time: Timeline, canvas: Canvas) -> None:
         width = (grid.column - 12) / len(cell)
         for n, box in enumerate(cell):
             x, y = grid.x(step) + 6 + n * width, grid.y(rank) + head_group * grid.tile
-            title = f"step {step}, rank {rank}{', lane ' + letter(head_group) if time.head_groups > 1 else ''}: {box}"
+            title = f"step {step}, rank {rank}{', head group ' + letter(head_group) if time.head_groups > 1 else ''}: {box}"
             canvas.box((x + 1, y + 1), (width - 2, grid.tile - 2), owner_colour(box.owner, time.world), title)
             canvas.text((x + width / 2, y + grid.tile / 2 + 4), str(box), 11, anchor="middle")
     for arrow, at in _names(grid):
@@ -136,11 +136,11 @@ def paint(time: Timeline, canvas: Canvas) -> None:
 
 
 def _names(grid: Grid) -> Iterator[tuple[Arrow, Point]]:
-    """Where to name each arrow: on it, near its tip, between rows and clear of other names; one without room stays unnamed."""
+    """Places the name of each arrow: on it, near its tip, between rows, clear of other names; without space it has no name."""
     taken: list[tuple[float, float, float]] = []
     short_first = sorted(
         grid.time.arrows, key=lambda arrow: abs(arrow.dst - arrow.src)
-    )  # long ones have more room to choose from
+    )  # long ones have more space to choose from
     for arrow in [] if grid.crowded else short_first:
         (x0, y0), (x1, y1) = grid.ends(arrow)
         half = 3.1 * len(short(arrow.label))
@@ -163,7 +163,7 @@ def _legend(time: Timeline, canvas: Canvas, y: float) -> None:
 
 
 def _meanings(time: Timeline) -> dict[Kind, str]:
-    """The kinds that travel, and what they are in this pass."""
+    """The kinds that travel in this pass, and what each contains."""
     forward = {Kind.Q: "queries", Kind.KV: "keys and values", Kind.Q_ACC: "partial outputs"}
     backward = {Kind.Q: "q, dout, lse, delta", Kind.KV: "keys and values", Kind.Q_ACC: "dq", Kind.KV_ACC: "dk, dv"}
     travels = {kind for arrow in time.arrows for kind in arrow.kinds}
@@ -171,7 +171,7 @@ def _meanings(time: Timeline) -> dict[Kind, str]:
 
 
 def owner_colour(owner: int, world: int) -> str:
-    """Evenly spaced hues, light enough for dark names: what goes round the ring shows as a slant of one colour."""
+    """Evenly spaced hues, light enough for dark names: a block that moves around the ring shows as a diagonal of one colour."""
     return "#" + "".join(f"{round(255 * part):02x}" for part in hls_to_rgb((owner / world + 0.56) % 1, 0.8, 0.62))
 
 

@@ -1,6 +1,6 @@
-"""A timeline as a bitmap, for reports and training logs: the same strokes as the SVG, on a matplotlib canvas.
+"""Draws a timeline as PNG, for reports and training logs: the same strokes as the SVG, on a matplotlib canvas.
 
-matplotlib is imported only when a picture is asked for, and only its Agg renderer: no display, no global state.
+matplotlib is imported only when a picture is drawn, and only its Agg renderer: no display, no global state.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PIXELS = 4000  # the longer side at most, so that a hundred ranks still make a file one can open
+PIXELS = 4000  # the longer side at most, so that a picture of a hundred ranks can still be opened
 POINT = 0.72  # points in a pixel of a hundredth of an inch
 
 
 def draw_png(schedules: Sequence[Schedule], path: str | os.PathLike[str], *, backward: bool = False) -> None:
-    """Write what `draw_svg` draws to `path`."""
+    """Writes the picture of `draw_svg` to `path` as PNG.
+
+    Raises:
+        RingAttnError: matplotlib is not installed.
+    """
     time = timeline(schedules, backward=backward)
     width, height = Grid(time).size
     figure = _figure(width / 100, height / 100)
@@ -60,7 +64,7 @@ class _Agg:
 
         (x0, y0), (x1, y1) = tail, tip
         for n, colour in enumerate(colours):
-            # matplotlib counts dashes in line widths
+            # matplotlib measures dashes in line widths
             dash = (0, (12 * (len(colours) - n) / width, 12 * n / width)) if n else "solid"
             self.axes.plot([x0, x1], [y0, y1], color=colour, linewidth=width * POINT, linestyle=dash, zorder=self._next())
         self.axes.add_patch(Polygon(arrow_head(tail, tip), color=colours[0], linewidth=0, zorder=self._next()))

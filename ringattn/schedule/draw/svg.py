@@ -1,4 +1,4 @@
-"""A timeline as SVG: one string, no dependencies."""
+"""Draws a timeline as SVG: one string, no dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ringattn.schedule.ir import Schedule
 
 
 def draw_svg(schedules: Sequence[Schedule], *, backward: bool = False) -> str:
-    """A picture that needs nothing else: no script, no style sheet, no font file. Pointing at a tile or arrow names it."""
+    """A self-contained picture: no script, style sheet or font file. Pointing at a tile or arrow shows its name."""
     time = timeline(schedules, backward=backward)
     width, height = Grid(time).size
     canvas = _Svg()

@@ -1,7 +1,7 @@
-"""What there is to see in a pass: a box for each tile, an arrow for each message. Plain data, read by every kind of picture.
+"""Collects what a picture of a pass shows: a box for each tile, an arrow for each message.
 
-An arrow is a message that the engine sends: moves that share a message share an arrow. Nothing is proved here (`check` does)
-and no bytes or seconds are known (`cost` does).
+An arrow is a message that the engine sends: moves that share a message share an arrow. This is plain data, read by every kind
+of picture. It proves nothing (`check` does) and knows no bytes or seconds (`cost` does).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Arrow(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """All there is to see in one pass of some lanes."""
+    """The boxes and arrows of one pass of several head groups."""
 
     name: str
     world: int
@@ -54,16 +54,16 @@ class Timeline:
 
     @cached_property
     def steps(self) -> int:
-        """At least one; the last may only take in what is due."""
+        """Number of steps, at least one; in the last one ranks may only receive."""
         return max([box.step for box in self.boxes] + [arrow.arrival for arrow in self.arrows], default=0) + 1
 
     @cached_property
     def cells(self) -> dict[tuple[int, int, int], list[Box]]:
-        """The tiles of each (lane, rank, step) that has any."""
-        found = defaultdict(list)
+        """The tiles of each (head group, rank, step) that has any."""
+        cells = defaultdict(list)
         for box in self.boxes:
-            found[box.head_group, box.rank, box.step].append(box)
-        return dict(found)
+            cells[box.head_group, box.rank, box.step].append(box)
+        return dict(cells)
 
     @property
     def title(self) -> str:
@@ -75,7 +75,7 @@ class Timeline:
 
 
 def timeline(schedules: Sequence[Schedule], *, backward: bool = False) -> Timeline:
-    """The tiles and messages of one pass; each schedule is a lane."""
+    """The tiles and messages of one pass; each schedule is a head group."""
     boxes = [Box(n, t.rank, t.step, t.i, t.j, s.q_owner[t.i]) for n, s in enumerate(schedules) for t in s.tiles]
     arrows = [
         Arrow(m.src, m.dst, m.depart, m.arrival, _kinds(m.items), _label(m.items, len(schedules)))
@@ -86,7 +86,7 @@ def timeline(schedules: Sequence[Schedule], *, backward: bool = False) -> Timeli
 
 
 def _kinds(items: Sequence[Item]) -> tuple[Kind, ...]:
-    """Inputs first, whatever the order of lanes."""
+    """The kinds of `items`, inputs first, in any order of head groups."""
     carried = {item.kind for item in items}
     return tuple(kind for kind in Kind if kind in carried)
 
