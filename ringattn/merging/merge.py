@@ -66,7 +66,7 @@ class Merge:
         Raises:
             InputError: labels or decided have another shape or dtype, or a label is out of range.
         """
-        text("sees_all", noncausal_reason, InputError)
+        text("noncausal_reason", noncausal_reason, InputError)
         for name, tensor in (("labels", labels), *([("decided", decided)] if decided is not None else [])):
             as_strided_tensor(name, tensor)
         labels = labels[None] if labels.ndim == 1 else labels

@@ -34,7 +34,7 @@ class DecoderConfig:
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "hidden_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= MOST:
-                raise InputError(f"{name}={short_repr(value)}: must be an integer of 1 or more, up to {MOST:,}")
+                raise InputError(f"{name}={short_repr(value)}: must be a whole number of 1 or more, up to {MOST:,}")
         for name in ("rope_theta", "norm_eps"):
             if (as_finite_float(getattr(self, name)) or 0) <= 0:
                 raise InputError(f"{name}={short_repr(getattr(self, name))}: must be positive")

@@ -127,10 +127,9 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises matrices to keep the variance, scaled by 1/sqrt(2 layers) where they add to the residual stream (GPT-2)."""
-        nn.init.normal_(
-            self.embed_tokens.weight, std=0.02
-        )  # small, since it is also the head: the initial loss is log(vocab_size)
+        """Initialises matrices to keep the variance, scaled by 1/sqrt(2 layers) if they add to the residual stream (GPT-2)."""
+        # Small, since it is also the head: the initial loss is log(vocab_size).
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
         for name, p in self.layers.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
