@@ -142,24 +142,24 @@ class Instant(Kernel):
     name = "instant"
 
     def __init__(self) -> None:
-        self.made: dict[Any, Any] = {}
+        self.buffers: dict[Any, Any] = {}
 
     def segment_forward(self, block: Operands, band: Any, options: Options) -> Partial:
         key = block.q.shape
-        if key not in self.made:
+        if key not in self.buffers:
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
-            self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        built: Partial = self.made[key]
+            self.buffers[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
+        built: Partial = self.buffers[key]
         return built
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
-        if key not in self.made:
+        if key not in self.buffers:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
             dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
-            self.made[key] = Grads(dq, dk, dv, None)
-        built: Grads = self.made[key]
+            self.buffers[key] = Grads(dq, dk, dv, None)
+        built: Grads = self.buffers[key]
         return built
 
 

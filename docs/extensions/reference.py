@@ -25,10 +25,10 @@ class Reference(Extension):
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
         """Leaves out what Python calls by itself, as `__eq__`, and what a constructor keeps without a word on it."""
-        made = cls.members.get("__init__")
+        initializer = cls.members.get("__init__")
         for name, member in list(cls.members.items()):
             special = name.startswith("__") and name not in ("__init__", "__call__")
-            kept = member.is_attribute and made is not None and _within(member, made) and not member.docstring
+            kept = member.is_attribute and initializer is not None and _within(member, initializer) and not member.docstring
             if special or kept:
                 del cls.members[name]
 
