@@ -15,4 +15,4 @@ out.sum().backward()  # gradients of this rank's rows of q, k and v
 
 dense = scaled_dot_product_attention(*(x.transpose(1, 2) for x in whole), is_causal=True, enable_gqa=True)
 error = (out - ringattn.shard(dense.transpose(1, 2), plan)).abs().max()
-print(f"rank {mesh.get_local_rank()}: {q.shape[1]} of 2048 rows, at most {error:.0e} from attention in one process")
+print(f"rank {mesh.get_local_rank()}: {q.shape[1]} of 2048 rows, at most {error:.0e} from attention in one process\n", end="")
