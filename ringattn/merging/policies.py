@@ -81,6 +81,7 @@ class Policy:
     static: whether it depends on nothing but positions, so that one merge serves every step.
     pairs: whether it merges rows into others of the same number, so that `remove` is at most half.
     deletes: whether rows are deleted by a gate, which the model then learns.
+    causal: whether it may be used under a causal mask.
     """
 
     decide: Callable[[MergeRequest], Merge]
@@ -88,6 +89,7 @@ class Policy:
     static: bool = False
     pairs: bool = False
     deletes: bool = False
+    causal: bool = True
 
 
 def register(name: str, decide: Callable[[MergeRequest], Merge], *, summary: str = "", static: bool = False) -> None:
@@ -169,7 +171,7 @@ POLICIES: Registry[Policy] = Registry(
     {
         "windows": Policy(_windows, "every `factor` rows", static=True),
         "similar": Policy(_similar, "similar rows inside windows of `window`", pairs=True),
-        "bipartite": Policy(_bipartite, "similar rows of the whole sequence, not causal", pairs=True),
+        "bipartite": Policy(_bipartite, "similar rows of the whole sequence, not causal", pairs=True, causal=False),
         "words": Policy(_words, "rows up to and with a token of `ends`"),
         "gate": Policy(_gate, "all but the rows that a learned gate deletes", deletes=True),
     },
