@@ -84,8 +84,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["ring", "token_ring", "mesh", "ulysses"])
 def test_the_drawn_schedules_are_up_to_date(name: str, drawn: Path) -> None:
-    found, stored = (drawn / f"{name}.svg").read_text(), (DOCS / "images" / f"{name}.svg").read_text()
-    assert found == stored, "run python docs/examples/draw_schedules.py"
+    actual, stored = (drawn / f"{name}.svg").read_text(), (DOCS / "images" / f"{name}.svg").read_text()
+    assert actual == stored, "run python docs/examples/draw_schedules.py"
 
 
 def test_the_picture_of_measured_times_is_up_to_date(tmp_path: Path) -> None:
@@ -144,6 +144,15 @@ def _inventory_of_index() -> Iterator[str]:
     for line in (DOCS / "api" / "index.md").read_text().splitlines():
         if match := re.match(r"\| \[`(ringattn[\w.]*)`\]", line):
             yield match[1]
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        assert (ROOT / target).exists(), f"{page.name} links {target}, which is not there"
+        heads = re.findall(r"^#+ (.*)", (ROOT / target).read_text(), re.MULTILINE) if anchor else []
+        actual = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        assert not anchor or anchor in actual, f"{page.name} links {target}#{anchor}, which is not there"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.stem)
