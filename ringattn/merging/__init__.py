@@ -1,13 +1,13 @@
-"""Token merging over ranks: sequences made shorter, exactly, and without telling the past of the future.
+"""Merges tokens of a sequence that is sharded over ranks: shorter sequences, exact, and causal where the mask is.
 
-    windows, segments, grid       by position: windows, words and identifiers, patches of a picture
-    similar                       by similarity, inside windows; causal
-    bipartite                     by similarity, over the whole sequence; not causal
-    delete                        what a learned gate lets go
+    windows, segments, grid       by position: fixed windows, words or identifiers, patches of an image
+    similar                       by similarity within windows; causal
+    bipartite                     by similarity over the whole sequence; not causal
+    delete                        rows that a learned gate removes
 
-Each returns a `Merge`, which says what becomes one. `shorten(merge, plan)` makes a `MergedSequence` of it, which merges this
-rank's rows, has the plan for attention over the groups, and unmerges. Merges in a row are one: `first.then(second)`.
-`POLICIES` lists them by the names under which a model takes them; `register` adds one.
+Each policy returns a `Merge`, which says which rows form a group. `shorten(merge, plan)` makes a `MergedSequence`, which merges
+this rank's rows, has the plan for attention over the groups, and unmerges. Merges compose: `first.then(second)`.
+`POLICIES` lists the policies by the names under which a model takes them; `register` adds one.
 """
 
 from ringattn.merging.bipartite_matching import bipartite

@@ -1,9 +1,8 @@
-"""Similar rows of the whole sequence become one, wherever they are: bipartite soft matching over ranks, exactly.
+"""Merges similar rows of a whole sequence by bipartite soft matching over ranks, exactly.
 
-Directions of half of the rows travel by a schedule of attention past those of the other half (see `matching`); each row of A
-learns of its most similar row of B, wherever that is. Then ranks tell each other what they found, and each chooses the most
-similar pairs by itself. The groups are those that one process finds, ties included. Not causal: any row may decide about any
-other.
+The directions of rows in set A travel by an attention schedule past those of set B (see `matching`); each row of A finds its
+most similar row of B on any rank. Ranks then all-gather the results, and each selects the most similar pairs by itself. The
+groups equal those of one process, ties included. Not causal: any row may influence any other.
 
 ToMe: Bolya et al. 2022, https://arxiv.org/abs/2210.09461; PiToMe: Tran et al. 2024, https://arxiv.org/abs/2405.16148.
 """
@@ -23,30 +22,30 @@ from ringattn.comm.process_group import Group
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.sharding import resident_positions
-from ringattn.merging.exchange import told
+from ringattn.merging.exchange import gather_all_rows
 from ringattn.merging.matching import (
-    NONE,
+    NO_MATCH,
     A,
     B,
-    Best,
-    Energy,
+    BestMatch,
+    EnergySum,
     Matching,
-    alternate,
-    by_chance,
-    by_energy,
-    chosen,
+    alternating_sides,
+    energy_sides,
     fixed_point,
     plan_for,
-    run_matching,
+    random_sides,
+    run_matchings,
+    select_pairs,
 )
 from ringattn.merging.merge import Merge
-from ringattn.merging.policy_inputs import MatchArgs, asked
+from ringattn.merging.policy_inputs import MatchArgs, agree_on_arguments
 from ringattn.schedule.catalog import NAMES
 from ringattn.sequence.layout import Layout
 
-SEES_ALL = (
-    "bipartite() decides with all of the sequence in view, so even which rows merge tells of later ones; use "
-    "similar(window=...), windows(...) or segments(...), or a mask without an order such as full()"
+NONCAUSAL_REASON = (
+    "bipartite() decides from the whole sequence, so which rows merge depends on later rows; use "
+    "similar(window=...), windows(...) or segments(...), or a mask that is not causal, such as full()"
 )
 
 
@@ -64,115 +63,125 @@ def bipartite(
     schedule: str = "ring",
     group: Group | None = None,
 ) -> Merge:
-    """In the whole sequence the most similar rows become one; refused under a causal mask. Collective.
+    """Merges the most similar rows of the whole sequence; refused under a causal mask. Collective.
 
     Args:
-        metric: (batch, rows, dim), this rank's rows of what is compared by cosine.
-        layout: which rows each rank has: `plan.layout`.
+        metric: (batch, rows, dim), this rank's rows of what is compared by cosine, such as keys averaged over heads.
+        layout: which rows each rank holds: `plan.layout`.
         remove: the share of all rows that merge into others, up to 0.5. This or `threshold` must be given.
-        threshold: cosine above which rows merge; with `remove` too, at most so many.
-        protected: bool (batch, rows), this rank's: rows that stay alone.
-        scorer: "alternate", "energy" or "random", as in `similar`, where the whole sequence is one window.
-        margin: for "energy": the cosine from which rows count as alike.
+        threshold: cosine above which rows merge; with `remove` too, at most that share.
+        protected: bool (batch, rows), this rank's rows that must not merge.
+        scorer: "alternate", "energy" or "random", as in `similar`, with the whole sequence as one window.
+        margin: for "energy": the cosine from which rows count as similar.
         seed: for "random".
-        layer: for "random": which layer merges.
-        schedule: by which rows meet: ring, token_ring, mesh or all_gather.
+        layer: for "random": the merging layer, so that layers draw differently.
+        schedule: how rows of A meet rows of B: ring, token_ring, mesh or all_gather.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
 
     Returns:
-        The same merge on every rank, for any number of ranks and by any schedule, ties included.
+        The same merge on every rank, for any number of ranks and any schedule, ties included.
 
     Raises:
         InputError: an argument does not fit. Raised on every rank.
-        MismatchError: ranks came with different arguments. Raised on every rank.
+        MismatchError: ranks passed different arguments. Raised on every rank.
     """
-    ask = MatchArgs(remove, threshold, scorer, margin, seed, layer)
+    match_args = MatchArgs(remove, threshold, scorer, margin, seed, layer)
 
-    def more() -> dict[str, object]:
+    def schedule_field() -> dict[str, object]:
         return {"by": one_of("schedule", schedule, NAMES, InputError)}
 
-    transport, protected = asked(ask, metric, layout, protected, group, more)
-    (found,) = over_ranks([metric], [protected], layout, ask, schedule, transport)
-    return found
+    transport, protected = agree_on_arguments(match_args, metric, layout, protected, group, schedule_field)
+    (merge,) = match_over_ranks([metric], [protected], layout, match_args, schedule, transport)
+    return merge
 
 
-def over_ranks(
-    metrics: Sequence[Tensor], protected: Sequence[Tensor], layout: Layout, ask: MatchArgs, schedule: str, transport: Transport
+def match_over_ranks(
+    metrics: Sequence[Tensor],
+    protected: Sequence[Tensor],
+    layout: Layout,
+    match_args: MatchArgs,
+    schedule: str,
+    transport: Transport,
 ) -> list[Merge]:
     """`bipartite` on each rank that `transport` hosts."""
-    there = _There(layout, transport, [fixed_point(metric) for metric in metrics])
-    free = told([~p for p in protected], layout, transport)
-    sides = _sides(there, free, ask, schedule)
-    answers = there.ask(Best, [side == A for side in sides], [side == B for side in sides], schedule)
-    found = []
-    for answer, side in zip(answers, sides, strict=True):
-        where = torch.arange(layout.length, device=side.device).expand_as(side)
-        scores = answer[..., 0].where(side == A, NONE)
-        taken = chosen(scores, _pairs(side, ask), ask.threshold)
-        found.append(Merge.of(answer[..., 1].where(taken, where), sees_all=SEES_ALL))
-    return found
+    directions = _ShardedDirections(layout, transport, [fixed_point(metric) for metric in metrics])
+    free = gather_all_rows([~p for p in protected], layout, transport)
+    sides = _sides(directions, free, match_args, schedule)
+    matches = directions.match(BestMatch, [side == A for side in sides], [side == B for side in sides], schedule)
+    merges = []
+    for match, side in zip(matches, sides, strict=True):
+        index = torch.arange(layout.length, device=side.device).expand_as(side)
+        scores = match[..., 0].where(side == A, NO_MATCH)
+        selected = select_pairs(scores, _pairs(side, match_args), match_args.threshold)
+        merges.append(Merge.of(match[..., 1].where(selected, index), noncausal_reason=NONCAUSAL_REASON))
+    return merges
 
 
-def _sides(there: _There, free: Sequence[Tensor], ask: MatchArgs, schedule: str) -> list[Tensor]:
-    """(batch, seq_len) of A, B and neither, on each hosted rank."""
-    index = torch.arange(there.layout.length, device=free[0].device)
-    if ask.scorer == "energy":
-        everything = [torch.ones_like(f) for f in free]
-        found = there.ask(partial(Energy, margin=ask.margin), everything, everything, schedule)
-        pairs = torch.tensor([int(there.layout.length * (ask.remove or 0.5))], device=index.device)
-        return [by_energy(e[..., 0], f, pairs.expand(len(f))) for e, f in zip(found, free, strict=True)]
-    if ask.scorer == "random":
-        numbers = ask.numbers(index, len(free[0]))
-        return [by_chance(numbers, index.expand_as(f), f) for f in free]
-    return [alternate(index.expand_as(f), f) for f in free]
+def _sides(directions: _ShardedDirections, free: Sequence[Tensor], match_args: MatchArgs, schedule: str) -> list[Tensor]:
+    """(batch, seq_len) of `A`, `B` and `UNMATCHED`, on each hosted rank."""
+    index = torch.arange(directions.layout.length, device=free[0].device)
+    if match_args.scorer == "energy":
+        all_rows = [torch.ones_like(f) for f in free]
+        energies = directions.match(partial(EnergySum, margin=match_args.margin), all_rows, all_rows, schedule)
+        pairs = torch.tensor([int(directions.layout.length * (match_args.remove or 0.5))], device=index.device)
+        return [energy_sides(e[..., 0], f, pairs.expand(len(f))) for e, f in zip(energies, free, strict=True)]
+    if match_args.scorer == "random":
+        numbers = match_args.random_numbers(index, len(free[0]))
+        return [random_sides(numbers, index.expand_as(f), f) for f in free]
+    return [alternating_sides(index.expand_as(f), f) for f in free]
 
 
-def _pairs(like: Tensor, ask: MatchArgs) -> Tensor | None:
-    return None if ask.remove is None else torch.tensor([int(like.shape[-1] * ask.remove)], device=like.device)
+def _pairs(side: Tensor, match_args: MatchArgs) -> Tensor | None:
+    if match_args.remove is None:
+        return None
+    return torch.tensor([int(side.shape[-1] * match_args.remove)], device=side.device)
 
 
-Sides = Sequence[Tensor]  # bool (batch, seq_len), on each hosted rank
+RowFlags = Sequence[Tensor]  # bool (batch, seq_len), on each hosted rank
 
 
-class _There:
-    """The whole sequence of directions where it lies, and questions to it."""
+class _ShardedDirections:
+    """The directions of all rows, sharded by `layout`, and matchings over them."""
 
     def __init__(self, layout: Layout, transport: Transport, directions: Sequence[Tensor]) -> None:
         self.layout, self.transport, self.directions = layout, transport, directions
 
-    def ask(self, work: Callable[..., Matching], rows: Sides, others: Sides, schedule: str) -> list[Tensor]:
-        """For each of `rows`, bool (batch, seq_len), the answer of `others`: int64 (batch, seq_len, state), on every rank."""
-        of_rows, of_others = ([_table(self.layout, where) for where in one] for one in (rows, others))
-        counts, of_them = ([table.shape[1] for table in tables[0]] for tables in (of_rows, of_others))
-        if not (sum(counts) and sum(of_them)):
-            state = (self.layout.length, 2)  # nobody to ask, or nobody who answers
-            return [own.new_full((len(own), *state), NONE, dtype=torch.int64) for own in self.directions]
-        plan = plan_for(counts, of_them, self.directions[0].shape[-1], schedule)
-        works = []
-        for rank, own, a, b in zip(self.transport.ranks, self.directions, of_rows, of_others, strict=True):
+    def match(self, make: Callable[..., Matching], rows: RowFlags, others: RowFlags, schedule: str) -> list[Tensor]:
+        """Compares each of `rows` with all of `others`: int64 (batch, seq_len, state), on every rank.
+
+        make: the kind of `Matching`. rows, others: bool (batch, seq_len).
+        """
+        row_tables, other_tables = ([_table(self.layout, flags) for flags in of_ranks] for of_ranks in (rows, others))
+        row_counts, other_counts = ([table.shape[1] for table in tables[0]] for tables in (row_tables, other_tables))
+        if not (sum(row_counts) and sum(other_counts)):
+            state = (self.layout.length, 2)  # one of the two sets is empty
+            return [own.new_full((len(own), *state), NO_MATCH, dtype=torch.int64) for own in self.directions]
+        plan = plan_for(row_counts, other_counts, self.directions[0].shape[-1], schedule)
+        matchings = []
+        for rank, own, a, b in zip(self.transport.ranks, self.directions, row_tables, other_tables, strict=True):
             local = torch.full((self.layout.length + 1,), -1, device=own.device)
-            mine = resident_positions(self.layout, rank).to(own.device)
-            local[mine] = torch.arange(len(mine), device=own.device)
-            picked = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
-            works.append(work(plan, rank, *picked, b[rank]))
-        answers = run_matching(works, plan, self.transport)
-        parts = all_gather_rows([answer.transpose(0, 1).contiguous() for answer in answers], counts, self.transport)
-        found = []
-        for tables, of_ranks in zip(of_rows, parts, strict=True):
-            answer = torch.cat(of_ranks).transpose(0, 1)
-            places = torch.cat(tables, dim=1)  # of the answers, in whose order they come; -1 where there was none
-            whole = answer.new_zeros(len(answer), self.layout.length + 1, answer.shape[-1])
-            at = places.where(places >= 0, self.layout.length).unsqueeze(-1).expand_as(answer)
-            found.append(whole.scatter(1, at, answer)[:, :-1])
-        return found
+            resident = resident_positions(self.layout, rank).to(own.device)
+            local[resident] = torch.arange(len(resident), device=own.device)
+            operands = [own.gather(1, local[t[rank]].clamp(min=0).unsqueeze(-1).expand(-1, -1, own.shape[-1])) for t in (a, b)]
+            matchings.append(make(plan, rank, *operands, b[rank]))
+        results = run_matchings(matchings, plan, self.transport)
+        parts = all_gather_rows([result.transpose(0, 1).contiguous() for result in results], row_counts, self.transport)
+        gathered = []
+        for tables, of_ranks in zip(row_tables, parts, strict=True):
+            result = torch.cat(of_ranks).transpose(0, 1)
+            positions = torch.cat(tables, dim=1)  # of the results, in the order in which they arrive; -1 is padding
+            of_all = result.new_zeros(len(result), self.layout.length + 1, result.shape[-1])
+            index = positions.where(positions >= 0, self.layout.length).unsqueeze(-1).expand_as(result)
+            gathered.append(of_all.scatter(1, index, result)[:, :-1])
+        return gathered
 
 
-def _table(layout: Layout, where: Tensor) -> list[Tensor]:
-    """For each rank the positions it has of `where`, (batch, count), in order, filled up with -1 to the most in the batch."""
+def _table(layout: Layout, flags: Tensor) -> list[Tensor]:
+    """For each rank the positions it holds where `flags` is set, (batch, count), sorted, padded with -1."""
     tables = []
     for rank in range(layout.world):
-        mine = resident_positions(layout, rank).to(where.device).sort().values
-        here = where[:, mine]
-        positions = mine.where(here, layout.length).sort(dim=1).values[:, : int(here.sum(1).amax())]
+        resident = resident_positions(layout, rank).to(flags.device).sort().values
+        local = flags[:, resident]
+        positions = resident.where(local, layout.length).sort(dim=1).values[:, : int(local.sum(1).amax())]
         tables.append(positions.where(positions < layout.length, -1))
     return tables

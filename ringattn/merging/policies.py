@@ -1,6 +1,6 @@
-"""Lists merge policies by name: functions that say which rows of a sequence become one, for models that merge inside.
+"""Lists merge policies by name: functions that decide which rows of a sequence form a group.
 
-`POLICIES` has those of the library; `register` adds one, which `ringattn.nn.Merging(policy=...)` then takes.
+`POLICIES` has those of the library; `register` adds one. `ringattn.nn.Merging(policy=...)` takes any of them.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ringattn.merging.bipartite_matching import bipartite
 from ringattn.merging.exchange import gather_rows
 from ringattn.merging.gate import delete
 from ringattn.merging.merge import Merge, segments, windows
-from ringattn.merging.placement import edges
+from ringattn.merging.placement import mask_edges
 from ringattn.merging.similar_rows import similar
 from ringattn.plan.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
 class MergeRequest:
-    """What a policy decides from: this rank's rows, and how much of what is to be merged.
+    """The input of a policy: this rank's rows and the options of the merge.
 
     Attributes:
-        hidden: (batch, rows, dim), this rank's rows in front of the blocks that run on the short sequence.
+        hidden: (batch, rows, dim), this rank's rows before the blocks that run on the short sequence.
         tokens: int64 (batch, rows).
-        positions: int64 (rows,) or (batch, rows), where they stand in the whole sequence.
+        positions: int64 (rows,) or (batch, rows), their positions in the whole sequence.
         plan, group: of attention over all rows, and the ranks that hold them.
-        similarity_of: gives the tensor by which rows are compared; see `metric`.
-        kept: bool (batch, rows), what a learned gate keeps; None where the model has none.
+        make_metric: computes the tensor by which rows are compared; see `metric`.
+        kept: bool (batch, rows), the rows that a learned gate keeps; None where the model has no gate.
         factor, window, remove, threshold, scorer, ends, protect, seed: as in `ringattn.nn.Merging`.
         layer: the first block that runs on the short sequence.
     """
@@ -44,7 +44,7 @@ class MergeRequest:
     positions: Tensor
     plan: Plan
     group: Group | None
-    similarity_of: Callable[[Tensor], Tensor]
+    make_metric: Callable[[Tensor], Tensor]
     kept: Tensor | None
     factor: int
     window: int
@@ -59,28 +59,28 @@ class MergeRequest:
     @cached_property
     def metric(self) -> Tensor:
         """(batch, rows, channels): keys of the next block, averaged over heads."""
-        return self.similarity_of(self.hidden)
+        return self.make_metric(self.hidden)
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Positions where groups have to begin anew, because the mask changes there; 0 and the end included."""
-        return (0, *edges(self.plan.mask, self.plan.seq_len), self.plan.seq_len)
+        """Positions where windows must restart because the mask changes, with 0 and the end."""
+        return (0, *mask_edges(self.plan.mask, self.plan.seq_len), self.plan.seq_len)
 
     @property
     def protected(self) -> Tensor:
-        """bool (batch, rows): rows that stay alone."""
+        """bool (batch, rows): rows that must not merge."""
         return (self.positions < self.protect).expand(self.hidden.shape[:2])
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A merge policy that has a name.
+    """A named merge policy.
 
-    decide: what becomes one. The `Merge` must be the same on every rank; what rows hold is told by `gather_rows`.
-    summary: what it does, in a line.
-    static: whether it depends on nothing but positions, so that one merge serves every step.
-    pairs: whether it merges rows into others of the same number, so that `remove` is at most half.
-    deletes: whether rows are deleted by a gate, which the model then learns.
+    decide: makes the `Merge`, the same on every rank; `gather_rows` exchanges the content of rows.
+    summary: what it does, in one line.
+    static: whether it depends on positions alone, so that one merge serves every step.
+    pairs: whether it merges rows in pairs, so that `remove` is at most a half.
+    deletes: whether a learned gate deletes rows.
     """
 
     decide: Callable[[MergeRequest], Merge]
@@ -91,19 +91,18 @@ class Policy:
 
 
 def register(name: str, decide: Callable[[MergeRequest], Merge], *, summary: str = "", static: bool = False) -> None:
-    """Let `ringattn.nn.Merging(policy=name)` take a policy of your own. Do it on every rank alike.
+    """Adds a policy that `ringattn.nn.Merging(policy=name)` accepts. Call it on every rank alike.
 
-    Ranks compare what it returns before any row moves: policies that differ, or decide differently on some rank, raise
-    `MismatchError` on all.
+    Ranks compare the merges before any row moves: different policies or decisions raise `MismatchError` on all ranks.
 
     Args:
         name: letters, digits, _ and -.
         decide: from a `MergeRequest` to a `Merge` of the whole sequence; called in every forward pass, on all ranks together.
-        summary: what it does, for lists.
-        static: whether it depends on nothing but positions; then it is called once for each plan.
+        summary: what it does, in one line.
+        static: whether it depends on positions alone; then it is called once for each plan.
 
     Raises:
-        InputError: the name is taken or no name; `decide` is no function.
+        InputError: the name is taken or invalid, or `decide` is not callable.
     """
     if not callable(decide):
         raise InputError(f"decide={short_repr(decide)}; give a function from a MergeRequest to a Merge")
@@ -111,7 +110,7 @@ def register(name: str, decide: Callable[[MergeRequest], Merge], *, summary: str
 
 
 def unregister(name: str) -> None:
-    """Forget a policy that was registered. Raises `InputError` if there is none of this name."""
+    """Removes a registered policy. Raises `InputError` for an unknown name."""
     POLICIES.unregister(name)
 
 
@@ -124,8 +123,8 @@ def _windows(request: MergeRequest) -> Merge:
 def _words(request: MergeRequest) -> Merge:
     device, positions = request.hidden.device, request.positions
     last = torch.isin(positions + 1, torch.tensor(request.cuts[1:-1], device=device))
-    alone = positions < request.protect
-    ends = torch.isin(request.tokens, torch.tensor(request.ends, device=device)) | last | alone
+    protected = positions < request.protect
+    ends = torch.isin(request.tokens, torch.tensor(request.ends, device=device)) | last | protected
     return segments(gather_rows(ends, request.plan.layout, request.group))
 
 
@@ -143,7 +142,7 @@ def _similar(request: MergeRequest) -> Merge:
         group=request.group,
         remove=request.remove,
         threshold=request.threshold,
-        scorer=request.scorer,  # type: ignore[arg-type]  # it checks
+        scorer=request.scorer,  # type: ignore[arg-type]  # checked there
         protected=request.protected,
         seed=request.seed,
         layer=request.layer,
@@ -157,7 +156,7 @@ def _bipartite(request: MergeRequest) -> Merge:
         group=request.group,
         remove=request.remove,
         threshold=request.threshold,
-        scorer=request.scorer,  # type: ignore[arg-type]  # it checks
+        scorer=request.scorer,  # type: ignore[arg-type]  # checked there
         protected=request.protected,
         seed=request.seed,
         layer=request.layer,
@@ -168,9 +167,9 @@ POLICIES: Registry[Policy] = Registry(
     "merge policy",
     {
         "windows": Policy(_windows, "every `factor` rows", static=True),
-        "similar": Policy(_similar, "similar rows inside windows of `window`", pairs=True),
+        "similar": Policy(_similar, "similar rows within windows of `window`", pairs=True),
         "bipartite": Policy(_bipartite, "similar rows of the whole sequence, not causal", pairs=True),
-        "words": Policy(_words, "rows up to and with a token of `ends`"),
+        "words": Policy(_words, "rows up to and including a token of `ends`"),
         "gate": Policy(_gate, "all but the rows that a learned gate deletes", deletes=True),
     },
 )

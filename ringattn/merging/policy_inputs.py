@@ -1,9 +1,7 @@
-"""Random numbers by (seed, layer, position): the same on one device and on a thousand, whoever draws them and in which order.
+"""Checks the arguments of matching policies on all ranks, and draws random numbers by (seed, layer, position).
 
-A counter-based generator: the three numbers are mixed as in SplitMix64 (Steele et al. 2014,
-https://doi.org/10.1145/2714064.2660195), in wrapping 64-bit arithmetic.
-
-What all matching policies are asked, and the check that every rank asks the same before anything is sent.
+The random numbers are the same on any number of ranks and in any order of drawing: a counter-based generator mixes the three
+numbers as SplitMix64 does (Steele et al. 2014, https://doi.org/10.1145/2714064.2660195), in wrapping 64-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from ringattn.sequence.layout import Layout
 
 
 def uniform(positions: Tensor, seed: int, layer: int, stream: int = 0) -> Tensor:
-    """fp64 in (0, 1), the shape of `positions` (int64). `stream`: another draw at the same place."""
+    """Uniform random numbers in (0, 1), fp64, the shape of `positions` (int64). stream: distinguishes draws at one position."""
     state = positions.long()
     for number in (seed, layer, stream):
         state = _mixed(state + _signed(0x9E3779B97F4A7C15 * (2 * number + 1)))
@@ -41,7 +39,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros coming in: torch has no unsigned arithmetic."""
+    """Logical right shift: torch has no unsigned arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -54,7 +52,7 @@ SCORERS = ("alternate", "energy", "random")
 
 
 class MatchArgs(NamedTuple):
-    """How much merges, and who may; see `similar`."""
+    """The arguments of a matching policy; see `similar`."""
 
     remove: float | None = None
     threshold: float | None = None
@@ -63,8 +61,8 @@ class MatchArgs(NamedTuple):
     seed: int = 0
     layer: int = 0
 
-    def numbers(self, positions: Tensor, batch: int) -> Tensor:
-        """Random numbers at `positions`, others in each sequence of a batch: (batch, ...)."""
+    def random_numbers(self, positions: Tensor, batch: int) -> Tensor:
+        """Random numbers at `positions`, different in each sequence of a batch: (batch, ...)."""
         return torch.stack([uniform(positions, self.seed, self.layer, n) for n in range(batch)])
 
     def check(self) -> None:
@@ -81,30 +79,35 @@ class MatchArgs(NamedTuple):
             return "give remove (a share of the rows), threshold (a cosine), or both"
         if self.remove is not None and not 0 < (as_finite_float(self.remove) or 0) <= 0.5:
             return (
-                f"remove={short_repr(self.remove)}: must be more than 0 and at most 0.5, since half of the rows are merged into"
+                f"remove={short_repr(self.remove)}: must be more than 0 and at most 0.5: one half of the rows can merge into "
+                "the other"
             )
         if self.threshold is not None and (as_finite_float(self.threshold) is None or not -1 <= self.threshold <= 1):
             return f"threshold={short_repr(self.threshold)}: is a cosine, from -1 to 1"
         return None
 
 
-def asked(
-    ask: MatchArgs,
+def agree_on_arguments(
+    match_args: MatchArgs,
     metric: Tensor,
     layout: Layout,
     protected: Tensor | None,
     group: Group | None,
-    more: Callable[[], dict[str, object]],
+    other_fields: Callable[[], dict[str, object]],
 ) -> tuple[Transport, Tensor]:
-    """The transport to use and this rank's protected rows, when all ranks ask the same. `more`: what else they are to agree on.
+    """Checks that all ranks passed the same arguments; returns the transport and this rank's protected rows.
+
+    other_fields: makes further fields that ranks must agree on.
 
     Raises:
-        InputError: something does not fit. Raised on every rank.
-        MismatchError: ranks ask for different things. Raised on every rank.
+        InputError: an argument does not fit. Raised on every rank.
+        MismatchError: ranks passed different arguments. Raised on every rank.
     """
     process_group, rank = resolve_group(layout, group, Layout)
     fields: dict[str, object] = {"call": "merging"}
-    problem = error_message(lambda: fields.update(_fields(ask, metric, layout, rank, protected, process_group) | more()))
+    problem = error_message(
+        lambda: fields.update(_fields(match_args, metric, layout, rank, protected, process_group) | other_fields())
+    )
     agree(process_group, fields, problem, device=metric.device if isinstance(metric, Tensor) else None)
     if protected is None:
         protected = torch.zeros(metric.shape[:2], dtype=torch.bool, device=metric.device)
@@ -112,15 +115,15 @@ def asked(
 
 
 def _fields(
-    ask: MatchArgs, metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None
+    match_args: MatchArgs, metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None
 ) -> dict[str, object]:
-    """What ranks have to agree on; raises `InputError` for what is wrong."""
-    ask.check()
+    """The fields that ranks must agree on; raises `InputError` for an argument that does not fit."""
+    match_args.check()
     for name, tensor in (("metric", metric), ("protected", metric if protected is None else protected)):
         as_strided_tensor(name, tensor)
     if problem := _misfit(metric, layout, rank, protected, group):
         raise InputError(problem)
-    return {"merge by": ask, "layout": layout.digest, "batch": metric.shape[0], "metric channels": metric.shape[-1]}
+    return {"merge by": match_args, "layout": layout.digest, "batch": metric.shape[0], "metric channels": metric.shape[-1]}
 
 
 def _misfit(metric: Tensor, layout: Layout, rank: int, protected: Tensor | None, group: dist.ProcessGroup | None) -> str | None:
@@ -132,7 +135,7 @@ def _misfit(metric: Tensor, layout: Layout, rank: int, protected: Tensor | None,
     if metric.shape[-1] > MOST_CHANNELS:
         return f"metric has {metric.shape[-1]} channels, at most {MOST_CHANNELS} are compared exactly; average keys over heads"
     if layout.keys is not None or layout.first:
-        return "layout: queries and keys lie apart in it; give one whose rows are both"
+        return "layout: queries and keys have different layouts; give one layout for both"
     if protected is not None and (protected.dtype != torch.bool or protected.shape != metric.shape[:2]):
         return f"protected: {protected.dtype} of shape {tuple(protected.shape)}; give bool {tuple(metric.shape[:2])}"
     return cannot_move(group, "metric", metric)

@@ -1,11 +1,11 @@
-"""A Llama-shaped decoder that trains on shards, and the three things a sharded training step needs.
+"""Provides a Llama-shaped decoder on sharded sequences, and the loss and gradient reductions of a sharded training step.
 
     logits = Decoder(config)(tokens, plan)            each rank: its own rows, positions from the plan
-    loss = cross_entropy(logits, targets)             the global mean; targets shifted before they were sharded
+    loss = cross_entropy(logits, targets)             the global mean; targets are shifted before sharding
     reduce_gradients(model.parameters())              parameters are replicated, so gradients are summed
 
 With a plan for one rank the same class with the same parameters is the ordinary single-process model: only `attention` and the
-two reductions know whether the sequence is cut.
+two reductions depend on how the sequence is sharded.
 """
 
 from ringattn.nn.config import DecoderConfig

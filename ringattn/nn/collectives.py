@@ -1,4 +1,4 @@
-"""Sums over a group, where no plan says how many ranks there are."""
+"""Sums tensors over a process group that no plan describes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ringattn.faults.watchdog import comm_errors
 
 
 def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
-    """`group`, or the default group, as a process group; None where there is nothing to reduce: no group, or one member."""
+    """Resolves `group`, or the default group, to a process group; None where there is none, or it has one rank."""
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return None
     try:
@@ -26,7 +26,7 @@ def reduction_group(group: Group | None) -> dist.ProcessGroup | None:
 
 
 def sum_over(group: dist.ProcessGroup | None, tensor: Tensor, what: str) -> Tensor:
-    """`tensor`, replaced by its sum over `group`. Raises `CommError` when a rank is gone; `what` names the sum."""
+    """Sums `tensor` over `group` in place and returns it. Raises `CommError` when a rank fails; `what` names the sum."""
     if group is None:
         return tensor
     with comm_errors("summing", f"rank {dist.get_rank(group)}: {{about}} could not be summed over the ranks", what):

@@ -1,4 +1,4 @@
-"""The shape of a decoder: plain numbers, checked once. No torch here."""
+"""Defines the numbers that describe a decoder, and validates them. No torch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ringattn.errors import InputError
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The numbers of a Llama-shaped decoder.
+    """Hyperparameters of a Llama-shaped decoder.
 
     vocab_size: tokens; 256 for bytes.         dim: width of the residual stream.
     layers: blocks of attention and MLP.       hidden_dim: width inside the SwiGLU MLP.
-    heads, kv_heads, head_dim: of the attention; heads must be a multiple of kv_heads, head_dim even (rotary turns pairs).
+    heads, kv_heads, head_dim: of the attention; heads must be a multiple of kv_heads, head_dim even (rotary rotates pairs).
     rope_theta: base of the rotary frequencies. norm_eps: added to the mean square in RMSNorm.
 
-    Raises `InputError` when a number cannot work.
+    Raises `InputError` for an invalid number.
     """
 
     vocab_size: int
@@ -40,14 +40,14 @@ class DecoderConfig:
                 raise InputError(f"{name}={short_repr(getattr(self, name))}: must be positive")
         if self.heads % self.kv_heads:
             raise InputError(
-                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; each KV head serves equally many query ones"
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; all KV heads serve as many query heads"
             )
         if self.head_dim % 2:
-            raise InputError(f"head_dim={self.head_dim}: must be even, since the rotary embedding turns pairs of channels")
+            raise InputError(f"head_dim={self.head_dim}: must be even, since the rotary embedding rotates pairs of channels")
 
     @property
     def parameters(self) -> int:
-        """How many numbers a `Decoder` of this shape has: to be asked before it is made."""
+        """The number of parameters of a `Decoder` with this config, without building it."""
         attention = 2 * self.dim * (self.heads + self.kv_heads) * self.head_dim
         block = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
         return self.vocab_size * self.dim + self.layers * block + self.dim

@@ -1,8 +1,8 @@
-"""The decoder: embedding, blocks of attention and SwiGLU, final norm, head tied to the embedding; each rank runs its own rows.
+"""Implements the decoder: embedding, blocks of attention and SwiGLU, final norm, tied head; each rank runs its own rows.
 
-Only attention looks beyond a row, so it is the only place where ranks meet. Modules are named as in Llama's published weights
-(`layers.0.self_attn.q_proj`), so a bias-free, tied Llama loads with `load_state_dict`. No dropout and no KV cache: this is for
-training and scoring, not for generation.
+Only attention combines rows, so only attention communicates. Modules are named as in Llama's published weights
+(`layers.0.self_attn.q_proj`), so a bias-free, tied Llama loads with `load_state_dict`. No dropout and no KV cache: the decoder
+is for training and scoring, not for generation.
 
 Touvron et al. 2023, https://arxiv.org/abs/2302.13971; GQA: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245;
 SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202.
@@ -23,7 +23,7 @@ from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.execution.attention import attention
-from ringattn.execution.checks import as_strided_tensor, resolve_group, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, check_tokens, resolve_group
 from ringattn.execution.sharding import positions
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.loss import IGNORE, NUMBERS, check_targets, mean_over, summed
@@ -36,7 +36,7 @@ LOGIT_ROWS = 1024  # rows whose logits exist at once in `Decoder.loss`
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query self-attention over a sequence that is cut over ranks."""
+    """Grouped-query self-attention over a sharded sequence."""
 
     def __init__(self, config: DecoderConfig) -> None:
         instance("config", config, DecoderConfig, InputError, A_CONFIG)
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class BlockArgs(NamedTuple):
-    """What blocks are run with: all that a pass of the decoder has been called with."""
+    """The arguments of a decoder pass that its blocks need."""
 
     tokens: Tensor
     plan: Plan
@@ -104,16 +104,16 @@ class BlockArgs(NamedTuple):
     key_bias: Tensor | None = None
 
     def __call__(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-        given = (self.positions, self.plan, self.group, self.key_bias)
+        args = (self.positions, self.plan, self.group, self.key_bias)
         for block in blocks:
-            x = recomputed(block, x, *given, use_reentrant=False) if self.checkpoint else block(x, *given)
+            x = recomputed(block, x, *args, use_reentrant=False) if self.checkpoint else block(x, *args)
         return x
 
 
 class Decoder(nn.Module):
-    """A Llama-shaped language model whose sequence is cut over ranks; parameters are replicated.
+    """A Llama-shaped language model on a sharded sequence; parameters are replicated.
 
-    With a plan for one rank it is the single-process model. New parameters are drawn from torch's global generator: give it the
+    With a plan for one rank it is the single-process model. New parameters are drawn from torch's global generator: set the
     same seed on all ranks.
     """
 
@@ -127,12 +127,13 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices keep their input's variance; what joins the residual stream is scaled by 1/sqrt(2 layers), as in GPT-2."""
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # small, as it is also the head: training starts at log(vocab_size)
+        """Initialises matrices to keep the variance, scaled by 1/sqrt(2 layers) if they add to the residual stream (GPT-2)."""
+        # Small, since it is also the head: the initial loss is log(vocab_size).
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
         for name, p in self.layers.named_parameters():
             if p.ndim == 2:
-                joins = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.layers if joins else 1)) ** -0.5)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=(p.shape[1] * (2 * self.config.layers if residual else 1)) ** -0.5)
 
     def forward(self, tokens: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False) -> Tensor:
         """Logits (batch, rows, vocab_size) for this rank's rows.
@@ -152,9 +153,9 @@ class Decoder(nn.Module):
     def loss(
         self, tokens: Tensor, targets: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False
     ) -> Tensor:
-        """`cross_entropy(self(tokens, plan, group), targets, group)` without ever holding the logits of a whole shard.
+        """Computes `cross_entropy(self(tokens, plan, group), targets, group)` without all logits of the shard in memory.
 
-        targets: int64 (batch, rows), shifted before sharding. Logits of 1,024 rows exist at once; backward makes them again.
+        targets: int64 (batch, rows), shifted before sharding. Logits of 1,024 rows exist at once; backward recomputes them.
 
         Raises:
             InputError: tokens or targets do not fit the plan. Raised on every rank.
@@ -176,30 +177,31 @@ class Decoder(nn.Module):
         process_group, rank = resolve_group(plan, group)
         problem = error_message(lambda: self._check(tokens, plan, rank, checkpoint, targets))
         agree(process_group, {"call": "Decoder", "plan": plan.digest}, problem, details=plan.describe)
-        through = BlockArgs(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
-        normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), through))
+        block_args = BlockArgs(tokens, plan, group, checkpoint, positions(plan, rank).to(tokens.device))
+        normed: Tensor = self.norm(self._blocks(self.embed_tokens(tokens), block_args))
         return normed
 
     def _check(self, tokens: Tensor, plan: Plan, rank: int, checkpoint: bool, targets: object) -> None:
-        """Raise `InputError` for what does not fit the plan or the model."""
+        """Raises `InputError` for arguments that do not fit the plan or the model."""
         flag("checkpoint", checkpoint, InputError)
         if as_strided_tensor("tokens", tokens).ndim != 2 or tokens.shape[1] != plan.rows(rank):
             raise InputError(
                 f"tokens has shape {tuple(tokens.shape)}, the plan gives rank {rank} {plan.rows(rank)} rows: "
                 "pass (batch, rows) as shard(tokens, plan) returns it"
             )
-        where = self.embed_tokens.weight.device
-        if tokens.dtype not in NUMBERS or tokens.device != where:
-            raise InputError(f"tokens: {tokens.dtype} on {tokens.device}; give int64 on {where}, where the model is")
-        whole_numbers("tokens", tokens, self.config.vocab_size)
+        device = self.embed_tokens.weight.device
+        if tokens.dtype not in NUMBERS or tokens.device != device:
+            raise InputError(f"tokens: {tokens.dtype} on {tokens.device}; give int64 on {device}, the model's device")
+        check_tokens("tokens", tokens, self.config.vocab_size)
         if targets is NO_TARGETS:
             return
-        if (found := as_strided_tensor("targets", targets)).shape != tokens.shape:
+        target_ids = as_strided_tensor("targets", targets)
+        if target_ids.shape != tokens.shape:
             raise InputError(
-                f"targets has shape {tuple(found.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
+                f"targets has shape {tuple(target_ids.shape)} and tokens {tuple(tokens.shape)}: shard both with the same plan"
             )
-        check_targets(found, self.config.vocab_size, where)
+        check_targets(target_ids, self.config.vocab_size, device)
 
-    def _blocks(self, x: Tensor, through: BlockArgs) -> Tensor:
-        """All blocks, on the residual stream."""
-        return through(self.layers, x)
+    def _blocks(self, x: Tensor, block_args: BlockArgs) -> Tensor:
+        """Runs all blocks."""
+        return block_args(self.layers, x)

@@ -1,11 +1,11 @@
-"""Cross-entropy on shards: each rank's own rows, the exact mean over all of them.
+"""Computes cross-entropy on shards: each rank its own rows, the exact mean over all of them.
 
-Ranks hold different numbers of counted targets, so a mean of means would be wrong: sum and count are reduced separately.
-The value is the global mean on each rank; the gradient is that of this rank's own share, local sum / global count, so that the
-parameter gradients of all ranks have to be summed (`reduce_gradients`). Whoever averages them instead, as DDP and FSDP do, says
-over how many ranks, and the gradient is larger by that factor.
+Ranks hold different numbers of counted targets, so a mean of means would be wrong: sum and count are reduced separately. The
+value is the global mean on each rank; the gradient is that of this rank's share, local sum / global count, so the parameter
+gradients of all ranks must be summed (`reduce_gradients`). Where they are averaged instead, as by DDP and FSDP, `averaged_over`
+names the number of ranks, and the gradient is larger by that factor.
 
-Targets are shifted before the sequence is cut: the next token of a shard's last row usually lives on another rank.
+Targets are shifted before the sequence is sharded: the next token of a shard's last row usually lies on another rank.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ringattn._validation import MOST, count, error_message, short_repr
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group
 from ringattn.errors import InputError
-from ringattn.execution.checks import as_strided_tensor, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, check_tokens
 from ringattn.kernels.lse import accum_dtype
 from ringattn.nn.collectives import reduction_group, sum_over
 
-IGNORE = -100  # torch's default too
+IGNORE = -100  # also torch's default
 NUMBERS = (torch.int64, torch.int32)
 
 
 def shift_labels(tokens: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """Next-token targets: tokens one to the left, `ignore_index` last. tokens: int64 (batch, seq_len), not yet sharded."""
+    """Makes next-token targets: tokens shifted left by one, `ignore_index` last. tokens: int64 (batch, seq_len), unsharded."""
     if as_strided_tensor("tokens", tokens).ndim != 2 or tokens.dtype not in NUMBERS:
         raise InputError(f"tokens: {tokens.dtype} of shape {tuple(tokens.shape)}; give int64 (batch, seq_len)")
     ignore_index = count("ignore_index", ignore_index, InputError, least=-MOST)
@@ -46,19 +46,19 @@ def cross_entropy(
     averaged_over: int = 1,
     num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """Mean cross-entropy in nats over the rows of all ranks; collective over `group`.
+    """Computes the mean cross-entropy in nats over the rows of all ranks; collective over `group`.
 
     Args:
-        logits: (..., vocab_size), this rank's rows; computed on in fp32 (fp64 stays fp64). May have no rows at all.
+        logits: (..., vocab_size), this rank's rows; converted to fp32 (fp64 stays fp64). May have no rows.
         targets: int64 (...), this rank's, shifted before sharding: `shard(shift_labels(tokens), plan)`.
         group: the process group or 1-D DeviceMesh whose ranks share the mean: those that hold the sequence, or these and all
             replicas; the default group, if there is one, by default.
-        ignore_index: targets with this value do not count. When none counts anywhere, the loss is 0 and so is its gradient.
-        averaged_over: 1 where the parameters' gradients are summed over `group`; where they are averaged, the number they are
-            divided by: with DDP or FSDP over all of `group` its size.
-        num_items: what the sum of losses is divided by instead of the counted targets of this call. Under gradient
-            accumulation: the counted targets of all micro-batches and all ranks, the same number on every rank. The losses of
-            the micro-batches then add up to the mean over all of them, and are not to be divided again. A tensor has one entry.
+        ignore_index: targets with this value do not count. When none counts on any rank, the loss and its gradient are 0.
+        averaged_over: 1 where the parameters' gradients are summed over `group`; where they are averaged, the divisor: with DDP
+            or FSDP over all of `group` its size.
+        num_items: the divisor of the sum of losses in place of the counted targets of this call. Under gradient accumulation:
+            the counted targets of all micro-batches and all ranks, the same on every rank. The losses of the micro-batches then
+            add up to the mean over all of them and must not be divided again. A tensor has one entry.
 
     Returns:
         A scalar, the same on every rank. Its gradient is this rank's share, times `averaged_over`.
@@ -75,14 +75,14 @@ def cross_entropy(
 
 
 def _comparable(num_items: int | Tensor | None) -> object:
-    """What ranks compare. The value of a tensor on a GPU is left out: reading it would stall the GPU."""
+    """The value that ranks compare. That of a tensor on a GPU is not read: a read would synchronise."""
     if isinstance(num_items, Tensor):
         return "a tensor" if num_items.device.type != "cpu" else num_items.item()
     return num_items
 
 
 def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: int, num_items: int | Tensor | None) -> None:
-    """Raise `InputError` for what does not fit."""
+    """Raises `InputError` for arguments that do not fit."""
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1 or num_items.dtype == torch.bool or num_items.is_complex():
             raise InputError(f"num_items: {num_items.dtype} of shape {tuple(num_items.shape)}; give one number")
@@ -102,14 +102,14 @@ def _check(logits: Tensor, targets: Tensor, ignore_index: int, averaged_over: in
 
 
 def check_targets(targets: Tensor, vocab_size: int, device: torch.device, ignore_index: int = IGNORE) -> None:
-    """Raise `InputError` unless they are numbers of tokens."""
+    """Raises `InputError` unless targets are token numbers of the right dtype and device."""
     if targets.dtype != torch.int64 or targets.device != device:
-        raise InputError(f"targets: {targets.dtype} on {targets.device}; give int64 on {device}, where the logits are")
-    whole_numbers("targets", targets, vocab_size, ignore_index)
+        raise InputError(f"targets: {targets.dtype} on {targets.device}; give int64 on {device}, the device of the logits")
+    check_tokens("targets", targets, vocab_size, ignore_index)
 
 
 def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tensor:
-    """The sum of this rank's losses, not yet divided by anything."""
+    """The sum of this rank's losses."""
     rows = logits.flatten(0, -2).to(accum_dtype(logits.dtype))
     return F.cross_entropy(rows, targets.flatten(), ignore_index=ignore_index, reduction="sum")
 
@@ -121,7 +121,7 @@ def mean_over(
     averaged_over: int = 1,
     num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """Sum of all sums / sum of all counts, or / num_items; backward gives `local_sum` the gradient averaged_over / divisor."""
+    """Sum of all sums / sum of all counts or num_items; the gradient of `local_sum` is averaged_over / divisor."""
     mean: Tensor = _MeanOver.apply(local_sum, local_count, group, averaged_over, num_items)
     return mean
 

@@ -1,15 +1,15 @@
-"""A decoder whose middle runs on a shorter sequence: rows are merged before some block and unmerged behind a later one.
+"""Runs the middle blocks of a decoder on a shorter sequence: rows are merged before a block and unmerged after a later one.
 
     x ──blocks──┬─────────────────────────────────────────────────┬─(+)──blocks── loss, at every row
                 └─merge── y ──blocks on groups── y' ── y' - y ──unmerge─┘
 
-What the middle adds to a group is added to its rows; under a causal mask, to the rows from where the group is ready on, so that
-no row is told of what comes after it. Labels stay where they are, rotary positions are those of each group's last row, and keys
-weigh as many rows as they stand for.
+What the middle adds to a group is added to its rows; under a causal mask, to the rows from the position on at which the group
+is ready, so no row depends on later ones. Labels are unchanged, rotary positions are those of each group's last row, and keys
+are weighted by the number of rows they represent.
 
-With the delete gate (`policy="gate"`) the middle runs on all rows in training, faded by the gate, and on those that are left in
-evaluation; a deleted row passes the middle by. Shape: Nawrot et al. 2021, https://arxiv.org/abs/2110.13711 (hourglass), whose
-shift this generalises; MergeDNA, https://arxiv.org/abs/2511.14806.
+With the delete gate (`policy="gate"`) the middle runs in training on all rows, attenuated by the gate, and in evaluation on the
+kept rows; a deleted row bypasses the middle. Architecture: Nawrot et al. 2021, https://arxiv.org/abs/2110.13711 (hourglass),
+whose shift this generalises; MergeDNA, https://arxiv.org/abs/2511.14806.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from ringattn.planner.topology import Topology
 
 @dataclass(frozen=True)
 class Merging:
-    """What `MergingDecoder` merges, and where. Checked when the decoder is made.
+    """Configures what `MergingDecoder` merges, and where. Validated by the decoder's constructor.
 
     policy: one of `ringattn.merging.POLICIES`. "windows" of `factor` rows; "similar" rows inside windows of `window`;
-        "bipartite": similar rows of the whole sequence, not causal; "words": up to and with a token of `ends`; "gate": what a
-        learned gate deletes.
+        "bipartite": similar rows of the whole sequence, not causal; "words": up to and including a token of `ends`; "gate":
+        rows that a learned gate deletes.
     first, last: blocks [first, last) run on the short sequence.
     factor: rows in a window of "windows".
     window: rows in a window of "similar".
-    remove: share of rows that merge into others ("similar", "bipartite", up to 0.5), or that the gate shall delete.
-    threshold: cosine above which rows merge ("similar", "bipartite"); then `remove` is the most there may be.
+    remove: share of rows that merge into others ("similar", "bipartite", up to 0.5), or the target share that the gate deletes.
+    threshold: cosine above which rows merge ("similar", "bipartite"); then `remove` is the maximum share.
     scorer: who may merge ("similar", "bipartite"): "alternate", "energy" or "random".
     ends: tokens that end a word.
-    how: "mean" of a group's rows, the "last" of them, or "learned": a mean weighed by the rows themselves.
-    size_bias: whether keys weigh as many rows as were merged into them.
-    protect: so many rows at the start of the sequence stay alone.
+    how: "mean" of a group's rows, the "last" of them, or "learned": a weighted mean with learned weights.
+    size_bias: whether keys are weighted by the number of rows merged into them.
+    protect: this many rows at the start of the sequence are not merged.
     layout, bucket: see `shorten`; bucket only where counts depend on data.
     schedule, topology: of attention over groups, for `make_plan`. Where counts depend on data there are many plans: "auto"
-        takes seconds for each, a name milliseconds.
+        takes seconds for each, a named schedule milliseconds.
     """
 
     policy: str
@@ -73,7 +73,7 @@ class Merging:
     seed: int = 0
 
     def check(self, config: DecoderConfig) -> None:
-        """Raise `InputError` for what cannot work."""
+        """Raises `InputError` for invalid values."""
         one_of("policy", self.policy, POLICIES, InputError)
         for name in ("first", "last", "protect", "factor", "window", "bucket", "seed"):
             as_int(name, getattr(self, name), InputError)
@@ -100,13 +100,13 @@ class Merging:
         for name in ("factor", "window", "bucket"):
             count(name, getattr(self, name), InputError, hint="it counts rows")
         if POLICIES[self.policy].deletes and (self.protect or self.how != "mean"):
-            raise InputError(f'policy="{self.policy}" deletes rows and means nothing: leave out protect and how')
+            raise InputError(f'policy="{self.policy}" deletes rows and computes no means: leave out protect and how')
 
 
 class MergingDecoder(Decoder):
-    """`Decoder` with `Merging`. The same parameters and, for the gate and the learned mean, a few more.
+    """A `Decoder` with `Merging`. It has the same parameters and a few more for the gate and the learned mean.
 
-    `short` is what the last pass has merged: its plan and, for each group, sizes and positions; None where nothing was.
+    `short` is the merged sequence of the last pass (plan, sizes, positions of the groups), None where nothing was merged.
     """
 
     def __init__(self, config: DecoderConfig, merging: Merging) -> None:
@@ -115,18 +115,18 @@ class MergingDecoder(Decoder):
         super().__init__(config)
         self.merging, self._policy = merging, POLICIES[merging.policy]
         self.short: MergedSequence | None = None
-        self._kept: dict[object, MergedSequence] = {}
+        self._static_merges: dict[object, MergedSequence] = {}
         self._gates: Tensor | None = None
         if self._policy.deletes:
             self.gate, self.controller = DeleteGate(config.dim), RateController(merging.remove)
         if merging.how == "learned":
             self.weigh = nn.Linear(config.dim, 1, bias=False)
-            nn.init.zeros_(self.weigh.weight)  # at first the plain mean
+            nn.init.zeros_(self.weigh.weight)  # the plain mean at first
 
     def loss(
         self, tokens: Tensor, targets: Tensor, plan: Plan, group: Group | None = None, *, checkpoint: bool = False
     ) -> Tensor:
-        """As `Decoder.loss`. In training the gate's weight times its mean is in the gradient and not in the value."""
+        """As `Decoder.loss`. In training the gate's penalty contributes to the gradient and not to the value."""
         value = super().loss(tokens, targets, plan, group, checkpoint=checkpoint)
         if self._gates is None:
             return value
@@ -138,65 +138,67 @@ class MergingDecoder(Decoder):
         with_penalty: Tensor = value + (penalty - penalty.detach()).to(value.dtype)
         return with_penalty
 
-    def _blocks(self, x: Tensor, through: BlockArgs) -> Tensor:
+    def _blocks(self, x: Tensor, block_args: BlockArgs) -> Tensor:
         m, blocks = self.merging, list(self.layers)
-        x = through(blocks[: m.first], x)
-        x = (self._faded if self._policy.deletes and self.training else self._merged)(x, blocks[m.first : m.last], through)
-        return through(blocks[m.last :], x)
+        x = block_args(blocks[: m.first], x)
+        x = (self._soft_gated if self._policy.deletes and self.training else self._merged)(
+            x, blocks[m.first : m.last], block_args
+        )
+        return block_args(blocks[m.last :], x)
 
-    def _faded(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
-        """The soft gate: a row weighs less as a key, and takes less of what the middle makes of it."""
+    def _soft_gated(self, x: Tensor, middle: list[nn.Module], block_args: BlockArgs) -> Tensor:
+        """Runs the middle with the soft gate: a row has less weight as a key and takes less of the middle's output."""
         g = self._gates = self.gate(x)
         self.short = None
-        added: Tensor = self._share(g, x) * (through._replace(key_bias=g)(middle, x) - x)
+        added: Tensor = self._share(g, x) * (block_args._replace(key_bias=g)(middle, x) - x)
         return x + added
 
     def _share(self, g: Tensor, x: Tensor) -> Tensor:
-        """How much of the middle a row takes: 1 if it is kept, 0 if it is deleted."""
+        """The share of the middle's output that a row takes: 1 if it is kept, 0 if it is deleted."""
         share: Tensor = (1 + g / self.gate.scale).to(x.dtype).unsqueeze(-1)
         return share
 
-    def _merged(self, x: Tensor, middle: list[nn.Module], through: BlockArgs) -> Tensor:
+    def _merged(self, x: Tensor, middle: list[nn.Module], block_args: BlockArgs) -> Tensor:
         m = self.merging
         g = self.gate(x) if self._policy.deletes else None
-        short = self.short = self._shortened(x, g, through)
+        short = self.short = self._shorten(x, g, block_args)
         weights = (10 * torch.tanh(self.weigh(x) / 10)).exp().squeeze(-1) if m.how == "learned" else None
         y = short.merge(x, "last" if m.how == "last" or g is not None else "mean", weights)
         bias = None if short.is_even and g is None else short.key_bias
         if bias is not None and not m.size_bias:
-            bias = bias.clamp(max=0)  # of what is there 0, of empty slots still -inf
+            bias = bias.clamp(max=0)  # 0 for groups, still -inf for empty slots
         if g is not None:
             bias = short.merge(g, "last") + short.key_bias.to(g.dtype)
-        short_way = through._replace(positions=short.positions, plan=short.plan, key_bias=bias)
-        added = short.unmerge(short_way(middle, y) - y)
-        if g is not None:  # what is deleted passes by, and so gets nothing of the group before it
+        short_args = block_args._replace(positions=short.positions, plan=short.plan, key_bias=bias)
+        added = short.unmerge(short_args(middle, y) - y)
+        if g is not None:  # a deleted row bypasses the middle and gets nothing of the group before it
             added = added * self.gate.keeps(g).unsqueeze(-1) * self._share(g, x)
         return x + added
 
-    def _shortened(self, x: Tensor, g: Tensor | None, through: BlockArgs) -> MergedSequence:
-        m, plan, group = self.merging, through.plan, through.group
+    def _shorten(self, x: Tensor, g: Tensor | None, block_args: BlockArgs) -> MergedSequence:
+        m, plan, group = self.merging, block_args.plan, block_args.group
         key = (plan, len(x), x.device, group)
-        if key in self._kept:
-            return self._kept[key]
+        if key in self._static_merges:
+            return self._static_merges[key]
         config, static = self.config, self._policy.static
         heads = config.heads + config.kv_heads
-        pay = LayerCost(
+        cost = LayerCost(
             m.last - m.first, len(x), config.dim, 2.0 * config.dim * (2 * heads * config.head_dim + 3 * config.hidden_dim)
         )
-        merge, choices = self._merge(x, g, through), dict(schedule=m.schedule, topology=m.topology)
-        short = shorten(merge, plan, group=group, layout=m.layout, bucket=1 if static else m.bucket, pay=pay, **choices)
+        merge, choices = self._merge(x, g, block_args), dict(schedule=m.schedule, topology=m.topology)
+        short = shorten(merge, plan, group=group, layout=m.layout, bucket=1 if static else m.bucket, cost=cost, **choices)
         if static:
-            self._kept = {key: short}
+            self._static_merges = {key: short}
         return short
 
-    def _merge(self, x: Tensor, g: Tensor | None, through: BlockArgs) -> Merge:
+    def _merge(self, x: Tensor, g: Tensor | None, block_args: BlockArgs) -> Merge:
         m = self.merging
         request = MergeRequest(
             x,
-            through.tokens,
-            through.positions,
-            through.plan,
-            through.group,
+            block_args.tokens,
+            block_args.positions,
+            block_args.plan,
+            block_args.group,
             self._metric,
             None if g is None else self.gate.keeps(g),
             m.factor,
@@ -214,7 +216,7 @@ class MergingDecoder(Decoder):
 
     @torch.no_grad()
     def _metric(self, x: Tensor) -> Tensor:
-        """Keys of the first block behind, averaged over heads: (batch, rows, head_dim)."""
+        """Keys of the first middle block, averaged over heads: (batch, rows, head_dim)."""
         block = self.layers[self.merging.first]
         assert isinstance(block, Block)
         keys: Tensor = block.self_attn.k_proj(block.input_layernorm(x))

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from spawn import descendants, finish, start
 
+pytestmark = pytest.mark.slow
+
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 PAGE = GPU.parent.parent / "docs" / "gpu.md"
 HIDDEN = ("tyro", "rich", "numpy", "scipy", "matplotlib", "transformers")  # none of which the machine with a GPU must have

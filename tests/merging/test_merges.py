@@ -1,7 +1,7 @@
-"""What becomes one, who may know of it, policies that go by position, and where groups lie: against plain lists.
+"""Tests merges, policies by position, causality, similarity and placement against plain lists.
 
-A merge is a list of groups here, each a list of rows, and "known" are those that a row may have heard of. That nothing tells
-the past of the future is then one sentence: sequences that are equal up to a row are known alike up to there.
+A merge is a list of groups here, each a list of rows; "known" are the groups that are ready at a row. Causality is then: for
+sequences that are equal up to a row, the same groups are known at every row up to it.
 """
 
 import math
@@ -18,11 +18,21 @@ from ringattn import InputError, Mask, causal, documents, full, prefix_lm, slidi
 from ringattn.comm.simulated import Simulated
 from ringattn.execution.sharding import resident_positions
 from ringattn.merging import Merge, grid, segments, windows
-from ringattn.merging.exchange import SlotExchange, down, told, up
-from ringattn.merging.matching import ONE, SAME, fixed_point, similarity
-from ringattn.merging.placement import Placement, crosses, edges, even, is_causal, over_slots, seen, stay, untimely
+from ringattn.merging.exchange import SlotExchange, gather_all_rows, read_slots, sum_to_slots
+from ringattn.merging.matching import MAX_SIMILARITY, UNIT, fixed_point, similarity
+from ringattn.merging.placement import (
+    Placement,
+    crosses_documents,
+    is_causal,
+    is_visible,
+    keep_in_place,
+    mask_edges,
+    mask_over_slots,
+    seen_before_ready,
+    spread_evenly,
+)
 from ringattn.merging.policy_inputs import MatchArgs, uniform
-from ringattn.merging.similar_rows import in_windows
+from ringattn.merging.similar_rows import match_in_windows
 from ringattn.sequence.layout import LAYOUTS, Layout, Span
 
 Groups = list[list[int]]
@@ -35,17 +45,17 @@ def groups(merge: Merge, one: int = 0) -> Groups:
 
 
 def known(merge: Merge, at: int, one: int = 0) -> Groups:
-    """The groups that row `at` may have heard of."""
+    """The groups that are ready at row `at`."""
     ready = merge.ready[one].tolist()
     return [rows for rows in groups(merge, one) if ready[rows[-1]] <= at]
 
 
 def labelled(labels: list[int]) -> Groups:
-    found: dict[int, list[int]] = {}
+    actual: dict[int, list[int]] = {}
     for row, label in enumerate(labels):
         if label >= 0:
-            found.setdefault(label, []).append(row)
-    return sorted(found.values(), key=lambda rows: rows[-1])
+            actual.setdefault(label, []).append(row)
+    return sorted(actual.values(), key=lambda rows: rows[-1])
 
 
 @st.composite
@@ -58,20 +68,20 @@ def labels(draw: st.DrawFn, batch: int = 2, most: int = 14) -> Tensor:
 @st.composite
 def merges(draw: st.DrawFn, batch: int = 2) -> Merge:
     """Anything: scattered groups, deleted rows, decided late."""
-    found = draw(labels(batch))
-    late = st.lists(st.integers(0, 6), min_size=found.shape[1], max_size=found.shape[1])
+    actual = draw(labels(batch))
+    late = st.lists(st.integers(0, 6), min_size=actual.shape[1], max_size=actual.shape[1])
     after = torch.tensor([draw(late) for _ in range(batch)])
-    return Merge.of(found, decided=torch.arange(found.shape[1]) + after if draw(st.booleans()) else None)
+    return Merge.of(actual, decided=torch.arange(actual.shape[1]) + after if draw(st.booleans()) else None)
 
 
 # Merges
 
 
 @given(labels())
-def test_rows_of_one_label_are_one_group_and_groups_are_numbered_by_their_last_rows(found: Tensor) -> None:
-    merge = Merge.of(found)
-    assert (merge.batch, merge.seq_len) == tuple(found.shape)
-    for one, given_labels in enumerate(found.tolist()):
+def test_rows_of_one_label_are_one_group_and_groups_are_numbered_by_their_last_rows(actual: Tensor) -> None:
+    merge = Merge.of(actual)
+    assert (merge.batch, merge.seq_len) == tuple(actual.shape)
+    for one, given_labels in enumerate(actual.tolist()):
         expected = labelled(given_labels)
         assert groups(merge, one) == expected
         assert merge.counts[one] == len(expected)
@@ -81,14 +91,14 @@ def test_rows_of_one_label_are_one_group_and_groups_are_numbered_by_their_last_r
 
 
 @given(st.data(), labels(batch=1))
-def test_a_group_is_ready_when_all_is_decided_of_the_rows_up_to_its_last(data: st.DataObject, found: Tensor) -> None:
-    length = found.shape[1]
+def test_a_group_is_ready_when_all_is_decided_of_the_rows_up_to_its_last(data: st.DataObject, actual: Tensor) -> None:
+    length = actual.shape[1]
     decided = data.draw(st.lists(st.integers(0, length + 2), min_size=length, max_size=length))
-    merge = Merge.of(found[0], decided=torch.tensor(decided))
+    merge = Merge.of(actual[0], decided=torch.tensor(decided))
     for rows in groups(merge):
         last = rows[-1]
         assert merge.ready[0, last] == max(last, *decided[: last + 1])
-    plain = Merge.of(found)
+    plain = Merge.of(actual)
     assert all(plain.ready[0, rows[-1]] == rows[-1] for rows in groups(plain))
 
 
@@ -113,7 +123,7 @@ def test_digests_are_equal_exactly_when_merges_are() -> None:
 def test_two_merges_in_a_row_join_the_groups_whose_numbers_the_second_joins(data: st.DataObject, first: Merge) -> None:
     count = max(first.counts)
     assume(count)
-    second = data.draw(labels(batch=first.batch, most=count).filter(lambda found: found.shape[1] == count))
+    second = data.draw(labels(batch=first.batch, most=count).filter(lambda actual: actual.shape[1] == count))
     after = Merge.of(second if data.draw(st.booleans()) else second[:1])
     both = first.then(after)
     for one in range(first.batch):
@@ -121,7 +131,7 @@ def test_two_merges_in_a_row_join_the_groups_whose_numbers_the_second_joins(data
         joined = [[before[n] for n in ns if n < len(before)] for ns in groups(after, one if after.batch > 1 else 0)]
         expected = [sorted(row for rows in some for row in rows) for some in joined if some]
         assert groups(both, one) == sorted(expected, key=lambda rows: rows[-1])
-        for rows in groups(both, one):  # nothing is known before its parts are
+        for rows in groups(both, one):  # a group is not ready before its parts
             parts = [part for part in before if part[-1] in rows]
             assert both.ready[one, rows[-1]] >= max(first.ready[one, part[-1]] for part in parts)
 
@@ -144,11 +154,11 @@ def test_what_is_never_known_is_not_known_after_another_merge() -> None:
     assert known(late, 7) == [[0, 1, 2, 3]], "the end of the last is never read"
 
 
-def test_sees_all_goes_through_to_what_is_made_of_it() -> None:
-    pairs, all_seen = windows(8, 2), Merge.of(torch.arange(8) // 2, sees_all="looks ahead")
-    assert all_seen.then(windows(4, 2)).sees_all == "looks ahead"
-    assert pairs.then(Merge.of(torch.arange(4), sees_all="looks ahead")).sees_all == "looks ahead"
-    assert pairs.then(windows(4, 2)).sees_all == ""
+def test_a_composition_with_a_noncausal_merge_is_noncausal() -> None:
+    pairs, noncausal = windows(8, 2), Merge.of(torch.arange(8) // 2, noncausal_reason="looks ahead")
+    assert noncausal.then(windows(4, 2)).noncausal_reason == "looks ahead"
+    assert pairs.then(Merge.of(torch.arange(4), noncausal_reason="looks ahead")).noncausal_reason == "looks ahead"
+    assert pairs.then(windows(4, 2)).noncausal_reason == ""
 
 
 # Policies by position
@@ -158,19 +168,19 @@ CUTS = st.one_of(st.just(()), st.lists(st.integers(0, 23), max_size=5).map(lambd
 
 
 @given(st.integers(1, 30), CUTS, st.sets(st.integers(0, 22)))
-def test_windows_are_so_many_rows_each_anew_in_every_document_and_without_the_protected(factor, cuts, apart) -> None:
-    expected: Groups = [[row] for row in apart]
-    decided = {row: row for row in apart}
+def test_windows_are_so_many_rows_each_anew_in_every_document_and_without_the_protected(factor, cuts, protected_rows) -> None:
+    expected: Groups = [[row] for row in protected_rows]
+    decided = {row: row for row in protected_rows}
     for begin, end in pairwise(cuts or (0, 23)):
         for first in range(begin, end, factor):
-            rows = [row for row in range(first, min(first + factor, end)) if row not in apart]
+            rows = [row for row in range(first, min(first + factor, end)) if row not in protected_rows]
             expected += [rows] if rows else []
             full_end = first + factor if end == 23 else min(first + factor, end)  # where the sequence ends is no end
             decided |= dict.fromkeys(rows, full_end - 1)
-    protected = torch.tensor([row in apart for row in range(23)]) if apart else None
+    protected = torch.tensor([row in protected_rows for row in range(23)]) if protected_rows else None
     merge = windows(23, factor, protected=protected, cu_seqlens=cuts, batch=2)
     assert groups(merge, 0) == groups(merge, 1) == sorted(expected, key=lambda rows: rows[-1])
-    assert not merge.sees_all
+    assert not merge.noncausal_reason
     for rows in expected:
         assert merge.ready[0, rows[-1]] == max(decided[row] for row in range(rows[-1] + 1))
 
@@ -198,7 +208,7 @@ def test_a_grid_joins_the_pixels_of_each_patch(height: int, width: int, rows: in
     assert groups(merge, 0) == groups(merge, 1) == sorted(patches.values(), key=lambda pixels: pixels[-1])
 
 
-# Nothing tells the past of the future
+# Causality
 
 
 def by_similarity(values: Tensor, scorer: str, threshold: float | None = None, protect: bool = False) -> Merge:
@@ -206,8 +216,8 @@ def by_similarity(values: Tensor, scorer: str, threshold: float | None = None, p
     metric = torch.stack([values % 3 - 1, values % 5 - 2, values % 2], dim=-1)[None].double()
     layout = LAYOUTS["contiguous"](len(values), 1)
     ask = MatchArgs(0.5 if threshold is None else None, threshold, scorer)
-    (found,) = in_windows([metric], [(values[None] == 5) & protect], layout, 4, (), ask, Simulated(1))
-    return found
+    (actual,) = match_in_windows([metric], [(values[None] == 5) & protect], layout, 4, (), ask, Simulated(1))
+    return actual
 
 
 def deleting(values: Tensor) -> Merge:
@@ -261,22 +271,22 @@ def changed(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 @pytest.mark.parametrize("policy", CAUSAL)
 def test_sequences_that_are_equal_up_to_a_row_are_known_alike_up_to_there(policy: str) -> None:
     @given(changed())
-    def run(drawn: tuple[Tensor, Tensor, int]) -> None:
-        a, b = (CAUSAL[policy](values) for values in drawn[:2])
-        assert not a.sees_all
-        for at in range(drawn[2] + 1):
+    def run(example: tuple[Tensor, Tensor, int]) -> None:
+        a, b = (CAUSAL[policy](values) for values in example[:2])
+        assert not a.noncausal_reason
+        for at in range(example[2] + 1):
             assert known(a, at) == known(b, at)
 
     run()
 
 
 @given(changed())
-def test_sequences_of_a_batch_with_other_numbers_of_groups_are_known_alike_too(drawn: tuple[Tensor, Tensor, int]) -> None:
-    kept = torch.stack(drawn[:2]) > 2
+def test_sequences_of_a_batch_with_other_numbers_of_groups_are_known_alike_too(example: tuple[Tensor, Tensor, int]) -> None:
+    kept = torch.stack(example[:2]) > 2
     first = Merge.of(torch.arange(kept.shape[1]).where(kept, -1))
     assume(max(first.counts))
     merge = first.then(windows(max(first.counts), 2))
-    for at in range(drawn[2] + 1):
+    for at in range(example[2] + 1):
         assert known(merge, at, 0) == known(merge, at, 1)
 
 
@@ -294,7 +304,7 @@ def test_a_merge_that_is_known_too_early_is_caught(policy: str) -> None:
     assert all(known(CAUSAL[policy](x), 5) == known(CAUSAL[policy](y), 5) for x, y in zip(a, b, strict=True))
 
 
-# Chance, and similarity in whole numbers
+# Random numbers and fixed-point similarity
 
 
 def by_hand(position: int, seed: int, layer: int, stream: int) -> float:
@@ -310,8 +320,8 @@ def by_hand(position: int, seed: int, layer: int, stream: int) -> float:
 
 @given(st.lists(st.integers(0, 2**40), max_size=20), st.integers(0, 2**64), st.integers(0, 200), st.integers(0, 9))
 def test_random_numbers_are_those_of_their_place_whoever_draws_them(places, seed, layer, stream) -> None:
-    drawn = uniform(torch.tensor(places, dtype=torch.int64), seed, layer, stream).tolist()
-    assert drawn == [by_hand(place, seed, layer, stream) for place in places]
+    example = uniform(torch.tensor(places, dtype=torch.int64), seed, layer, stream).tolist()
+    assert example == [by_hand(place, seed, layer, stream) for place in places]
 
 
 def test_random_numbers_are_spread_evenly_and_each_draw_is_another() -> None:
@@ -331,7 +341,7 @@ def test_similarity_is_the_cosine_to_five_digits(dtype: torch.dtype, dim: int, e
     rows = torch.randn(40, dim, generator=torch.Generator().manual_seed(dim)).to(dtype)
     wide = rows.double()
     cosines = (wide @ wide.T) / wide.norm(dim=-1)[:, None] / wide.norm(dim=-1)
-    assert ((similarity(fixed_point(rows), fixed_point(rows)) / SAME) - cosines).abs().max() <= error
+    assert ((similarity(fixed_point(rows), fixed_point(rows)) / MAX_SIMILARITY) - cosines).abs().max() <= error
 
 
 @pytest.mark.parametrize("dim", [1, 7, 129, 4096])
@@ -353,11 +363,11 @@ def test_similarity_has_the_same_bits_in_any_tiling_and_order_of_rows_and_channe
 
 def test_rows_without_a_direction_are_like_nothing() -> None:
     rows = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0], [-math.inf, math.nan], [3.0, -4.0]])
-    found = fixed_point(rows)
-    assert found.tolist() == [[0, 0]] * 4 + [[round(0.6 * ONE), -round(0.8 * ONE)]]
+    actual = fixed_point(rows)
+    assert actual.tolist() == [[0, 0]] * 4 + [[round(0.6 * UNIT), -round(0.8 * UNIT)]]
     assert fixed_point(torch.zeros(2, 0, 5)).shape == (2, 0, 5)
     tiny = torch.tensor([[1e-45, 0.0], [3e38, 3e38], [0.0, 1.0]])
-    assert fixed_point(tiny).tolist() == [[ONE, 0], [round(ONE / math.sqrt(2))] * 2, [0, ONE]]
+    assert fixed_point(tiny).tolist() == [[UNIT, 0], [round(UNIT / math.sqrt(2))] * 2, [0, UNIT]]
 
 
 # Where groups lie
@@ -377,9 +387,9 @@ def layouts(draw: st.DrawFn, length: int) -> Layout:
 
 
 @given(st.data(), merges(), st.integers(1, 5), st.booleans(), st.lists(st.integers(0, 14), max_size=3))
-def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, merge, bucket, is_even, apart) -> None:
+def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, merge, bucket, is_even, protected_rows) -> None:
     layout = data.draw(layouts(merge.seq_len))
-    placement = (even if is_even else stay)(merge, layout, bucket, apart)
+    placement = (spread_evenly if is_even else keep_in_place)(merge, layout, bucket, protected_rows)
     capacity = placement.layout.length
     placement.layout.validate(capacity)
     assert 1 <= capacity <= merge.seq_len and placement.layout.world == layout.world
@@ -392,11 +402,11 @@ def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, 
             slot = placement.slots[one, number].item()
             assert leaders[slot] == rows[-1]
             assert is_even or of_slot[slot] == of_row[rows[-1]]
-        assert torch.equal(placement.of(merge.numbers)[one] >= 0, merge.into[one] >= 0)
+        assert torch.equal(placement.slots_of(merge.numbers)[one] >= 0, merge.into[one] >= 0)
     if is_even:
         named = {name: make(capacity, layout.world) for name, make in LAYOUTS.items()}
         assert placement.layout == named.get(layout.name, named["contiguous"])
-        assert any(0 < row < merge.seq_len for row in apart) or capacity == min(
+        assert any(0 < row < merge.seq_len for row in protected_rows) or capacity == min(
             -(-max(1, *merge.counts) // bucket) * bucket, merge.seq_len
         )
 
@@ -405,17 +415,24 @@ def test_counts_are_rounded_up_run_by_run_and_never_above_the_rows() -> None:
     labels = torch.tensor([[0, 0, 0, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6], [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3]])
     merge = Merge.of(labels)  # leaders 2 3 4 5 13, and 0 1 2 13
     layout = Layout("dealt", ((Span(0, 3),), (Span(3, 6), Span(9, 0)), (), (Span(9, 5),)))
-    rooms = {bucket: [stay(merge, layout, bucket).layout.rows(rank) for rank in range(4)] for bucket in (1, 2, 4, 8)}
-    assert rooms == {1: [3, 3, 0, 1], 2: [3, 4, 0, 2], 4: [3, 4, 0, 4], 8: [3, 6, 0, 5]}
-    assert [stay(merge, layout, 2).layout.positions(rank) for rank in range(4)] == [[0, 1, 2], [3, 4, 5, 6], [], [7, 8]]
+    capacities = {
+        bucket: [keep_in_place(merge, layout, bucket).layout.rows(rank) for rank in range(4)] for bucket in (1, 2, 4, 8)
+    }
+    assert capacities == {1: [3, 3, 0, 1], 2: [3, 4, 0, 2], 4: [3, 4, 0, 4], 8: [3, 6, 0, 5]}
+    assert [keep_in_place(merge, layout, 2).layout.positions(rank) for rank in range(4)] == [
+        [0, 1, 2],
+        [3, 4, 5, 6],
+        [],
+        [7, 8],
+    ]
 
 
 def test_with_every_row_deleted_one_empty_slot_is_left() -> None:
     merge = Merge.of(torch.full((2, 9), -1))
-    for place in (stay, even):
+    for place in (keep_in_place, spread_evenly):
         placement = place(merge, LAYOUTS["zigzag"](9, 4))
         assert placement.layout.length == 1 and placement.leaders.tolist() == [[-1], [-1]]
-        assert over_slots(causal(), merge, placement).rects
+        assert mask_over_slots(causal(), merge, placement).rects
     assert merge.latest.max() == -1 and merge.counts == (0, 0)
 
 
@@ -427,14 +444,14 @@ MASKS = st.one_of(
 )
 
 
-def mask_for(drawn: Mask | tuple[list[int], bool], length: int) -> Mask:
+def mask_for(example: Mask | tuple[list[int], bool], length: int) -> Mask:
     """Documents are cut where it was drawn, for as many rows as there are."""
-    if isinstance(drawn, Mask):
-        return drawn
-    return documents((0, *sorted(min(cut, length) for cut in drawn[0]), length), causal=drawn[1])
+    if isinstance(example, Mask):
+        return example
+    return documents((0, *sorted(min(cut, length) for cut in example[0]), length), causal=example[1])
 
 
-def agrees(mask: Mask, over: Mask, placement: Placement) -> None:
+def check_mask(mask: Mask, over: Mask, placement: Placement) -> None:
     """Slot against slot: a group sees what its last row sees."""
     for leaders in placement.leaders.tolist():
         for s, row in enumerate(leaders):
@@ -444,15 +461,15 @@ def agrees(mask: Mask, over: Mask, placement: Placement) -> None:
 
 
 @given(st.data(), merges(), MASKS, st.integers(1, 4), st.booleans())
-def test_over_slots_a_group_sees_what_its_last_row_sees(data, merge, drawn, bucket, is_even) -> None:
+def test_over_slots_a_group_sees_what_its_last_row_sees(data, merge, example, bucket, is_even) -> None:
     """Batches of unequal counts, ranks and documents without any group, and all masks without a window."""
-    mask = mask_for(drawn, merge.seq_len)
-    inner = edges(mask, merge.seq_len)
-    placement = (even if is_even else stay)(merge, data.draw(layouts(merge.seq_len)), bucket, inner)
-    over = over_slots(mask, merge, placement)
-    agrees(mask, over, placement)
+    mask = mask_for(example, merge.seq_len)
+    inner = mask_edges(mask, merge.seq_len)
+    placement = (spread_evenly if is_even else keep_in_place)(merge, data.draw(layouts(merge.seq_len)), bucket, inner)
+    over = mask_over_slots(mask, merge, placement)
+    check_mask(mask, over, placement)
     assert (over.length is None) == (mask.length is None) and over.length in (None, placement.layout.length)
-    assert over_slots(mask, merge, placement).name == f"{mask.name} over groups"
+    assert mask_over_slots(mask, merge, placement).name == f"{mask.name} over groups"
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 20), st.integers(0, 9), st.integers(1, 3), st.booleans())
@@ -460,87 +477,89 @@ def test_over_equal_groups_a_window_sees_the_same_rows(factor, count, left, righ
     merge = windows(factor * count, factor, batch=2)
     mask = sliding_window(left, right) & causal() if is_causal else sliding_window(left, right)
     for placement in (
-        stay(merge, LAYOUTS["zigzag"](merge.seq_len, world)),
-        even(merge, LAYOUTS["striped"](merge.seq_len, world)),
+        keep_in_place(merge, LAYOUTS["zigzag"](merge.seq_len, world)),
+        spread_evenly(merge, LAYOUTS["striped"](merge.seq_len, world)),
     ):
-        agrees(mask, over_slots(mask, merge, placement), placement)
+        check_mask(mask, mask_over_slots(mask, merge, placement), placement)
 
 
 def test_a_window_over_unequal_groups_is_refused() -> None:
     layout = LAYOUTS["contiguous"](7, 2)
     for merge in (windows(7, 2), Merge.of(torch.tensor([0, 1, 1, 3, 4, 5, 6])), Merge.of(torch.tensor([0, -1, 2, 3, 4, 5, 6]))):
-        with pytest.raises(InputError, match=r"mask window\(3,0\): a window counts rows, and these groups stand at unequal"):
-            over_slots(sliding_window(3), merge, stay(merge, layout))
-    with pytest.raises(InputError, match="unequal distances"):  # room that no group is in
-        over_slots(sliding_window(3), windows(8, 4), stay(windows(8, 4), LAYOUTS["contiguous"](8, 1), 8))
+        with pytest.raises(
+            InputError, match=r"mask window\(3,0\): a window counts rows, and the last rows of these groups are at unequal"
+        ):
+            mask_over_slots(sliding_window(3), merge, keep_in_place(merge, layout))
+    with pytest.raises(InputError, match="unequal distances"):  # an empty slot
+        mask_over_slots(sliding_window(3), windows(8, 4), keep_in_place(windows(8, 4), LAYOUTS["contiguous"](8, 1), 8))
 
 
 def test_stripes_cannot_stay() -> None:
     with pytest.raises(InputError, match=r"layout 'striped' holds every 2th row.*layout=\"even\""):
-        stay(windows(8, 2), LAYOUTS["striped"](8, 2))
-    stay(windows(2, 2), LAYOUTS["striped"](2, 2))  # a row each is no stripe
+        keep_in_place(windows(8, 2), LAYOUTS["striped"](8, 2))
+    keep_in_place(windows(2, 2), LAYOUTS["striped"](2, 2))  # a row each is no stripe
 
 
 @given(merges(), MASKS, st.sampled_from([full(), causal(), prefix_lm(3), prefix_lm(9)]))
-def test_a_row_that_the_last_of_its_group_does_not_see_is_found(merge: Merge, drawn, other: Mask) -> None:
-    mask = mask_for(drawn, merge.seq_len) & other
-    apart = [
+def test_a_row_that_the_last_of_its_group_does_not_see_is_found(merge: Merge, example, other: Mask) -> None:
+    mask = mask_for(example, merge.seq_len) & other
+    protected_rows = [
         row
         for one in range(merge.batch)
         for rows in groups(merge, one)
         for row in rows
         if row != rows[-1] and not mask.keeps(rows[-1], row)
     ]
-    assert crosses(merge, mask) == min(apart, default=None)
+    assert crosses_documents(merge, mask) == min(protected_rows, default=None)
 
 
 @settings(max_examples=300)
 @given(merges(batch=1), st.one_of(MASKS, st.builds(sliding_window, st.integers(0, 4), st.integers(0, 4))))
-def test_a_group_that_is_shown_before_it_is_ready_is_found(merge: Merge, drawn) -> None:
+def test_a_group_that_is_shown_before_it_is_ready_is_found(merge: Merge, example) -> None:
     """A row before it may see the group, and not the row at which it is known what the group is."""
-    mask, last = mask_for(drawn, merge.seq_len), [rows[-1] for rows in groups(merge)]
+    mask, last = mask_for(example, merge.seq_len), [rows[-1] for rows in groups(merge)]
     ready = {row: merge.ready[0, row].item() for row in last}
     shown = [row for row in last if any(mask.keeps(t, row) and not mask.keeps(t, ready[row]) for t in range(row))]
-    found = untimely(merge, mask)
+    actual = seen_before_ready(merge, mask)
     if is_causal(mask) and not mask.bounds:
-        assert not shown or found is not None
-        assert found is None or ready[found] > found
+        assert not shown or actual is not None
+        assert actual is None or ready[actual] > actual
     else:
-        assert found is None
+        assert actual is None
 
 
 @pytest.mark.parametrize(("mask", "late"), [(prefix_lm(4), (0, 0, 0, 1, 5)), (sliding_window(9, 2), (0, 0, 1, 0, 5))])
 def test_groups_are_untimely_from_the_first_row_on_that_is_not_shown_with_them(mask: Mask, late: tuple[int, ...]) -> None:
     where = torch.arange(5)
     first = next(n for n in range(5) if late[n])
-    assert untimely(Merge.of(where, decided=where + torch.tensor(late)), mask) == first
-    assert untimely(Merge.of(where, decided=torch.tensor([3, 3, 3, 3, 9])), prefix_lm(4)) is None
-    assert untimely(Merge.of(where), mask) is None
+    assert seen_before_ready(Merge.of(where, decided=where + torch.tensor(late)), mask) == first
+    assert seen_before_ready(Merge.of(where, decided=torch.tensor([3, 3, 3, 3, 9])), prefix_lm(4)) is None
+    assert seen_before_ready(Merge.of(where), mask) is None
 
 
 @given(MASKS, st.sampled_from([full(), causal(), prefix_lm(3), sliding_window(2, 1), sliding_window(0)]), st.integers(1, 15))
-def test_what_a_mask_keeps_is_seen(drawn: Mask | tuple[list[int], bool], other: Mask, length: int) -> None:
-    mask = mask_for(drawn, length) & other
+def test_what_a_mask_keeps_is_seen(example: Mask | tuple[list[int], bool], other: Mask, length: int) -> None:
+    mask = mask_for(example, length) & other
     row, key = torch.meshgrid(torch.arange(length), torch.arange(length), indexing="ij")
     expected = [[mask.keeps(q, k) for k in range(length)] for q in range(length)]
-    assert seen(mask, row, key).tolist() == expected
+    assert is_visible(mask, row, key).tolist() == expected
 
 
-# The way between rows and slots
+# Exchange between rows and slots
 
 
 @given(st.data(), labels(), st.integers(0, 3))
-def test_rows_go_up_into_their_slots_and_down_again_and_bytes_are_those_that_move(data, slots, seed) -> None:
+def test_rows_are_summed_to_slots_and_read_back_and_bytes_are_those_that_move(data, slots, seed) -> None:
     before = data.draw(layouts(slots.shape[1]))
     world, capacity = before.world, slots.shape[1]
     after = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))](capacity, world)
     source = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(2, n, 3, generator=source, dtype=torch.float64) for n in (slots.shape[1], capacity))
     rows, cells = ([resident_positions(layout, rank) for rank in range(world)] for layout in (before, after))
-    routes = [SlotExchange(slots, before, after, rank) for rank in range(world)]
+    exchanges = [SlotExchange(slots, before, after, rank) for rank in range(world)]
     transport = Simulated(world, shuffle=seed)
     leaves = [x[:, own].requires_grad_() for own in rows]
-    sums = up(routes, leaves, transport)
+    sums = sum_to_slots(exchanges, leaves, transport)
     owner = [{p: rank for rank in range(world) for p in layout.positions(rank)} for layout in (before, after)]
     moved = {
         (owner[0][row], owner[1][slot], one, slot)
@@ -551,9 +570,9 @@ def test_rows_go_up_into_their_slots_and_down_again_and_bytes_are_those_that_mov
     expected = Counter((a, b) for a, b, *_ in moved if a != b)
     expected = {link: 24 * count for link, count in expected.items()}
     assert transport.bytes_sent == expected
-    backs = down(routes, [y[:, own] for own in cells], transport)
+    backs = read_slots(exchanges, [y[:, own] for own in cells], transport)
     both_ways = {link: expected.get(link, 0) + expected.get(link[::-1], 0) for link in transport.bytes_sent}
-    assert transport.bytes_sent == both_ways, "down takes as much, the other way"
+    assert transport.bytes_sent == both_ways, "read_slots sends as much, the other way"
     for rank in range(world):
         for one in range(2):
             for n, slot in enumerate(cells[rank].tolist()):
@@ -563,18 +582,22 @@ def test_rows_go_up_into_their_slots_and_down_again_and_bytes_are_those_that_mov
                 slot = slots[one, row]
                 assert torch.equal(backs[rank][one, n], y[one, slot] if slot >= 0 else torch.zeros(3, dtype=torch.float64))
     grads = torch.autograd.grad(sums, leaves, [y[:, own] for own in cells])
-    assert all(torch.equal(grad, back) for grad, back in zip(grads, backs, strict=True)), "backward of up is down"
+    assert all(torch.equal(grad, back) for grad, back in zip(grads, backs, strict=True)), (
+        "backward of sum_to_slots is read_slots"
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_what_each_rank_tells_all_know_in_the_order_of_the_sequence(layout: str, world: int) -> None:
+def test_gathered_rows_are_in_the_order_of_the_sequence(layout: str, world: int) -> None:
     for whole in (torch.arange(6).view(2, 3), torch.arange(26).view(2, 13), torch.arange(13)[None] % 3 == 0):
-        made = LAYOUTS[layout](whole.shape[1], world)
+        layout_of_rows = LAYOUTS[layout](whole.shape[1], world)
         transport = Simulated(world)
-        found = told([whole[:, resident_positions(made, rank)] for rank in range(world)], made, transport)
-        assert all(torch.equal(one, whole) for one in found)
-        sizes = {rank: len(whole) * made.rows(rank) * whole.element_size() for rank in range(world)}
+        actual = gather_all_rows(
+            [whole[:, resident_positions(layout_of_rows, rank)] for rank in range(world)], layout_of_rows, transport
+        )
+        assert all(torch.equal(one, whole) for one in actual)
+        sizes = {rank: len(whole) * layout_of_rows.rows(rank) * whole.element_size() for rank in range(world)}
         assert transport.bytes_sent == {(a, b): sizes[a] for a in range(world) for b in range(world) if a != b and sizes[a]}
 
 
@@ -582,7 +605,7 @@ def test_what_each_rank_tells_all_know_in_the_order_of_the_sequence(layout: str,
 
 
 def test_mistakes_are_named() -> None:
-    for said, call in {
+    for message, call in {
         r"labels: torch.float32 of shape \(1, 4\); give int64": lambda: Merge.of(torch.zeros(4)),
         r"labels: torch.int64 of shape \(0, 4\).*not empty": lambda: Merge.of(torch.zeros(0, 4).long()),
         "labels: 4 is in a sequence of 4 rows; number groups from 0": lambda: Merge.of(torch.arange(1, 5)),
@@ -600,7 +623,7 @@ def test_mistakes_are_named() -> None:
         "lookahead=-1": lambda: segments(torch.arange(8) > 3, lookahead=-1),
         r"grid\(0, 4, by=\(2, 2\)\)": lambda: grid(0, 4),
         r"grid\(4, 4, by=\(2, 0\)\)": lambda: grid(4, 4, (2, 0)),
-        "metric has 4097 channels and similarity is exact for 4096": lambda: fixed_point(torch.zeros(1, 4097)),
+        "metric has 4097 channels and similarity is exact for at most 4096": lambda: fixed_point(torch.zeros(1, 4097)),
     }.items():
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             call()

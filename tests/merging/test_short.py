@@ -1,4 +1,4 @@
-"""Merged sequences on ranks: attention over groups means attention over all of their rows, and no row learns of a later one."""
+"""Tests merged sequences on ranks: attention over groups equals attention over their rows; no row depends on a later one."""
 
 import dataclasses
 from collections import Counter
@@ -31,7 +31,7 @@ from ringattn import (
 )
 from ringattn.comm.simulated import Simulated
 from ringattn.merging import LayerCost, Merge, MergedSequence, RateController, bipartite, shorten, similar, windows
-from ringattn.merging.placement import placed
+from ringattn.merging.placement import choose_placement
 from ringattn.nn import DecoderConfig, Merging, MergingDecoder, reduce_gradients, shift_labels
 from ringattn.planner.cost import traffic
 
@@ -62,13 +62,13 @@ def groups_of(merge: Merge, x: Tensor) -> tuple[Tensor, Tensor]:
     return means, sizes
 
 
-def on_ranks(world: int, layout: str, schedule: str, kept: str) -> list:
+def run_on_rank(world: int, layout: str, schedule: str, kept: str) -> list:
     """Merge q, k and v, attend with log sizes, unmerge; gradients of all inputs, gathered by position."""
     length, merge = 23, scattered(23)
     plan = make_plan(length, world=world, schedule=schedule, layout=layout, mask=full(), **HEADS)
     short = shorten(merge, plan, layout=kept, schedule=schedule)
     rows = [shard(random(2, length, heads, 8, seed=n), plan).requires_grad_() for n, heads in enumerate((4, 2, 2))]
-    gate = shard(random(2, length, seed=7), plan).requires_grad_()  # a second, differentiable bias, as a gate makes one
+    gate = shard(random(2, length, seed=7), plan).requires_grad_()  # a second, differentiable bias, as of a gate
     q, k, v = (short.merge(x) for x in rows)
     out = attention(q, k, v, short.plan, key_bias=short.key_bias + short.merge(gate, "last"))
     back = short.unmerge(out)
@@ -79,18 +79,18 @@ def on_ranks(world: int, layout: str, schedule: str, kept: str) -> list:
 WAYS = [("zigzag", "token_ring", "stay"), ("striped", "ring", "even"), ("contiguous", "mesh", "stay")]
 
 
-def all_ways(rank: int, world: int) -> list[list]:
-    return [on_ranks(world, *way) for way in WAYS]
+def run_all_ways(rank: int, world: int) -> list[list]:
+    return [run_on_rank(world, *way) for way in WAYS]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_attention_over_groups_is_attention_over_their_rows(world):
     """Each group as often as it has rows, dense; with gradients, those of a gate in the bias included."""
-    for ranks in zip(*(run_ranks(world, all_ways, world) if world > 1 else [all_ways(0, 1)]), strict=True):
+    for ranks in zip(*(run_ranks(world, run_all_ways, world) if world > 1 else [run_all_ways(0, 1)]), strict=True):
         order = torch.from_numpy(np.concatenate([r[0] for r in ranks])).argsort()
         parts = list(zip(*ranks, strict=True))[1:]
-        found = tuple(torch.from_numpy(np.concatenate(part, axis=1))[:, order] for part in parts)
-        assert worst(found, over_copies()) < EXACT
+        actual = tuple(torch.from_numpy(np.concatenate(part, axis=1))[:, order] for part in parts)
+        assert worst(actual, over_copies()) < EXACT
 
 
 @cache
@@ -112,7 +112,7 @@ def over_copies() -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("how", ["mean", "sum", "last"])
-def test_merging_is_what_it_says(how):
+def test_merge_computes_mean_sum_and_last(how):
     merge, x = scattered(23), random(2, 23, 3)
     plan = make_plan(23, world=1, mask=full(), schedule="ring", **HEADS)
     means, sizes = groups_of(merge, x)
@@ -129,14 +129,14 @@ def test_merging_is_what_it_says(how):
 def test_a_learned_mean_weighs_rows_and_gives_its_weights_gradients():
     merge, x, weights = scattered(23), random(2, 23, 3), random(2, 23, seed=1).exp().requires_grad_()
     plan = make_plan(23, world=1, mask=full(), schedule="ring", **HEADS)
-    found = shorten(merge, plan, schedule="ring").merge(x, weights=weights)
+    actual = shorten(merge, plan, schedule="ring").merge(x, weights=weights)
     number = merge.numbers
-    inside = (number.unsqueeze(1) == torch.arange(found.shape[1])[:, None]).double()  # (batch, groups, rows)
+    inside = (number.unsqueeze(1) == torch.arange(actual.shape[1])[:, None]).double()  # (batch, groups, rows)
     shares = inside * weights.unsqueeze(1)
     expected = (shares @ x) / shares.sum(-1, keepdim=True).where(shares.sum(-1, keepdim=True) > 0, 1)
-    torch.testing.assert_close(found, expected)
-    dy = random(*found.shape, seed=2)
-    torch.testing.assert_close(*(torch.autograd.grad(y, weights, dy)[0] for y in (found, expected)))
+    torch.testing.assert_close(actual, expected)
+    dy = random(*actual.shape, seed=2)
+    torch.testing.assert_close(*(torch.autograd.grad(y, weights, dy)[0] for y in (actual, expected)))
 
 
 def test_two_merges_in_a_row_are_their_composition():
@@ -194,45 +194,45 @@ def tokens_of(changed: int | None = None) -> Tensor:
 @torch.no_grad()
 def first_difference(policy: str, world: int = 1, mask: Mask | None = None, leak: str = "") -> dict[int, int]:
     """For some tokens that are changed: the first position of this rank at which any logit is another number."""
-    given = dict(heads=2, head_dim=8, dtype="float64", schedule="ring", layout="zigzag", mask=mask or causal())
-    plan, model = make_plan(LENGTH, world=world, **given), model_of(policy)
-    if leak == "decision":  # known where a group's last row is, though later rows of the window had a part in the choice
-        made = model._merge
-        model._merge = lambda *given: Merge.of(made(*given).into)
-    if leak == "content":  # every row gets its own group, complete or not
-        made_short = model._shortened
+    options = dict(heads=2, head_dim=8, dtype="float64", schedule="ring", layout="zigzag", mask=mask or causal())
+    plan, model = make_plan(LENGTH, world=world, **options), model_of(policy)
+    if leak == "decision":  # ready at a group's last row, though the choice depends on later rows of the window
+        original = model._merge
+        model._merge = lambda *options: Merge.of(original(*options).into)
+    if leak == "content":  # every row reads its own group, complete or not
+        original_shortened = model._shorten
 
-        def opened(*given):
-            short = made_short(*given)
+        def opened(*options):
+            short = original_shortened(*options)
             short.__dict__["_from_groups"] = short._to_groups
             return short
 
-        model._shortened = opened
-    where, found = positions(plan), {}
+        model._shorten = opened
+    where, actual = positions(plan), {}
     before = model(shard(tokens_of(), plan), plan)
     for changed in (0, 3, 7, 8, 13, 20, 21, 22, 31, 39, 40)[:: 1 + 3 * (world > 4)]:
         after = model(shard(tokens_of(changed), plan), plan)
         differs = (before != after).any(-1).any(0)
-        found[changed] = int(where[differs].min()) if differs.any() else LENGTH
-    return found
+        actual[changed] = int(where[differs].min()) if differs.any() else LENGTH
+    return actual
 
 
-def several(rank: int, world: int, jobs: list[tuple]) -> list[dict[int, int]]:
+def first_differences(rank: int, world: int, jobs: list[tuple]) -> list[dict[int, int]]:
     return [first_difference(policy, world, *more) for policy, *more in jobs]
 
 
 @cache
 def earliest(world: int, *jobs: tuple) -> list[dict[int, int]]:
     """The same over all ranks, for several jobs: processes are started once."""
-    ranks = run_ranks(world, several, world, jobs) if world > 1 else [several(0, 1, list(jobs))]
+    ranks = run_ranks(world, first_differences, world, jobs) if world > 1 else [first_differences(0, 1, list(jobs))]
     return [{changed: min(r[changed] for r in of_job) for changed in of_job[0]} for of_job in zip(*ranks, strict=True)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("policy", CAUSAL)
-def test_no_token_changes_a_bit_of_what_stands_before_it(policy, world):
-    found = earliest(world, *((p,) for p in CAUSAL))[list(CAUSAL).index(policy)]
-    assert all(first == changed for changed, first in found.items()), found  # and it does change what stands with it
+def test_no_token_changes_a_bit_of_earlier_positions(policy, world):
+    actual = earliest(world, *((p,) for p in CAUSAL))[list(CAUSAL).index(policy)]
+    assert all(first == changed for changed, first in actual.items()), actual  # and it does change its own position
 
 
 LEAKS = [("windows", "content"), ("similar", "content"), ("words", "content"), ("similar", "decision")]
@@ -240,18 +240,18 @@ LEAKS = [("windows", "content"), ("similar", "content"), ("words", "content"), (
 
 @pytest.mark.parametrize("leak", LEAKS, ids=" ".join)
 def test_a_leaky_merge_is_caught(leak):
-    found = earliest(2, *((policy, None, kind) for policy, kind in LEAKS))[LEAKS.index(leak)]
-    assert any(first < changed for changed, first in found.items()), found
+    actual = earliest(2, *((policy, None, kind) for policy, kind in LEAKS))[LEAKS.index(leak)]
+    assert any(first < changed for changed, first in actual.items()), actual
 
 
 PACKED = documents((0, 9, 10, 22, LENGTH))
 
 
 @pytest.mark.parametrize("policy", ["windows", "similar", "words", "gate"])
-def test_documents_do_not_learn_of_each_other(policy):
-    """Neither of what comes later, nor of another document; their sequences have other numbers of groups."""
-    found = earliest(2, *((p, PACKED) for p in ("windows", "similar", "words", "gate")))
-    assert all(first == changed for of_policy in found for changed, first in of_policy.items())
+def test_documents_do_not_depend_on_each_other(policy):
+    """Nor on later rows; the documents have different numbers of groups."""
+    actual = earliest(2, *((p, PACKED) for p in ("windows", "similar", "words", "gate")))
+    assert all(first == changed for of_policy in actual for changed, first in of_policy.items())
     plan = make_plan(LENGTH, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring", mask=PACKED)
     model = model_of(policy)
     with torch.no_grad():
@@ -259,11 +259,11 @@ def test_documents_do_not_learn_of_each_other(policy):
     assert min(rows) == 12 and max(rows) < 22
 
 
-def test_what_sees_all_is_refused_under_a_causal_mask():
+def test_a_noncausal_merge_is_refused_under_a_causal_mask():
     plan = make_plan(LENGTH, world=1, schedule="ring", **HEADS)
     merge = bipartite(random(2, LENGTH, 8), plan.layout, remove=0.5)
     for mask in (causal(), prefix_lm(4), documents((0, LENGTH)), causal() & documents((0, LENGTH))):
-        with pytest.raises(InputError, match="decides with all of the sequence in view"):
+        with pytest.raises(InputError, match="decides from the whole sequence"):
             shorten(merge, make_plan(LENGTH, world=1, schedule="ring", mask=mask, **HEADS), schedule="ring")
     shorten(merge, make_plan(LENGTH, world=1, schedule="ring", mask=full(), **HEADS), schedule="ring")
 
@@ -271,7 +271,7 @@ def test_what_sees_all_is_refused_under_a_causal_mask():
 # The decoder on ranks
 
 
-def learned(policy: str, world: int = 1, layout: str = "stay", training: bool = False) -> tuple[Tensor, ...]:
+def loss_and_gradients(policy: str, world: int = 1, layout: str = "stay", training: bool = False) -> tuple[Tensor, ...]:
     """The loss of a step, and the gradients of all parameters."""
     plan = make_plan(LENGTH, world=world, heads=2, head_dim=8, dtype="float64", schedule="token_ring", layout="zigzag")
     model = model_of(policy, layout).train(training)
@@ -284,18 +284,18 @@ def learned(policy: str, world: int = 1, layout: str = "stay", training: bool = 
 STEPS = [(policy, layout, policy == "gate") for policy in CAUSAL for layout in ("stay", "even")] + [("gate", "stay", False)]
 
 
-def all_learned(rank: int, world: int) -> list[list]:
-    return [[x.numpy() for x in learned(policy, world, layout, training)] for policy, layout, training in STEPS]
+def all_losses_and_gradients(rank: int, world: int) -> list[list]:
+    return [[x.numpy() for x in loss_and_gradients(policy, world, layout, training)] for policy, layout, training in STEPS]
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_loss_and_gradients_are_the_same_on_any_number_of_ranks(world):
-    """Of every policy; also recomputed (2 ranks), dealt out anew, and those of the soft gate with its controller."""
-    expected = [learned(policy, 1, "stay", training) for policy, _, training in STEPS]
-    for of_rank in run_ranks(world, all_learned, world):
-        for step, found, meant in zip(STEPS, of_rank, expected, strict=True):
+    """Of every policy; also recomputed (2 ranks), spread evenly, and those of the soft gate with its controller."""
+    expected = [loss_and_gradients(policy, 1, "stay", training) for policy, _, training in STEPS]
+    for of_rank in run_ranks(world, all_losses_and_gradients, world):
+        for step, actual, wanted in zip(STEPS, of_rank, expected, strict=True):
             # A parameter's gradient gathers 82 rows where attention gathers a few dozen keys, through four blocks.
-            assert worst(tuple(map(torch.from_numpy, found)), meant) < 4 * EXACT, step
+            assert worst(tuple(map(torch.from_numpy, actual)), wanted) < 4 * EXACT, step
 
 
 def test_the_controller_weighs_deletion_by_the_error_of_its_rate_and_what_has_gathered():
@@ -324,7 +324,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
         grads.append(model.gate.bias.grad.item())
     model = model_of("gate").train()
     states = []
-    model.layers[0].register_forward_hook(lambda block, given, x: states.append(x))
+    model.layers[0].register_forward_hook(lambda block, args, x: states.append(x))
     model(tokens_of(), plan)
     (slope,) = torch.autograd.grad(model.gate(states[0].detach()).mean(), model.gate.bias)
     assert losses[0] == losses[1]
@@ -336,10 +336,10 @@ def test_a_model_that_deletes_everything_is_the_model_without_its_middle():
     torch.nn.init.zeros_(model.gate.weight)
     model.gate.bias.data.fill_(-20.0)
     plan = make_plan(LENGTH, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring")
-    found = model(tokens_of(), plan)
+    actual = model(tokens_of(), plan)
     del model.layers[1:3]
     model.merging = dataclasses.replace(model.merging, first=1, last=1)
-    assert torch.equal(found, model(tokens_of(), plan))
+    assert torch.equal(actual, model(tokens_of(), plan))
 
 
 # Bytes
@@ -360,7 +360,7 @@ def measured(plan: Plan) -> Counter:
 def test_merging_queries_and_keys_by_two_halves_all_bytes(world, schedule):
     plan = make_plan(64, world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
     merge = windows(64, 2)
-    short, placement = placed(merge, plan, "auto", 1, LayerCost(), dict(schedule=schedule))
+    short, placement = choose_placement(merge, plan, "auto", 1, LayerCost(), dict(schedule=schedule))
     assert MergedSequence(merge, plan, short, placement, None, 0).is_even  # so that no bias has to travel
     assert measured(plan) == Counter({link: 2 * size for link, size in measured(short).items()})
 
@@ -369,22 +369,22 @@ def test_merging_queries_and_keys_by_two_halves_all_bytes(world, schedule):
 def test_merging_keys_alone_halves_the_bytes_of_a_ring_and_none_of_a_token_ring(world):
     """Forward. In backward of a ring dk and dv travel too; in a TokenRing keys never do."""
     for schedule, share in (("ring", 2), ("token_ring", 1)):
-        given = dict(world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
-        before, after = make_plan(64, **given), make_plan(64, kv_len=32, q_offset=0, **given)
+        options = dict(world=world, schedule=schedule, mask=full(), layout="contiguous", **HEADS)
+        before, after = make_plan(64, **options), make_plan(64, kv_len=32, q_offset=0, **options)
         assert {link: share * size for link, size in traffic(after).items()} == traffic(before)
         measured(after)
 
 
-def test_counts_that_differ_are_dealt_out_when_that_pays_and_the_plan_says_so():
+def test_unequal_counts_are_spread_when_that_is_cheaper_and_the_plan_notes_it():
     """Nearly all groups are on the first of four ranks; moving them pays, unless they have very many channels."""
     labels = torch.arange(256).where(torch.arange(256) < 64, 64 + (torch.arange(256) - 64) // 64)
-    merge, given = Merge.of(labels), dict(heads=4, kv_heads=2, head_dim=8)
-    plan = make_plan(256, world=4, mask=full(), schedule="ring", layout="contiguous", **given)
+    merge, options = Merge.of(labels), dict(heads=4, kv_heads=2, head_dim=8)
+    plan = make_plan(256, world=4, mask=full(), schedule="ring", layout="contiguous", **options)
     choices = dict(schedule="ring", topology=Topology("links", "mesh", flops=1e9, bandwidth=1e6))
-    dealt, _ = placed(merge, plan, "auto", 1, LayerCost(layers=8), choices)
-    left, _ = placed(merge, plan, "auto", 1, LayerCost(dim=1_000_000), choices)
-    assert dealt.notes.endswith("dealt out") and max(dealt.rows(rank) for rank in range(4)) == 17
-    assert left.notes.endswith("left where they are") and left.rows(0) == 64
+    dealt, _ = choose_placement(merge, plan, "auto", 1, LayerCost(layers=8), choices)
+    left, _ = choose_placement(merge, plan, "auto", 1, LayerCost(dim=1_000_000), choices)
+    assert dealt.notes.endswith("spread evenly") and max(dealt.rows(rank) for rank in range(4)) == 17
+    assert left.notes.endswith("kept in place") and left.rows(0) == 64
 
 
 # Mistakes
@@ -393,88 +393,88 @@ def test_counts_that_differ_are_dealt_out_when_that_pays_and_the_plan_says_so():
 def test_mistakes_are_named():
     plan = make_plan(24, world=1, schedule="ring", **HEADS)
     short = shorten(windows(24, 2), plan, schedule="ring")
-    for said, call in {
+    for message, call in {
         "x has shape \\(1, 23\\).*has \\(1, 24\\)": lambda: short.merge(torch.zeros(1, 23)),
         "how='median'; choose mean, sum or last": lambda: short.merge(torch.zeros(1, 24), "median"),
         "weights has shape \\(24,\\)": lambda: short.merge(torch.zeros(1, 24), weights=torch.ones(24)),
         "y has shape \\(1, 24\\)": lambda: short.unmerge(torch.zeros(1, 24)),
-        "merge is of 12 rows and the plan for 24": lambda: shorten(windows(12, 2), plan),
+        "merge has 12 rows and the plan 24": lambda: shorten(windows(12, 2), plan),
         "bucket=0": lambda: shorten(windows(24, 2), plan, bucket=0),
         "layout='left'; choose auto, stay or even": lambda: shorten(windows(24, 2), plan, layout="left"),
-        "row 8 is merged with one of another document": lambda: shorten(
+        "row 8 is merged with a row of another document": lambda: shorten(
             windows(24, 2), make_plan(24, world=1, schedule="ring", mask=documents((0, 9, 24)), **HEADS)
         ),
-        "queries and keys of this plan lie apart": lambda: shorten(
+        "queries and keys of this plan have different layouts": lambda: shorten(
             windows(4, 2), make_plan(4, world=1, kv_len=24, q_offset=20, schedule="ring", **HEADS)
         ),
     }.items():
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             call()
 
 
-def different(rank: int) -> str:
+def error_of_different_merges(rank: int) -> str:
     plan = make_plan(24, world=2, schedule="ring", **HEADS)
     short = shorten(windows(24, 2 + rank), plan, schedule="ring")
-    with pytest.raises((MismatchError, InputError)) as told:
+    with pytest.raises((MismatchError, InputError)) as raised:
         short.merge(torch.zeros(1, 12, 3))
-    return str(told.value)
+    return str(raised.value)
 
 
-def test_ranks_with_different_merges_are_told_before_anything_is_sent():
-    found = run_ranks(2, different)
-    assert found[0] == found[1] and "ranks disagree on merge" in found[0]
+def test_different_merges_raise_on_every_rank_before_anything_is_sent():
+    actual = run_ranks(2, error_of_different_merges)
+    assert actual[0] == actual[1] and "ranks disagree on merge" in actual[0]
 
 
-# What a fresh look has found
+# Regressions
 
 
-def test_a_prefix_is_not_told_of_decisions_behind_it():
-    """Rows of a prefix see all of it at once, so windows may not reach beyond it; the decoder begins them anew there."""
+def test_a_prefix_does_not_depend_on_later_decisions():
+    """Rows of a prefix see all of it at once, so windows may not reach beyond it; the decoder restarts them there."""
     plan = make_plan(LENGTH, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring", mask=prefix_lm(14))
     merge = similar(random(2, LENGTH, 8), plan.layout, window=8, remove=0.5)
-    with pytest.raises(InputError, match="let windows begin anew where the mask changes"):
+    with pytest.raises(InputError, match="let windows restart where the mask changes"):
         shorten(merge, plan, schedule="ring")
     for policy in ("similar", "windows", "words", "gate"):
-        found = first_difference(policy, 1, prefix_lm(14))
-        assert all(first >= (changed if changed >= 14 else 0) for changed, first in found.items()), policy
+        actual = first_difference(policy, 1, prefix_lm(14))
+        assert all(first >= (changed if changed >= 14 else 0) for changed, first in actual.items()), policy
 
 
 def test_packed_documents_are_found_in_any_mask_that_has_them():
     packed = documents((0, 9, 24)) & prefix_lm(4)
-    with pytest.raises(InputError, match="row 8 is merged with one of another document"):
+    with pytest.raises(InputError, match="row 8 is merged with a row of another document"):
         shorten(windows(24, 2), make_plan(24, world=1, schedule="ring", mask=packed, **HEADS), schedule="ring")
     apart = documents((0, 12, 24), causal=False)
     plan = make_plan(24, world=1, schedule="ring", mask=apart, **HEADS)
-    with pytest.raises(InputError, match="keeps rows from seeing all others"):
+    with pytest.raises(InputError, match="hides keys from some rows"):
         shorten(bipartite(random(1, 24, 8), plan.layout, remove=0.1), plan, schedule="ring")
 
 
-def test_a_composition_does_not_know_earlier_what_its_parts_know_later():
+def test_a_composition_is_not_ready_before_its_parts():
     first = Merge.of(torch.tensor([[0, 1, 2, -1, -1, -1]]))
     other = Merge.of(torch.tensor([[0, 1, 2, -1, 4, -1]]))
     a, b = first.then(windows(3, 2)), other.then(windows(4, 2))
     assert a.latest.tolist()[0] == [-1, 0, 0, 0, 0, 0]  # its second window is never full
     assert b.latest.tolist()[0] == [-1, 0, 0, 0, 1, 1]
     late = Merge.of(torch.tensor([[0, 1, 2, 3]]), decided=torch.tensor([[3, 1, 2, 3]]))
-    assert late.ready.tolist() == [[3, 3, 3, 3]]  # row 1 would tell what has become of row 0
+    assert late.ready.tolist() == [[3, 3, 3, 3]]  # row 1 would reveal the merging of row 0
 
 
 @torch.no_grad()
-def test_nothing_hangs_on_where_a_sequence_ends():
+def test_results_do_not_depend_on_the_length_of_the_sequence():
     """A model on the first rows gives what the model on all of them gives there."""
     for policy in CAUSAL:
         model = model_of(policy)
-        found = []
+        actual = []
         for length in (LENGTH, 30):
             plan = make_plan(length, world=1, heads=2, head_dim=8, dtype="float64", schedule="ring")
-            found.append(model(tokens_of()[:, :length], plan)[:, :30])
-        assert (found[0] - found[1]).abs().max() < EXACT, policy
+            actual.append(model(tokens_of()[:, :length], plan)[:, :30])
+        assert (actual[0] - actual[1]).abs().max() < EXACT, policy
 
 
-def test_a_window_in_both_directions_shows_nothing_before_it_is_decided():
+def test_a_bidirectional_window_shows_no_group_before_it_is_ready():
     mask = documents((0, 8), causal=False) & sliding_window(4, 4)
     late = Merge.of(torch.tensor([0, 0, 2, 2, 4, 4, 6, 6]), decided=torch.tensor([1, 1, 3, 3, 7, 7, 7, 7]))
-    with pytest.raises(InputError, match="the group at row 5 is known at row 7"):
+    with pytest.raises(InputError, match="the group at row 5 is ready at row 7"):
         shorten(late, make_plan(8, world=1, schedule="ring", mask=mask, **HEADS), schedule="ring")
     whole = make_plan(7, world=1, schedule="ring", mask=prefix_lm(7), **HEADS)  # whose prefix is all there is
     assert shorten(windows(7, 2), whole, schedule="ring").plan.seq_len == 4

@@ -53,9 +53,9 @@ def turned(x: Tensor, where: Tensor, theta: float) -> Tensor:
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 def test_rotary_multiplies_pairs_by_complex_phases(theta):
     x, where = torch.randn(2, 5, 3, 8), torch.tensor([0, 1, 7, 100, 4095])
-    found = apply_rotary(x, *rotary(where, 8, theta))
-    torch.testing.assert_close(found, turned(x, where, theta).float(), atol=2e-3, rtol=0)  # fp32 angles up to 4095 rad
-    torch.testing.assert_close(found[:, :3], turned(x, where, theta).float()[:, :3], atol=1e-6, rtol=0)
+    actual = apply_rotary(x, *rotary(where, 8, theta))
+    torch.testing.assert_close(actual, turned(x, where, theta).float(), atol=2e-3, rtol=0)  # fp32 angles up to 4095 rad
+    torch.testing.assert_close(actual[:, :3], turned(x, where, theta).float()[:, :3], atol=1e-6, rtol=0)
 
 
 def test_rotary_goes_by_global_position_and_keeps_the_dtype():
@@ -81,7 +81,7 @@ def test_rotary_angles_are_fp32_under_autocast():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (dict(layers=0), "layers=0: must be a whole number of 1 or more"),
         (dict(dim=1.5), "dim=1.5"),
@@ -90,8 +90,8 @@ def test_rotary_angles_are_fp32_under_autocast():
         (dict(norm_eps=0.0), "norm_eps=0.0: must be positive"),
     ],
 )
-def test_config_refuses_what_cannot_work(change, said):
-    with pytest.raises(InputError, match=said):
+def test_config_refuses_what_cannot_work(change, message):
+    with pytest.raises(InputError, match=message):
         DecoderConfig(**{**TINY.__dict__, **change})
 
 
@@ -124,8 +124,8 @@ def test_decoder_is_a_llama():
     for name, p in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(p, 0.5, 1.5)
-    found = model(tokens, plan_for(TINY, 19))
-    torch.testing.assert_close(found, plain(model.state_dict(), tokens), atol=1e-5, rtol=0)  # fp32 angles
+    actual = model(tokens, plan_for(TINY, 19))
+    torch.testing.assert_close(actual, plain(model.state_dict(), tokens), atol=1e-5, rtol=0)  # fp32 angles
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -137,8 +137,8 @@ def test_loss_by_parts_is_the_loss_of_the_logits(monkeypatch, checkpoint):
     by_parts = model.loss(tokens, targets, plan, checkpoint=checkpoint)
     torch.testing.assert_close(by_parts, whole, atol=1e-12, rtol=0)
     pairs = zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in (whole, by_parts)), strict=True)
-    for expected, found in pairs:
-        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for expected, actual in pairs:
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_fresh_decoder_knows_nothing():
@@ -261,17 +261,17 @@ def test_loss_and_gradients_on_uneven_shards_are_those_of_the_whole():
 
     ranks = run_ranks(3, on_shards)
     plan = plan_for(TINY, 11, world=3, layout=UNEVEN)
-    for rank, found in enumerate(ranks):
-        assert found["loss"] == pytest.approx(loss.item(), rel=1e-14)
-        torch.testing.assert_close(torch.from_numpy(found["grad"]), shard(logits.grad, plan, rank=rank), atol=1e-15, rtol=0)
-        assert found["none"] == 0
-        assert found["trained"] == pytest.approx(trained.item(), rel=1e-6)
-        for (name, p), grad in zip(model.named_parameters(), found["gradients"], strict=True):
+    for rank, actual in enumerate(ranks):
+        assert actual["loss"] == pytest.approx(loss.item(), rel=1e-14)
+        torch.testing.assert_close(torch.from_numpy(actual["grad"]), shard(logits.grad, plan, rank=rank), atol=1e-15, rtol=0)
+        assert actual["none"] == 0
+        assert actual["trained"] == pytest.approx(trained.item(), rel=1e-6)
+        for (name, p), grad in zip(model.named_parameters(), actual["gradients"], strict=True):
             np.testing.assert_allclose(grad, p.grad, atol=1e-6, rtol=0, err_msg=name)
-        first, second, third, fixed = found["reduced"]
+        first, second, third, fixed = actual["reduced"]
         assert first == [[111.0, 111.0]] * 3
         assert second == [[1.0, 1.0]] * 3  # two ranks had none
         assert third is None and fixed is None
     assert all(
-        np.array_equal(a, b) for found in ranks[1:] for a, b in zip(ranks[0]["gradients"], found["gradients"], strict=True)
+        np.array_equal(a, b) for actual in ranks[1:] for a, b in zip(ranks[0]["gradients"], actual["gradients"], strict=True)
     )
