@@ -1,4 +1,4 @@
-"""Tests that models which mix rows outside ringattn, or count positions on each rank, are detected by running them and refused."""
+"""Tests that models which mix rows outside ringattn, or count positions on each rank, are detected by a run and refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -217,7 +217,7 @@ OWN_POSITIONS: list[tuple[str, dict[str, Any], dict[str, Tensor], str]] = [
         "roberta",
         {"is_decoder": True},
         {},
-        "RobertaForCausalLM does not count positions 0, 1, 2, ... where it is given",
+        "RobertaForCausalLM does not count positions 0, 1, 2, ... where it gets none",
     ),
     ("opt", {"ffn_dim": 32}, {"attention_mask": torch.arange(12)[None] > 2}, "and the left is padded"),
     ("gpt_oss", MOE | {"head_dim": 8}, {"position_ids": torch.arange(12)[None] % 7}, "documents_apart=True"),
