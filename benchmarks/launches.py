@@ -109,7 +109,7 @@ def count(name: str, mask: str) -> Figures:
             with Launches() as launches, fused.launches_replaced(lambda name: launches.counted.update([name])):
                 options, transport = Options(HEAD_DIM**-0.5), Simulated(WORLD, copy=False)
                 if not backward:  # not through autograd, which wants a real device behind a leaf
-                    results, _ = run_forward(inputs, plan, options, transport, keep=False)
+                    results, _ = run_forward(inputs, plan, options, transport, keep_inputs=False)
                 else:
                     douts = [torch.empty_like(out) for out in results[::2]]
                     run_backward(inputs, results, douts, [{}] * WORLD, iter(()), plan, options, transport)
@@ -142,24 +142,24 @@ class Instant(Kernel):
     name = "instant"
 
     def __init__(self) -> None:
-        self.made: dict[Any, Any] = {}
+        self.buffers: dict[Any, Any] = {}
 
     def segment_forward(self, block: Operands, band: Any, options: Options) -> Partial:
         key = block.q.shape
-        if key not in self.made:
+        if key not in self.buffers:
             b, h, s, d = key
             out = torch.zeros(b, s, h, d, dtype=block.q.dtype).transpose(1, 2)
-            self.made[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
-        built: Partial = self.made[key]
+            self.buffers[key] = Partial(out, torch.zeros(b, h, s, dtype=accum_dtype(out.dtype)))
+        built: Partial = self.buffers[key]
         return built
 
     def segment_backward(self, block: Operands, rows: Rows, band: Any, options: Options) -> Grads:
         key = (block.q.shape, block.k.shape)
-        if key not in self.made:
+        if key not in self.buffers:
             shapes = [(b, s, h, d) for b, h, s, d in (t.shape for t in block[:3])]
             dq, dk, dv = (torch.zeros(shape, dtype=block.q.dtype).transpose(1, 2) for shape in shapes)
-            self.made[key] = Grads(dq, dk, dv, None)
-        built: Grads = self.made[key]
+            self.buffers[key] = Grads(dq, dk, dv, None)
+        built: Grads = self.buffers[key]
         return built
 
 

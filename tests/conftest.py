@@ -8,7 +8,9 @@ import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
-from thirty import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401  (hooks)
+import order
+import thirty
+from thirty import pytest_terminal_summary  # noqa: F401  (a hook)
 
 torch.set_num_threads(1)
 
@@ -25,3 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--flash-sources", type=Path, help="folder with the flash-attn packages' sources for tests/kernels/test_flash.py"
     )
+
+
+@pytest.hookimpl(trylast=True)  # after what was not asked for has gone
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thirty.pytest_collection_modifyitems(items)
+    order.spread(items, getattr(config, "workerinput", {}).get("workercount", 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from public import PUBLIC
-from spawn import JITS, torch_extensions, torchrun
+from spawn import JITS, finish, start, torch_extensions, torchrun
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -23,6 +23,7 @@ SPANS = ("ringattn/forward", "ringattn/step3/wait")  # in a profile
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(JITS + 10)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
 def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path: Path) -> None:
@@ -32,12 +33,12 @@ def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path
     if launch[1]:
         limit = JITS if "deepspeed" in text else 50
         extensions = torch_extensions(tmp_path)
-        code, out, err = torchrun(str(example), ranks=int(launch[1]), timeout=limit, TORCH_EXTENSIONS_DIR=extensions)
-    else:
-        run = subprocess.run(
-            [sys.executable, example, tmp_path], capture_output=True, text=True, env=_environment(), timeout=50
+        real = example.stem == "readme"  # the others need no interpreters of their own, nor torchrun's agent
+        code, out, err = torchrun(
+            str(example), ranks=int(launch[1]), timeout=limit, fresh=real, TORCH_EXTENSIONS_DIR=extensions, PYTHONPATH=str(ROOT)
         )
-        code, out, err = run.returncode, run.stdout, run.stderr
+    else:
+        code, out, err = finish(start([str(example), str(tmp_path)], PYTHONPATH=str(ROOT)), timeout=50)
     assert code == 0, err
     displayed = DOCS / "examples" / "outputs" / f"{example.stem}.txt"
     if displayed.exists():
@@ -73,12 +74,18 @@ def test_the_block_in_the_readme_is_its_example_and_fits_on_one_screen() -> None
     assert len([line for line in block.splitlines() if line.strip()]) <= 15
 
 
-@pytest.mark.parametrize("name", ["ring", "token_ring", "mesh", "ulysses"])
-def test_the_drawn_schedules_are_up_to_date(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
     script = DOCS / "examples" / "draw_schedules.py"
-    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True, env=_environment())
-    drawn = (tmp_path / f"{name}.svg").read_text()
-    assert drawn == (DOCS / "images" / f"{name}.svg").read_text(), f"run python {script.relative_to(ROOT)}"
+    subprocess.run([sys.executable, script, folder], check=True, capture_output=True, env=_environment())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ring", "token_ring", "mesh", "ulysses"])
+def test_the_drawn_schedules_are_up_to_date(name: str, drawn: Path) -> None:
+    actual, stored = (drawn / f"{name}.svg").read_text(), (DOCS / "images" / f"{name}.svg").read_text()
+    assert actual == stored, "run python docs/examples/draw_schedules.py"
 
 
 def test_the_picture_of_measured_times_is_up_to_date(tmp_path: Path) -> None:
@@ -98,10 +105,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_all_links_right(site: Path) -> None:
     assert (site / "index.html").exists() and (site / "guides" / "training" / "index.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PUBLIC)
 def test_the_reference_lists_exactly_what_is_public(package: str, site: Path) -> None:
     page = "integrations" if ".integrations." in package else package.split(".")[1] if "." in package else "ringattn"
@@ -135,6 +144,15 @@ def _inventory_of_index() -> Iterator[str]:
     for line in (DOCS / "api" / "index.md").read_text().splitlines():
         if match := re.match(r"\| \[`(ringattn[\w.]*)`\]", line):
             yield match[1]
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_links_of_pages_outside_the_site_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        assert (ROOT / target).exists(), f"{page.name} links {target}, which is not there"
+        heads = re.findall(r"^#+ (.*)", (ROOT / target).read_text(), re.MULTILINE) if anchor else []
+        actual = {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+        assert not anchor or anchor in actual, f"{page.name} links {target}#{anchor}, which is not there"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "log.md"], ids=lambda page: page.stem)

@@ -11,6 +11,8 @@ from spawn import start
 from ringattn.cli.train import TrainConfig
 from ringattn.nn import Decoder, DecoderConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 NUMBERS = ["0", "-1", "1000000000", "9" * 30, "9" * 5000, "0.5", "nan", "inf", "-inf", "1e400"]

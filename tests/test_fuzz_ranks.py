@@ -12,6 +12,8 @@ from spawn import run_ranks
 from ringattn import InputError, MismatchError, RingAttnError, attention, causal, make_plan, shard, unshard
 from ringattn.nn import Decoder, DecoderConfig, cross_entropy, reduce_gradients, shift_labels
 
+pytestmark = pytest.mark.slow
+
 CASES = 150
 WORLD = 3
 PLAN = make_plan(13, world=WORLD, heads=2, kv_heads=1, head_dim=4, mask=causal(), schedule="token_ring")

@@ -14,6 +14,8 @@ from shutil import copy, copytree, ignore_patterns
 import pytest
 from spawn import finish
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split("--seq-len 203 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32")
 

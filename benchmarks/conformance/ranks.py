@@ -40,15 +40,15 @@ def run(rank: int, job: Job, models: list[tuple[str, str]]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     register()
-    board = FileStore(f"{job.folder}/board", max(job.worlds))
-    board.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + job.patience)))
+    store = FileStore(f"{job.folder}/board", max(job.worlds))
+    store.set_timeout(timedelta(seconds=len(job.worlds) * (LIMIT + job.patience)))
     parent = multiprocessing.parent_process()
     for number, (task, name) in enumerate(models):
         if parent is None or not parent.is_alive():
             return
         if rank == 0:
             Path(job.folder, "reached").write_text(str(number))
-        Sweep(rank, job, board, task, name).all_cases()
+        Sweep(rank, job, store, task, name).all_cases()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Sweep:
 
     rank: int
     job: Job
-    board: FileStore
+    store: FileStore
     task: str
     name: str
 
@@ -147,8 +147,8 @@ class Sweep:
     def _exchanged(self, name: str, world: int, result: Result) -> list[Result]:
         """Each rank's kind, text and loss; gradients stay where they are."""
         key = f"{self.task}/{self.name}/{name}"
-        self.board.set(f"{key}/{self.rank}", json.dumps([result.kind, result.text, result.loss]))
-        return [Result(*json.loads(self.board.get(f"{key}/{n}"))) for n in range(world)]
+        self.store.set(f"{key}/{self.rank}", json.dumps([result.kind, result.text, result.loss]))
+        return [Result(*json.loads(self.store.get(f"{key}/{n}"))) for n in range(world)]
 
     def _report(self, case: str, world: int, outcome: Outcome, **more: float) -> None:
         if self.rank:

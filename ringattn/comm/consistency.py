@@ -94,16 +94,16 @@ def agree(
             raise InputError(problem)
         return gradient == Gradient.NEEDED
     history = _histories.setdefault(group, _History())
-    mine = tuple((name, str(value)) for name, value in fields.items())
+    own_fields = tuple((name, str(value)) for name, value in fields.items())
     if every_call is None:
         every_call = not is_asynchronous(device_of(group) if device is None else device)
-    if problem is None and not every_call and (mine, gradient) in history.agreed:
-        return history.agreed[mine, gradient]
+    if problem is None and not every_call and (own_fields, gradient) in history.agreed:
+        return history.agreed[own_fields, gradient]
     device = device_of(group) if device is None else device
     if capturing(device):  # so it is on all ranks, and none waits for another
         raise InputError(problem or NO_AGREEMENT_IN_A_GRAPH)
     history.calls += 1
-    named_fields = (*mine, ("number of calls so far", str(history.calls)))
+    named_fields = (*own_fields, ("number of calls so far", str(history.calls)))
     number = 0 if problem else int.from_bytes(sha256(ascii(named_fields).encode()).digest()[:7], "big") + 1
     by_rank = [divmod(int(n), 4) for n in _exchange(group, torch.tensor([4 * number + gradient], dtype=torch.int64))]
     if number == 0 or {n for n, _ in by_rank} != {number}:
@@ -119,7 +119,7 @@ def agree(
     # The stored entry must be the same on all ranks, or some would skip an agreement that others wait for.
     if not every_call and (needed or set(gradients) == {Gradient.OFF}):
         for own in (Gradient.NEEDED, Gradient.NONE) if needed else (Gradient.OFF,):
-            history.agreed[mine, own] = needed
+            history.agreed[own_fields, own] = needed
     return needed
 
 
@@ -133,11 +133,11 @@ def _gradients_off(gradients: list[int]) -> str:
     )
 
 
-def _exchange(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
-    """Gather `mine` of every rank on the CPU, in log2(world) rounds that double the distance over which rows are passed on."""
+def _exchange(group: dist.ProcessGroup, own_row: Tensor) -> list[Tensor]:
+    """Gather `own_row` of every rank on the CPU, in log2(world) rounds of doubling distance."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    table = mine.new_empty(world, len(mine), device=device_of(group))  # row n is that of rank - n
-    table[0] = mine
+    table = own_row.new_empty(world, len(own_row), device=device_of(group))  # row n is that of rank - n
+    table[0] = own_row
     distance = 1
     failure = f"rank {rank}: the ranks could not agree on this call before sending; a rank has died or makes another call"
     with comm_errors("agreeing on a call", failure):
@@ -180,9 +180,9 @@ def _raise_differences(reports: list[str]) -> None:
             different.append(f"{name}: {values}")
     if different:
         others = [text.partition(":")[0] for text in different[1:] if not different[0].startswith("call:")]
-        rest = f" (and on {', '.join(others)})" if others else ""
+        also = f" (and on {', '.join(others)})" if others else ""
         raise MismatchError(
-            f"ranks disagree on {different[0]}{rest}. All ranks must make the same calls with the same arguments"
+            f"ranks disagree on {different[0]}{also}. All ranks must make the same calls with the same arguments"
         )
 
 

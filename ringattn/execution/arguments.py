@@ -1,6 +1,6 @@
 """Checks the arguments of an attention call on every rank, and that all ranks agree on them, before anything is sent.
 
-What one rank finds wrong goes into the agreement that each call begins with, so all ranks raise the same error.
+An error that one rank finds is part of the agreement that each call begins with, so all ranks raise the same error.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def checked_on_all_ranks(
     check_finite: bool | str = False,
     return_lse: bool = False,
 ) -> tuple[dist.ProcessGroup | None, bool]:
-    """The process group to use, when all of its ranks have come with arguments that fit the plan and each other; and whether
-    any of them needs a gradient."""
+    """Check that the arguments of all ranks fit the plan and each other.
+
+    Returns the process group, and whether any of its ranks needs a gradient.
+    """
     process_group, rank = resolve_group(plan, group)
     q, k, v, key_bias, sinks = inputs
     problem = error_message(lambda: _check_kinds(inputs, strict, check_finite, return_lse))
@@ -70,12 +72,12 @@ def checked_on_all_ranks(
 
 
 def _check_kinds(inputs: Inputs, strict: object, check_finite: object, return_lse: object) -> None:
-    """Raise `InputError` for what is no tensor or no option at all."""
+    """Raise `InputError` for arguments of the wrong type."""
     for name, value in zip(inputs._fields, inputs, strict=True):
         if value is not None or name in "qkv":
             as_strided_tensor(name, value)
-    for name, option, others in (("strict", strict, str | None), ("check_finite", check_finite, str)):
-        if not isinstance(option, others):
+    for name, option, other_types in (("strict", strict, str | None), ("check_finite", check_finite, str)):
+        if not isinstance(option, other_types):
             flag(name, option, InputError)
     flag("return_lse", return_lse, InputError)
     if problem := unsupported_transform(*inputs):
@@ -93,7 +95,7 @@ def _problem(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> str | None:
-    """The first thing wrong with this rank's arguments, in words, or None."""
+    """The error message for this rank's arguments, or None."""
     batch, rows, keys = q.shape[0] if q.ndim else "batch", plan.rows(rank), plan.kv_rows(rank)
     expected: list[tuple[str, Tensor | None, tuple[object, ...]]] = [
         ("q", q, (batch, rows, plan.heads, plan.head_dim)),
@@ -136,28 +138,28 @@ def _wrong_device(q: Tensor, group: dist.ProcessGroup | None) -> str | None:
 
 
 def _not_finite(inputs: Inputs, where: bool | str) -> str | None:
-    """The first tensor that holds what no attention should, with how much of it and where it begins, or None."""
+    """The error message for the first tensor with NaN or infinities: how many there are and where they begin; or None."""
     for name, tensor in zip(inputs._fields, inputs, strict=True):
         if tensor is None:
             continue
         bad = ~torch.isfinite(tensor) if name != "key_bias" else tensor.isnan() | tensor.isposinf()
         if bad.any():
             first, nans = tuple(bad.nonzero()[0].tolist()), int(tensor.isnan().sum())
-            said = f"{where}: " if isinstance(where, str) else ""
-            return f"{said}{name} holds {nans} NaN and {int(bad.sum()) - nans} infinities, the first at {first}"
+            prefix = f"{where}: " if isinstance(where, str) else ""
+            return f"{prefix}{name} holds {nans} NaN and {int(bad.sum()) - nans} infinities, the first at {first}"
     return None
 
 
 def _wrong_shape(name: str, tensor: Tensor, shape: tuple[object, ...], plan: Plan, rank: int) -> str:
-    found = tuple(tensor.shape)
-    said = f"{name} has shape {found}, the plan expects {shape} on rank {rank}"
-    if len(found) == 4 and len(shape) == 4 and (found[0], found[2], found[1], found[3]) == shape:
-        return f"{said}; heads and rows are swapped: pass {name}.transpose(1, 2)"
-    if len(found) > 1 and len(shape) > 1 and found[1] != shape[1] and name in "qkv":
+    actual = tuple(tensor.shape)
+    problem = f"{name} has shape {actual}, the plan expects {shape} on rank {rank}"
+    if len(actual) == 4 and len(shape) == 4 and (actual[0], actual[2], actual[1], actual[3]) == shape:
+        return f"{problem}; heads and rows are swapped: pass {name}.transpose(1, 2)"
+    if len(actual) > 1 and len(shape) > 1 and actual[1] != shape[1] and name in "qkv":
         layout = plan.layout if name == "q" else plan.layout.of_keys
         keys = ", keys=True" * (layout is not plan.layout)
-        if found[1] == layout.length:
-            return f"{said}; this is the whole sequence: take this rank's rows with shard({name}, plan{keys})"
+        if actual[1] == layout.length:
+            return f"{problem}; this is the whole sequence: take this rank's rows with shard({name}, plan{keys})"
         resident = f"rank {rank} holds {layout.rows(rank)} of {layout.length} rows"
-        return f"{said}; {resident}: cut the sequence with shard(x, plan{keys}) and the same plan"
-    return f"{said}; make the plan with the model's heads, kv_heads and head_dim"
+        return f"{problem}; {resident}: cut the sequence with shard(x, plan{keys}) and the same plan"
+    return f"{problem}; make the plan with the model's heads, kv_heads and head_dim"

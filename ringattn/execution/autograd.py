@@ -1,12 +1,12 @@
-"""Attention over all shards as one differentiable function.
+"""Makes attention over all shards one differentiable function.
 
 Forward runs the plan's forward program and saves only this rank's q, k, v, out and lse; backward runs the plan's backward
-program, which may be another schedule. Where inputs rest away from home (Ulysses), what rests on this rank is saved instead of
-its q, k and v: as many bytes, and they need not travel again. Sinks need no schedule at all: they join at the owner, after all
-partials have been merged.
+program, which may be another schedule. Where inputs are resident on another rank than their owner (Ulysses), the resident
+inputs are saved instead of this rank's q, k and v: as many bytes, and they need not travel again. Sinks need no schedule: the
+owner adds them after all partials have been merged.
 
-`attend` is told which ranks it hosts by its transport: one, as a member of a process group, or all of them when simulated. It
-is for eager mode; `op` wraps the same two functions, `run_forward` and `run_backward`, for torch.compile.
+The transport says which ranks `attend` hosts: one, as a member of a process group, or all of them when simulated. It is for
+eager mode; `custom_op` wraps the same two functions, `run_forward` and `run_backward`, for torch.compile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.blocks import Backward, Forward
 from ringattn.execution.engine import Payload, profiling, run, span
-from ringattn.execution.first_order import only_once, unsupported_gradient, unsupported_transform
+from ringattn.execution.first_order import differentiable_once, unsupported_gradient, unsupported_transform
 from ringattn.kernels import Options
 from ringattn.kernels.fused import row_statistics
 from ringattn.kernels.lse import accum_dtype
@@ -35,7 +35,7 @@ Resident: TypeAlias = dict[Item, Payload]
 
 
 class Inputs(NamedTuple):
-    """One rank's tensors as the public interface has them."""
+    """One rank's tensors, shaped as in the public interface."""
 
     q: Tensor  # (batch, rows, heads, head_dim)
     k: Tensor  # (batch, rows, kv_heads, head_dim)
@@ -55,12 +55,12 @@ def attend(inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Tr
 
 
 def options_for(plan: Plan, scale: float | None, softcap: float | None) -> Options:
-    """What a kernel is told beside its operands; the scale is 1 / sqrt(head_dim) where none is given."""
+    """The kernel's options; the scale defaults to 1 / sqrt(head_dim)."""
     return Options(1 / sqrt(plan.head_dim) if scale is None else float(scale), softcap)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast switched off, if it is on: switching costs more than a small kernel."""
+    """Switch autocast off if it is on; the check saves a switch that costs more than a small kernel."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
@@ -68,13 +68,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, options: Options, transport: Transport, *flat: Tensor | None) -> tuple[Tensor, ...]:
         inputs = _by_rank(flat)
-        keep = plan.reuse_inputs and any(ctx.needs_input_grad)
-        results, kept = run_forward(inputs, plan, options, transport, keep=keep)
+        keep_inputs = plan.reuse_inputs and any(ctx.needs_input_grad)
+        results, kept = run_forward(inputs, plan, options, transport, keep_inputs=keep_inputs)
         ctx.plan, ctx.options, ctx.transport = plan, options, transport
         ctx.mark_non_differentiable(*results[1::2])
         ctx.kept = [{item: len(payload) for item, payload in blocks.items()} for blocks in kept]
-        ctx.ghosts = [{name: _ghost(getattr(i, name)) for name in "qkv"} for i in inputs] if keep else None
-        own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)] if keep else flat
+        ctx.shapes = [{name: _shape_only(getattr(i, name)) for name in "qkv"} for i in inputs] if keep_inputs else None
+        own = [tensor for i in inputs for tensor in (None, None, None, i.key_bias, i.sinks)] if keep_inputs else flat
         ctx.save_for_backward(*own, *results, *(tensor for blocks in kept for part in blocks.values() for tensor in part))
         return tuple(results)
 
@@ -82,33 +82,33 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if problem := unsupported_gradient(*grads):
             raise InputError(problem)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes on the first read and refuses a second
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes at the first read and raises at a second
         count = len(Inputs._fields) * len(ctx.transport.ranks)
         inputs, results, kept = _by_rank(saved[:count]), saved[count : count + len(grads)], iter(saved[count + len(grads) :])
-        if ctx.ghosts is not None:
-            inputs = [i._replace(**ghosts) for i, ghosts in zip(inputs, ctx.ghosts, strict=True)]
-        # Backward may be called inside of `torch.autocast`, which would round what is summed in fp32.
+        if ctx.shapes is not None:
+            inputs = [i._replace(**shapes) for i, shapes in zip(inputs, ctx.shapes, strict=True)]
+        # Backward may be called inside of `torch.autocast`, which would round fp32 sums.
         with torch.no_grad(), without_autocast(results[0].device.type):
-            found = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
-        # Every out depends on all inputs, also on those that were not saved.
-        flat = only_once([grad for of_rank in found for grad in of_rank], *results[::2], *grads[::2])
+            grads_by_rank = run_backward(inputs, results, grads[::2], ctx.kept, kept, ctx.plan, ctx.options, ctx.transport)
+        # Every out depends on all inputs, including those that were not saved.
+        flat = differentiable_once([grad for rank_grads in grads_by_rank for grad in rank_grads], *results[::2], *grads[::2])
         return (None, None, None, *flat)
 
 
 def run_forward(
-    inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep: bool
+    inputs: Sequence[Inputs], plan: Plan, options: Options, transport: Transport, *, keep_inputs: bool
 ) -> tuple[list[Tensor], list[Resident]]:
-    """out and lse of each rank that `transport` hosts, one after another; and, with `keep`, what rests there for backward."""
-    works = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
-    resident: list[Resident] = [{} for _ in works]
-    made = _carried_out(plan, works, resident, transport, backward=False)
+    """Run forward: out and lse of each hosted rank, in order; with `keep_inputs`, the resident inputs for backward."""
+    ops_by_rank = [Forward(plan, rank, options, **engine_order(i)) for rank, i in zip(transport.ranks, inputs, strict=True)]
+    resident: list[Resident] = [{} for _ in ops_by_rank]
+    gathered_by_rank = _run_pass(plan, ops_by_rank, resident, transport, backward=False)
     results: list[Tensor] = []
-    for i, work, gathered in zip(inputs, works, made, strict=True):
-        out, lse = work.result(gathered)
+    for i, ops, gathered in zip(inputs, ops_by_rank, gathered_by_rank, strict=True):
+        out, lse = ops.result(gathered)
         if i.sinks is not None:
             out, lse = _with_sinks(out, lse, i.sinks)
         results += [out.transpose(1, 2), lse]
-    return results, [resting(work, blocks) if keep else {} for work, blocks in zip(works, resident, strict=True)]
+    return results, [kept_inputs(ops, blocks) if keep_inputs else {} for ops, blocks in zip(ops_by_rank, resident, strict=True)]
 
 
 def run_backward(
@@ -121,65 +121,65 @@ def run_backward(
     options: Options,
     transport: Transport,
 ) -> list[tuple[Tensor | None, ...]]:
-    """Gradients of each rank's `inputs`. `sizes`: how many tensors of `kept` belong to each block that has stayed on it."""
-    works, deltas = [], []
+    """Run backward: gradients of each rank's `inputs`. `sizes`: number of tensors in `kept` for each block kept on the rank."""
+    ops_by_rank, deltas = [], []
     for rank, i, dout, out, lse in zip(transport.ranks, inputs, douts, results[::2], results[1::2], strict=True):
         dout, out = dout.transpose(1, 2), out.transpose(1, 2)
         delta, safe_lse = row_statistics(dout, out, lse)
         deltas.append(delta)
-        works.append(Backward(plan, rank, options, **engine_order(i), dout=dout, lse=safe_lse, delta=delta, out=out))
-    resident = [back(work, counts, kept) for work, counts in zip(works, sizes, strict=True)]
-    made = _carried_out(plan, works, resident, transport, backward=True)
-    found: list[tuple[Tensor | None, ...]] = []
-    for i, work, gathered, delta, lse in zip(inputs, works, made, deltas, results[1::2], strict=True):
-        dq, dk, dv, dbias = work.result(gathered)
+        ops_by_rank.append(Backward(plan, rank, options, **engine_order(i), dout=dout, lse=safe_lse, delta=delta, out=out))
+    resident = [restored_inputs(ops, counts, kept) for ops, counts in zip(ops_by_rank, sizes, strict=True)]
+    gathered_by_rank = _run_pass(plan, ops_by_rank, resident, transport, backward=True)
+    grads: list[tuple[Tensor | None, ...]] = []
+    for i, ops, gathered, delta, lse in zip(inputs, ops_by_rank, gathered_by_rank, deltas, results[1::2], strict=True):
+        dq, dk, dv, dbias = ops.result(gathered)
         if dbias is not None and i.key_bias is not None:
             dbias = dbias.to(i.key_bias.dtype).reshape(i.key_bias.shape)
         dsinks = None if i.sinks is None else _sink_grad(i.sinks, lse, delta)
-        found.append((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks))
-    return found
+        grads.append((dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), dbias, dsinks))
+    return grads
 
 
-def _carried_out(
-    plan: Plan, works: Sequence[Forward | Backward], resident: Sequence[Resident], transport: Transport, *, backward: bool
+def _run_pass(
+    plan: Plan, ops_by_rank: Sequence[Forward | Backward], resident: Sequence[Resident], transport: Transport, *, backward: bool
 ) -> list[dict[Item, Any]]:
-    """What each hosted rank has at the end of one pass; under the pass's name in profiles, errors and journals."""
+    """Run one pass on all hosted ranks, under its name in profiles, errors and event logs; returns their accumulators."""
     name = plan.pass_name(backward=backward)
     runs = [
-        run(plan.program(work.rank, backward=backward), work, port, blocks)
-        for work, port, blocks in zip(works, transport.ports(name), resident, strict=True)
+        run(plan.program(ops.rank, backward=backward), ops, port, blocks)
+        for ops, port, blocks in zip(ops_by_rank, transport.ports(name), resident, strict=True)
     ]
     with span(name) if profiling() else nullcontext():
         return transport.drive(runs)
 
 
-def residents(plan: Plan, rank: int) -> list[Item]:
-    """The inputs that `resting` finds on `rank`, told from its program alone: those it takes in, sends on or computes with."""
-    found: set[Item] = set()
+def resident_items(plan: Plan, rank: int) -> list[Item]:
+    """The inputs that `kept_inputs` returns on `rank`, from its program: those it receives, sends or computes with."""
+    items: set[Item] = set()
     for step in plan.program(rank, backward=False):
         for message in (*(m for m in step.arrival if m.dst == rank), *(m for m in step.post if m.src == rank)):
-            found.update(message.items)
+            items.update(message.items)
         for tiles in step.tiles:
-            found.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
-            found.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
-    inputs = [item for item in found if not item.kind.moved]
+            items.update(Item(tiles.head_group, Kind.Q, i) for i in tiles.i)
+            items.update(Item(tiles.head_group, Kind.KV, j) for j in tiles.j)
+    inputs = [item for item in items if not item.kind.moved]
     stay = [item for item in inputs if plan.forward[item.head_group].schedule.resident_rank(item.kind, item.index) == rank]
     return sorted(stay, key=lambda item: (item.head_group, item.kind.value, item.index))
 
 
-def resting(work: Forward, resident: Resident) -> Resident:
-    """What stays on this rank until backward. Own rows are copied, or all heads of them would stay."""
-    stays = {item: payload for item, payload in resident.items() if work.rests_here(item)}
-    return {i: tuple(t.clone() for t in payload) if work.owns(i) else payload for i, payload in stays.items()}
+def kept_inputs(ops: Forward, resident: Resident) -> Resident:
+    """The inputs that stay on this rank until backward. Own rows are copied, else all of their heads would stay in memory."""
+    stays = {item: payload for item, payload in resident.items() if ops.is_resident(item)}
+    return {i: tuple(t.clone() for t in payload) if ops.owns(i) else payload for i, payload in stays.items()}
 
 
-def back(work: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Resident:
-    """What has stayed, as backward has it: to own queries comes at once what those of others will be sent."""
+def restored_inputs(ops: Backward, sizes: Mapping[Item, int], kept: Iterator[Tensor]) -> Resident:
+    """The kept inputs as backward needs them: own queries get their backward fields at once, other queries receive them."""
     resident = {item: tuple(next(kept) for _ in range(size)) for item, size in sizes.items()}
-    return {i: (*payload, *work.own(i._replace(new=True))) if work.owns(i) else payload for i, payload in resident.items()}
+    return {i: (*payload, *ops.own(i._replace(new=True))) if ops.owns(i) else payload for i, payload in resident.items()}
 
 
-def _ghost(tensor: Tensor) -> Tensor:
+def _shape_only(tensor: Tensor) -> Tensor:
     """Shape, dtype and device of `tensor` without its memory."""
     return tensor.new_zeros(()).expand(tensor.shape)
 
@@ -190,7 +190,7 @@ def _by_rank(flat: Sequence[Tensor | None]) -> list[Inputs]:
 
 
 def engine_order(i: Inputs) -> dict[str, Tensor | None]:
-    """(batch, heads, rows, head_dim) views, under the names of `payload`."""
+    """(batch, heads, rows, head_dim) views, by the names that `wire_fields` uses."""
     bias = i.key_bias
     if bias is not None:
         bias = (bias.unsqueeze(1) if bias.ndim == 2 else bias).to(accum_dtype(i.q.dtype))
@@ -198,13 +198,13 @@ def engine_order(i: Inputs) -> dict[str, Tensor | None]:
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """A sink is one more key per head with a learned logit and a value of zero: it only takes weight away."""
+    """Add sinks: one more key per head with a learned logit and a value of zero, which only takes weight."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    keep = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))  # no key and no sink: nothing to keep
-    return (out * keep.unsqueeze(-1)).to(out.dtype), total
+    kept_weight = torch.exp(lse - total.masked_fill(total == -torch.inf, 0.0))  # no key and no sink: weight 0
+    return (out * kept_weight.unsqueeze(-1)).to(out.dtype), total
 
 
 def _sink_grad(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The sink's share of each row's weight, (batch, heads, rows), times what that weight takes from the row."""
+    """Gradient of sinks: the weight of the sink in each row, (batch, heads, rows), times -delta, summed."""
     weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, 0.0))
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)

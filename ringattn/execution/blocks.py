@@ -1,11 +1,12 @@
-"""The tensors behind a program: what one rank owns, computes, merges and keeps, in each pass.
+"""Holds the tensors of one rank during a pass: blocks it owns, tiles it computes, partial results it merges.
 
-`payload` says what the four kinds of thing consist of and `shapes` how large they are; here both meet this rank's tensors.
-Everything is in engine order, (batch, heads, rows, head_dim), and sliced by lane (heads) and block (rows). No communication
-here, and no choice.
+`wire_fields` defines the tensors of the four kinds of block and `shapes` their sizes; this module applies both to the rank's
+tensors. Everything is in engine order, (batch, heads, rows, head_dim), and sliced by head group (heads) and block (rows). There
+is no communication and no planning here.
 
-A share, what some tiles add to an accumulator, is a list of rows of its block: `PartialRows` (out, lse) in forward, and in
-backward a tuple of `SumRows`, one for each gradient. A kernel computes, and a merge reads, only the rows that a tile touches.
+A share, the part of an accumulator that some tiles contribute, is a list of rows of its block: `PartialRows` (out, lse) in
+forward, and in backward a tuple of `SumRows`, one for each gradient. A kernel computes, and a merge reads, only rows that a
+tile touches.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from ringattn.schedule.program import TileBatch as TileBatch
 
 Sums = tuple[SumRows, ...]
 
-_DOUT = fields(Kind.Q, backward=True, bias=False)[1]  # out is cut as dout is
+_DOUT = fields(Kind.Q, backward=True, bias=False)[1]  # out is sliced as dout is
 
 
 class _Pass(ABC):
-    """What both passes share: blocks of this rank's tensors, and how things look on the wire."""
+    """The common part of both passes: blocks of this rank's tensors, and their layout on the wire."""
 
     backward: ClassVar[bool]
 
@@ -57,7 +58,7 @@ class _Pass(ABC):
     def operand(self, item: Item, payload: Payload) -> Payload:
         return payload
 
-    def rests_here(self, item: Item) -> bool:
+    def is_resident(self, item: Item) -> bool:
         """Whether input `item` stays on this rank from forward to backward."""
         return self.head_groups[item.head_group].schedule.resident_rank(item.kind, item.index) == self.rank
 
@@ -66,10 +67,10 @@ class _Pass(ABC):
         return self.shapes.block(item).rank == self.rank
 
     def _cut(self, field: Field, item: Item, tensor: Tensor) -> Tensor:
-        """Of one of this rank's tensors, the heads and rows that `item` is about."""
+        """Slice the heads and rows of `item` from one of this rank's tensors."""
         block = self.shapes.block(item)
         if block.rank != self.rank:  # `check` proves that this cannot happen, but an unchecked schedule can be run
-            raise ScheduleError(f"rank {self.rank} has {item} in hand, which belongs to rank {block.rank}")
+            raise ScheduleError(f"rank {self.rank} uses {item}, which belongs to rank {block.rank}")
         first, count = self.shapes.heads(field, item.head_group)
         if count != tensor.shape[1]:
             tensor = tensor.narrow(1, first, count)
@@ -77,13 +78,13 @@ class _Pass(ABC):
 
     @property
     def _shared(self) -> bool:
-        """Whether several lanes have gradients for the same KV heads."""
+        """Whether several head groups have gradients for the same KV heads."""
         several = sum(head_group.heads.of_keys for head_group in self.head_groups) > self.plan.kv_heads
         return several or self.tensors.get("bias", self.tensors["k"]).shape[1] == 1
 
 
 class Forward(_Pass):
-    """out and lse of this rank's queries. Tensors: q, k, v and perhaps bias."""
+    """out and lse of this rank's queries. Tensors: q, k, v and optionally bias."""
 
     backward = False
 
@@ -100,8 +101,8 @@ class Forward(_Pass):
         return PartialRows(0, rows, out, lse)
 
     def ready(self, item: Item, shares: Sequence[PartialRows]) -> Payload | None:
-        whole = len(shares) == 1 and shares[0].stop - shares[0].start == self.shapes.block(item).rows
-        return shares[0][2:] if whole else None
+        complete = len(shares) == 1 and shares[0].stop - shares[0].start == self.shapes.block(item).rows
+        return shares[0][2:] if complete else None
 
     def write(self, item: Item, shares: Sequence[PartialRows], slots: Sequence[Tensor]) -> None:
         merge(shares, *slots)
@@ -113,9 +114,9 @@ class Forward(_Pass):
         """All rows and heads of this rank: out in the dtype of q, lying as (batch, rows, heads, head_dim), and lse."""
         q, dim = self.tensors["q"], self.tensors["v"].shape[-1]
         batch, heads, rows, _ = q.shape
-        alone = _only(gathered, rows)
-        if alone and alone.out.shape[1] == heads and _is_final(alone.out, self.dtype) and alone.lse.dtype == self.accum:
-            return Partial(alone.out, alone.lse.contiguous())  # of a single rank, say: the kernel's own tensors
+        single = _only(gathered, rows)
+        if single and single.out.shape[1] == heads and _is_final(single.out, self.dtype) and single.lse.dtype == self.accum:
+            return Partial(single.out, single.lse.contiguous())  # the kernel's own tensors, as on a single rank
         covered = sum(self.shapes.block(item).rows * self.head_groups[item.head_group].heads.of_queries for item in gathered)
         new = torch.empty if covered == rows * heads else torch.zeros
         out = new(batch, rows, heads, dim, dtype=self.dtype, device=self.device).transpose(1, 2)
@@ -132,13 +133,13 @@ class Backward(_Pass):
     """Gradients of this rank's q, k, v and bias.
 
     Tensors: as in forward, and dout, lse, delta of its rows; lse is +inf where a row sees no key, so that each of its
-    probabilities is exp(-inf) = 0. `out` too, where it is here: it spares its owner the surrogate.
+    probabilities is exp(-inf) = 0. `out` too, where it is available: its owner then needs no surrogate.
     """
 
     backward = True
 
     def operand(self, item: Item, payload: Payload) -> Payload:
-        """Queries with an out, for kernels that ask for one: the true one at its owner, elsewhere a surrogate, made once."""
+        """Add an out to queries for kernels that need one: the true one at its owner, elsewhere a surrogate, computed once."""
         if item.kind is not Kind.Q or not self.kernel.needs_out:
             return payload
         if "out" in self.tensors and self.owns(item):
@@ -164,8 +165,8 @@ class Backward(_Pass):
 
     def ready(self, item: Item, shares: Sequence[Sums]) -> Payload | None:
         first = shares[0][0]
-        whole = len(shares) == 1 and first.stop - first.start == self.shapes.block(item).rows
-        return tuple(part.values for part in shares[0]) if whole else None
+        complete = len(shares) == 1 and first.stop - first.start == self.shapes.block(item).rows
+        return tuple(part.values for part in shares[0]) if complete else None
 
     def write(self, item: Item, shares: Sequence[Sums], slots: Sequence[Tensor]) -> None:
         for parts, slot in zip(zip(*shares, strict=True), slots, strict=True):
@@ -179,19 +180,19 @@ class Backward(_Pass):
         """dq, dk, dv in the dtype of the inputs, lying as (batch, rows, heads, head_dim); dbias in the accumulation dtype."""
         names = [name for name in ("q", "k", "v", "bias") if name in self.tensors]
         grads: dict[str, Tensor] = {}
-        for kind, some in ((Kind.Q_ACC, names[:1]), (Kind.KV_ACC, names[1:])):
+        for kind, names_of_kind in ((Kind.Q_ACC, names[:1]), (Kind.KV_ACC, names[1:])):
             items = {item: shares for item, shares in gathered.items() if item.kind is kind}
-            for n, (field, name) in enumerate(zip(self.shapes.fields(kind), some, strict=True)):
+            for n, (field, name) in enumerate(zip(self.shapes.fields(kind), names_of_kind, strict=True)):
                 parts = {item: [share[n] for share in shares] for item, shares in items.items()}
                 grads[name] = self._gradient(field, self.tensors[name], parts)
         return Grads(grads["q"], grads["k"], grads["v"], grads.get("bias"))
 
     def _gradient(self, field: Field, like: Tensor, parts: Mapping[Item, Sequence[SumRows]]) -> Tensor:
-        """The gradient of one whole tensor, from the sums that ended here."""
+        """The gradient of one tensor, from the sums that ended on this rank."""
         dtype, heads, rows = (self.accum if field.dim is None else self.dtype), like.shape[1], like.shape[2]
-        alone = _only(parts, rows)
-        if alone and alone.values.shape[1] == heads and _is_final(alone.values, dtype):
-            return alone.values
+        single = _only(parts, rows)
+        if single and single.values.shape[1] == heads and _is_final(single.values, dtype):
+            return single.values
         if field.heads != "q" and self._shared:
             total = _by_rows(like, rows, self.accum).zero_()
             for item, sums in parts.items():
@@ -213,7 +214,7 @@ def _operands(query: Tensor, kv: Payload) -> Operands:
 
 
 def _touched(payloads: Sequence[Payload], rows: Touched) -> Payload:
-    """Of several blocks, one behind another, the rows that are needed."""
+    """Concatenate several blocks and take the rows that are needed."""
     joined = payloads[0] if len(payloads) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*payloads, strict=True))
     return joined if rows.length is None else tuple(x.narrow(2, rows.start, rows.length) for x in joined)
 
@@ -227,7 +228,7 @@ _Share = TypeVar("_Share", PartialRows, SumRows)
 
 
 def _only(gathered: Mapping[Item, Sequence[_Share]], rows: int) -> _Share | None:
-    """The one share there is, if it has all rows."""
+    """The only share, if it covers all rows."""
     if len(gathered) == 1:
         (shares,) = gathered.values()
         if len(shares) == 1 and shares[0].stop - shares[0].start == rows:
@@ -238,8 +239,8 @@ def _only(gathered: Mapping[Item, Sequence[_Share]], rows: int) -> _Share | None
 def _is_final(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether `x` can be returned as it is: in `dtype`, (batch, rows, heads, head_dim) in memory, and alone in its storage.
 
-    What came in a message is not: out and lse, or dk and dv, share it. Results of an operator may not, and together they would
-    count as changed when one of them is.
+    Received tensors cannot: out and lse, or dk and dv, share a message. Results of an operator must not share storage, else an
+    in-place change of one would count as a change of the other.
     """
     by_rows = x.transpose(1, 2) if x.ndim == 4 else x
     return x.dtype == dtype and by_rows.is_contiguous() and 0 < x.nbytes == x.untyped_storage().nbytes()

@@ -1,7 +1,7 @@
-"""What callers bring to a call: tensors that are tensors, and ranks that all come to it, also one that brings no plan.
+"""Validates arguments of collective calls; all ranks raise together, including a rank without a plan.
 
-A rank that raises by itself leaves the others waiting for it until their deadline. So whatever a rank finds wrong with its own
-arguments goes into the agreement that the call begins with, and all raise together.
+A rank that raises alone leaves the others waiting for it until their deadline. So an error that a rank finds in its arguments
+is part of the agreement that the call begins with, and all ranks raise it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ringattn.errors import InputError, MismatchError, RingAttnError
 from ringattn.plan.plan import Plan
 from ringattn.sequence.layout import Layout
 
-CURES = {Plan: "make one with make_plan(...)", Layout: "give the layout of the rows, as plan.layout"}
+HINTS = {Plan: "make one with make_plan(...)", Layout: "give the layout of the rows, as plan.layout"}
 
 
 def resolve_group(
@@ -26,7 +26,8 @@ def resolve_group(
 ) -> tuple[dist.ProcessGroup | None, int]:
     """The process group of a call with this plan or layout and the rank in it, as `group_and_rank`.
 
-    A rank that has no plan, or no group for it, takes part in the agreement of the others: all raise, and name it.
+    A rank that has no plan, or no group for it, takes part in the agreement of the others: all ranks raise an error that names
+    it.
     """
     error: RingAttnError | None = None
     problem = error_message(lambda: _check(what, group, kind))
@@ -39,19 +40,21 @@ def resolve_group(
 
 
 def agreed_error(error: RingAttnError, group: object) -> RingAttnError:
-    """`error`, in the words in which all ranks of `group` now hear of it."""
+    """`error` with the message that all ranks of `group` have agreed on."""
     try:
-        agree(_somewhere(group), {}, str(error))
-    except InputError as heard:
-        # What all ranks find wrong with a group needs no rank to be named.
+        agree(_group_of_others(group), {}, str(error))
+    except InputError as agreed:
+        # An error of the group that all ranks have needs no rank to be named.
         return (
-            InputError(str(heard)) if isinstance(error, InputError) else type(error)(str(heard).removeprefix("on every rank: "))
+            InputError(str(agreed))
+            if isinstance(error, InputError)
+            else type(error)(str(agreed).removeprefix("on every rank: "))
         )
     return error
 
 
 def as_strided_tensor(name: str, value: object) -> Tensor:
-    """A tensor of the ordinary kind; raises `InputError` for anything else."""
+    """`value` if it is a dense tensor; raises `InputError` for anything else."""
     if not isinstance(value, Tensor):
         raise InputError(f"{name}={short_repr(value)}; must be a tensor")
     if value.is_nested or value.layout != torch.strided:
@@ -59,17 +62,17 @@ def as_strided_tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def whole_numbers(name: str, x: Tensor, stop: int, ignored: int | None = None) -> None:
-    """Raise `InputError` unless all of `x` are from 0 to below `stop`. Only on a CPU: elsewhere reading them would stall."""
+def check_tokens(name: str, x: Tensor, stop: int, ignored: int | None = None) -> None:
+    """Raise `InputError` unless all tokens of `x` are in [0, stop). Only on a CPU: elsewhere reading them would stall."""
     if x.device.type == "cpu" and x.numel():
-        counted = x if ignored is None else x.where(x != ignored, 0)
-        least, most = int(counted.min()), int(counted.max())
-        if least < 0 or most >= stop:
-            raise InputError(f"{name} holds {most if most >= stop else least}; there are {stop} tokens, from 0 on")
+        tokens = x if ignored is None else x.where(x != ignored, 0)
+        smallest, largest = int(tokens.min()), int(tokens.max())
+        if smallest < 0 or largest >= stop:
+            raise InputError(f"{name} holds {largest if largest >= stop else smallest}; there are {stop} tokens, from 0 on")
 
 
 def _check(what: object, group: object, kind: type[Plan] | type[Layout]) -> None:
-    instance(kind.__name__.lower(), what, kind, InputError, CURES[kind])
+    instance(kind.__name__.lower(), what, kind, InputError, HINTS[kind])
     check_group(group)
 
 
@@ -78,8 +81,8 @@ def check_group(group: object) -> None:
         raise InputError(f"group={short_repr(group)}; give a process group, a 1-D DeviceMesh, or None for the default group")
 
 
-def _somewhere(group: object) -> dist.ProcessGroup | None:
-    """Where the other ranks may be waiting."""
+def _group_of_others(group: object) -> dist.ProcessGroup | None:
+    """The group in which the other ranks may be waiting."""
     if not dist.is_available() or not dist.is_initialized():
         return None
     if isinstance(group, DeviceMesh) and group.ndim == 1:

@@ -1,24 +1,24 @@
-"""`attention` for torch.compile: an operator that the compiler neither looks into nor cuts a graph at.
+"""Registers `attention` as an operator for torch.compile, which neither traces into it nor breaks the graph at it.
 
 Eager mode keeps its autograd function; the operator wraps the same two functions, `run_forward` and `run_backward`. Eager mode
-uses it where selective checkpointing looks on (`selective`) and nowhere else, since it hosts a single rank, while simulation
-hosts all of them, and since it has to hand over what rests on this rank as one tensor of known size (`kept`), which is a copy
-that eager mode does not make.
+uses the operator only under selective checkpointing (`selective`), since it hosts a single rank, while simulation hosts all of
+them, and since it has to return the inputs kept on this rank as one tensor of known size (`kept`), a copy that eager mode does
+not make.
 
-An operator takes tensors, numbers and text. So a plan comes as its digest and a group by its name; `known_as` finds both while
-the graph is traced, and the graph holds for this plan and this group only. Plans so named stay for the life of the process, as
-the graphs do that name them: there are as many as torch's recompile limit lets there be, and backward may run when its caller
-has let go of the plan. The rank is an argument because the size of `kept` follows from it, and compiled code is cached on disk
-by its arguments.
+An operator takes tensors, numbers and text. So a plan is passed as its digest and a group by its name; `graph_arguments`
+determines both while the graph is traced, and the graph is valid for this plan and this group only. Plans passed this way stay
+for the life of the process, as do the graphs that name them: torch's recompile limit bounds their number, and backward may run
+after its caller has dropped the plan. The rank is an argument because the size of `kept` depends on it, and compiled code is
+cached on disk by its arguments.
 
 Everything that depends on tensors, ranks and peers happens when the operator runs: arguments are checked and agreed on in each
-call, and errors are those of eager mode. The fake kernel tells shapes even of a call that is going to be refused.
+call, and errors are those of eager mode. The fake kernel returns shapes even for a call that will raise.
 
-For backward a compiled call saves what an eager one does: q, k, v, out and lse, or `kept` in place of q, k and v. Within
+For backward a compiled call saves the same as an eager one: q, k, v, out and lse, or `kept` in place of q, k and v. Within
 activation checkpointing all of it is computed, and sent, again.
 
-What it does not do: keep the order of attentions that do not depend on each other within one graph. The compiler may change
-it, and ranks on which it does so differently would exchange the wrong tensors. In a transformer each depends on the one before.
+Not guaranteed: the order of attentions that do not depend on each other within one graph. The compiler may change it, and ranks
+on which it does so differently would exchange the wrong tensors. In a transformer each depends on the one before.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from ringattn.comm.select import transport_for
 from ringattn.comm.wire_format import Spec, pack, unpack
 from ringattn.errors import LaunchError, MismatchError, PlanError
 from ringattn.execution.arguments import checked_on_all_ranks
-from ringattn.execution.autograd import Inputs, options_for, residents, run_backward, run_forward
-from ringattn.execution.first_order import only_once
+from ringattn.execution.autograd import Inputs, options_for, resident_items, run_backward, run_forward
+from ringattn.execution.first_order import differentiable_once
 from ringattn.execution.shapes import InputSizes, Shapes
 from ringattn.kernels.lse import accum_dtype
 from ringattn.plan.plan import Plan
 from ringattn.schedule.program import Item
 
-WHERE = "str plan, str group, int rank, float? scale, float? softcap"
+PLAN_ARGUMENTS = "str plan, str group, int rank, float? scale, float? softcap"
 FORWARD = (
-    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {WHERE}, bool gradient, str? strict) "
+    f"(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? sinks, {PLAN_ARGUMENTS}, bool gradient, str? strict) "
     "-> (Tensor, Tensor, Tensor)"
 )
 BACKWARD = (
     "(Tensor dout, Tensor? q, Tensor? k, Tensor? v, Tensor? key_bias, Tensor? sinks, Tensor out, Tensor lse, Tensor kept, "
-    f"{WHERE}) -> Tensor[]"
+    f"{PLAN_ARGUMENTS}) -> Tensor[]"
 )
 
 # `mode="reduce-overhead"` captures CUDA graphs, which can repeat neither the agreement that a call begins with nor what the
@@ -59,26 +59,26 @@ BACKWARD = (
 _unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
 OUTSIDE_GRAPHS: dict[str, Any] = {} if _unsafe is None else {"tags": (_unsafe,)}
 
-NOT_YET = -1  # the rank of a process that has none
+NO_RANK = -1  # of a process outside of a group
 
 _plans: dict[str, Plan] = {}
 
 
-def known_as(plan: Plan, group: Group | None) -> tuple[str, str, int]:
-    """What stands for `plan` and `group` in a graph, and this process's rank. What is wrong with them is said when it runs."""
+def graph_arguments(plan: Plan, group: Group | None) -> tuple[str, str, int]:
+    """The values that represent `plan` and `group` in a graph, and this process's rank. Errors are raised when it runs."""
     _plans[plan.digest] = plan
     try:
         process_group, rank = group_and_rank(group, plan.world)
     except LaunchError:
-        return plan.digest, "", NOT_YET
+        return plan.digest, "", NO_RANK
     except MismatchError as error:
-        return plan.digest, "" if group is None else f"!{error}", NOT_YET
+        return plan.digest, "" if group is None else f"!{error}", NO_RANK
     return plan.digest, "" if group is None or process_group is None else process_group.group_name, rank
 
 
 # As torch.compiler.assume_constant_result does, which would import the compiler (seconds) wherever ringattn is imported. Dynamo
 # then runs the function while it traces, and guards on the identity of its arguments.
-known_as._dynamo_marked_constant = True  # type: ignore[attr-defined]
+graph_arguments._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run_forward(
@@ -96,21 +96,21 @@ def _run_forward(
     strict: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse and `kept`, after all ranks have agreed on the arguments."""
-    inputs, known = Inputs(q, k, v, key_bias, sinks), _plan(plan)
-    how = {"True": True, "False": False}.get(strict or "", strict)
-    # The graph is made, with or without a backward pass: a rank without one cannot take part in that of others.
-    asked = Gradient.NEEDED if gradient else Gradient.OFF
-    process_group, _ = checked_on_all_ranks(inputs, known, _group(group), scale, softcap, asked, how)
-    if rank != (now := 0 if process_group is None else dist.get_rank(process_group)):
-        raise LaunchError(f"compiled as rank {rank}, run as rank {now}: call torch.compiler.reset() after joining a group")
-    keep = known.reuse_inputs and gradient
+    inputs, known_plan = Inputs(q, k, v, key_bias, sinks), _plan(plan)
+    strict_option = {"True": True, "False": False}.get(strict or "", strict)
+    # The graph has a backward pass or not: a rank without one cannot take part in that of others.
+    gradient_state = Gradient.NEEDED if gradient else Gradient.OFF
+    process_group, _ = checked_on_all_ranks(inputs, known_plan, _group(group), scale, softcap, gradient_state, strict_option)
+    if rank != (actual := 0 if process_group is None else dist.get_rank(process_group)):
+        raise LaunchError(f"compiled as rank {rank}, run as rank {actual}: call torch.compiler.reset() after joining a group")
+    keep_inputs = known_plan.reuse_inputs and gradient
     with torch.autocast(q.device.type, enabled=False):
         (out, lse), (resident,) = run_forward(
-            [inputs], known, options_for(known, scale, softcap), transport_for(process_group), keep=keep
+            [inputs], known_plan, options_for(known_plan, scale, softcap), transport_for(process_group), keep_inputs=keep_inputs
         )
-    specs = _kept_specs(known, rank, out, key_bias) if keep else {}
+    specs = _kept_specs(known_plan, rank, out, key_bias) if keep_inputs else {}
     tensors = [tensor for item in specs for tensor in resident[item]]
-    kept = pack(tensors, [spec for some in specs.values() for spec in some]) if tensors else _bytes(out, 0)
+    kept = pack(tensors, [spec for item_specs in specs.values() for spec in item_specs]) if tensors else _bytes(out, 0)
     return out.contiguous(), lse.contiguous(), kept
 
 
@@ -128,17 +128,17 @@ def _fake_forward(
     gradient: bool,
     strict: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known = _plan(plan)
-    fits = q.ndim == 4 and q.shape[2] == known.heads
-    batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, known.rows(max(rank, 0)))
-    out = q.new_empty(batch, rows, known.heads, v.shape[-1] if v.ndim else known.head_dim)
-    lse = q.new_empty(batch, known.heads, rows, dtype=accum_dtype(q.dtype))
-    keep = known.reuse_inputs and gradient and rank != NOT_YET and (key_bias is None or key_bias.ndim in (2, 3))
-    specs = _kept_specs(known, rank, out, key_bias) if keep else {}
-    return out, lse, _bytes(out, sum(spec.nbytes for some in specs.values() for spec in some))
+    known_plan = _plan(plan)
+    fits = q.ndim == 4 and q.shape[2] == known_plan.heads
+    batch, rows = (q.shape[0], q.shape[1]) if fits else (q.shape[0] if q.ndim else 1, known_plan.rows(max(rank, 0)))
+    out = q.new_empty(batch, rows, known_plan.heads, v.shape[-1] if v.ndim else known_plan.head_dim)
+    lse = q.new_empty(batch, known_plan.heads, rows, dtype=accum_dtype(q.dtype))
+    keep_inputs = known_plan.reuse_inputs and gradient and rank != NO_RANK and (key_bias is None or key_bias.ndim in (2, 3))
+    specs = _kept_specs(known_plan, rank, out, key_bias) if keep_inputs else {}
+    return out, lse, _bytes(out, sum(spec.nbytes for item_specs in specs.values() for spec in item_specs))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, key_bias, sinks, plan, *where = inputs
     own = (None, None, None) if _plan(plan).reuse_inputs else (q, k, v)
     ctx.save_for_backward(*own, key_bias, sinks, *output)
@@ -149,9 +149,9 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _differentiate(ctx: Any, dout: Tensor, *others: Tensor) -> tuple[Any, ...]:
     *inputs, out, lse, kept = ctx.saved_tensors
     dq, dk, dv, *more = _backward(dout, *inputs, out, lse, kept, *ctx.where)
-    given = [tensor is not None for tensor in inputs[3:]]
-    dbias, dsinks = (more.pop(0) if there else None for there in given)
-    return (*only_once([dq, dk, dv, dbias, dsinks], dout, out), *[None] * (len(ctx.where) + 2))
+    present = [tensor is not None for tensor in inputs[3:]]
+    dbias, dsinks = (more.pop(0) if is_present else None for is_present in present)
+    return (*differentiable_once([dq, dk, dv, dbias, dsinks], dout, out), *[None] * (len(ctx.where) + 2))
 
 
 def _run_backward(
@@ -170,16 +170,16 @@ def _run_backward(
     scale: float | None,
     softcap: float | None,
 ) -> list[Tensor]:
-    known = _plan(plan)
-    inputs = _inputs_or_shapes(q, k, v, known, rank, out, key_bias, sinks)
-    process_group, _ = group_and_rank(_group(group), known.world)
-    specs = _kept_specs(known, rank, out, key_bias) if q is None else {}
-    tensors = unpack(kept, [spec for some in specs.values() for spec in some])
-    sizes = {item: len(some) for item, some in specs.items()}
-    options = options_for(known, scale, softcap)
+    known_plan = _plan(plan)
+    inputs = _inputs_or_shapes(q, k, v, known_plan, rank, out, key_bias, sinks)
+    process_group, _ = group_and_rank(_group(group), known_plan.world)
+    specs = _kept_specs(known_plan, rank, out, key_bias) if q is None else {}
+    tensors = unpack(kept, [spec for item_specs in specs.values() for spec in item_specs])
+    sizes = {item: len(item_specs) for item, item_specs in specs.items()}
+    options = options_for(known_plan, scale, softcap)
     with torch.autocast(dout.device.type, enabled=False):
         (grads,) = run_backward(
-            [inputs], [out, lse], [dout], [sizes], iter(tensors), known, options, transport_for(process_group)
+            [inputs], [out, lse], [dout], [sizes], iter(tensors), known_plan, options, transport_for(process_group)
         )
     return [grad.contiguous() for grad in grads if grad is not None]
 
@@ -220,7 +220,7 @@ def _inputs_or_shapes(
     key_bias: Tensor | None,
     sinks: Tensor | None = None,
 ) -> Inputs:
-    """The inputs of a call that gave `out`; of those that were not saved only the shapes."""
+    """The inputs of the call that returned `out`; inputs that were not saved have a shape and no memory."""
     if q is None or k is None or v is None:
         (batch, rows, _, dim), keys, shape_only = out.shape, plan.kv_rows(rank), out.new_zeros(())
         q = shape_only.expand(batch, rows, plan.heads, plan.head_dim)
@@ -229,10 +229,10 @@ def _inputs_or_shapes(
 
 
 def _kept_specs(plan: Plan, rank: int, out: Tensor, key_bias: Tensor | None) -> dict[Item, Sequence[Spec]]:
-    """What `kept` consists of, in order. Sizes may be symbols, which no cache can hold."""
+    """The tensors that `kept` packs, in order. Sizes may be symbolic, which no cache can hold."""
     bias_heads = 0 if key_bias is None else 1 if key_bias.ndim == 2 else key_bias.shape[1]
     shapes = Shapes(plan, InputSizes(out.shape[0], out.shape[-1], out.dtype, bias_heads), backward=False)
-    return {item: shapes.specs(item) for item in residents(plan, rank)}
+    return {item: shapes.specs(item) for item in resident_items(plan, rank)}
 
 
 def _bytes(like: Tensor, count: int) -> Tensor:
@@ -241,7 +241,7 @@ def _bytes(like: Tensor, count: int) -> Tensor:
 
 def _plan(digest: str) -> Plan:
     if digest not in _plans:
-        raise PlanError(f"plan {digest} is not known here: a compiled graph runs in the process that has traced it")
+        raise PlanError(f"plan {digest} is not known in this process: a compiled graph runs only in the process that traced it")
     return _plans[digest]
 
 
@@ -256,4 +256,4 @@ attention_operator = torch.library.custom_op(
     "ringattn::attention", _run_forward, mutates_args=(), schema=FORWARD, **OUTSIDE_GRAPHS
 )
 attention_operator.register_fake(_fake_forward)
-attention_operator.register_autograd(_differentiate, setup_context=_remember)
+attention_operator.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -1,9 +1,9 @@
-"""Carries out one rank's program: receive what has arrived, send what departs, compute, release. Both passes are this function.
+"""Runs one rank's program step by step: receives, sends, computes and merges, in both passes.
 
-It knows no ranks, masks, kernels or schedules. What a block consists of, how a tile is computed and how partial results merge
-is asked of `BlockOps`; how bytes travel is asked of a `Port`. It waits only for what is due, so everything else travels beside
-compute. Partial results of one accumulator are merged several at once, because merging is bound by memory: each merge reads and
-writes the fp32 sum, however many parts it adds.
+It knows no ranks, masks, kernels or schedules. `BlockOps` defines what a block consists of, how a tile is computed and how
+partial results merge; a `Port` moves the bytes. The engine waits only for messages in their arrival step, so all others travel
+during compute. Partial results of one accumulator are merged several at once, because merging is bound by memory bandwidth:
+each merge reads and writes the fp32 sum, however many parts it adds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Payload = tuple[Tensor, ...]
 
 
 class BlockOps(Protocol):
-    """One rank's part in one pass: what blocks are made of. A share is what some tiles add to an accumulator."""
+    """The block operations of one rank in one pass. A share is the part of an accumulator that some tiles contribute."""
 
     device: torch.device
 
@@ -36,22 +36,22 @@ class BlockOps(Protocol):
         """The layout of a message that carries `items`, wherever it comes from."""
 
     def operand(self, item: Item, payload: Payload) -> Payload:
-        """Input block `item` as `compute` takes it; asked once for each block that this rank computes with."""
+        """Input block `item` as `compute` takes it; called once for each block that this rank computes with."""
 
     def compute(self, tiles: TileBatch, q: Sequence[Payload], kv: Sequence[Payload]) -> Mapping[Item, Any]:
-        """Some tiles at once, given their blocks: the share of each accumulator that they add to."""
+        """Compute some tiles at once from their blocks; returns their share of each accumulator."""
 
     def merge(self, item: Item, shares: Sequence[Any]) -> Any:
-        """All `shares` of one accumulator as one. Does not write into any of them."""
+        """Merge all `shares` of one accumulator into a new one. Does not write into any of them."""
 
     def ready(self, item: Item, shares: Sequence[Any]) -> Payload | None:
-        """The tensors of an accumulator that travel, if they are there as they are; else they are written into the message."""
+        """The tensors of an accumulator to send, if they need no merge; else None, and `write` merges into the message."""
 
     def write(self, item: Item, shares: Sequence[Any], slots: Sequence[Tensor]) -> None:
         """Merge all `shares` of one accumulator into its place in a message."""
 
     def arrived(self, item: Item, payload: Payload) -> Any:
-        """The share that came as `payload`."""
+        """The share that was received as `payload`."""
 
 
 def span(*name: object) -> AbstractContextManager[Any]:
@@ -67,16 +67,16 @@ def profiling() -> bool:
 def run(
     program: Sequence[Step], ops: BlockOps, port: Port, resident: dict[Item, Payload] | None = None
 ) -> Generator[None, None, dict[Item, list[Any]]]:
-    """Carry out `program`; returns the shares of every accumulator that ends here. Yields when a simulated peer must go first.
+    """Run `program`; returns the shares of every accumulator that ends here. Yields when a simulated peer must go first.
 
-    `resident` are inputs that are here already, and afterwards those that have not been released.
+    `resident`: inputs that are on this rank already; afterwards those that have not been released.
     """
     resident = {} if resident is None else resident
     profiled = profiling()
     totals: dict[Item, list[Any]] = {}
     buffers: dict[Message, Tensor] = {}
     operands: dict[Item, Payload] = {}
-    as_received: dict[Item, Tensor] = {}  # messages of a single input block, which travel on without being packed again
+    as_received: dict[Item, Tensor] = {}  # messages of a single input block, forwarded without being packed again
 
     def add(item: Item, share: Any) -> None:
         shares = totals.setdefault(item, [])
@@ -98,7 +98,7 @@ def run(
 
     def leaving(item: Item) -> Payload:
         payload = read(item._replace(new=False))
-        # Of what is `new` since forward only the last fields travel, see `payload`.
+        # Of an item that is `new` since forward only the last fields are sent, see `wire_fields`.
         return payload[len(payload) - len(ops.wire((item,)).specs) :] if item.new else payload
 
     def outgoing(message: Message) -> Tensor:
@@ -123,19 +123,19 @@ def run(
 
     def receive(message: Message, buffer: Tensor) -> None:
         tensors = ops.wire(message.items).views(buffer)
-        alone = len(message.items) == 1
+        single = len(message.items) == 1
         for item in message.items:
-            count = len(tensors) if alone else len(ops.wire((item,)).specs)
+            count = len(tensors) if single else len(ops.wire((item,)).specs)
             payload, tensors = tuple(tensors[:count]), tensors[count:]
             if item.kind.moved:
                 add(item, ops.arrived(item, payload))
                 continue
-            if alone:
+            if single:
                 as_received[item] = buffer
             if item.new:
-                whole = item._replace(new=False)
-                kept = len(ops.wire((whole,)).specs) - count  # fields that have stayed here since forward
-                resident[whole] = (*resident[whole][:kept], *payload)
+                full = item._replace(new=False)
+                kept = len(ops.wire((full,)).specs) - count  # fields that have stayed here since forward
+                resident[full] = (*resident[full][:kept], *payload)
             else:
                 resident[item] = payload
 
@@ -145,7 +145,7 @@ def run(
             buffer = buffers.pop(message)
             if message.dst == port.rank:
                 receive(message, buffer if handed_over is None else handed_over)
-            del buffer, handed_over  # or they would keep its memory until the next message
+            del buffer, handed_over  # else they would keep its memory until the next message
 
     def depart(step: Step) -> None:
         for message in step.post:
@@ -169,14 +169,14 @@ def run(
             for tiles in step.tiles:
                 compute(tiles)
         for item in step.release:
-            for some in (resident, operands, as_received):
-                some.pop(item, None)
+            for blocks in (resident, operands, as_received):
+                blocks.pop(item, None)
             as_received.pop(item._replace(new=True), None)
     return totals
 
 
 def _in_spans(step: Step, arrive: Any, depart: Any, compute: Any) -> Generator[None, None, None]:
-    """A step whose parts are seen in a profile."""
+    """Run a step with a named range in the profile for each of its parts."""
     if step.arrival:
         with span(step, "wait"):
             yield from arrive(step)

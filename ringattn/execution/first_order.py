@@ -1,7 +1,7 @@
-"""Refuses what attention over shards cannot be differentiated by: twice, forward, or under torch.func.
+"""Raises an error where attention over shards is differentiated twice, in forward mode, or under torch.func.
 
-Without a word of its own, autograd would take the gradients of attention for constants as soon as only the saved tensors depend
-on its inputs, which makes second derivatives zero. Here they depend on the inputs, and whoever differentiates them raises.
+Without this, autograd would treat the gradients of attention as constants when only the saved tensors depend on its inputs,
+which makes second derivatives zero. Here gradients depend on the inputs, and differentiating them raises.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TWICE = (
 
 
 def unsupported_transform(*tensors: object) -> str | None:
-    """Why attention cannot be called with `tensors` here, or None: they are differentiated by other means than `backward`."""
+    """The error message if `tensors` are differentiated by other means than `backward`, else None."""
     if torch._C._are_functorch_transforms_active():
         return (
             "attention was called under torch.func (grad, vjp, jvp, vmap, jacrev, ...), which cannot carry out transfers "
@@ -36,12 +36,12 @@ def unsupported_transform(*tensors: object) -> str | None:
     if forward_ad._current_level >= 0:
         for x in tensors:
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-                return f"attention was called with a dual tensor of forward-mode differentiation, and has none; {HINT}"
+                return f"attention was called with a dual tensor of forward-mode differentiation, which is unsupported; {HINT}"
     return None
 
 
 def unsupported_gradient(*grads: Tensor) -> str | None:
-    """Why backward cannot be called with `grads`, or None: they are several at once."""
+    """The error message if `grads` are several gradients at once, else None."""
     if any(torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads):
         return (
             "backward of attention was called with several gradients at once (is_grads_batched=True, vectorize=True), which it "
@@ -51,7 +51,7 @@ def unsupported_gradient(*grads: Tensor) -> str | None:
 
 
 def outside_transforms() -> AbstractContextManager[Any]:
-    """Within it torch.func is not at work, so that new tensors are plain ones, which can be sent."""
+    """Context without torch.func transforms, in which new tensors are plain ones that can be sent."""
     if not torch._C._are_functorch_transforms_active():
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -60,18 +60,18 @@ def outside_transforms() -> AbstractContextManager[Any]:
     return cleared
 
 
-def only_once(grads: Sequence[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
-    """`grads`, depending on all `sources` that require a gradient; differentiating them raises `InputError`.
+def differentiable_once(grads: Sequence[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
+    """`grads` with a dependence on all `sources` that require a gradient; differentiating them raises `InputError`.
 
-    Where torch records no graph, as in backward without create_graph, they are as they were.
+    Where torch records no graph, as in backward without create_graph, they are returned unchanged.
     """
     if not torch.is_grad_enabled():
         return list(grads)
-    marked = iter(_OnlyOnce.apply(len(sources), *sources, *(grad for grad in grads if grad is not None)))
+    marked = iter(_DifferentiableOnce.apply(len(sources), *sources, *(grad for grad in grads if grad is not None)))
     return [None if grad is None else next(marked) for grad in grads]
 
 
-class _OnlyOnce(torch.autograd.Function):
+class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in tensors[count:])

@@ -1,8 +1,8 @@
-"""Makes a tensor that needs no gradient take part in a backward pass, because other ranks need theirs.
+"""Makes a tensor that needs no gradient take part in backward, because other ranks need gradients.
 
-Backward of attention is collective: a rank that needs a gradient gets it from all ranks. In one process a tensor that needs
-none changes nothing for the others, so it must not do so here either: ranks agree on whether any of them needs a gradient
-(`comm.consistency`), and then all of them go through backward.
+Backward of attention is collective: a rank that needs a gradient gets it from all ranks. In one process a tensor that needs no
+gradient changes nothing for other tensors, so it must not do so across ranks: ranks agree on whether any of them needs a
+gradient (`comm.consistency`), and then all of them run backward.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ringattn.comm.consistency import Gradient
 
 
 def gradient_of(*tensors: object) -> Gradient:
-    """What this rank says of its part in the backward pass of a call with `tensors`; whatever is no tensor is left out."""
+    """Whether this rank takes part in the backward pass of a call with `tensors`; other objects are ignored."""
     if not torch.is_grad_enabled():
         return Gradient.OFF
-    given = [x for x in tensors if isinstance(x, Tensor)]
-    if any(x.requires_grad for x in given):
+    present = [x for x in tensors if isinstance(x, Tensor)]
+    if any(x.requires_grad for x in present):
         return Gradient.NEEDED
-    # A compiled graph gets no backward pass of a call that needs none, and autograd saves no inference tensors.
-    apart = torch.compiler.is_compiling() or any(x.is_inference() for x in given)
-    return Gradient.OFF if apart else Gradient.NONE
+    # A compiled graph has no backward pass for a call that needs none, and autograd saves no inference tensors.
+    excluded = torch.compiler.is_compiling() or any(x.is_inference() for x in present)
+    return Gradient.OFF if excluded else Gradient.NONE
 
 
 def in_backward(x: Tensor) -> Tensor:
-    """The same numbers in the same memory; what is computed from them requires a gradient, and x itself gets none."""
+    """A view of `x` whose results require a gradient; x itself gets none."""
     if x.requires_grad:
         return x
-    taking_part: Tensor = _InBackward.apply(x, x.new_zeros((), requires_grad=True))
-    return taking_part
+    view: Tensor = _InBackward.apply(x, x.new_zeros((), requires_grad=True))
+    return view
 
 
 class _InBackward(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""Shapes of everything that one pass of a plan handles: blocks, messages, and the part of each that some tiles touch.
+"""Computes the shapes of everything that one pass of a plan handles: blocks, messages, and the rows that tiles touch.
 
-They follow from the plan and from the shapes of its inputs alone, so they are worked out once and used in every call of the
-same kind, by every layer of a model. `work` has the tensors.
+They follow from the plan and the shapes of its inputs alone, so they are computed once and reused in every call of the same
+kind, by every layer of a model. `blocks` holds the tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ringattn.sequence.segments import Segment
 
 
 class InputSizes(NamedTuple):
-    """What shapes follow from, beside the plan."""
+    """The sizes of the inputs, from which all shapes follow together with the plan."""
 
     batch: int
     value_dim: int
@@ -35,7 +35,7 @@ class InputSizes(NamedTuple):
 
 
 class Touched(NamedTuple):
-    """Rows [start, start + length) of some blocks put one behind another; `length` None stands for all of them."""
+    """Rows [start, start + length) of some concatenated blocks; `length` None means all rows."""
 
     start: int
     length: int | None
@@ -51,7 +51,7 @@ class Span(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one kernel call computes: only the rows and keys that its pieces touch, half of them in many zigzag tiles."""
+    """One kernel call: only the rows and keys that its segments touch, half of them in many zigzag tiles."""
 
     segments: Prepared
     rows: Touched
@@ -61,7 +61,7 @@ class Batch(NamedTuple):
 
 
 class Shapes:
-    """Of one pass. Made by `shapes_of`, which remembers it."""
+    """The shapes of one pass. Created by `shapes_of`, which caches it."""
 
     def __init__(self, plan: Plan, inputs: InputSizes, *, backward: bool) -> None:
         self.plan, self.inputs, self.backward = plan, inputs, backward
@@ -84,11 +84,11 @@ class Shapes:
         return wire
 
     def specs(self, item: Item) -> list[Spec]:
-        """What `item` looks like on the wire, wherever it comes from."""
+        """Shapes and dtypes of `item` on the wire, whichever rank sends it."""
         return [self._spec(field, item) for field in self.fields(item.kind, new=item.new)]
 
     def heads(self, field: Field, head_group: int) -> tuple[int, int]:
-        """First head and number of heads that `field` of this lane has of the whole tensor."""
+        """First head and number of heads of `field` that this head group has."""
         heads = self.head_groups[head_group].heads
         if field.heads == "q":
             return heads.q_start, heads.of_queries
@@ -97,7 +97,7 @@ class Shapes:
         return heads.kv_start, heads.of_keys
 
     def batch(self, kernel: Kernel, tiles: TileBatch) -> Batch:
-        """What `kernel` is to compute for `tiles`."""
+        """The kernel call that computes `tiles`."""
         batch = self._batches.get((kernel, tiles))
         if batch is None:
             batch = self._batches[kernel, tiles] = self._make_batch(kernel, tiles)
@@ -116,8 +116,8 @@ class Shapes:
             touched = Touched(first, None) if (first, stop) == (0, sum(sizes)) else Touched(first, stop - first)
             sides.append((touched, _spans(items, sizes, first, stop)))
         (rows, q_spans), (keys, kv_spans) = sides
-        moved = [_moved(segment, rows.start, keys.start) for segment in segments]
-        return Batch(kernel.prepare(moved), rows, keys, q_spans, kv_spans)
+        shifted = [_shifted(segment, rows.start, keys.start) for segment in segments]
+        return Batch(kernel.prepare(shifted), rows, keys, q_spans, kv_spans)
 
     def _spec(self, field: Field, item: Item) -> Spec:
         dims = () if field.dim is None else (self.plan.head_dim if field.dim == "qk" else self.inputs.value_dim,)
@@ -128,12 +128,12 @@ class Shapes:
 
 @lru_cache(maxsize=128)
 def shapes_of(plan: Plan, inputs: InputSizes, *, backward: bool) -> Shapes:
-    """The shapes of one pass, worked out once for all ranks that this process hosts and all calls of this kind."""
+    """The shapes of one pass, computed once for all ranks that this process hosts and all calls of this kind."""
     return Shapes(plan, inputs, backward=backward)
 
 
 def _spans(items: Sequence[Item], sizes: Sequence[int], first: int, stop: int) -> tuple[Span, ...]:
-    """The part of each block that lies within rows [first, stop) of all of them; empty at its beginning if there is none."""
+    """The part of each block within rows [first, stop) of the concatenated blocks; an empty span where there is none."""
     spans, start = [], 0
     for item, size in zip(items, sizes, strict=True):
         begin, end = max(first, start), min(stop, start + size)
@@ -142,7 +142,7 @@ def _spans(items: Sequence[Item], sizes: Sequence[int], first: int, stop: int) -
     return tuple(spans)
 
 
-def _moved(segment: Segment, rows: int, keys: int) -> Segment:
+def _shifted(segment: Segment, rows: int, keys: int) -> Segment:
     return segment._replace(
         q_start=segment.q_start - rows,
         q_stop=segment.q_stop - rows,

@@ -1,7 +1,7 @@
-"""From a whole sequence to the rows of one rank, and back. Both follow the plan's layout, both are differentiable.
+"""Cuts a sequence into the rows of one rank, and gathers it again. Both follow the plan's layout and are differentiable.
 
-`shard` needs no communication: every rank takes its own rows out of the whole. `unshard` gathers all shards on every rank; it
-is meant for people, tests and checkpoints, since a model trains on shards throughout.
+`shard` needs no communication: every rank takes its own rows of the sequence. `unshard` gathers all shards on every rank; it is
+meant for inspection, tests and checkpoints, since a model trains on shards throughout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringattn.sequence.layout import Layout
 
 
 def positions(plan: Plan, rank: int | None = None, *, keys: bool = False) -> Tensor:
-    """Global position of each local row: int64 (rows,), of queries, or of `keys` where they lie elsewhere.
+    """Global position of each local row: int64 (rows,), of queries, or of `keys` where their layout differs.
 
     `rank` defaults to this process's rank in the default group.
     """
@@ -38,8 +38,8 @@ def resident_positions(layout: Layout, rank: int) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.int64), *spans])
 
 
-def in_order(layout: Layout) -> Tensor:
-    """What sorts the shards, put one behind another, into the order of the sequence: int64 (length,)."""
+def sequence_order(layout: Layout) -> Tensor:
+    """The indices that sort the concatenated shards into the order of the sequence: int64 (length,)."""
     return torch.cat([resident_positions(layout, rank) for rank in range(layout.world)]).argsort()
 
 
@@ -59,19 +59,19 @@ def shard(x: Tensor, plan: Plan, *, dim: int = 1, rank: int | None = None, keys:
 
 
 def unshard(x: Tensor, plan: Plan, *, dim: int = 1, group: Group | None = None, keys: bool = False) -> Tensor:
-    """The whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard of queries or of `keys`.
+    """Gather the whole sequence on every rank, in order. x: (..., rows at dim, ...), this rank's shard of queries or of `keys`.
 
-    In backward each rank's gradient of the whole is summed over ranks and cut again, so a loss computed by every rank on the
-    whole counts `world` times: divide it by `world`, or compute the loss on shards.
+    In backward the gradients of the whole sequence are summed over ranks and sharded again, so a loss that every rank computes
+    on the whole sequence counts `world` times: divide it by `world`, or compute the loss on shards.
     """
     process_group, rank = resolve_group(plan, group)
-    problem, said = error_message(lambda: _check_shard(x, plan, dim, keys, process_group, rank)), {}
+    problem, arguments = error_message(lambda: _check_shard(x, plan, dim, keys, process_group, rank)), {}
     if problem is None:
         others = [n for d, n in enumerate(x.shape) if d != dim % x.ndim]
-        said = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
+        arguments = {"plan": plan.digest, "keys": keys, "dtype": x.dtype, "shape beside the rows": others, "dim": dim}
     device = x.device if isinstance(x, Tensor) else None
     gradient = gradient_of(x)
-    fields = {"call": "unshard"} | said
+    fields = {"call": "unshard"} | arguments
     if (
         agree(process_group, fields, problem, device=device, details=plan.describe, gradient=gradient)
         and gradient == Gradient.NONE
@@ -103,20 +103,20 @@ class _Unshard(torch.autograd.Function):
         ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys = plan, dim, group, rank, keys
         layout = _layout(plan, keys)
         shards = torch.cat(_gather(x.movedim(dim, 0).contiguous(), layout, group))
-        return shards[in_order(layout).to(x.device)].movedim(0, dim)
+        return shards[sequence_order(layout).to(x.device)].movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        own: Tensor = _SumAndCut.apply(grad, ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys)
+        own: Tensor = _SumAndShard.apply(grad, ctx.plan, ctx.dim, ctx.group, ctx.rank, ctx.keys)
         return own, None, None, None, None, None
 
 
-class _SumAndCut(torch.autograd.Function):
-    """Backward of `_Unshard`, whose own backward is `_Unshard`: what is linear can be differentiated any number of times."""
+class _SumAndShard(torch.autograd.Function):
+    """Backward of `_Unshard`, whose own backward is `_Unshard`: both are linear, so all higher derivatives exist."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *how: Any) -> Tensor:
-        plan, dim, group, rank, keys = ctx.how = how
+    def forward(ctx: Any, grad: Tensor, *arguments: Any) -> Tensor:
+        plan, dim, group, rank, keys = ctx.arguments = arguments
         grad = grad.contiguous().clone()
         if group is not None:
             with comm_errors("gathering gradients", f"rank {rank}: backward of unshard failed"):
@@ -125,7 +125,7 @@ class _SumAndCut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (_Unshard.apply(*grads, *ctx.how), *[None] * len(ctx.how))
+        return (_Unshard.apply(*grads, *ctx.arguments), *[None] * len(ctx.arguments))
 
 
 def _gather(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
     beat/3      rank 3's process, activity, heartbeat count        stopped/3   its process was found stopped
     failed/3    the exception that ends it                         waits/3     it waits for other ranks
-    ended/3     it received SIGTERM                                told/3      it has read what it needs
+    ended/3     it received SIGTERM                                informed/3  it has read what it needs
     left/3      it has finished normally                           failure     some rank has failed
 
 The key of each kind lists the ranks that have written one, so reading all of them takes two requests and not one for every
@@ -79,10 +79,10 @@ class HealthStore:
         """Record that this rank has read what it needs. Rank 0 may host the store, so it waits until the others have too."""
         self.store.set("failure", "1")
         self.put("waits")  # so that others do not count this rank as failed
-        self.put("told")
+        self.put("informed")
         if self.rank == 0:
             others, until = {*range(1, self.world)} - {*failed}, time.monotonic() + SILENT
-            while others - self._ranks("told") - self._ranks("left") - self._ranks("ended") and time.monotonic() < until:
+            while others - self._ranks("informed") - self._ranks("left") - self._ranks("ended") and time.monotonic() < until:
                 time.sleep(BEAT / 5)
 
     def _halted(self) -> Failed:

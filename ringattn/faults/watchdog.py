@@ -70,7 +70,7 @@ def watch() -> None:
     if world is not None and dist.get_world_size() > 1 and world not in _watchdogs:
         own: Any = _get_process_group_store(world)
         _watchdogs[world] = Watchdog(
-            HealthStore(PrefixStore("ringattn/board", own.clone()), dist.get_rank(), dist.get_world_size())
+            HealthStore(PrefixStore("ringattn/health", own.clone()), dist.get_rank(), dist.get_world_size())
         )
         _watchdogs[world].begin()
 

@@ -1,12 +1,12 @@
 """Computes attention on one device, with lse, over a list of segments. `get` finds a kernel by the name a plan carries.
 
-Names, with what each does, are in `ringattn.plan.kernel_names.KERNELS`; the classes here say what they cannot compute
+The names and their summaries are in `ringattn.plan.kernel_names.KERNELS`; the classes here define what they cannot compute
 (`Kernel.unsupported_reason`), and `register` adds one.
 
-"auto" means sdpa and not the fastest that is installed: a plan is made without looking at any device, and which of torch's
-operators computes a call falls at the call, from device, dtype and head sizes (see `operator_choice`). `resolved` in `select`
-names it. What would be faster is measured by `ranking`, whose answer can be given to `make_plan(kernel=...)`, and printed by
-`ringattn doctor --rank-kernels`.
+"auto" means sdpa and not the fastest kernel that is installed: a plan is made without looking at any device, and which of
+torch's operators computes a call is chosen in the call, from device, dtype and head sizes (see `operator_choice`; `resolved` in
+`select` names it). `ranking` measures which kernel is faster; its result can be given to `make_plan(kernel=...)`, and
+`ringattn doctor --rank-kernels` prints it.
 """
 
 from functools import cache
@@ -35,26 +35,26 @@ K = TypeVar("K", bound=type[Kernel])
 
 
 def register(kernel: K) -> K:
-    """Let `make_plan(kernel=...)` choose a kernel by its `name`; also as a decorator. Do it on every rank alike.
+    """Register a kernel for `make_plan(kernel=...)` under its `name`; also a decorator. Call it on every rank.
 
     Ranks compare where the class is defined, so that two different kernels of one name raise `MismatchError` at the first call.
 
     Raises:
-        InputError: it is no subclass of `Kernel` that can be made, or its name is taken.
+        InputError: `kernel` is not a concrete subclass of `Kernel`, or its name is taken.
     """
     if not isinstance(kernel, type) or not issubclass(kernel, Kernel) or isabstract(kernel):
         methods = " and ".join(sorted(getattr(kernel, "__abstractmethods__", ()) or Kernel.__abstractmethods__))
         raise InputError(f"register({short_repr(kernel)}): give a subclass of Kernel with {methods}")
     name = getattr(kernel, "name", None)
     summary = (kernel.__doc__ or "").strip().partition("\n")[0]
-    NAMES.register(name, KernelInfo(summary, kernel.options))  # type: ignore[arg-type]  # it refuses what is no name
+    NAMES.register(name, KernelInfo(summary, kernel.options))  # type: ignore[arg-type]  # it raises for an invalid name
     KERNELS[kernel.name] = kernel
     get.cache_clear()
     return kernel
 
 
 def unregister(name: str) -> None:
-    """Forget a kernel that was registered. Raises `InputError` if there is none of this name."""
+    """Remove a registered kernel. Raises `InputError` if there is none of this name."""
     NAMES.unregister(name)
     del KERNELS[name]
     get.cache_clear()
@@ -70,8 +70,8 @@ def get(name: str) -> Kernel:
     """The kernel that `Plan.kernel` names: a name, one with options ("flash3:sm_margin=8"), or "emulated:" and its flop/s.
 
     Raises:
-        InputError: no kernel has this name or takes these options; the package that brings it is absent, or has other functions
-            than are known here.
+        InputError: no kernel has this name or takes these options; the package that provides it is missing, or has other
+            functions than this version supports.
     """
     kernel = class_of(name)
     return Emulated(float(name.partition(":")[2])) if kernel is Emulated else kernel(**parse(name, InputError).options)

@@ -1,13 +1,13 @@
-"""What fused operators lack, made of what they have: a per-key bias, backward from delta, any head size, any place in memory.
+"""Adapts calls to fused operators: a per-key bias, empty rows, any head size, any memory layout.
 
-- There is no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q a constant
-  that undoes the scale); the scale stays that of the true head_dim, and the channel's gradient is that of the bias.
-- A row whose keys are all masked returns an lse of 0 or +inf instead of -inf, and would win every merge. Such rows are found
-  and marked.
-- Head sizes are made equal, or multiples of 8, with zeros, which change neither logits nor outputs. CUDA operators read 16
-  bytes at a time: what a message has brought, packed tightly, is copied to where they can.
+- Fused operators have no per-key bias with a gradient. Two extra channels carry it (k gets the bias as a high and a low half, q
+  a constant that cancels the scale); the scale stays that of the true head_dim, and the channel's gradient is the bias's.
+- For a row whose keys are all masked they return an lse of 0 or +inf instead of -inf, which would win every merge. Such rows
+  are found and set to out 0 and lse -inf.
+- Head sizes are padded to the same size, or to multiples of 8, with zeros, which change neither logits nor outputs. CUDA
+  operators read 16 bytes at a time: received tensors, which are packed tightly, are copied to aligned memory.
 
-It calls no operator: the kernels `sdpa` and `flash` do, between these functions.
+No operator is called here: the kernels `sdpa` and `flash` call these functions before and after their operators.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ringattn.sequence.segments import FULL
 
 
 def with_bias(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q and k with two more channels, in which the bias is added to the logits."""
+    """Add two channels to q and k that add the bias to the logits."""
     high, low = _halves(bias, k, scale)
     q = torch.cat([q, q.new_full((*q.shape[:-1], 2), _unit(scale, k.dtype))], dim=-1)
     return q, torch.cat([k, high, low], dim=-1)
@@ -38,16 +38,16 @@ def bias_grad(dk: Tensor, dim: int, bias: Tensor, scale: float) -> Tensor:
     return summed
 
 
-def seen(out: Tensor, lse: Tensor, block: Operands, band: Band) -> Partial:
-    """The operator's answer, with rows that see no key marked as such."""
+def mask_empty_rows(out: Tensor, lse: Tensor, block: Operands, band: Band) -> Partial:
+    """The operator's result with out 0 and lse -inf in rows that attend to no key."""
     if block.bias is None:
         return Partial(out, lse)
-    blind = _blind(block.bias, band, block.q)
-    return Partial(out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf))
+    empty = _empty_rows(block.bias, band, block.q)
+    return Partial(out.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, -torch.inf))
 
 
 def pad_head_dim(x: Tensor, width: int) -> Tensor:
-    """With zeros up to `width`, and in memory as the operators assume without looking."""
+    """Pad head_dim with zeros to `width`, in the memory layout that operators assume without a check."""
     return pad(_readable(x), (0, width - x.shape[-1])) if x.shape[-1] < width else _readable(x)
 
 
@@ -56,7 +56,7 @@ def up_to(multiple: int, size: int) -> int:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Neighbours side by side, and on CUDA every row at a multiple of 16 bytes."""
+    """Copy `x` unless its last dimension is contiguous and, on CUDA, every row starts at a multiple of 16 bytes."""
     if x.stride(-1) != 1:
         return x.contiguous()
     if x.device.type != "cuda":
@@ -68,7 +68,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _unit(scale: float, dtype: torch.dtype) -> float:
-    """What q holds in the channels of the bias: a power of two, exact in any dtype, with scale * unit between 1 and 2.
+    """The value of q in the channels of the bias: a power of two, exact in any dtype, with scale * unit between 1 and 2.
 
     Smaller where `dtype` ends before that (fp16 at 2^15, for scales below 2^-15).
     """
@@ -78,13 +78,12 @@ def _unit(scale: float, dtype: torch.dtype) -> float:
 def _halves(bias: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The bias of each key as two numbers in k's dtype, (batch, kv_heads, keys, 1) each, whose sum is nearly exact.
 
-    None of them is infinite. flash-attn 2 and 3 walk over blocks of keys and look for a maximum of -inf only in blocks that a
-    mask cuts; two blocks of nothing but -inf before the first key that counts give exp2(-inf + inf), which is NaN. A hidden key
-    gets the most negative logit that both channels together can give instead. Finite biases of any size are held to half of
-    that, so beside any other key a hidden one has a weight of exactly 0: its logit is lower by 4e37 / unit, in fp16 by 65,504,
-    where exp() ends at a difference of 104 in fp32 and of 746 in fp64. (In fp16 that takes logits of the other keys that stay
-    above -64,000; beyond that fp16 has no digits left for attention.) Rows that see hidden keys only come out finite, and are
-    marked by `seen`.
+    None of them is infinite. flash-attn 2 and 3 iterate over blocks of keys and handle a maximum of -inf only in blocks that a
+    mask cuts; two blocks of only -inf before the first visible key give exp2(-inf + inf), which is NaN. Instead, a hidden key
+    gets the most negative logit that both channels together can represent. Finite biases are clamped to half of that, so beside
+    any other key a hidden one has a weight of exactly 0: its logit is lower by 4e37 / unit, in fp16 by 65,504, where exp() ends
+    at a difference of 104 in fp32 and of 746 in fp64. (In fp16 that requires logits of the other keys above -64,000; beyond
+    that fp16 has no digits left for attention.) Rows with hidden keys only have finite results, which `mask_empty_rows` masks.
     """
     # An eighth: two channels, scale * unit (below 2) and the log2(e) of kernels that use exp2 stay finite in fp32 together.
     unit = _unit(scale, k.dtype)
@@ -97,14 +96,14 @@ def _halves(bias: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return high.masked_fill_(hidden, -largest), low.masked_fill_(hidden, -largest)
 
 
-def _blind(bias: Tensor, band: Band, q: Tensor) -> Tensor:
-    """(batch, heads, rows) bool: rows whose every key within the band has a bias of -inf."""
+def _empty_rows(bias: Tensor, band: Band, q: Tensor) -> Tensor:
+    """(batch, heads, rows) bool: True for rows in which every key within the band has a bias of -inf."""
     rows, keys = q.shape[2], bias.shape[2]
     if band == FULL:
-        blind = (bias == -torch.inf).all(-1, keepdim=True).expand(*bias.shape[:2], rows)
+        empty = (bias == -torch.inf).all(-1, keepdim=True).expand(*bias.shape[:2], rows)
     else:
-        live = pad((bias != -torch.inf).cumsum(-1), (1, 0))  # live[..., n]: keys before n that can be seen
+        live = pad((bias != -torch.inf).cumsum(-1), (1, 0))  # live[..., n]: number of visible keys before n
         row = torch.arange(rows, device=bias.device)
         stop, start = (row + band.right + 1).clamp(0, keys), (row + band.left).clamp(0, keys)
-        blind = live.index_select(-1, stop) == live.index_select(-1, start)
-    return blind.repeat_interleave(q.shape[1] // bias.shape[1], dim=1)
+        empty = live.index_select(-1, stop) == live.index_select(-1, start)
+    return empty.repeat_interleave(q.shape[1] // bias.shape[1], dim=1)

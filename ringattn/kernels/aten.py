@@ -1,12 +1,12 @@
-"""The fused attention operators inside torch, which return lse and whose backward takes the whole row's lse.
+"""Calls the fused attention operators inside torch, which return lse and whose backward takes the whole row's lse.
 
     cpu          aten::_scaled_dot_product_flash_attention_for_cpu    bf16, fp16, fp32, fp64; GQA natively
-    flash        aten::_scaled_dot_product_flash_attention            CUDA, bf16 and fp16, full and causal pieces; GQA natively
+    flash        aten::_scaled_dot_product_flash_attention            CUDA, bf16 and fp16, full and causal; GQA natively
     cudnn        aten::_scaled_dot_product_cudnn_attention            CUDA, bf16 and fp16; GQA natively from torch 2.8 on
     efficient    aten::_scaled_dot_product_efficient_attention        CUDA, bf16, fp16, fp32; KV heads are repeated for it
 
-`Fused` is one of these rows: a forward, a backward, and what it can take. Which one computes a call is decided in `choice`.
-The CUDA rows are checked for names, shapes and dtypes only (see docs/gpu.md).
+`Fused` is one of these rows: its forward and backward. `operator_choice` decides which one computes a call. The CUDA rows are
+checked for names, shapes and dtypes only (see docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 from ringattn.kernels.operator_choice import version
 
 aten = torch.ops.aten
-ALIGNED_KEYS = 16  # rows of a mask begin at multiples of so many keys
-CUDNN_SHARES_HEADS = version(torch.__version__) >= (2, 8)  # since then torch hands fewer KV heads to cuDNN as they are
+ALIGNED_KEYS = 16  # rows of a mask begin at multiples of this number of keys
+CUDNN_SHARES_HEADS = version(torch.__version__) >= (2, 8)  # since then torch passes fewer KV heads to cuDNN as they are
 
 
 class Call(NamedTuple):
@@ -133,16 +133,16 @@ def cudnn_backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[
 
 @cache
 def _dimensions_of_lse(operator: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> int:
-    """3 or 4, as the forward of this torch has it (torch 2.9 added one), which is what its backward takes. Asked once."""
+    """3 or 4, as in the forward of this torch (torch 2.9 added one), which is what its backward takes. Computed once."""
     x = torch.empty(1, 1, 64, 64, device=device, dtype=dtype)
     return operator(x, x, x, None, True, 0.0, False, False, scale=1.0)[1].ndim  # type: ignore[no-any-return]
 
 
 def _rows_first(x: Tensor) -> Tensor:
-    """(batch, heads, rows, dim) in the memory order (batch, rows, heads, dim), whatever it was.
+    """(batch, heads, rows, dim) in the memory order (batch, rows, heads, dim).
 
-    torch keeps a plan for each call of cuDNN's backward and finds it again by the strides of q, k and v, in many releases by no
-    others: out and dout of a later call are then read with the strides that those of the first call had (MHA.cpp,
+    torch caches a plan for each call of cuDNN's backward and looks it up by the strides of q, k and v, in many releases only by
+    these: out and dout of a later call are then read with the strides of the first call (MHA.cpp,
     `MHACacheKeyWrapper`).
     """
     by_row = x.transpose(1, 2)
@@ -169,7 +169,7 @@ def _repeated(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
 
 def _shared(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As cuDNN takes them: KV heads as they are, and one mask for all heads."""
+    """The arguments of cuDNN: KV heads as they are, and one mask for all heads."""
     if not CUDNN_SHARES_HEADS:
         return _repeated(call)
     q, k, v = _pad_heads(8, call.q, call.k, call.v)
@@ -177,7 +177,7 @@ def _shared(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
 
 def _for_heads(mask: Tensor | None, batch: int, heads: int) -> Tensor | None:
-    """(batch, heads, rows, keys) without memory of its own: rows are aligned first, so that no head needs a copy."""
+    """(batch, heads, rows, keys) as an expanded view: rows are aligned first, so that no head needs a copy."""
     if mask is None:
         return None
     keys = mask.shape[-1]
@@ -206,4 +206,4 @@ CPU = Fused(cpu_forward, cpu_backward)
 FLASH = Fused(flash_forward, flash_backward)
 EFFICIENT = Fused(efficient_forward, efficient_backward)
 CUDNN = Fused(cudnn_forward, cudnn_backward)
-FUSED = {"cpu": CPU, "flash": FLASH, "efficient": EFFICIENT, "cudnn": CUDNN}  # what else `choice` may say, reference, is none
+FUSED = {"cpu": CPU, "flash": FLASH, "efficient": EFFICIENT, "cudnn": CUDNN}  # `operator_choice` may also return "reference"

@@ -1,9 +1,9 @@
-"""What a kernel is: attention of one block of queries to one block of keys on one device, over a list of pieces.
+"""Defines kernels: attention of one block of queries to one block of keys on one device, over a list of segments.
 
-    forward(Operands(q, k, v, bias), pieces, options)                                  -> Partial(out, lse)
-    backward(Operands(q, k, v, bias), Rows(dout, lse, delta, out), pieces, options)    -> Grads(dq, dk, dv, dbias)
+    forward(Operands(q, k, v, bias), segments, options)                                  -> Partial(out, lse)
+    backward(Operands(q, k, v, bias), Rows(dout, lse, delta, out), segments, options)    -> Grads(dq, dk, dv, dbias)
 
-A kernel knows neither ranks nor masks nor schedules. Subclasses compute one piece; this module walks the list.
+A kernel knows neither ranks nor masks nor schedules. Subclasses compute one segment; this module iterates over the list.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 
 from ringattn.kernels.fused import surrogate_out
-from ringattn.kernels.lse import Partial, accum_dtype, merge_, nothing
+from ringattn.kernels.lse import Partial, accum_dtype, empty_partial, merge_
 from ringattn.plan.kernel_names import KernelOption
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import Segment
 
 
 class Options(NamedTuple):
-    """What changes the logits, the same for every tile."""
+    """Options of the logits, the same for every tile."""
 
     scale: float
     softcap: float | None = None  # logits = softcap * tanh(scale * q @ k / softcap) + bias
 
 
 class Operands(NamedTuple):
-    """What attends to what. heads is a multiple of kv_heads; v may have another head_dim than q and k."""
+    """The inputs of attention. heads is a multiple of kv_heads; v may have another head_dim than q and k."""
 
     q: Tensor  # (batch, heads, rows, head_dim)
     k: Tensor  # (batch, kv_heads, keys, head_dim)
@@ -46,12 +46,12 @@ class Operands(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What backward knows of each whole row, which is all that one block of its keys needs to find its share."""
+    """Values of whole rows that backward needs to compute the share of one block of keys."""
 
     dout: Tensor  # (batch, heads, rows, head_dim)
-    lse: Tensor  # (batch, heads, rows); +inf where a row sees no key at all, so that its probabilities are exactly 0
+    lse: Tensor  # (batch, heads, rows); +inf where a row attends to no key, so that its probabilities are exactly 0
     delta: Tensor  # (batch, heads, rows): sum(dout * out)
-    out: Tensor | None = None  # as dout: the true one, or any with the same delta, see `fused.surrogate_out`
+    out: Tensor | None = None  # shaped as dout: the true out, or any with the same delta, see `fused.surrogate_out`
 
     def cut(self, segment: Segment) -> Rows:
         dout, lse, delta, out = (None if x is None else x.narrow(2, segment.q_start, segment.rows) for x in self)
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
     @property
     def any_out(self) -> Tensor:
-        """An out that has this delta: the true one if it is here."""
+        """An out with this delta: the true one if it is available."""
         return surrogate_out(self.dout, self.delta) if self.out is None else self.out
 
 
@@ -73,7 +73,7 @@ class Grads(NamedTuple):
 
 
 class Prepared(tuple[Segment, ...]):
-    """Pieces as one kernel wants them. Made once and used in every call, since with many documents there are thousands."""
+    """Segments prepared for one kernel. Created once and reused in every call, since many documents have thousands."""
 
     rows_occur_once: bool
 
@@ -85,7 +85,7 @@ class Prepared(tuple[Segment, ...]):
 
 
 class KernelCall(NamedTuple):
-    """What of a call decides whether a kernel can compute it."""
+    """The properties of a call that decide whether a kernel can compute it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -99,11 +99,11 @@ class KernelCall(NamedTuple):
 
 
 class Kernel(ABC):
-    """Walks over pieces; a subclass gives the arithmetic of a single one, and says what it cannot compute.
+    """Computes attention segment by segment; a subclass computes a single segment, and defines what it cannot compute.
 
     Attributes:
-        name: as make_plan(kernel=...) takes it.
-        options: whole numbers that the name may carry ("flash3:sm_margin=8"), which are keywords of the constructor.
+        name: the name for make_plan(kernel=...).
+        options: integers that the name may carry ("flash3:sm_margin=8"), which are keywords of the constructor.
         needs_out: whether backward takes `Rows.out` and not delta.
     """
 
@@ -113,7 +113,7 @@ class Kernel(ABC):
 
     @classmethod
     def unsupported_reason(cls, call: KernelCall) -> str | None:
-        """Why it cannot compute such a call, in words; None if it can. Asked before anything is sent."""
+        """Why the kernel cannot compute such a call; None if it can. Called before anything is sent."""
         return None
 
     @classmethod
@@ -122,52 +122,52 @@ class Kernel(ABC):
 
     @classmethod
     def operator_of(cls, call: KernelCall) -> str:
-        """What computes the call, by name. Ranks compare it: where it differs, results could."""
+        """The name of the operator that computes the call. Ranks compare it: where it differs, results could differ."""
         return cls.name
 
     @abstractmethod
     def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
-        """Attention within one rectangle. Every row sees at least one key, unless its bias is -inf."""
+        """Attention within one rectangle. Every row attends to at least one key, unless its bias is -inf."""
 
     @abstractmethod
     def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         """This rectangle's share of the gradients."""
 
     def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """The pieces as this kernel wants them; it may cut some up, and take them in another order."""
+        """The segments as this kernel computes them; it may split and reorder them."""
         return segments
 
     def parts_forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Iterable[Partial]:
-        """The answer for every piece, in order; a kernel may compute several in one call."""
+        """The result of every segment, in order; a kernel may compute several in one call."""
         return (self.segment_forward(block.cut(segment), segment.band, options) for segment in segments)
 
     def parts_backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Iterable[Grads]:
-        """Every piece's share, in order."""
+        """The share of every segment, in order."""
         return (self.segment_backward(block.cut(segment), rows.cut(segment), segment.band, options) for segment in segments)
 
     def prepare(self, segments: Sequence[Segment]) -> Prepared:
-        """What `forward` and `backward` take in the place of `segments`, to save them the same work in every call."""
+        """A form of `segments` that `forward` and `backward` take without repeating the same work in every call."""
         return segments if isinstance(segments, Prepared) else Prepared.of(self.refine(segments))
 
     def _segments(self, segments: Sequence[Segment], block: Operands) -> Prepared:
-        """Of an empty batch none: fused operators refuse it, each in its own way."""
+        """The prepared segments; none for an empty batch, for which fused operators raise."""
         return self.prepare(segments if block.q.shape[0] else ())
 
     def forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Partial:
         block, options = positive_scale(block, options)
         q, segments = block.q, self._segments(segments, block)
-        if _is_whole(segments, block):
+        if _covers_block(segments, block):
             return self.segment_forward(block, segments[0].band, options)
-        # Rows that occur in one piece only are copied as they are; sums need the accumulation dtype.
+        # Rows that occur in one segment only are copied; sums need the accumulation dtype.
         once = segments.rows_occur_once
-        total = nothing(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
+        total = empty_partial(q.shape[:-1], block.v.shape[-1], q.dtype if once else accum_dtype(q.dtype), q.device)
         for segment, part in zip(segments, self.parts_forward(block, segments, options), strict=True):
-            into = Partial(*(x.narrow(2, segment.q_start, segment.rows) for x in total))
+            target = Partial(*(x.narrow(2, segment.q_start, segment.rows) for x in total))
             if once:
-                into.out.copy_(part.out)
-                into.lse.copy_(part.lse)
+                target.out.copy_(part.out)
+                target.lse.copy_(part.lse)
             else:
-                merge_(into, part)
+                merge_(target, part)
         return total
 
     def backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Grads:
@@ -176,23 +176,23 @@ class Kernel(ABC):
             grads = self.backward(block, rows, segments, options)
             return grads._replace(dq=-grads.dq)
         if self.needs_out and rows.out is None:
-            rows = rows._replace(out=rows.any_out)  # once for all pieces
+            rows = rows._replace(out=rows.any_out)  # once for all segments
         segments = self._segments(segments, block)
-        if _is_whole(segments, block):
+        if _covers_block(segments, block):
             return self.segment_backward(block, rows, segments[0].band, options)
         dtype = block.q.dtype if len(segments) == 1 else accum_dtype(block.q.dtype)
         dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in block[:3])
         total = Grads(dq, dk, dv, None if block.bias is None else torch.zeros_like(block.bias))
         for segment, part in zip(segments, self.parts_backward(block, rows, segments, options), strict=True):
             total.dq.narrow(2, segment.q_start, segment.rows).add_(part.dq)
-            for whole, share in zip(total[1:], part[1:], strict=True):
-                if whole is not None and share is not None:
-                    whole.narrow(2, segment.k_start, segment.keys).add_(share)
+            for gradient, share in zip(total[1:], part[1:], strict=True):
+                if gradient is not None and share is not None:
+                    gradient.narrow(2, segment.k_start, segment.keys).add_(share)
         return total
 
 
 def positive_scale(block: Operands, options: Options) -> tuple[Operands, Options]:
-    """The same logits from a positive scale: fused operators take the largest product in a row to have the largest logit."""
+    """The same logits with a positive scale: fused operators assume that the largest product in a row has the largest logit."""
     if options.scale > 0:
         return block, options
     return block._replace(q=-block.q), options._replace(scale=-options.scale)
@@ -203,5 +203,5 @@ def _rows_occur_once(segments: Sequence[Segment]) -> bool:
     return all(stop <= start for (_, stop), (start, _) in pairwise(runs))
 
 
-def _is_whole(segments: Sequence[Segment], block: Operands) -> bool:
+def _covers_block(segments: Sequence[Segment], block: Operands) -> bool:
     return len(segments) == 1 and (segments[0].rows, segments[0].keys) == (block.q.shape[2], block.k.shape[2])

@@ -1,4 +1,4 @@
-"""Checks that kernels for CUDA share: the device, the dtype, the head size and the generation of GPU."""
+"""Checks what all kernels for CUDA require: the device, the dtype, the head size and the generation of GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 
 from ringattn.kernels.base import Kernel, KernelCall
-from ringattn.kernels.operator_choice import Facts, call_width, facts
+from ringattn.kernels.operator_choice import Facts, call_width, device_facts
 
 
 class CudaOnly(Kernel):
-    """A kernel that runs on CUDA devices alone."""
+    """A kernel that runs only on CUDA devices."""
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.bfloat16, torch.float16)
     largest_head_dim: ClassVar[int | None] = None
@@ -27,19 +27,19 @@ class CudaOnly(Kernel):
             bias_too = " and 2 for the bias" if call.bias else ""
             largest = max(call.head_dim, call.value_dim)
             return f"kernel {cls.name!r} takes head sizes up to {cls.largest_head_dim}, and there are {largest}{bias_too}"
-        device = facts(call.device)
-        return cls.unsupported_there(
+        device = device_facts(call.device)
+        return cls.unsupported_on_device(
             call, device if call.generation is None else device._replace(capability=(call.generation, 0))
         )
 
     @classmethod
-    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
-        """What this GPU, and torch as it is set, cannot compute."""
+    def unsupported_on_device(cls, call: KernelCall, device: Facts) -> str | None:
+        """Why this GPU, with torch's present settings, cannot compute the call; None if it can."""
         return None
 
 
 def width_of(call: KernelCall) -> int:
-    """The width of the call: what a bias adds counts, and sizes are filled up to a multiple of 8."""
+    """The head size of the call, including the channels of a bias, padded to a multiple of 8."""
     return call_width(call.head_dim, call.value_dim, bias=call.bias)
 
 

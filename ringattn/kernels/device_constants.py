@@ -1,4 +1,4 @@
-"""Keeps small tensors that every call of the same sizes needs again, so that no call copies from the host or waits for it."""
+"""Caches small device tensors that all calls of the same sizes need, so that no call copies them from the host."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def kept(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorator for a function of hashable arguments, the last of which is a device: its last `most` results are kept.
+def cached_per_stream(size: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorator that caches the last `size` results of a function of hashable arguments, the last of which is a device.
 
-    Kept apart are the streams of a device (what one stream has written another may not have seen yet) and fake tensors of each
-    mode. While a CUDA graph is captured what is there is used, but nothing is added: memory of a capture holds nothing until
-    the graph is replayed. Results must not be changed by whoever gets them.
+    The streams of a device have separate entries (one stream may not see yet what another has written), and so have fake
+    tensors of each mode. While a CUDA graph is captured, cached results are used but none is added: memory of a capture is
+    uninitialized until the graph is replayed. Callers must not change the results.
     """
 
     def decorate(build: Callable[P, T]) -> Callable[P, T]:
@@ -30,27 +30,27 @@ def kept(most: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
         @wraps(build)
         def get(*arguments: P.args, **options: P.kwargs) -> T:
             device: Any = arguments[-1]
-            key = (*arguments, _where(device))
+            key = (*arguments, _stream_or_mode(device))
             with lock:
                 if key in results:
                     results.move_to_end(key)
                     return results[key]
             with torch.inference_mode(False):
-                made = build(*arguments, **options)
+                result = build(*arguments, **options)
             if not _capturing(device):
                 with lock:
-                    results[key] = made
-                    while len(results) > most:
+                    results[key] = result
+                    while len(results) > size:
                         results.popitem(last=False)
-            return made
+            return result
 
         return get
 
     return decorate
 
 
-def _where(device: torch.device) -> Hashable:
-    # Without any mode there is no fake one; looking for it takes ten times as long.
+def _stream_or_mode(device: torch.device) -> Hashable:
+    # Without any dispatch mode there is no fake one; looking for it takes ten times as long.
     fake = detect_fake_mode() if torch._C._len_torch_dispatch_stack() else None
     if fake is not None or device.type != "cuda":
         return fake

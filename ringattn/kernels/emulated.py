@@ -1,9 +1,9 @@
-"""An emulated accelerator: takes the time that the flops would take at a given rate, and leaves the core free meanwhile.
+"""Emulates an accelerator: takes the time that the flops would take at a given rate, and leaves the core free meanwhile.
 
     make_plan(..., kernel="emulated:50e9")      every rank computes attention at 50 Gflop/s, however few cores there are
 
-It answers with zeros, so it is for measuring how a schedule moves and hides its bytes, never for numbers. Only the attention
-kernel is emulated: merging, packing and every byte on the links are real. What is measured with it must be called emulated.
+Results are zeros, so it is for measuring how a schedule moves and hides its bytes, never for numbers. Only the attention kernel
+is emulated: merging, packing and every byte on the links are real. Measurements with it must be called emulated.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ class Emulated(Kernel):
         self.flops = flops
 
     def forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Partial:
-        self._take(block, segments, PRODUCTS_FORWARD)
+        self._sleep(block, segments, PRODUCTS_FORWARD)
         out = block.q.new_zeros(*block.q.shape[:-1], block.v.shape[-1])
         return Partial(out, out.new_zeros(out.shape[:-1], dtype=accum_dtype(out.dtype)))
 
     def backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Grads:
-        self._take(block, segments, PRODUCTS_BACKWARD)
+        self._sleep(block, segments, PRODUCTS_BACKWARD)
         dbias = None if block.bias is None else torch.zeros_like(block.bias)
         return Grads(torch.zeros_like(block.q), torch.zeros_like(block.k), torch.zeros_like(block.v), dbias)
 
     def segment_forward(self, block: Operands, band: Band, options: Options) -> Partial:
-        return self.forward(block, _whole(block, band), options)
+        return self.forward(block, _full_segment(block, band), options)
 
     def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
-        return self.backward(block, rows, _whole(block, band), options)
+        return self.backward(block, rows, _full_segment(block, band), options)
 
-    def _take(self, block: Operands, segments: Sequence[Segment], products: int) -> None:
+    def _sleep(self, block: Operands, segments: Sequence[Segment], products: int) -> None:
         batch, heads, _, head_dim = block.q.shape
         area = sum(segment.area for segment in segments)
         time.sleep(2 * products * area * head_dim * heads * batch / self.flops)
 
 
-def _whole(block: Operands, band: Band) -> list[Segment]:
+def _full_segment(block: Operands, band: Band) -> list[Segment]:
     return [Segment(0, block.q.shape[2], 0, block.k.shape[2], band)]

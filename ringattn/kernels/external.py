@@ -1,7 +1,7 @@
-"""Kernels that other packages bring: imported when one is first asked for, and checked before anything is called.
+"""Imports kernels from other packages when one is first needed, and checks their functions before a call.
 
-A package that is absent, or whose functions do not take what the adapter passes, is an `InputError` that names the cure; it is
-raised (by `ringattn.kernels.obstacle`) while all ranks still agree on the call, not in the middle of it.
+A package that is missing, or whose functions do not take the adapter's keywords, is an `InputError` with a hint; it is raised
+(by `kernels.select.unsupported_reason`) while all ranks still agree on the call, not in the middle of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ringattn.errors import InputError
 
 
 class Package(NamedTuple):
-    """Where a kernel's functions are, how to get them, and the keywords with which each is called."""
+    """The module with a kernel's functions, how to install it, and the keywords with which each function is called."""
 
     name: str
     module: str
@@ -24,25 +24,25 @@ class Package(NamedTuple):
     calls: tuple[Mapping[str, tuple[str, ...]], ...]  # by function; several where versions differ
 
     def load(self) -> tuple[ModuleType, Mapping[str, tuple[str, ...]]]:
-        """The module, and which of `calls` its functions take."""
+        """The module, and the entry of `calls` that its functions accept."""
         try:
             module = import_module(self.module)
         except Exception as error:  # a package built for another torch or CUDA fails to load in many ways
             why = "is not installed" if isinstance(error, ModuleNotFoundError) else "does not load"
             raise InputError(f"{self.name} {why} ({error}); {self.install}") from error
         for calls in self.calls:
-            if all(_takes(getattr(module, function, None), keywords) for function, keywords in calls.items()):
+            if all(_accepts(getattr(module, function, None), keywords) for function, keywords in calls.items()):
                 return module, calls
-        raise InputError(f"{self.name} has other functions than the versions known here ({self._wanted()}); {self.install}")
+        raise InputError(f"{self.name} has other functions than the versions known here ({self._expected()}); {self.install}")
 
-    def _wanted(self) -> str:
+    def _expected(self) -> str:
         return f"{', '.join(self.calls[-1])} in {self.module}"
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Its parameters by name; a `torch.library.custom_op` is known by the function it was made from."""
+    """The names of its parameters; for a `torch.library.custom_op`, those of the wrapped function."""
     return tuple(signature(getattr(function, "_init_fn", function)).parameters)
 
 
-def _takes(function: Callable[..., Any] | None, keywords: tuple[str, ...]) -> bool:
+def _accepts(function: Callable[..., Any] | None, keywords: tuple[str, ...]) -> bool:
     return function is not None and set(keywords) <= set(parameters(function))

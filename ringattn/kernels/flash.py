@@ -1,14 +1,14 @@
-"""What the flash-attn packages have in common: layout, head sizes, windows, and many pieces in one call.
+"""Implements what the flash-attn packages have in common: layout, head sizes, windows, and many segments in one call.
 
 They take (batch, rows, heads, head_dim) in bf16 or fp16 on CUDA, share KV heads natively, take bands as windows and cap logits,
-so that neither masks nor the reference are needed. A subclass makes the call (`flash2`, `flash3`, `flash4`); `fit` has what
-they lack. Only a softcap together with a bias is left to the reference: the bias channels would be capped too.
+so they need neither masks nor the reference. A subclass makes the call (`flash2`, `flash3`, `flash4`); `adapters` adds what
+they lack. Only a softcap together with a bias is computed by the reference: the bias channels would be capped too.
 
-- Windows are aligned bottom-right: row i sees keys [i + keys - rows - left, i + keys - rows + right], while a band is relative
-  to the top left. `window` converts. flash-attn 2 takes a window wider than the keys for none, which is true only where there
-  are no more rows than keys; other bands are cut until that holds.
-- Pieces with the same window go into one varlen call, packed one behind another: a document each, say.
-- lse is handed to the backward by its pointer, so it must be contiguous there.
+- Windows are aligned bottom-right: row i attends to keys [i + keys - rows - left, i + keys - rows + right], while a band is
+  relative to the top left. `window` converts. flash-attn 2 treats a window wider than the keys as none, which is correct only
+  where there are no more rows than keys; other bands are split until that holds.
+- Segments with the same window go into one varlen call, packed one after another: a document each, for example.
+- lse is passed to the backward by its pointer, so it must be contiguous there.
 
 Gradients are the same bits every time under `torch.use_deterministic_algorithms(True)`, as with torch's own CUDA operators.
 """
@@ -23,10 +23,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, up_to, with_bias
+from ringattn.kernels.adapters import bias_grad, mask_empty_rows, pad_head_dim, up_to, with_bias
 from ringattn.kernels.base import Grads, KernelCall, Operands, Options, Rows
 from ringattn.kernels.cuda_only import CudaOnly
-from ringattn.kernels.device_constants import kept
+from ringattn.kernels.device_constants import cached_per_stream
 from ringattn.kernels.external import Package
 from ringattn.kernels.lse import Partial
 from ringattn.kernels.operator_choice import Facts
@@ -34,13 +34,13 @@ from ringattn.kernels.reference import Reference
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
 
-ANY = -1  # a side of a window without bound
+ANY = -1  # an unbounded side of a window
 ALIGNED = 8  # head sizes are multiples of this
 LENGTHS_KEPT = 1024  # one for each varlen call of a plan, one number for each sequence in it
 
 
 class Lengths(NamedTuple):
-    """Of sequences packed one behind another: where each begins, and the longest."""
+    """Sequences packed one after another: the start of each, and the longest."""
 
     q: Tensor
     k: Tensor
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 class Flash(CudaOnly):
     package: ClassVar[Package]
-    generations: ClassVar[range]  # of GPUs it is for, by major compute capability
+    generations: ClassVar[range]  # supported major compute capabilities
     largest_head_dim = 256
     needs_out = True
     one_head_dim: ClassVar[bool] = True  # whether v must have as many channels as q and k
@@ -75,11 +75,11 @@ class Flash(CudaOnly):
         self.module, self.calls = self.package.load()
 
     @classmethod
-    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
-        generation, known = device.capability[0], cls.generations
-        if generation in known:
+    def unsupported_on_device(cls, call: KernelCall, device: Facts) -> str | None:
+        generation, supported = device.capability[0], cls.generations
+        if generation in supported:
             return None
-        return f"kernel {cls.name!r} is for compute capability {known[0]} to {known[-1]}, and this is {generation}"
+        return f"kernel {cls.name!r} is for compute capability {supported[0]} to {supported[-1]}, and this is {generation}"
 
     @classmethod
     def operator_of(cls, call: KernelCall) -> str:
@@ -87,11 +87,11 @@ class Flash(CudaOnly):
 
     @abstractmethod
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """out as q, and lse: (batch, heads, rows), or packed (heads, all rows)."""
+        """Returns out, shaped as q, and lse: (batch, heads, rows), or packed (heads, all rows)."""
 
     @abstractmethod
     def call_backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv, shaped as q, k, v."""
+        """Returns dq, dk, dv, shaped as q, k, v."""
 
     def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         fits = [
@@ -110,28 +110,30 @@ class Flash(CudaOnly):
 
     def parts_forward(self, block: Operands, segments: Sequence[Segment], options: Options) -> Iterator[Partial]:
         for _, run in groupby(segments, _window_of):
-            some = list(run)
-            yield from self._run_forward([block.cut(segment) for segment in some], [segment.band for segment in some], options)
+            group = list(run)
+            yield from self._run_forward(
+                [block.cut(segment) for segment in group], [segment.band for segment in group], options
+            )
 
     def parts_backward(self, block: Operands, rows: Rows, segments: Sequence[Segment], options: Options) -> Iterator[Grads]:
         for _, run in groupby(segments, _window_of):
-            some = list(run)
-            blocks, cuts = [block.cut(segment) for segment in some], [rows.cut(segment) for segment in some]
-            yield from self._run_backward(blocks, cuts, [segment.band for segment in some], options)
+            group = list(run)
+            blocks, cuts = [block.cut(segment) for segment in group], [rows.cut(segment) for segment in group]
+            yield from self._run_backward(blocks, cuts, [segment.band for segment in group], options)
 
     def _run_forward(self, blocks: Sequence[Operands], bands: Sequence[Band], options: Options) -> Iterable[Partial]:
-        if _beyond(blocks[0], options):
+        if _needs_reference(blocks[0], options):
             return [Reference().segment_forward(block, band, options) for block, band in zip(blocks, bands, strict=True)]
         out, lse = self.call_forward(self._call(blocks, bands, options))
         dim, sizes = blocks[0].v.shape[-1], [block.q.shape[2] for block in blocks]
         outs, lses = _unpack(out.narrow(-1, 0, dim), sizes, blocks[0]), _unpack_lse(lse, sizes, blocks[0])
-        return [seen(*parts) for parts in zip(outs, lses, blocks, bands, strict=True)]
+        return [mask_empty_rows(*parts) for parts in zip(outs, lses, blocks, bands, strict=True)]
 
     def _run_backward(
         self, blocks: Sequence[Operands], rows: Sequence[Rows], bands: Sequence[Band], options: Options
     ) -> Iterable[Grads]:
         first = blocks[0]
-        if _beyond(first, options):
+        if _needs_reference(first, options):
             return [Reference().segment_backward(*parts, options) for parts in zip(blocks, rows, bands, strict=True)]
         call = self._call(blocks, bands, options)
         width = call.v.shape[-1]
@@ -152,7 +154,7 @@ class Flash(CudaOnly):
         ]
 
     def _call(self, blocks: Sequence[Operands], bands: Sequence[Band], options: Options) -> Call:
-        parts = [self._fitted(block, options.scale) for block in blocks]
+        parts = [self._adapted(block, options.scale) for block in blocks]
         q, k, v = (_pack(tensors) for tensors in zip(*parts, strict=True))
         lengths = None
         if len(blocks) > 1:
@@ -161,8 +163,8 @@ class Flash(CudaOnly):
             lengths = Lengths(_starts(q_sizes, q.device), _starts(k_sizes, q.device), max(q_sizes), max(k_sizes))
         return Call(q, k, v, options.scale, options.softcap or 0.0, window(*_size(blocks[0]), bands[0]), lengths)
 
-    def _fitted(self, block: Operands, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v with the bias in them, in head sizes that the package takes."""
+    def _adapted(self, block: Operands, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v with the channels of the bias, in head sizes that the package supports."""
         q, k, v, bias = block
         if bias is not None:
             q, k = with_bias(q, k, bias, scale)
@@ -173,12 +175,12 @@ class Flash(CudaOnly):
 
 
 def window(rows: int, keys: int, band: Band) -> tuple[int, int]:
-    """A band as a window: how far row i sees to both sides of key i + keys - rows. `ANY` where the rectangle's edge decides.
+    """Convert a band to a window: how far row i attends to both sides of key i + keys - rows. `ANY` where the edge decides.
 
-    No side comes out negative, because in a piece the last row sees a key and the last key is seen.
+    No side is negative, because in a segment the last row attends to a key and the last key has a row.
     """
     if band == CAUSAL and rows == keys:
-        return ANY, 0  # said so however small the triangle is, so that all of them may share a call
+        return ANY, 0  # whatever the size of the triangle, so that all of them may share a call
     shift = keys - rows
     left = ANY if band.left <= 1 - rows else shift - band.left
     right = ANY if band.right >= keys - 1 else band.right - shift
@@ -193,12 +195,12 @@ def _size(block: Operands) -> tuple[int, int]:
     return block.q.shape[2], block.k.shape[2]
 
 
-def _beyond(block: Operands, options: Options) -> bool:
+def _needs_reference(block: Operands, options: Options) -> bool:
     return options.softcap is not None and block.bias is not None
 
 
 def _pack(parts: Sequence[Tensor]) -> Tensor:
-    """(batch, heads, rows, dim) as (batch, rows, heads, dim); several, all batches of each, one behind another."""
+    """(batch, heads, rows, dim) as (batch, rows, heads, dim); several are packed, all batches of each, one after another."""
     if len(parts) == 1:
         return parts[0].transpose(1, 2)
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
@@ -225,6 +227,6 @@ def _unpack_lse(packed: Tensor, sizes: Sequence[int], like: Operands) -> list[Te
     return [part.unflatten(1, (batch, -1)).transpose(0, 1) for part in parts]
 
 
-@kept(LENGTHS_KEPT)
+@cached_per_stream(LENGTHS_KEPT)
 def _starts(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
-"""flash-attn 2 (`pip install flash-attn`), for Ampere and later, in the calls below its autograd.
+"""Calls flash-attn 2 (`pip install flash-attn`), for Ampere and later, below its autograd functions.
 
-Those take out and lse of the whole row in backward, which is what a block of keys needs to find its share. Names and order are
-those of 2.7 and 2.8 (read in 2.8.3.post2). It gives lse +inf to a row that sees nothing; `fit` puts that right.
+These functions take out and lse of the whole row in backward, which a block of keys needs to compute its share. Names and order
+are those of 2.7 and 2.8 (read in 2.8.3.post2). They return lse +inf for a row that attends to no key; `adapters` corrects that.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Flash2(Flash):
         q, k, v = call[:3]
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         deterministic = torch.are_deterministic_algorithms_enabled()
-        given = dict(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, deterministic=deterministic)
-        getattr(self.module, name)(**given, **_options(call))
+        arguments = dict(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse, dq=dq, dk=dk, dv=dv, deterministic=deterministic)
+        getattr(self.module, name)(**arguments, **_options(call))
         return dq, dk, dv
 
 

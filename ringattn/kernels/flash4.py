@@ -1,7 +1,7 @@
-"""flash-attn 4 (`pip install flash-attn-4`), written in CuTe, for Hopper and Blackwell, in the calls below its autograd.
+"""Calls flash-attn 4 (`pip install flash-attn-4`), written in CuTe, for Hopper and Blackwell, below its autograd functions.
 
-Names are those of 4.0.0b36, an alpha: what it takes may change, and is then refused by name. An open side of a window is None,
-and v may have a head size of its own, as in DeepSeek's 192 and 128.
+Names are those of 4.0.0b36, an alpha: if its parameters change, an error names it. An unbounded side of a window is None, and v
+may have its own head size, as in DeepSeek's 192 and 128.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Flash4(Flash):
     )
 
     @classmethod
-    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+    def unsupported_on_device(cls, call: KernelCall, device: Facts) -> str | None:
         sizes = (call_width(call.head_dim, 0, bias=call.bias), call_width(0, call.value_dim, bias=False))
         blackwell = device.capability[0] in (10, 11)
         if blackwell and max(sizes) > LARGEST_ON_BLACKWELL and sizes not in ((256, 256), (192, 128)):
             return f"kernel 'flash4' takes head sizes up to {LARGEST_ON_BLACKWELL} on this GPU, 192 with 128, or 256"
-        return super().unsupported_there(call, device)
+        return super().unsupported_on_device(call, device)
 
     def call_forward(self, call: Call) -> tuple[Tensor, Tensor]:
         q, k, v = call[:3]
@@ -52,9 +52,9 @@ class Flash4(Flash):
         return out, lse
 
     def call_backward(self, call: Call, dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        given = dict(q=call.q, k=call.k, v=call.v, out=out, dout=dout, lse=lse)
+        arguments = dict(q=call.q, k=call.k, v=call.v, out=out, dout=dout, lse=lse)
         deterministic = torch.are_deterministic_algorithms_enabled()
-        dq, dk, dv, *_ = self.module._flash_attn_bwd(**given, deterministic=deterministic, **_options(call))
+        dq, dk, dv, *_ = self.module._flash_attn_bwd(**arguments, deterministic=deterministic, **_options(call))
         return dq, dk, dv
 
 

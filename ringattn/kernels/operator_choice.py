@@ -2,14 +2,14 @@
 
 The rules are those of torch's dispatch (`select_sdp_backend`, `check_prefer_cudnn_attention` and the `can_use_...` functions in
 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp): cuDNN's first on compute capability 9 and 10 with cuDNN 9.15.1 or later,
-then flash-attention's, then the memory-efficient one; never cuDNN's where deterministic algorithms are asked for, or where
+then flash-attention's, then the memory-efficient one; never cuDNN's where deterministic algorithms are required, or where
 `torch.backends.cuda.enable_cudnn_sdp(False)` has turned it off. Two rules are narrower than torch's:
 
 - Head sizes above 128 do not go to cuDNN, although some releases of torch take it up to 256: they disagree about backward.
-- torch before 2.9 is not asked: it prefers cuDNN nowhere.
+- torch before 2.9 counts as preferring cuDNN nowhere.
 
-`operator` is a pure function of a call's shape and of facts about the device, which every rank with the same GPU, torch and
-settings answers alike. `facts` finds these facts.
+`operator` is a pure function of a call's shape and of facts about the device, so every rank with the same GPU, torch and
+settings chooses the same. `device_facts` reads these facts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AMPERE, HOPPER, BLACKWELL = 8, 9, 10  # major compute capabilities
 
 
 class CallShape(NamedTuple):
-    """What of a call decides. `width`: head size of the call, with the channels of a bias, of v if larger, and padding."""
+    """The properties of a call that decide. `width`: head size, including the channels of a bias, v if larger, and padding."""
 
     dtype: torch.dtype
     width: int
@@ -39,7 +39,7 @@ class CallShape(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What of a device and of torch's settings decides."""
+    """The properties of a device and of torch's settings that decide."""
 
     capability: tuple[int, int] = (8, 0)  # major, minor
     cudnn: int = 0  # as torch.backends.cudnn.version() gives it, 91501 for 9.15.1; 0 where there is none
@@ -51,10 +51,10 @@ class Facts(NamedTuple):
 
 
 def operator(kernel: str, shape: CallShape, facts: Facts) -> str:
-    """ "cudnn", "flash", "efficient" or "reference" on a CUDA device. `kernel`: "sdpa" as torch chooses, or the one preferred.
+    """ "cudnn", "flash", "efficient" or "reference" on a CUDA device. `kernel`: "sdpa" as torch chooses, or the preferred one.
 
-    What the preferred operator cannot take (a band has no place in flash-attention's, fp32 none in two of them) goes to the
-    next that can, as under torch's own dispatch.
+    Calls that the preferred operator does not support (flash-attention's takes no band, two of them take no fp32) go to the
+    next one that does, as under torch's own dispatch.
     """
     if kernel == "cudnn" and cudnn_takes(shape, facts):
         return "cudnn"
@@ -81,7 +81,7 @@ def cudnn_takes(shape: CallShape, facts: Facts) -> bool:
 
 def flash_takes(shape: CallShape, facts: Facts) -> bool:
     fits = shape.width <= LARGEST_FLASH and not shape.masked and shape.dtype in HALF
-    # Its backward has no room for these sizes in the shared memory of 8.6 to 8.9 and 12.
+    # Its backward does not fit these sizes into the shared memory of 8.6 to 8.9 and 12.
     tight = (8, 6) <= facts.capability <= (8, 9) or facts.capability[0] == 12
     return fits and facts.capability >= (AMPERE, 0) and not (tight and 192 < shape.width <= 224)
 
@@ -99,45 +99,45 @@ def call_width(head_dim: int, value_dim: int, *, bias: bool) -> int:
 
 
 def chosen(kernel: str, device: torch.device, shape: CallShape) -> str:
-    """`operator` for a device as it is now; "cpu" on the CPU, "reference" on devices that torch has no such operators for."""
+    """`operator` for a device as it is now; "cpu" on the CPU, "reference" on devices without such operators in torch."""
     if device.type == "cpu":
         return "cpu"
-    return _remembered(kernel, shape, _of(device), _settings()) if device.type == "cuda" else "reference"
+    return _cached_operator(kernel, shape, _gpu_facts(device), _settings()) if device.type == "cuda" else "reference"
 
 
 @lru_cache(maxsize=4096)
-def _remembered(kernel: str, shape: CallShape, gpu: Facts, settings: tuple[bool, bool, bool]) -> str:
-    return operator(kernel, shape, _with(gpu, settings))
+def _cached_operator(kernel: str, shape: CallShape, gpu: Facts, settings: tuple[bool, bool, bool]) -> str:
+    return operator(kernel, shape, _with_settings(gpu, settings))
 
 
-def facts(device: torch.device) -> Facts:
-    """Of this device, and of torch's settings at this moment."""
-    return _with(_of(device), _settings())
+def device_facts(device: torch.device) -> Facts:
+    """The facts of this device and of torch's present settings."""
+    return _with_settings(_gpu_facts(device), _settings())
 
 
-def _with(gpu: Facts, settings: tuple[bool, bool, bool]) -> Facts:
+def _with_settings(gpu: Facts, settings: tuple[bool, bool, bool]) -> Facts:
     cudnn, flash, deterministic = settings
     return gpu._replace(cudnn_enabled=cudnn, flash_enabled=flash, deterministic=deterministic)
 
 
 def _settings() -> tuple[bool, bool, bool]:
-    """Asked at every call, since a program may change them."""
+    """Read at every call, since a program may change them."""
     return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(), strictly_deterministic()
 
 
-def _of(device: torch.device) -> Facts:
+def _gpu_facts(device: torch.device) -> Facts:
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    return _of_gpu(device)
+    return _read_gpu_facts(device)
 
 
 def strictly_deterministic() -> bool:
-    """Whether what is not deterministic is to raise, and not only to warn."""
+    """Whether nondeterministic operators must raise, and not only warn."""
     return torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @cache
-def _of_gpu(device: torch.device) -> Facts:
+def _read_gpu_facts(device: torch.device) -> Facts:
     if not torch.cuda.is_available():  # tensors are fake
         return Facts(torch=version(torch.__version__))
     cudnn = 0 if torch.version.hip else torch.backends.cudnn.version() or 0

@@ -1,11 +1,10 @@
-"""Measures which kernel is fastest on a device, for the shapes at hand: what `make_plan(kernel=...)` may be given by name.
+"""Measures which kernel is fastest on a device for given shapes, as a name for `make_plan(kernel=...)`.
 
     from ringattn.kernels.ranking import rank
     for timing in rank(device, torch.bfloat16, heads=32, kv_heads=8, head_dim=128):
         print(timing)
 
-Only names that come out of it the same on every rank may go into a plan: measure on one rank and tell the others, or write the
-name down.
+All ranks must make a plan with the same name: measure on one rank and broadcast the name, or write it down.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ WARM_UP, REPEATS = 3, 9
 
 
 class Timing(NamedTuple):
-    """How long one kernel takes for one block; or why it was not measured."""
+    """The time of one kernel for one block, or the reason why it was not measured."""
 
     kernel: str
-    operator: str  # what computes, see `resolved`; empty where nothing does
+    operator: str  # the operator that computes, see `resolved`; empty where none does
     forward: float  # seconds, median; inf where it failed or cannot run
     backward: float
     failed: str = ""
@@ -64,13 +63,13 @@ def rank(
     kernels: Sequence[str] = (),
     repeats: int = REPEATS,
 ) -> list[Timing]:
-    """Time `kernels` (by default all but plain mathematics), the fastest first, and at the end those that cannot run.
+    """Time `kernels` (all but `reference` by default); the fastest first, kernels that cannot run last.
 
-    Runs of different kernels take turns, so that a GPU that slows down as it warms slows all of them; the median counts. Each
-    is warmed up before, which is when cuDNN makes its plans and flex compiles. Nothing is sent, no process group is needed.
+    Runs of different kernels are interleaved, so that a GPU that slows down as it warms slows all of them; the median counts.
+    Each is warmed up before, when cuDNN makes its plans and flex compiles. Nothing is sent, no process group is needed.
 
     Raises:
-        InputError: `kernels` names one that does not exist.
+        InputError: `kernels` names a kernel that does not exist.
     """
     device, value_dim = torch.device(device), head_dim if value_dim is None else value_dim
     for name in kernels:
@@ -84,16 +83,16 @@ def rank(
         why = unsupported_reason(name, device, dtype, head_dim, value_dim, bias=bias)
         try:
             passes = None if why else _passes(get(name), block, dout, segments, options)
-        except Exception as error:  # whatever a package may raise, the others are still to be measured
+        except Exception as error:  # a package may raise anything, and the others must still be measured
             why, passes = f"{type(error).__name__}: {error}", None
         if passes is None:
             failed[name] = why or "cannot run"
         else:
             running[name] = passes
     seconds = _interleaved(running, device, repeats)
-    asked = dict(bias=bias, softcap=softcap is not None)
-    named = {name: resolved(name, device, dtype, head_dim, value_dim, heads, **asked) for name in running}
-    measured = [Timing(name, named[name], *seconds[name]) for name in running]
+    call = dict(bias=bias, softcap=softcap is not None)
+    operators = {name: resolved(name, device, dtype, head_dim, value_dim, heads, **call) for name in running}
+    measured = [Timing(name, operators[name], *seconds[name]) for name in running]
     measured.sort(key=lambda timing: timing.seconds)
     return measured + [Timing(name, "", float("inf"), float("inf"), why) for name, why in failed.items()]
 
@@ -108,7 +107,7 @@ def _tensors(
     bias: bool,
 ) -> tuple[Operands, Tensor]:
     source = torch.Generator().manual_seed(0)
-    # In the memory order that models have and messages are packed in: (batch, rows, heads, dim).
+    # In the memory order of models and messages: (batch, rows, heads, dim).
     shapes = [
         (batch, rows, h, d) for h, d in ((heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1]))
     ]

@@ -1,7 +1,7 @@
-"""Attention in plain mathematics: any device, any dtype, any band, every option. Slow, quadratic in memory, obviously right.
+"""Computes attention in plain mathematics: any device, dtype, band and option. Slow, quadratic in memory, obviously right.
 
-It computes in float32, or float64 for float64 input, whatever autocast says. The other kernels are tested against it, and fall
-back to it for what their fused operators cannot express (softcap on aten).
+It computes in float32, or float64 for float64 input, whatever autocast says. The other kernels are tested against it, and use
+it for what their fused operators do not support (softcap on aten).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ringattn.sequence.segments import FULL
 
 
 def band_mask(rows: int, keys: int, band: Band, device: torch.device) -> Tensor:
-    """(rows, keys) bool, True where the band keeps; band relative to local indices."""
+    """(rows, keys) bool, True within the band; band relative to local indices."""
     offset = torch.arange(keys, device=device).unsqueeze(0) - torch.arange(rows, device=device).unsqueeze(1)
     return (offset >= band.left) & (offset <= band.right)
 

@@ -1,10 +1,10 @@
-"""torch's fused attention operators as kernels: the default on every device, since they are always there.
+"""Computes attention with torch's fused operators: the default on every device, since they are always available.
 
-What they lack (bias, backward from delta, rows that see nothing) is made good by `fit`. A band needs an explicit mask, which is
-built for a few hundred rows at a time, so memory and work grow with rows * window; the flash-attn packages (`flash`) take bands
-as they are. Softcap no operator has: `reference` computes it, in memory that grows with rows * keys.
+`adapters` adds what they lack (bias, backward from delta, rows without keys). A band needs an explicit mask, which is built for
+a few hundred rows at a time, so memory and work grow with rows * window; the flash-attn packages (`flash`) take bands directly.
+No operator has softcap: `reference` computes it, in memory that grows with rows * keys.
 
-`sdpa` takes the operator that torch itself would, see `choice`; `cudnn`, `flash` and `efficient` prefer one on CUDA devices.
+`sdpa` uses the operator that torch itself would, see `operator_choice`; `cudnn`, `flash` and `efficient` prefer one on CUDA.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ringattn.kernels.adapters import bias_grad, pad_head_dim, seen, with_bias
+from ringattn.kernels.adapters import bias_grad, mask_empty_rows, pad_head_dim, with_bias
 from ringattn.kernels.aten import ALIGNED_KEYS, FUSED, Call, Fused
 from ringattn.kernels.base import Grads, Kernel, KernelCall, Operands, Options, Rows
 from ringattn.kernels.cuda_only import CudaOnly, short_dtype, width_of
-from ringattn.kernels.device_constants import kept
+from ringattn.kernels.device_constants import cached_per_stream
 from ringattn.kernels.lse import Partial
 from ringattn.kernels.operator_choice import (
     LARGEST_CUDNN,
@@ -36,7 +36,7 @@ from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment, strips
 
 ROWS_PER_MASK = 512
-MASKS_KEPT = 8  # the strips of a window need the same few again and again; each is rows * keys numbers
+MASKS_KEPT = 8  # the strips of a window reuse the same few; each has rows * keys numbers
 
 
 class Sdpa(Kernel):
@@ -51,7 +51,7 @@ class Sdpa(Kernel):
         return chosen(cls.name, call.device, shape)
 
     def operator(self, block: Operands, band: Band) -> Fused | None:
-        """The operator that computes a piece, or None where only plain mathematics can."""
+        """The operator that computes a segment, or None where only `reference` can."""
         return FUSED.get(chosen(self.name, block.q.device, _shape(block, band)))
 
     def refine(self, segments: Sequence[Segment]) -> Sequence[Segment]:
@@ -66,7 +66,7 @@ class Sdpa(Kernel):
         if fused is None:
             return Reference().segment_forward(block, band, options)
         out, lse = fused.forward(_call(block, band, options))
-        return seen(_first(out, block.v.shape[-1]), lse, block, band)
+        return mask_empty_rows(_first(out, block.v.shape[-1]), lse, block, band)
 
     def segment_backward(self, block: Operands, rows: Rows, band: Band, options: Options) -> Grads:
         q, _, v, bias = block
@@ -85,10 +85,10 @@ class Sdpa(Kernel):
 
 
 class _Pinned(CudaOnly, Sdpa):
-    """One of torch's operators in particular. Bands, and what it does not take, go to the memory-efficient one."""
+    """A particular one of torch's operators. Bands, and calls that it does not support, go to the memory-efficient one."""
 
     @classmethod
-    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+    def unsupported_on_device(cls, call: KernelCall, device: Facts) -> str | None:
         shape = CallShape(call.dtype, width_of(call), 2)
         if efficient_takes(shape, device) and cls.takes(shape, device):
             return None
@@ -106,10 +106,10 @@ class Cudnn(_Pinned):
     largest_head_dim = LARGEST_CUDNN
 
     @classmethod
-    def unsupported_there(cls, call: KernelCall, device: Facts) -> str | None:
+    def unsupported_on_device(cls, call: KernelCall, device: Facts) -> str | None:
         if device.deterministic:
             return "kernel 'cudnn' has no deterministic backward, and torch.use_deterministic_algorithms(True) asks for one"
-        return super().unsupported_there(call, device)
+        return super().unsupported_on_device(call, device)
 
     @classmethod
     def takes(cls, shape: CallShape, device: Facts) -> bool:
@@ -136,16 +136,20 @@ def _shape(block: Operands, band: Band) -> CallShape:
     return CallShape(q.dtype, width, k.shape[2], band not in (FULL, CAUSAL), max(q.shape[:2]))
 
 
-@kept(MASKS_KEPT)
+@cached_per_stream(MASKS_KEPT)
 def additive_mask(rows: int, keys: int, band: Band, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, keys) in `dtype`, 0 where the band keeps and -inf elsewhere, its rows aligned as the CUDA operators ask."""
+    """(rows, keys) in `dtype`, 0 within the band and -inf elsewhere, with rows aligned as the CUDA operators require."""
     short = 0 if device.type == "cpu" else -keys % ALIGNED_KEYS
-    keep = band_mask(rows, keys + short, band, device)
-    return torch.zeros(keep.shape, dtype=dtype, device=device).masked_fill_(keep.logical_not_(), -torch.inf).narrow(-1, 0, keys)
+    in_band = band_mask(rows, keys + short, band, device)
+    return (
+        torch.zeros(in_band.shape, dtype=dtype, device=device)
+        .masked_fill_(in_band.logical_not_(), -torch.inf)
+        .narrow(-1, 0, keys)
+    )
 
 
 def _call(block: Operands, band: Band, options: Options) -> Call:
-    """The fused call for one piece: bias as two more channels, head sizes made equal, a mask only for a band."""
+    """The fused call for one segment: bias as two more channels, equal head sizes, a mask only for a band."""
     q, k, v, bias = block
     if bias is not None:
         q, k = with_bias(q, k, bias, options.scale)

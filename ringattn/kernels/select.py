@@ -1,8 +1,7 @@
-"""Tells which kernel fits: why one cannot compute a call, which operator a call will use, and which kernel is worth a try.
+"""Tells which kernel fits: why one cannot compute a call, which operator a call uses, and which kernel is recommended.
 
-`unsupported_reason` is asked before a call sends anything, `resolved` names what ranks must agree on. `pick` is for people,
-through `ringattn doctor`: its order is that of the packages' own claims for each generation of GPU. What is fastest on the GPU
-at hand `ranking` measures.
+`unsupported_reason` is called before a call sends anything; ranks agree on the result of `resolved`. `pick` is for people, in
+`ringattn doctor`: its order follows the packages' own claims for each generation of GPU. `ranking` measures which is fastest.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ def resolved(
 ) -> str:
     """The operator that computes a call of kernel `name`: "cpu", "cudnn", "flash", "efficient", "reference", or `name` itself.
 
-    It depends on nothing but these arguments, the GPU, torch, and torch's settings, so tiles of one call differ in it only as
-    their shapes do (a band, with `bands`; a single key, which cuDNN does not take), and a call repeated has the same. A few
-    microseconds; to be compared among ranks before a call.
+    It depends only on these arguments, the GPU, torch, and torch's settings, so tiles of one call differ in it only as their
+    shapes do (a band, with `bands`; a single key, which cuDNN does not take), and a repeated call has the same. Takes a few
+    microseconds; ranks compare it before a call.
     """
     kernel = class_of(name)
     call = KernelCall(device, dtype, head_dim, value_dim, heads, bias, softcap, bands)
@@ -62,7 +61,7 @@ def unsupported_reason(
     softcap: bool = False,
     generation: int | None = None,
 ) -> str | None:
-    """Why the kernel `name` cannot compute this here, and the cure; or None. `generation` is the device's if not given."""
+    """Why the kernel `name` cannot compute this here, with a hint; or None. `generation` is the device's if not given."""
     value_dim = head_dim if value_dim is None else value_dim
     call = KernelCall(device, dtype, head_dim, value_dim, 1, bias, softcap, generation=generation)
     try:
@@ -75,12 +74,12 @@ def unsupported_reason(
 
 
 def pick(device: torch.device | str, dtype: torch.dtype, head_dim: int, *, bias: bool = False, softcap: bool = False) -> Pick:
-    """The kernel for these tensors among those that run here, and why it is that one."""
+    """The recommended kernel for these tensors among those that run here, and the reason."""
     device = torch.device(device)
     for name, why in _RANKING:
-        # flash-attn leaves bias and softcap together to plain mathematics
-        wanted = softcap if name == "flex" else not (bias and softcap)
-        if device.type == "cuda" and wanted and unsupported_reason(name, device, dtype, head_dim, bias=bias) is None:
+        # flash-attn computes bias and softcap together with the reference
+        suitable = softcap if name == "flex" else not (bias and softcap)
+        if device.type == "cuda" and suitable and unsupported_reason(name, device, dtype, head_dim, bias=bias) is None:
             return Pick(name, why)
     return Pick("sdpa", f"torch's own fused operators; no other kernel that runs here on {device.type} is known to be faster")
 

@@ -28,7 +28,7 @@ from ringattn.comm.select import transport_for
 from ringattn.comm.transport import Transport
 from ringattn.errors import InputError
 from ringattn.execution.checks import as_strided_tensor, resolve_group
-from ringattn.execution.sharding import in_order, resident_positions
+from ringattn.execution.sharding import resident_positions, sequence_order
 from ringattn.kernels.lse import accum_dtype
 from ringattn.sequence.layout import Layout
 
@@ -151,5 +151,5 @@ def gather_all_rows(rows: Sequence[Tensor], layout: Layout, transport: Transport
     """All-gathers (batch, rows, ...) to (batch, seq_len, ...) in sequence order, on each rank that `transport` hosts."""
     counts = [layout.rows(rank) for rank in range(layout.world)]
     parts = all_gather_rows([own.transpose(0, 1).contiguous() for own in rows], counts, transport)
-    order = in_order(layout).to(rows[0].device)
+    order = sequence_order(layout).to(rows[0].device)
     return [torch.cat(of_ranks)[order].transpose(0, 1).contiguous() for of_ranks in parts]

@@ -23,7 +23,7 @@ from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group, group_and_rank
 from ringattn.errors import InputError
 from ringattn.execution.attention import attention
-from ringattn.execution.checks import as_strided_tensor, resolve_group, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, check_tokens, resolve_group
 from ringattn.execution.sharding import positions
 from ringattn.nn.config import DecoderConfig
 from ringattn.nn.loss import IGNORE, NUMBERS, check_targets, mean_over, summed
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         device = self.embed_tokens.weight.device
         if tokens.dtype not in NUMBERS or tokens.device != device:
             raise InputError(f"tokens: {tokens.dtype} on {tokens.device}; give int64 on {device}, the model's device")
-        whole_numbers("tokens", tokens, self.config.vocab_size)
+        check_tokens("tokens", tokens, self.config.vocab_size)
         if targets is NO_TARGETS:
             return
         target_ids = as_strided_tensor("targets", targets)

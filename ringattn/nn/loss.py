@@ -21,7 +21,7 @@ from ringattn._validation import MOST, count, error_message, short_repr
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import Group
 from ringattn.errors import InputError
-from ringattn.execution.checks import as_strided_tensor, whole_numbers
+from ringattn.execution.checks import as_strided_tensor, check_tokens
 from ringattn.kernels.lse import accum_dtype
 from ringattn.nn.collectives import reduction_group, sum_over
 
@@ -105,7 +105,7 @@ def check_targets(targets: Tensor, vocab_size: int, device: torch.device, ignore
     """Raises `InputError` unless targets are token numbers of the right dtype and device."""
     if targets.dtype != torch.int64 or targets.device != device:
         raise InputError(f"targets: {targets.dtype} on {targets.device}; give int64 on {device}, the device of the logits")
-    whole_numbers("targets", targets, vocab_size, ignore_index)
+    check_tokens("targets", targets, vocab_size, ignore_index)
 
 
 def summed(logits: Tensor, targets: Tensor, ignore_index: int = IGNORE) -> Tensor:

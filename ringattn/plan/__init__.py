@@ -1,4 +1,4 @@
-"""A plan holds everything about one attention that does not depend on the tensors, decided once for all ranks. No torch."""
+"""Holds everything about one attention that does not depend on the tensors, decided once for all ranks. No torch."""
 
 from ringattn.plan.head_groups import Block, HeadGroup, Heads, pairs
 from ringattn.plan.kernel_names import KERNELS

@@ -1,7 +1,7 @@
-"""Schedules joined with a layout and a mask: lanes. For each, the heads it works on, the blocks every rank owns, the pieces of
-every tile, and what `prune` leaves of the schedule.
+"""Joins schedules with a layout and a mask into head groups: heads, blocks of every rank, segments of every tile.
 
-Which schedules these are is decided elsewhere (`planner`), and what a rank does with them too (`plan`). No torch here.
+A head group also has its schedule after `prune`. The schedules are chosen elsewhere (`planner`), and so are the programs of the
+ranks (`plan`). No torch here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ringattn.sequence.layout import Layout, Span, even_parts, joined, take
 from ringattn.sequence.mask import Mask
 from ringattn.sequence.segments import Segment, tile_segments
 
-MAX_NEEDED_SHARE = 0.9  # of the rows: if others need more of them than this, whole blocks travel
+MAX_NEEDED_SHARE = 0.9  # of the rows: if other ranks need more than this, complete blocks travel
 
 
 class Block(NamedTuple):
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Query heads [q_start, q_stop) and the KV heads [kv_start, kv_stop) that they use, the same number of them each."""
+    """Query heads [q_start, q_stop) and the KV heads [kv_start, kv_stop) that they use, equally many queries for each."""
 
     q_start: int
     q_stop: int
@@ -54,7 +54,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """One schedule on some of the heads, joined with layout and mask. `unpruned` is it before pruning."""
+    """One schedule on some of the heads, joined with layout and mask. `unpruned` is the schedule before pruning."""
 
     heads: Heads
     unpruned: Schedule
@@ -64,7 +64,7 @@ class HeadGroup:
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Only the tiles that have work, and the moves that serve one."""
+        """The schedule with only the tiles that have work, and the moves that serve one of them."""
         return _prune(self.unpruned, self.tiles)
 
     def block(self, kind: Kind, index: int) -> Block:
@@ -72,16 +72,16 @@ class HeadGroup:
 
     @property
     def areas(self) -> Mapping[tuple[int, int], int]:
-        """Kept (query, key) pairs of every tile with work."""
+        """Number of kept (query, key) pairs of every tile with work."""
         return self.tiles.areas
 
     def segments(self, batch: TileBatch) -> tuple[Segment, ...]:
-        """What a kernel has to compute of `batch`, in rows of its blocks put one behind another."""
+        """What a kernel must compute of `batch`, in rows of its blocks joined in order."""
         return self.tiles.segments(batch.i, batch.j)
 
 
 class Cuts(NamedTuple):
-    """Of each rank, the local rows at which its blocks are cut; none where they are cut evenly."""
+    """For each rank, the local rows at which its blocks are cut; empty where they are cut evenly."""
 
     q: tuple[tuple[int, ...], ...] = ()
     kv: tuple[tuple[int, ...], ...] = ()
@@ -93,15 +93,18 @@ EVENLY = Cuts()
 def make_head_groups(
     schedules: Sequence[Schedule], layout: Layout, mask: Mask, heads: int, kv_heads: int, cuts: Cuts = EVENLY
 ) -> tuple[HeadGroup, ...]:
-    """Share the heads out among `schedules` and prune each to the tiles that have work.
+    """Divides the heads among `schedules` and prunes each to the tiles that have work.
 
-    Where two directions in which keys travel have fewer KV heads than lanes, they share the keys instead, each half of every
-    rank's rows; otherwise lanes share a KV head.
+    Where two schedules that move keys have only one KV head, each takes half of every rank's keys instead; otherwise schedules
+    may share a KV head.
+
+    Raises:
+        PlanError: there are fewer heads than schedules.
     """
     if len(schedules) == 2 > kv_heads and _share_keys(*schedules):
         schedules = [side_by_side(*schedules)]
     if len(schedules) > heads and not any(schedule.has_residents for schedule in schedules):
-        raise PlanError(f"{len(schedules)} lanes need as many heads, and there are {heads}")
+        raise PlanError(f"{len(schedules)} schedules need as many heads, and there are {heads}")
     shares = share_heads(heads, kv_heads, len(schedules))
     return tuple(
         _head_group(part, schedule, layout, mask, cuts)
@@ -117,19 +120,19 @@ def _share_keys(a: Schedule, b: Schedule) -> bool:
 
 
 def pairs(head_groups: Sequence[HeadGroup]) -> Counter[int]:
-    """Kept (query, key) pairs that each rank computes, over all heads."""
-    batch: Counter[int] = Counter()
+    """Number of kept (query, key) pairs that each rank computes, over all heads."""
+    counts: Counter[int] = Counter()
     for head_group in head_groups:
         areas, heads = head_group.areas, head_group.heads.of_queries
         for _, rank, i, j in head_group.unpruned.tiles:
-            batch[rank] += areas.get((i, j), 0) * heads
-    return batch
+            counts[rank] += areas.get((i, j), 0) * heads
+    return counts
 
 
 def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
-    """Cut the heads into `parts` shares, as even as can be: along KV heads where that is no less even, else between queries.
+    """Cuts the heads into `parts` shares, as even as possible: along KV heads where that is no less even, else between queries.
 
-    A share that cuts through KV heads is given as several runs, each with a whole number of queries to every KV head; both
+    A share that cuts through KV heads consists of several runs, each with equally many query heads for every KV head; both
     sides of the cut then use that KV head. Shares may be empty.
     """
     group = heads // kv_heads
@@ -139,7 +142,7 @@ def share_heads(heads: int, kv_heads: int, parts: int) -> list[list[Heads]]:
 
 
 def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
-    """Query heads [start, stop): up to the next KV head, all that have a KV head to themselves, and what is left."""
+    """Runs of query heads [start, stop): up to the next KV head, those of complete KV heads, and the remaining ones."""
     inner_start, inner_stop = -(-start // group) * group, stop // group * group
     if inner_start > inner_stop:
         inner_start = inner_stop = stop
@@ -148,7 +151,7 @@ def _runs(start: int, stop: int, group: int) -> Iterator[Heads]:
             yield Heads(a, b, a // group, -(-b // group))
 
 
-# Small caches: a lane holds every piece of its mask, which for thousands of documents is megabytes.
+# Small caches: a head group holds every segment of its mask, which for thousands of documents is megabytes.
 @lru_cache(maxsize=512)
 def _head_group(heads: Heads, schedule: Schedule, layout: Layout, mask: Mask, cuts: Cuts) -> HeadGroup:
     q_blocks, kv_blocks = blocks(layout, schedule.q_owner, cuts.q), blocks(layout.of_keys, schedule.kv_owner, cuts.kv)
@@ -162,7 +165,7 @@ def _prune(schedule: Schedule, tiles: Tiles) -> Schedule:
 
 
 class Tiles:
-    """What a mask leaves to do between the blocks of a layout; kept apart from lanes, since many share it."""
+    """Segments and areas between the blocks of a layout under a mask; a separate object, since many head groups share it."""
 
     def __init__(self, q_spans: Sequence[tuple[Span, ...]], k_spans: Sequence[tuple[Span, ...]], mask: Mask) -> None:
         self.mask, self._q_spans, self._k_spans = mask, q_spans, k_spans
@@ -174,7 +177,7 @@ class Tiles:
         self.areas = {tile: area for tile, area in areas.items() if area}
 
     def segments(self, i: tuple[int, ...], j: tuple[int, ...]) -> tuple[Segment, ...]:
-        """Between query blocks `i` and key blocks `j`, each put one behind another."""
+        """The segments between query blocks `i` and key blocks `j`, each joined in order."""
         if (i, j) not in self._segments:
             q_spans, k_spans = (
                 joined(span for n in numbers for span in spans[n])
@@ -190,7 +193,7 @@ def _tiles(q_blocks: tuple[Block, ...], kv_blocks: tuple[Block, ...], layout: La
 
 
 def blocks(layout: Layout, owners: Sequence[int], cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Block, ...]:
-    """Blocks with the same home divide that rank's rows in order: where `cuts` says so, if it makes as many, else evenly."""
+    """Blocks of every owner: they divide its rows in order, at its `cuts` if these make as many blocks, else evenly."""
     parts = {rank: _parts(layout.rows(rank), owners.count(rank), cuts[rank] if cuts else ()) for rank in set(owners)}
     return tuple(Block(rank, *next(parts[rank])) for rank in owners)
 
@@ -201,9 +204,9 @@ def _parts(rows: int, count: int, cuts: tuple[int, ...]) -> Iterator[tuple[int, 
 
 @lru_cache(maxsize=64)
 def trim(layout: Layout, mask: Mask) -> Cuts:
-    """Cuts before and behind the rows that any other rank needs, so that the rest need not travel; none if that saves little.
+    """Cuts before and after the rows that any other rank needs, so that the others need not travel; none if that saves little.
 
-    Of a sliding window they are the end of a shard's keys, of packed documents those that other ranks have a part of.
+    With a sliding window these rows are the end of a shard's keys, with packed documents the documents shared with other ranks.
     """
     (head_group,) = make_head_groups((ring(layout.world),), layout, mask, 1, 1)
     read: dict[Kind, list[list[tuple[int, int]]]] = {kind: [[] for _ in range(layout.world)] for kind in (Kind.Q, Kind.KV)}
@@ -215,11 +218,11 @@ def trim(layout: Layout, mask: Mask) -> Cuts:
 
 
 def _hulls(read: Sequence[Sequence[tuple[int, int]]], layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """From the first to the last row of each rank that another reads; nothing where that is nearly all of what is read from."""
+    """First and last row of each rank that another rank reads; empty where these are nearly all rows."""
     hulls = [(min(start for start, _ in runs), max(stop for _, stop in runs)) if runs else (0, 0) for runs in read]
     rows = sum(layout.rows(rank) for rank, runs in enumerate(read) if runs)
     return tuple(hulls) if sum(stop - start for start, stop in hulls) < MAX_NEEDED_SHARE * rows else ()
 
 
-def _spans(layout: Layout, blocks_: Sequence[Block]) -> list[tuple[Span, ...]]:
-    return [take(layout.shards[block.rank], block.start, block.stop) for block in blocks_]
+def _spans(layout: Layout, rank_blocks: Sequence[Block]) -> list[tuple[Span, ...]]:
+    return [take(layout.shards[block.rank], block.start, block.stop) for block in rank_blocks]

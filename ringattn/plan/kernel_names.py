@@ -1,6 +1,6 @@
-"""Names of kernels, and the options that a name may carry, as make_plan(kernel=...) takes them and plans keep them.
+"""Parses names of kernels and their options, as make_plan(kernel=...) accepts them and plans store them.
 
-An option stands behind a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
+An option follows a colon: "flash3:sm_margin=8". It is part of the name, so it is part of the plan's digest and the same
 on every rank. `KERNELS` is the one list of names; `ringattn.kernels.register` adds to it. No torch here.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from ringattn._validation import Registry, short_repr
 from ringattn.errors import RingAttnError
 
-EMULATED = "emulated"  # behind its colon stand the flop/s, see `kernels.emulated`
-AUTO = "sdpa"  # what "auto" stands for
+EMULATED = "emulated"  # after its colon follow the flop/s, see `kernels.emulated`
+AUTO = "sdpa"  # the kernel that "auto" means
 MOST_SMS = 1024  # streaming multiprocessors; no GPU has as many
 
 
@@ -58,15 +58,15 @@ class KernelName(NamedTuple):
     options: Mapping[str, int]
 
     def __str__(self) -> str:
-        options_ = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
-        return f"{self.kernel}:{options_}" if options_ else self.kernel
+        options = ",".join(f"{option}={value}" for option, value in sorted(self.options.items()) if value)
+        return f"{self.kernel}:{options}" if options else self.kernel
 
 
 def parse(name: str, error: type[RingAttnError]) -> KernelName:
-    """A name taken apart. Options with their default, 0, are left out of `str()` of it, so that equal plans have equal names.
+    """Parses a name. `str()` of the result omits options with their default, 0, so that equal plans have equal names.
 
     Raises:
-        error: no such kernel, an option that it does not have, or a value that is none.
+        error: no such kernel, an option that it does not have, or an invalid value.
     """
     kernel, colon, text = name.partition(":")
     if kernel not in KERNELS:
@@ -81,7 +81,7 @@ def parse(name: str, error: type[RingAttnError]) -> KernelName:
     pairs = [_option(kernel, known, part, name, error) for part in text.split(",")]
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise error(f"kernel={short_repr(name)}; an option is given twice: give each once")
+        raise error(f"kernel={short_repr(name)}; an option occurs twice: pass each once")
     return KernelName(kernel, options)
 
 

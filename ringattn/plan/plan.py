@@ -1,8 +1,8 @@
-"""A plan: everything about one attention that does not depend on the tensors, decided once and then obeyed.
+"""Defines the plan of one attention: everything that does not depend on the tensors, decided once for all ranks.
 
-It is the lanes of both passes (see `head_groups`), each rank's program and the messages between them. Plans are immutable,
-equal on every rank for equal arguments, and cached; `attention` looks nothing up and decides nothing. How the choice is made is
-in `planner`; what a plan costs is in `cost`. No torch here.
+A plan has the head groups of both passes (see `head_groups`), each rank's program and the messages between ranks. Plans are
+immutable, equal on every rank for equal arguments, and cached; `attention` looks nothing up and decides nothing. `planner`
+makes the choice; `planner.cost` predicts what a plan costs. No torch here.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ringattn.sequence.mask import Mask
 class Plan:
     """What `make_plan` returns. Frozen and hashable; two plans are equal exactly when their digests are.
 
-    `str(plan)` describes it for people, `digest` identifies it among ranks. `forward` and `backward` may use different
-    schedules.
+    `str(plan)` is a description for people, `digest` identifies the plan among ranks. `forward` and `backward` may use
+    different schedules.
     """
 
     seq_len: int
@@ -38,50 +38,50 @@ class Plan:
     forward: tuple[HeadGroup, ...]
     backward: tuple[HeadGroup, ...]
     partials: str = "auto"  # the dtype in which sums travel, see `rounds_on_wire`
-    labels: tuple[str, str] = ("", "")  # what forward and backward are called, for people
+    labels: tuple[str, str] = ("", "")  # names of forward and backward, for people
     notes: str = field(default="", repr=False)
 
     def rows(self, rank: int) -> int:
-        """Queries that `rank` holds; and keys, where they lie with the queries."""
+        """Number of queries that `rank` holds; also of keys, where these have the layout of the queries."""
         return self.layout.rows(rank)
 
     def kv_rows(self, rank: int) -> int:
-        """Keys that `rank` holds."""
+        """Number of keys that `rank` holds."""
         return self.layout.of_keys.rows(rank)
 
     @property
     def kv_len(self) -> int:
-        """Keys in the whole sequence."""
+        """Number of keys in the complete sequence."""
         return self.layout.of_keys.length
 
     @cached_property
     def balance(self) -> float:
-        """How much more than the mean the busiest rank computes: 1.0 is perfect, `world` is one rank alone."""
-        work = pairs(self.forward)
-        return max(work.values()) * self.world / work.total() if work.total() else 1.0
+        """Work of the busiest rank over the mean: 1.0 is perfect, `world` means that one rank does everything."""
+        counts = pairs(self.forward)
+        return max(counts.values()) * self.world / counts.total() if counts.total() else 1.0
 
     def pass_name(self, *, backward: bool) -> str:
-        """One pass, in words: of errors, profiles and journals."""
+        """The name of one pass, for errors, profiles and event logs."""
         name = self.labels[backward] or " | ".join(
             head_group.schedule.name for head_group in (self.backward if backward else self.forward)
         )
         return f"{'backward' if backward else 'forward'} ({name})"
 
     def rounds_on_wire(self, head_group: HeadGroup, kind: Kind) -> bool:
-        """Whether sums of `kind` travel in the plan's dtype instead of the one they are kept in.
+        """Whether sums of `kind` travel in the plan's dtype instead of the accumulation dtype.
 
-        "auto" rounds what is rounded once, as the kernel's own result is: on the straight way home. What gathers on its way
-        would be rounded at every hop, and the error would grow with the number of ranks.
+        "auto" rounds results that go straight to their owner: these are rounded once, as the kernel's own result is. A result
+        that accumulates on the way would be rounded at every hop, and the error would grow with the number of ranks.
         """
         return head_group.schedule.returns_to_owner(kind) if self.partials == "auto" else self.partials == "narrow"
 
     @property
     def reuse_inputs(self) -> bool:
-        """Whether inputs that rest away from home stay there for backward: when it has the same lanes."""
+        """Whether inputs stay on their resident ranks for backward: when both passes have the same head groups."""
         return self.forward is self.backward and any(head_group.schedule.has_residents for head_group in self.forward)
 
     def program(self, rank: int, *, backward: bool) -> tuple[Step, ...]:
-        """What `rank` does in one pass."""
+        """The steps of `rank` in one pass."""
         key = (rank, backward)
         if key not in self._programs:
             schedules = [head_group.schedule for head_group in (self.backward if backward else self.forward)]
@@ -90,7 +90,7 @@ class Plan:
         return self._programs[key]
 
     def messages(self, *, backward: bool) -> tuple[Message, ...]:
-        """Everything that any rank sends in one pass, in the one order that all ranks keep to."""
+        """The messages of all ranks in one pass, in the order that all ranks follow."""
         return self._messages[backward]
 
     @cached_property
@@ -106,7 +106,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that agree exactly when two plans do the same thing in the same way."""
+        """16 hex digits, equal exactly when two plans compute and send the same things in the same order."""
         passes = (self.forward, self.backward)
         head_groups = [
             [
@@ -120,7 +120,7 @@ class Plan:
         return sha256(repr((numbers, self.mask, self.layout, head_groups)).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, object]:
-        """What the digest stands for, by name: for ranks that find theirs to differ."""
+        """The contents of the digest, by name, for ranks whose digests differ."""
         model = {name: getattr(self, name) for name in ("seq_len", "world", "heads", "kv_heads", "head_dim", "dtype")}
         chosen = {"mask": self.mask, "layout": self.layout, "kernel": self.kernel, "partials": self.partials}
         return model | chosen | {"schedule": "; ".join(self.pass_name(backward=b) for b in (False, True))}

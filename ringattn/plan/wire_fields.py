@@ -1,16 +1,16 @@
-"""What each kind of thing consists of, in each pass. One table: `work` makes tensors of it, `cost` counts its bytes.
+"""Lists the tensors of each kind of item in each pass: `blocks` builds messages from this table, `cost` counts its bytes.
 
             Q                        KV              Q_ACC            KV_ACC
 forward     q                        k, v (, bias)   out, lse         nothing
 backward    q, dout, lse, delta      k, v (, bias)   dq               dk, dv (, dbias)
 
-Of inputs that have stayed since forward where they are needed only what is new comes: dout, lse and delta of Q, nothing of KV.
+Of inputs that have stayed on their resident rank since forward, only new fields are sent: dout, lse and delta of Q, no KV.
 delta = sum(dout * out) travels in place of out, one number instead of head_dim of them (see `kernels.fused`).
 
-Sums are kept in fp32 (fp64 for fp64). On the wire an accumulator that goes straight home travels in the dtype of q: rounded
-once, which the kernel's own result already was. One that gathers on its way stays wide, because rounding it at every hop would
-let the error grow with the number of ranks. A plan may say otherwise (`Plan.rounds`). Row statistics and biases are always
-wide. No torch here.
+Sums are accumulated in fp32 (fp64 for fp64). An accumulator that goes straight to its owner travels in the dtype of q: rounded
+once, as the kernel's own result already was. One that accumulates on the way stays wide, because rounding it at every hop would
+let the error grow with the number of ranks. A plan may decide otherwise (`Plan.rounds_on_wire`). Row statistics and biases are
+always wide. No torch here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Field(NamedTuple):
     """One tensor of a payload: (batch, heads, rows, dim), or (batch, heads, rows) when `dim` is None."""
 
     name: str
-    heads: Literal["q", "kv", "bias"]  # as many as queries have, as keys have, or as the bias has (perhaps one for all)
+    heads: Literal["q", "kv", "bias"]  # as many as queries, keys or the bias have (a bias may have one for all)
     dim: Literal["qk", "v"] | None
-    wide: bool = False  # in the accumulation dtype wherever it is
+    wide: bool = False  # always in the accumulation dtype
 
 
 _Q, _DOUT, _OUT, _DQ = Field("q", "q", "qk"), Field("dout", "q", "v"), Field("out", "q", "v"), Field("dq", "q", "qk")
@@ -46,8 +46,8 @@ _BACKWARD = {
 
 @cache
 def fields(kind: Kind, *, backward: bool, bias: bool, new: bool = False) -> tuple[Field, ...]:
-    """What `kind` consists of, in the order it is handled; with `new`, only what backward adds to what forward had."""
-    every = (_BACKWARD if backward else _FORWARD)[kind]
+    """The tensors of `kind`, in wire order; with `new`, only those that backward adds to those of forward."""
+    tensors = (_BACKWARD if backward else _FORWARD)[kind]
     if new:
-        every = every[len(_FORWARD[kind]) :]
-    return every if bias else tuple(field for field in every if field.heads != "bias")
+        tensors = tensors[len(_FORWARD[kind]) :]
+    return tensors if bias else tuple(field for field in tensors if field.heads != "bias")

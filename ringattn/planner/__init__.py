@@ -1,10 +1,10 @@
-"""From the arguments of `make_plan` to a plan: `request` checks them, `choose` decides what they leave open, by price.
+"""Plans one attention: `request` checks the arguments of `make_plan`, `choose` decides what they leave open, by price.
 
 Without a topology the plan is made for `infiniband`: nodes of eight behind a switch. Up to eight ranks that is one switch,
-which gives every schedule the same port and so lets bytes decide; beyond, it knows that leaving a node is dear. To have the
-links at hand instead, measure them with `ringattn probe`.
+which gives every schedule the same port and so lets bytes decide; beyond, it accounts for the cost of leaving a node. To plan
+for the actual links, measure them with `ringattn probe`.
 
-No torch here, and no process group: every rank calls this by itself, with the same arguments, and finds the same plan.
+No torch here, and no process group: every rank makes this call by itself, with the same arguments, and gets the same plan.
 """
 
 from __future__ import annotations
@@ -63,40 +63,40 @@ def make_plan(
     q_offset: int | None = None,
     partials: str = "auto",
 ) -> Plan:
-    """Decide how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
+    """Decides how attention over `seq_len` tokens is cut over `world` ranks. Cached; equal on every rank for equal arguments.
 
     Args:
-        seq_len: tokens in the whole sequence, and queries; need not divide by anything.
-        world: number of ranks, or the 1-D DeviceMesh or ProcessGroup that has them.
-        heads: query heads of the whole model, a multiple of kv_heads.
+        seq_len: tokens in the complete sequence, which are the queries; any number.
+        world: number of ranks, or a 1-D DeviceMesh or ProcessGroup of them.
+        heads: query heads of the model (over all ranks), a multiple of kv_heads.
         kv_heads: key and value heads; by default as many as heads.
         head_dim: of q, k and v.
         dtype: float32, float64, bfloat16 or float16, as torch dtype or by name.
-        mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them joined with `&`.
-        schedule: "auto", a name (see `ringattn.schedule.catalog`), a `Schedule`, or several that share the heads. "auto" leaves
-            out all_gather, whose buffers grow with the whole sequence.
+        mask: from `full`, `causal`, `sliding_window`, `documents`, `prefix_lm`, or several of them combined with `&`.
+        schedule: "auto", a name (see `ringattn.schedule.catalog`), a `Schedule`, or several that share the heads. "auto" omits
+            all_gather, whose buffers grow with the sequence.
         layout: "auto", "contiguous", "zigzag", "striped", "documents" (see `ringattn.sequence.document_layout`) or a `Layout`.
-        ulysses: how many neighbouring ranks trade sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
-            need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. With a `Schedule` of world /
-            ulysses ranks that one runs inside.
-        kernel: "auto" ("sdpa": torch's own operators, chosen at the call by device, dtype and head sizes), one of these pinned
-            ("cudnn", "flash", "efficient"), "flex", "flash2", "flash3" (or "flash3:sm_margin=8", which leaves SMs to
-            transfers), "flash4", "reference" in plain mathematics, or "emulated:" and a number of flop/s: right timing, no
-            right numbers. What one of them cannot compute is told by the call.
-        topology: what to price it on: a `Topology`, a preset's name, or None for a sober default.
-        buffer_limit: bytes that a rank may hold beyond its own rows during a pass, for each sequence of a batch; None: any.
-        training: whether backward counts in the choice. For inference say False: the plan is the best for forward alone, and
-            its backward, which works all the same, is whatever that schedule makes of it.
-        kv_len: keys and values in the whole sequence, where they are not as many as queries: in cross-attention, or where a
-            chunk of queries meets all keys so far. With a `Layout` it is that of the layout (see `Layout.after` for chunks).
-        q_offset: position of the first query among the keys; masks go by it. Required where kv_len differs from seq_len, unless
-            the mask is full.
-        partials: what sums (out, dq, dk, dv of a block) travel in. "auto": in `dtype` where they are rounded only once, else in
-            fp32; "wide": always in fp32; "narrow": always in `dtype`, at an error that grows with the number of hops.
+        ulysses: how many neighbouring ranks exchange sequence for heads (see `ringattn.schedule.ulysses`); it divides world and
+            need not divide heads. None lets "auto" choose, and is 1 for a schedule by name. A `Schedule` for world /
+            ulysses ranks runs inside.
+        kernel: "auto" or "sdpa" (torch's own operators, chosen at the call by device, dtype and head sizes), one of these
+            operators ("cudnn", "flash", "efficient"), "flex", "flash2", "flash3" (or "flash3:sm_margin=8", which leaves SMs
+            to transfers), "flash4", "reference" in plain mathematics, or "emulated:" and a number of flop/s: realistic
+            timing, wrong numbers. `attention` raises where a kernel does not support its arguments.
+        topology: the links to price for: a `Topology`, the name of a preset, or None for `DEFAULT_TOPOLOGY`.
+        buffer_limit: bytes that a rank may hold beyond its own rows during a pass, per sequence of a batch; None: no limit.
+        training: whether backward counts in the choice. For inference pass False: the plan is the best for forward alone, and
+            its backward, which still works, uses the same schedule.
+        kv_len: number of keys and values, where it differs from that of queries: in cross-attention, or where a chunk of
+            queries attends to all keys so far. With a `Layout` it is that of the layout (see `Layout.after` for chunks).
+        q_offset: position of the first query among the keys, as masks count it. Required where kv_len differs from seq_len,
+            unless the mask is full.
+        partials: dtype in which sums (out, dq, dk, dv of a block) travel. "auto": `dtype` where they are rounded only once,
+            else fp32; "wide": always fp32; "narrow": always `dtype`, with an error that grows with the number of hops.
 
     Raises:
         PlanError: an argument is out of range, unknown, or contradicts another.
-        ScheduleError: a schedule given as data is not a correct algorithm.
+        ScheduleError: a schedule passed as data is not a correct algorithm.
     """
     return choose(
         request(
@@ -122,7 +122,7 @@ def make_plan(
 
 
 def candidates(seq_len: int, *, world: Any, heads: int, head_dim: int, **others: Any) -> list[Candidate]:
-    """Everything that `make_plan` with the same arguments would choose from, priced; the fastest in all passes first."""
+    """All candidates of `make_plan` with the same arguments, priced; the fastest over all passes first."""
     parsed = request(seq_len=seq_len, world=world, heads=heads, head_dim=head_dim, **others)
     return sorted(
         all_candidates(parsed), key=lambda option: sum(option.cost(backward=backward).seconds for backward in parsed.passes)

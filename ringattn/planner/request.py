@@ -1,6 +1,6 @@
-"""The arguments of `make_plan`, checked and in one form: whatever is wrong is said here, before anything is computed.
+"""Checks the arguments of `make_plan` and brings them into one form, before anything is computed.
 
-Each complaint names the argument, what was found, and the cure. What is left open stays open: "auto" is `choose`'s business.
+Each error names the argument, what was found, and how to fix it. "auto" is not decided here, but by `choose`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from ringattn.sequence.document_layout import by_documents
 from ringattn.sequence.layout import LAYOUTS, Layout
 from ringattn.sequence.mask import Mask, causal, full
 
-EMULATED = f"{EMULATED_NAME}:"  # and the flop/s, see `kernels.emulated`
+EMULATED = f"{EMULATED_NAME}:"  # followed by the flop/s, see `kernels.emulated`
 PARTIALS = ("auto", "wide", "narrow")
 DEFAULT_TOPOLOGY = "infiniband"
-MOST_RANKS = 1 << 20  # of closed forms; plans end long before, see `choose`
+MOST_RANKS = 1 << 20  # for closed forms; plans have a lower limit, see `choose`
 
 
 class Request(NamedTuple):
-    """What a plan is made from, and cached by. `layouts` and `degrees` (of Ulysses) are those to choose from; `schedule` is
-    "auto", a name, or lanes."""
+    """The checked arguments of a plan, by which it is cached.
+
+    `layouts` and `degrees` (of Ulysses) are those to choose from; `schedule` is "auto", a name, or schedules as data.
+    """
 
     seq_len: int
     world: int
@@ -47,7 +49,7 @@ class Request(NamedTuple):
     kernel: str
     topology: Topology
     buffer_limit: int | None
-    passes: tuple[bool, ...]  # that count: forward (False), and in training backward (True)
+    passes: tuple[bool, ...]  # the passes that count: forward (False), and in training backward (True)
     partials: str
     catalog: int  # how often `NAMES` has changed: a plan by a name that then meant something else is not found again
 
@@ -72,11 +74,11 @@ def request(
     q_offset: Any = None,
     partials: Any = "auto",
 ) -> Request:
-    """The arguments of `make_plan` as a `Request`; raises `PlanError` about the first that will not do."""
+    """The arguments of `make_plan` as a `Request`; raises `PlanError` for the first that is invalid."""
     seq_len, world, heads = count("seq_len", seq_len, PlanError), _world(world), count("heads", heads, PlanError)
     kv_heads = heads if kv_heads is None else count("kv_heads", kv_heads, PlanError)
     if heads % kv_heads:
-        raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; give the model's own numbers of heads")
+        raise PlanError(f"heads={heads} is not a multiple of kv_heads={kv_heads}; pass the numbers of heads of the model")
     degrees = _degrees(ulysses, world, heads, schedule)
     kernel, topology = _kernel(kernel), topology_for(topology, world)
     if kernel.startswith(EMULATED):
@@ -103,7 +105,7 @@ def request(
 
 
 def _kernel(kernel: Any) -> str:
-    """A name; or an accelerator that does not exist and its flop/s, see `kernels.emulated`."""
+    """The name of a kernel, or "emulated:" with the flop/s to emulate, see `kernels.emulated`."""
     if not isinstance(kernel, str) or not kernel.startswith(EMULATED):
         name = text("kernel", kernel, PlanError)
         return AUTO_KERNEL if name == "auto" else str(parse(name, PlanError))
@@ -112,27 +114,27 @@ def _kernel(kernel: Any) -> str:
     except ValueError:
         flops = 0.0
     if not 0 < flops < float("inf"):
-        raise PlanError(f"kernel={short_repr(kernel)}; give the flop/s to emulate as a positive number, as in 'emulated:50e9'")
+        raise PlanError(f"kernel={short_repr(kernel)}; pass the flop/s to emulate as a positive number, as in 'emulated:50e9'")
     return f"{EMULATED}{flops:g}"
 
 
 def _world(world: Any) -> int:
-    """A number, or the size of a mesh or group, which are known by their `size` method: torch is not imported for this."""
+    """The number of ranks; a mesh or group is recognised by its `size` method, so that torch is not imported."""
     dimensions = getattr(world, "ndim", 1)
     if isinstance(dimensions, int) and dimensions > 1:
         raise PlanError(
-            f"world has {dimensions} dimensions ({short_repr(world)}); give the one the sequence is cut over, "
+            f"world has {dimensions} dimensions ({short_repr(world)}); pass the dimension that the sequence is cut over, "
             "as in mesh['sequence']"
         )
     try:
         world = world.size() if callable(getattr(world, "size", None)) else world
-    except Exception:  # a class, or whatever else has a `size`
-        raise PlanError(f"world={short_repr(world)}; give the number of ranks, or the mesh or group that has them") from None
+    except Exception:  # a class, or another object with a `size`
+        raise PlanError(f"world={short_repr(world)}; pass the number of ranks, or a mesh or group of them") from None
     return count("world", world, PlanError, most=MOST_RANKS)
 
 
 def _dtype(dtype: Any) -> Any:
-    """By its name, if it is one of torch's."""
+    """The name of a dtype of torch; other values unchanged."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, str) or type(dtype).__module__ == "torch" else dtype
 
 
@@ -143,42 +145,42 @@ def _mask(mask: Any) -> Mask:
 
 
 def _degrees(ulysses: Any, world: int, heads: int, schedule: Any) -> tuple[int, ...]:
-    """The degree asked for; otherwise all that leave every rank a head, or none where a schedule was asked for."""
+    """The requested degree; otherwise all that leave every rank a head, or 1 where a schedule is named."""
     choices = tuple(degree for degree in factors(world, upto=world) if degree <= heads)
     if ulysses is None:
         return choices if isinstance(schedule, str) and schedule == "auto" else (1,)
     degree = count("ulysses", ulysses, PlanError)
     if degree not in choices:
-        why = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
-        raise PlanError(f"ulysses={degree} {why}; choose one of {list(choices)}, or None")
+        reason = f"does not divide world={world}" if world % degree else f"leaves some ranks none of the {heads} heads"
+        raise PlanError(f"ulysses={degree} {reason}; choose one of {list(choices)}, or None")
     return (degree,)
 
 
 def topology_for(topology: Any, world: int) -> Topology:
     if topology is None:
         topology = DEFAULT_TOPOLOGY
-    value = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
-    if value is None:
+    resolved = topology if isinstance(topology, Topology) else PRESETS.get(topology) if isinstance(topology, str) else None
+    if resolved is None:
         raise PlanError(
             f"topology={short_repr(topology)}; choose one of {', '.join(PRESETS)}, or read a file with load_topology(path)"
         )
-    if value.world not in (None, world):
+    if resolved.world not in (None, world):
         raise PlanError(
-            f"topology {value.name!r} describes {value.world} ranks and world={world}; measure these, or name a preset"
+            f"topology {resolved.name!r} describes {resolved.world} ranks and world={world}; measure these, or name a preset"
         )
-    return value
+    return resolved
 
 
 def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_offset: Any) -> tuple[Layout, ...]:
-    """The one given, or those of that name, queries and keys laid out alike."""
+    """The layout itself, or the layouts of that name, for queries and keys alike."""
     if isinstance(layout, Layout):
         if layout.world != world:
-            raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; make it for as many ranks")
+            raise PlanError(f"layout={layout.name!r} has {layout.world} shards and world={world}; build it for as many ranks")
         layout.validate(seq_len)
-        for name, value, value in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
-            if value is not None and as_int(name, value, PlanError) != value:
+        for name, value, actual in (("kv_len", kv_len, layout.of_keys.length), ("q_offset", q_offset, layout.first)):
+            if value is not None and as_int(name, value, PlanError) != actual:
                 raise PlanError(
-                    f"{name}={short_repr(value)} and layout={layout.name!r} has {value}; leave {name} out: the layout says it"
+                    f"{name}={short_repr(value)} and layout={layout.name!r} has {actual}; leave {name} out: it is the layout's"
                 )
         _check_mask_length(mask, layout.length, layout.of_keys.length, layout.first)
         return (layout,)
@@ -188,13 +190,13 @@ def _layouts(layout: Any, seq_len: int, world: int, mask: Mask, kv_len: Any, q_o
     _check_mask_length(mask, seq_len, keys, offset)
     packed = mask.bounds if (keys, offset) == (seq_len, 0) and mask.bounds[-1:] == (seq_len,) else ()
     if name == "documents" and not packed:
-        raise PlanError(f"layout='documents' and mask={mask}: it needs packed documents, and as many keys as queries")
-    # Where every query sees every key, no layout is better balanced than the plainest.
+        raise PlanError(f"layout='documents' and mask={mask}; this layout needs packed documents, and as many keys as queries")
+    # Where every query sees every key, no layout is better balanced than contiguous.
     plain = mask == full() or world == 1
     choices = ["contiguous"] if plain else ["contiguous", "documents", "zigzag"] if len(packed) > 2 else list(LAYOUTS)
     return tuple(
-        by_documents(packed, world) if name == "documents" else _make_layout(name, seq_len, world, keys, offset)
-        for name in (choices if name == "auto" else [name])
+        by_documents(packed, world) if choice == "documents" else _make_layout(choice, seq_len, world, keys, offset)
+        for choice in (choices if name == "auto" else [name])
     )
 
 
@@ -204,12 +206,12 @@ def _make_layout(name: str, seq_len: int, world: int, keys: int, offset: int) ->
 
 
 def _offset(q_offset: Any, seq_len: int, keys: int, mask: Mask) -> int:
-    """Where queries begin among the keys: said, or of no account."""
+    """The position of the first query among the keys; 0 where it makes no difference."""
     if q_offset is None:
         if keys == seq_len or mask == full():
             return 0
         raise PlanError(
-            f"kv_len={keys}, seq_len={seq_len} and mask={mask}: say where the first query stands among the keys with q_offset, "
+            f"kv_len={keys}, seq_len={seq_len} and mask={mask}: pass the position of the first query among the keys, "
             f"as in q_offset={max(0, keys - seq_len)}"
         )
     offset = as_int("q_offset", q_offset, PlanError, must="a whole number, 0 or more")
@@ -241,7 +243,7 @@ def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadG
     )
     if not head_groups or not all(isinstance(head_group, Schedule) for head_group in head_groups):
         raise PlanError(
-            f"schedule={short_repr(schedule)}; give a name ({', '.join(_schedule_names())}), a Schedule, or a tuple of them"
+            f"schedule={short_repr(schedule)}; pass a name ({', '.join(_schedule_names())}), a Schedule, or a tuple of them"
         )
     for head_group in head_groups:
         if head_group.world * degree != world:
@@ -249,9 +251,8 @@ def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadG
             raise PlanError(
                 f"schedule {head_group.name!r} is for {head_group.world} ranks and {within}; build it for {world // degree}"
             )
-        if len(head_group.tiles) >= len(head_group.q_owner) * len(
-            head_group.kv_owner
-        ):  # others are for one mask, and checked with it
+        # Schedules with fewer tiles are for one mask, and checked with it.
+        if len(head_group.tiles) >= len(head_group.q_owner) * len(head_group.kv_owner):
             _check_once(head_group)
     if (
         len(head_groups) * degree > heads
@@ -259,12 +260,12 @@ def _schedule(schedule: Any, world: int, heads: int, degree: int) -> str | HeadG
         and len(head_groups) != 2
     ):
         raise PlanError(
-            f"schedule has {len(head_groups)} lanes and heads={heads} are too few to share out among them; give fewer lanes"
+            f"schedule has {len(head_groups)} head groups and heads={heads} are too few for them; pass fewer head groups"
         )
     if degree > 1:
         head_groups = tuple(
-            name
-            for members in zip(*(ulysses(head_group, degree) for head_group in head_groups), strict=True)
-            for name in members
+            schedule
+            for members in zip(*(ulysses(schedule, degree) for schedule in head_groups), strict=True)
+            for schedule in members
         )
     return head_groups

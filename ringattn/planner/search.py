@@ -1,16 +1,17 @@
-"""Choose by price. Nobody's slogan decides.
+"""Chooses schedules and layouts by price.
 
-Every schedule and layout that the request allows is a candidate, forward and backward each by itself; both share the layout.
+Every schedule and layout that the request allows is a candidate, separately for forward and backward; both share the layout.
 For inference only forward counts.
-They are looked at in the order of the bytes they move, and a later one takes over only if it is more than 1 % faster, which is
-less than the model can tell apart: where compute hides the transfers, the fewest bytes win. Equal bytes: the order of
-`schedule.catalog`. Layouts stand in the order contiguous, zigzag, striped (packed documents: contiguous, documents, zigzag); a
-later one must gain 5 %: it breaks tiles into other shapes, and what kernels make of those is not modelled. One that shares a
-ring's work out no better than one before it has nothing to gain by.
 
-What cannot take over, because its compute or its busiest link alone takes too long, is not simulated. Plans are priced for a
-batch of 1: with more, compute and bytes grow alike, and only latency counts for less. All of it is arithmetic on integers and
-IEEE doubles and depends on the request alone, so every rank finds the same plan.
+Candidates are compared in order of the bytes they move. A later one replaces an earlier one only if it is more than 1 % faster,
+which is less than the model can distinguish: where compute hides the transfers, the fewest bytes win. With equal bytes the
+order of `schedule.catalog` decides. Layouts come in the order contiguous, zigzag, striped (packed documents: contiguous,
+documents, zigzag); a later one must gain 5 %, because it breaks tiles into other shapes, whose effect on kernels is not
+modelled. A layout that balances a ring no better than an earlier one is skipped.
+
+Candidates whose compute or busiest link alone takes too long are not simulated. Plans are priced for a batch of 1: with more,
+compute and bytes grow equally, and only latency counts for less. All arithmetic is on integers and IEEE doubles and depends on
+the request alone, so every rank gets the same plan.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from ringattn.sequence.layout import Layout
 from ringattn.sequence.mask import full
 
 TIE = 1.01
-MIN_IDLE_SHARE = 0.05  # of the time, that ranks would wait for transfers
-SMALL = 8  # up to as many ranks "auto" searches for a balanced schedule: a second or two; by name it does for any number
-LARGE = 16  # more ranks than this are planned in whole blocks: parts gain little there and take long to price
+MIN_IDLE_SHARE = 0.05  # of the time; if ranks wait less than this for transfers, no search is made
+SMALL = 8  # up to this many ranks "auto" searches for a balanced schedule, in a second or two; "balanced" does for any number
+LARGE = 16  # for more ranks than this blocks are not cut into parts: these gain little and take long to price
 LAYOUT_TIE = 1.05
 
 
@@ -53,14 +54,14 @@ class Candidate:
         return self._costs[backward]
 
     def buffer_bytes(self, passes: Iterable[bool]) -> int:
-        """The most that a rank holds beyond its own rows, in any of `passes`."""
+        """The most bytes that a rank holds beyond its own rows, in any of `passes`."""
         return max(self.cost(backward=backward).buffer_bytes for backward in passes)
 
     def total_bytes(self, *, backward: bool) -> int:
         return sum(self._traffic[backward].values())
 
     def compute(self, *, backward: bool) -> float:
-        """Seconds of the rank that computes most."""
+        """Compute seconds of the busiest rank."""
         return self._compute * (BACKWARD_FLOPS if backward else 1)
 
     @cached_property
@@ -68,7 +69,7 @@ class Candidate:
         return compute_seconds(self.plan, self.topology)
 
     def lower_bound(self, *, backward: bool) -> float:
-        """Seconds it cannot take less than, without a simulation."""
+        """A lower bound of its seconds, without a simulation."""
         return max(self.compute(backward=backward), transfer_seconds(self._traffic[backward], self.topology))
 
     @cached_property
@@ -101,24 +102,24 @@ def choose(request: Request) -> Plan:
 
 @lru_cache(maxsize=256)
 def _decide(request: Request) -> tuple[Chosen, Sequence[Candidate]]:
-    """The candidates of the plan, and what was searched for besides those that have names."""
+    """The candidates of the plan, and the balanced ones that a search added."""
     best: tuple[int, Chosen] | None = None
     for n, layout in reversed(list(enumerate(_useful_layouts(request)))):
         limit = float("inf") if best is None else LAYOUT_TIE * _seconds(best[1])
-        found = options(request, layout, limit)
-        if found and min(_lower_bound_of((option,) * len(request.passes)) for option in found) < limit:
-            chosen = _best(found, request.passes)
+        candidates = options(request, layout, limit)
+        if candidates and min(_lower_bound_of((option,) * len(request.passes)) for option in candidates) < limit:
+            chosen = _best(candidates, request.passes)
             best = (n, chosen) if best is None or _seconds(chosen) < limit else best
     if best is None:
         free = request._replace(buffer_limit=None)
-        every = [option for layout in _useful_layouts(free) for option in options(free, layout)]
-        least = min(option.buffer_bytes(request.passes) for option in every)
+        feasible = [option for layout in _useful_layouts(free) for option in options(free, layout)]
+        least = min(option.buffer_bytes(request.passes) for option in feasible)
         raise PlanError(f"buffer_limit={request.buffer_limit}: the least that any allowed plan needs is {least} bytes")
     return _with_balanced(request, *best)
 
 
 def _with_balanced(request: Request, at: int, best: Chosen) -> tuple[Chosen, Sequence[Candidate]]:
-    """The same, or better with schedules made for this very mask: worth a search where compute does not hide all transfers."""
+    """`best`, or better schedules built for this mask; a search is made only where compute does not hide all transfers."""
     searched: list[Candidate] = []
     if request.schedule != "auto" or request.world > SMALL or request.mask == full():
         return best, searched
@@ -127,20 +128,19 @@ def _with_balanced(request: Request, at: int, best: Chosen) -> tuple[Chosen, Seq
         if idle < MIN_IDLE_SHARE * _seconds(best):
             break
         degrees = [degree for degree in request.degrees if request.world // degree > 2]
-        found = _candidates(
-            request, layout, (one for degree in degrees for one in balanced_candidates(request, layout, degree))
-        )
-        searched += found
-        chosen = _best([*found, *(best if n == at else ())], request.passes) if found else best
+        balanced = (named for degree in degrees for named in balanced_candidates(request, layout, degree))
+        candidates = _candidates(request, layout, balanced)
+        searched += candidates
+        chosen = _best([*candidates, *(best if n == at else ())], request.passes) if candidates else best
         if TIE * _seconds(chosen) < _seconds(best):
             at, best = n, chosen
     return best, searched
 
 
-def _best(found: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
-    """The cheapest of each pass. One whose inputs rest away from home counts on all passes being its own."""
-    free = [option for option in found if not option.plan.reuse_inputs]
-    choices = [(option,) * len(passes) for option in found if option.plan.reuse_inputs]
+def _best(candidates: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
+    """The cheapest of each pass. A candidate that reuses inputs from forward must be chosen for all passes."""
+    free = [option for option in candidates if not option.plan.reuse_inputs]
+    choices = [(option,) * len(passes) for option in candidates if option.plan.reuse_inputs]
     if free:
         choices.append(tuple(_cheapest(free, backward=backward) for backward in passes))
     best, *others = sorted(choices, key=lambda chosen: _sum(chosen, Candidate.total_bytes))
@@ -150,8 +150,8 @@ def _best(found: Sequence[Candidate], passes: tuple[bool, ...]) -> Chosen:
     return best
 
 
-def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
-    first, *others = sorted(found, key=lambda option: option.total_bytes(backward=backward))
+def _cheapest(candidates: Sequence[Candidate], *, backward: bool) -> Candidate:
+    first, *others = sorted(candidates, key=lambda option: option.total_bytes(backward=backward))
     best, seconds = first, first.cost(backward=backward).seconds
     for option in others:
         if TIE * option.lower_bound(backward=backward) < seconds and TIE * option.cost(backward=backward).seconds < seconds:
@@ -160,7 +160,7 @@ def _cheapest(found: Sequence[Candidate], *, backward: bool) -> Candidate:
 
 
 def _sum(chosen: Chosen, of: Callable[..., float]) -> float:
-    """`of` all passes, each that of its candidate."""
+    """The sum of `of` over all passes, each for its candidate."""
     return sum(of(option, backward=bool(n)) for n, option in enumerate(chosen))
 
 
@@ -169,51 +169,51 @@ def _seconds(chosen: Chosen) -> float:
 
 
 def _lower_bound_of(chosen: Chosen) -> float:
-    """What no simulation can find less than."""
+    """A lower bound of `_seconds`, without a simulation."""
     return _sum(chosen, Candidate.lower_bound)
 
 
 def _prediction(backward: bool, option: Candidate) -> str:
     cost = option.cost(backward=backward)
-    which = "backward" if backward else "forward"
-    return f"{which} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
+    name = "backward" if backward else "forward"
+    return f"{name} {cost.seconds * 1e3:.3g} ms, {cost.link_bytes / 1e6:.3g} MB on the busiest link"
 
 
 def all_candidates(request: Request) -> list[Candidate]:
-    """All that `choose` has chosen from: what has a name, and what it searched for."""
+    """All candidates of `choose`: those with names, and those that a search added."""
     named = [option for layout in _useful_layouts(request) for option in options(request, layout)]
     return [*named, *_decide(request)[1]] if named else named
 
 
 def options(request: Request, layout: Layout, limit: float = float("inf")) -> list[Candidate]:
-    """Every schedule that `request` allows, on one layout; not those whose compute alone takes more than `limit` seconds."""
-    found = _candidates(request, layout, _schedules(request, layout))
-    return [one for one in found if sum(one.compute(backward=backward) for backward in request.passes) < limit]
+    """Every schedule that `request` allows, on one layout, except those whose compute alone takes `limit` seconds or more."""
+    candidates = _candidates(request, layout, _schedules(request, layout))
+    return [c for c in candidates if sum(c.compute(backward=backward) for backward in request.passes) < limit]
 
 
-def _candidates(request: Request, layout: Layout, named: Iterable[Named]) -> list[Candidate]:
-    found = []
-    for one in named:
-        cuts = trim(layout, request.mask) if one.trimmed else EVENLY
-        head_groups = make_head_groups(one.head_groups, layout, request.mask, request.heads, request.kv_heads, cuts)
+def _candidates(request: Request, layout: Layout, schedules: Iterable[Named]) -> list[Candidate]:
+    candidates = []
+    for schedule in schedules:
+        cuts = trim(layout, request.mask) if schedule.trimmed else EVENLY
+        head_groups = make_head_groups(schedule.head_groups, layout, request.mask, request.heads, request.kv_heads, cuts)
         model = (request.heads, request.kv_heads, request.head_dim, request.dtype)
         kernel, partials = request.kernel, request.partials
         plan = Plan(request.seq_len, request.world, *model, request.mask, layout, kernel, head_groups, head_groups, partials)
-        found.append(Candidate(one, plan, request.topology))
+        candidates.append(Candidate(schedule, plan, request.topology))
     limit = request.buffer_limit
-    return found if limit is None else [option for option in found if option.buffer_bytes(request.passes) <= limit]
+    return candidates if limit is None else [option for option in candidates if option.buffer_bytes(request.passes) <= limit]
 
 
 @lru_cache(maxsize=64)
 def _useful_layouts(request: Request) -> list[Layout]:
-    """The layouts, without those on which a ring's work is no more even than on one before."""
-    found: list[tuple[int, Layout]] = []
+    """The layouts, without those that balance a ring no better than an earlier one."""
+    layouts: list[tuple[int, Layout]] = []
     for layout in request.layouts:
         (head_group,) = make_head_groups((ring(request.world),), layout, request.mask, request.heads, request.kv_heads)
         most = max(pairs([head_group]).values())
-        if not any(busiest < LAYOUT_TIE * most for busiest, _ in found):
-            found.append((most, layout))
-    return [layout for _, layout in found]
+        if not any(busiest < LAYOUT_TIE * most for busiest, _ in layouts):
+            layouts.append((most, layout))
+    return [layout for _, layout in layouts]
 
 
 def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
@@ -225,30 +225,30 @@ def _schedules(request: Request, layout: Layout) -> Iterator[Named]:
     if request.schedule == "balanced":
         yield from balanced_candidates(request, layout, request.degrees[0])
         return
-    asked = _catalog_request(request, layout)
+    catalog_request = _catalog_request(request, layout)
     for degree in request.degrees:
         ranks = request.world // degree
         for name in automatic_names(ranks) if request.schedule == "auto" else [request.schedule]:
-            variants = _variants(name, NAMES[name], asked, degree)
+            variants = _variants(name, NAMES[name], catalog_request, degree)
             if not variants and request.schedule != "auto":
                 raise PlanError(f"schedule={name!r} has no variant for {ranks} ranks; choose another, or other ranks")
             yield from variants
 
 
 def _catalog_request(request: Request, layout: Layout) -> CatalogRequest:
-    """Where every tile has work and links are alike, a schedule turned round costs the same, and no part of a block is idle."""
+    """The request to the catalog. If all tiles have work on equal links, reversing or halving gains nothing."""
     world = request.world
-    (whole,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
+    (blocks,) = make_head_groups((ring(world),), layout, request.mask, request.heads, request.kv_heads)
     (halves,) = make_head_groups((split(ring(world), q=2, kv=2),), layout, request.mask, request.heads, request.kv_heads)
     idle = len(halves.areas) < (2 * world) ** 2
-    directions = (1, -1) if idle or len(whole.areas) < world**2 or request.topology.kind == "matrix" else (1,)
+    directions = (1, -1) if idle or len(blocks.areas) < world**2 or request.topology.kind == "matrix" else (1,)
     parts = (1,) if world > LARGE else (1, 2) if idle else (1, 4)
     node_size = request.topology.node_size or 1
-    cut = tuple(what for what, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
-    return CatalogRequest(world, request.heads, request.kv_heads, node_size, directions, parts, cut)
+    trimmed = tuple(kind for kind, cuts in zip(("q", "kv"), trim(layout, request.mask), strict=True) if cuts)
+    return CatalogRequest(world, request.heads, request.kv_heads, node_size, directions, parts, trimmed)
 
 
 @lru_cache(maxsize=64)
-def _variants(name: str, entry: CatalogEntry, asked: CatalogRequest, degree: int) -> tuple[Named, ...]:
-    """`entry` is what the name stands for now: it may be registered anew."""
-    return tuple(named(name, asked, degree))
+def _variants(name: str, entry: CatalogEntry, request: CatalogRequest, degree: int) -> tuple[Named, ...]:
+    """`entry` is a cache key: a name may be registered again with another entry."""
+    return tuple(named(name, request, degree))

@@ -1,7 +1,7 @@
-"""Balanced schedules as candidates: the tiles that a request's mask leaves, put to `planner.solver` with each pass's prices.
+"""Builds balanced schedules as candidates: passes the tiles that a request's mask leaves to `planner.solver`, with prices.
 
-Blocks are halves of shards, as under zigzag. Two objectives are tried, since neither is best everywhere: the total, and the
-resource that the links of the topology make scarce. What comes out for one pass may be used for the other; price decides.
+Blocks are halves of shards, as under zigzag. Two objectives are tried, since neither is always best: the total bytes, and the
+bytes on the resource that the topology makes scarce. The schedule for one pass may be used for the other; price decides.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ringattn.schedule.catalog import Named
 from ringattn.sequence.layout import Layout
 
 PARTS = 2  # blocks of each rank
-SCARCE = {"mesh": "link", "matrix": "link"}  # elsewhere the port of a rank
+SCARCE = {"mesh": "link", "matrix": "link"}  # on other topologies the port of a rank
 
 
 def balanced_candidates(request: Request, layout: Layout, degree: int) -> Iterator[Named]:
-    """Balanced schedules among the world / degree groups of Ulysses; of a single one there is nothing to share out."""
+    """Balanced schedules among the world / degree groups of Ulysses; a single group has nothing to balance."""
     for backward in request.passes:
         for objective in ("total", SCARCE.get(request.topology.kind, "port")):
             inner = _schedule(request, layout, degree, backward, objective)

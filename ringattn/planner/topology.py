@@ -1,14 +1,14 @@
-"""What links there are between ranks, as data: how long a message waits, and what it shares with other messages.
+"""Describes the links between ranks as data: how long a message waits, and what it shares with other messages.
 
     mesh     every directed pair of ranks has a link of its own               NVLink or HCCS between all pairs
     switch   each rank has one port out and one in, shared by all its peers   NVSwitch, one NIC a rank, PCIe
-    nodes    switches of `node_size` ranks; what leaves a node shares one uplink, what enters it another
-    ring     only neighbours have links; anything else is forwarded the shorter way round, upwards where both are as long
-    matrix   what `ringattn probe` measured: a link for every directed pair and, if it found them shared, a port for every rank
+    nodes    switches of `node_size` ranks; messages leaving a node share one uplink, those entering it another
+    ring     only neighbours have links; others are reached by the shorter way round, upwards where both are as long
+    matrix   what `ringattn probe` measured: a link for every directed pair and, if links are shared, a port for every rank
 
-`route` names the shared resources that a message from one rank to another occupies and how fast each of them is. That is all
-`cost` asks, so a new kind of machine is a new `route` and nothing else. Distance, congestion and protocol beyond that are not
-modelled: a message takes latency + bytes / bandwidth when it has its route to itself.
+`route` lists the shared resources that a message from one rank to another occupies, with the speed of each. `cost` uses nothing
+else, so a new kind of machine needs only a new `route`. Distance, congestion and protocol are not modelled further: a message
+takes latency + bytes / bandwidth when it has its route to itself.
 
 Units: seconds, bytes per second, floating-point operations per second. No torch here.
 """
@@ -36,15 +36,15 @@ Route: TypeAlias = tuple[tuple[Resource, float], ...]
 
 @dataclass(frozen=True)
 class Topology:
-    """Links between ranks. Frozen and hashable: it is part of what a plan is cached by.
+    """Links between ranks. Frozen and hashable, since plans are cached by it.
 
     Attributes:
-        name: for people; also what a plan names its predictions after.
+        name: for people; plans name it with their predictions.
         kind: one of `KINDS`.
-        link_latency: seconds a message takes beyond its bytes.
+        link_latency: seconds that a message takes in addition to its bytes.
         bandwidth: bytes/s of a link (mesh, ring) or of a rank's port in each direction (switch, nodes). Full duplex.
         flops: attention flop/s that one rank sustains in the forward pass.
-        launch: seconds that a kernel call, or a message to post, costs beyond its work.
+        launch: seconds that a kernel call, or posting a message, takes in addition to its work.
         memory: bytes/s at which a rank merges partial results and packs messages.
         node_size: ranks in a node (nodes).
         uplink_latency, uplink_bandwidth: between nodes, in each direction.
@@ -85,7 +85,7 @@ class Topology:
         self._require("flops", "bandwidth" if not measured else "port")
         if self.kind in ("ring", "matrix") and (self.world is None or self.world < 1):
             raise PlanError(
-                f"topology {self.name!r}: world={self.world}; a {self.kind} topology says how many ranks it describes"
+                f"topology {self.name!r}: world={self.world}; a {self.kind} topology needs the number of ranks it describes"
             )
         if self.kind == "nodes":
             self._require("uplink_bandwidth", "node_size")
@@ -99,8 +99,8 @@ class Topology:
         if self.kind == "matrix":
             return self.latencies[src][dst]
         if self.kind == "ring":
-            return self.link_latency * len(self._way(src, dst))
-        return self.link_latency if self._together(src, dst) else self.uplink_latency
+            return self.link_latency * len(self._hops(src, dst))
+        return self.link_latency if self._same_node(src, dst) else self.uplink_latency
 
     def route(self, src: int, dst: int) -> Route:
         """The resources that a message from `src` to `dst` occupies, each with its bandwidth in bytes/s."""
@@ -112,8 +112,8 @@ class Topology:
     def _check_ranks(self, src: int, dst: int) -> None:
         for name, rank in (("src", src), ("dst", dst)):
             if not isinstance(rank, int) or rank < 0 or (self.world is not None and rank >= self.world):
-                many = "from 0 on" if self.world is None else f"0 to {self.world - 1}"
-                raise PlanError(f"topology {self.name!r}: {name}={short_repr(rank)}; ranks are whole numbers, {many}")
+                valid = "from 0 on" if self.world is None else f"0 to {self.world - 1}"
+                raise PlanError(f"topology {self.name!r}: {name}={short_repr(rank)}; ranks are whole numbers, {valid}")
 
     @cached_property
     def _routes(self) -> dict[tuple[int, int], Route]:
@@ -123,22 +123,22 @@ class Topology:
         if self.kind == "mesh":
             return [(("link", src, dst), self.bandwidth)]
         if self.kind == "ring":
-            return [(("link", a, b), self.bandwidth) for a, b in self._way(src, dst)]
+            return [(("link", a, b), self.bandwidth) for a, b in self._hops(src, dst)]
         if self.kind == "matrix":
             ports: list[tuple[Resource, float]] = []
             if self.port is not None:
                 ports = [(("out", src, 0), self.port), (("in", dst, 0), self.port)]
             return [(("link", src, dst), self.bandwidths[src][dst]), *ports]
-        if self._together(src, dst):
+        if self._same_node(src, dst):
             return [(("out", src, 0), self.bandwidth), (("in", dst, 0), self.bandwidth)]
         size = (self.node_size or 1) if self.uplink_shared else 1
         return [(("up", src // size, 0), self.uplink_bandwidth), (("down", dst // size, 0), self.uplink_bandwidth)]
 
-    def _together(self, src: int, dst: int) -> bool:
+    def _same_node(self, src: int, dst: int) -> bool:
         return self.kind != "nodes" or src // (self.node_size or 1) == dst // (self.node_size or 1)
 
-    def _way(self, src: int, dst: int) -> list[tuple[int, int]]:
-        """The hops of the shorter way round."""
+    def _hops(self, src: int, dst: int) -> list[tuple[int, int]]:
+        """The hops of the shorter direction around the ring."""
         world = self.world or 1
         up = (dst - src) % world
         turn, hops = (1, up) if up <= world - up else (-1, world - up)
@@ -146,12 +146,12 @@ class Topology:
         return list(pairwise(stops))
 
     def save(self, path: str | Path) -> None:
-        """Write it where `load_topology` can read it: JSON with a format name and a version."""
-        written = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
+        """Writes it as JSON with a format name and a version, for `load_topology`."""
+        document = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n"
         try:
-            path_of("path", path, PlanError).write_text(written)
+            path_of("path", path, PlanError).write_text(document)
         except OSError as error:
-            raise PlanError(f"topology {self.name!r} cannot be written to {path} ({error}); give another path") from error
+            raise PlanError(f"topology {self.name!r} cannot be written to {path} ({error}); pass another path") from error
 
     def _require(self, *names: str) -> None:
         for name in names:
@@ -183,10 +183,10 @@ def _is_matrix(rows: object) -> bool:
 
 
 def load_topology(path: str | Path) -> Topology:
-    """Read a topology that `ringattn probe` or `Topology.save` wrote.
+    """Reads a topology that `ringattn probe` or `Topology.save` wrote.
 
     Raises:
-        PlanError: the file is missing, damaged, of another format or version, or its numbers cannot be.
+        PlanError: the file is missing, damaged, of another format or version, or has invalid values.
     """
     path = path_of("path", path, PlanError)
     hint = f"measure one with `torchrun --nproc-per-node N -m ringattn probe --out {path}` or name one of {', '.join(PRESETS)}"
@@ -218,18 +218,18 @@ def _preset(name: str, kind: str, *, latency: float, bandwidth: float, flops: fl
     return Topology(name, kind, flops, latency, bandwidth, **more)
 
 
-# What a program gets, not what a data sheet promises: about 80 % of the line rate, attention at about half of the peak flop/s.
-# Latency is that of one point-to-point message as NCCL, HCCL or gloo delivers it; `memory` is two thirds of the data sheet's.
+# What programs reach, not what data sheets promise: about 80 % of the line rate, attention at about half of the peak flop/s.
+# Latency is that of one point-to-point message through NCCL, HCCL or gloo; `memory` is two thirds of the data sheet's.
 PRESETS: dict[str, Topology] = {
     topology.name: topology
     for topology in (
-        # PCIe 4.0 x16 carries 32 GB/s each way through the one slot a card has, whoever the peer; bf16 cards of 125 Tflop/s.
+        # PCIe 4.0 x16 carries 32 GB/s each way through the one slot of a card, for any peer; bf16 cards of 125 Tflop/s.
         _preset("pcie", "switch", latency=15e-6, bandwidth=22e9, flops=60e12, launch=15e-6, memory=600e9),
-        # Four A100 with four NVLink3 lanes of 25 GB/s between each two; FlashAttention-2 reaches 190 of 312 Tflop/s there.
+        # Four A100 with four NVLink3 lanes of 25 GB/s between each pair; FlashAttention-2 reaches 190 of 312 Tflop/s there.
         _preset("nvlink", "mesh", latency=8e-6, bandwidth=80e9, flops=190e12, launch=12e-6, memory=1.2e12),
         # H100: 18 NVLink4 lanes of 25 GB/s into NVSwitch; FlashAttention-2 and cuDNN sustain 350 to 450 of 989 Tflop/s.
         _preset("nvswitch", "switch", latency=8e-6, bandwidth=360e9, flops=400e12, launch=10e-6, memory=2.2e12),
-        # The same eight, and one NDR port of 400 Gbit/s for all of them.
+        # The same eight GPUs, and one NDR port of 400 Gbit/s for all of them.
         _preset(
             "infiniband",
             "nodes",
@@ -246,9 +246,9 @@ PRESETS: dict[str, Topology] = {
         _preset("ethernet", "switch", latency=50e-6, bandwidth=10e9, flops=60e12, launch=15e-6, memory=600e9),
         # Ascend 910B, eight to a node: vendor's 56 GB/s both ways on each of seven HCCS links, 320 Tflop/s in fp16.
         _preset("hccs", "mesh", latency=15e-6, bandwidth=23e9, flops=150e12, launch=20e-6, memory=1e12),
-        # Processes on one host over loopback: a copy through the kernel, and one core for each rank's attention in fp32.
+        # Processes on one host over loopback: a copy through the kernel, and one core for the attention of each rank in fp32.
         _preset("cpu", "switch", latency=80e-6, bandwidth=1.5e9, flops=60e9, launch=2e-4, memory=8e9),
     )
 }
-# The eight of "infiniband" with a port for each GPU: what most H100 clusters have.
+# As "infiniband", with a port for each GPU, like most H100 clusters.
 PRESETS["rails"] = replace(PRESETS["infiniband"], name="rails", uplink_shared=False)

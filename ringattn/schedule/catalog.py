@@ -1,7 +1,7 @@
 """Lists schedules by name, each with the variants among which the planner chooses by price.
 
-`NAMES` lists them and says what each does; `register` adds one. Each of them also runs inside Ulysses, in which groups of ranks
-trade sequence for heads (see `schedule.ulysses`); the name is then that of what runs among the groups.
+`NAMES` lists them with a summary of each; `register` adds one. Each of them also runs inside Ulysses, in which groups of ranks
+exchange sequence for heads (see `schedule.ulysses`); the name is then that of the schedule among the groups.
 
 `balanced` is built for a mask and a layout, so it is not here: see `planner.solver` and the planner.
 
@@ -174,23 +174,23 @@ def _all_gather(request: CatalogRequest) -> Variants:
     yield "", (replace(everyone, name="all_gather"),)
 
 
-def _cut(what: str, request: CatalogRequest, routing: str, direction: int, schedule: Schedule) -> Variants:
+def _cut(kind: str, request: CatalogRequest, routing: str, direction: int, schedule: Schedule) -> Variants:
     cut, words = take_turns if routing == "direct" else split, routing + ", reversed" * (direction == -1)
     for parts in request.parts:
-        yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{what: parts}),)
+        yield _words(words, parts, 1), (schedule if parts == 1 else cut(schedule, **{kind: parts}),)
 
 
 NAMES: Registry[CatalogEntry] = Registry(
     "schedule",
     {
-        "ring": CatalogEntry(_ring, "KV from neighbour to neighbour, either way round"),
-        "bidirectional_ring": CatalogEntry(_bidirectional_ring, "half of the heads each way"),
+        "ring": CatalogEntry(_ring, "KV from neighbour to neighbour, in either direction"),
+        "bidirectional_ring": CatalogEntry(_bidirectional_ring, "half of the heads in each direction"),
         "ring_direct": CatalogEntry(_ring_direct, "KV from its owner straight to each rank, a few at a time", least_ranks=3),
         "token_ring": CatalogEntry(
             _token_ring, "Q to neighbours or straight to each rank, partial results straight to the owner"
         ),
-        "accumulating_ring": CatalogEntry(_accumulating_ring, "Q to neighbours, and one result that rides along and gathers"),
-        "mesh": CatalogEntry(_mesh, "Q along rows, KV along columns, hopping or direct; a few sensible grids", least_ranks=3),
+        "accumulating_ring": CatalogEntry(_accumulating_ring, "Q to neighbours, followed by one result that accumulates"),
+        "mesh": CatalogEntry(_mesh, "Q along rows, KV along columns, by hop or direct; a few suitable grids", least_ranks=3),
         "all_gather": CatalogEntry(
             _all_gather, "KV to all ranks at once, in buffers as large as the sequence", automatic=False
         ),

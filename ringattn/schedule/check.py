@@ -120,15 +120,15 @@ def _check_result(
     if idle:
         raise ScheduleError(f"{schedule.name}: tiles {sorted(idle)} have no work but are computed; prune them")
     for kind, axis in ((Kind.Q_ACC, 0), (Kind.KV_ACC, 1)):
-        wanted: dict[int, set[tuple[int, int]]] = defaultdict(set)
+        tiles_of_block: dict[int, set[tuple[int, int]]] = defaultdict(set)
         for tile in expected:
-            wanted[tile[axis]].add(tile)
+            tiles_of_block[tile[axis]].add(tile)
         for (rank, gathered_kind, index), tiles in gathered.items():
             if gathered_kind is kind and rank != schedule.owner(kind, index):
                 raise ScheduleError(
                     f"{schedule.name}: {kind.value}{index} with tiles {sorted(tiles)} is left behind at rank {rank}"
                 )
-        for index, complete in wanted.items():
+        for index, complete in tiles_of_block.items():
             actual = gathered[schedule.owner(kind, index), kind, index]
             if actual != Counter(complete):
                 missing, extra = sorted(complete - set(actual)), sorted((actual - Counter(complete)).elements())

@@ -37,7 +37,8 @@ def mesh(world: int, *, a: int | None = None, q_routing: str = "hop", kv_routing
         a: ranks in a row. By default the largest factor of `world` not above its square root: of two equally square grids the
             one that moves less Q moves fewer bytes, since a visit of Q costs q and out, and a visit of KV costs k and v of at
             most as many heads.
-        q_routing, kv_routing: "hop" or "direct", along rows and along columns.
+        q_routing: "hop" or "direct", along rows.
+        kv_routing: "hop" or "direct", along columns.
 
     Raises:
         PlanError: `a` does not divide `world`, or an argument is out of range.

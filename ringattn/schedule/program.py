@@ -90,9 +90,9 @@ def messages(head_groups: Sequence[Schedule], *, backward: bool, reuse_inputs: b
     groups: dict[tuple[int, int, int, int], list[Item]] = defaultdict(list)
     moves = ((move, head_group) for head_group, schedule in enumerate(head_groups) for move in schedule.moves)
     for move, head_group in sorted(moves, key=lambda pair: (pair[0].depart, pair[0].arrival)):
-        kept = reuse_inputs and backward and head_groups[head_group].moves_to_resident(move)
-        if (backward or move.kind is not Kind.KV_ACC) and not (kept and move.kind is Kind.KV):
-            groups[move.depart, move.arrival, move.src, move.dst].append(Item(head_group, move.kind, move.index, kept))
+        only_new = reuse_inputs and backward and head_groups[head_group].moves_to_resident(move)
+        if (backward or move.kind is not Kind.KV_ACC) and not (only_new and move.kind is Kind.KV):
+            groups[move.depart, move.arrival, move.src, move.dst].append(Item(head_group, move.kind, move.index, only_new))
     unordered = [Message(src, dst, depart, arrival, tuple(items)) for (depart, arrival, src, dst), items in groups.items()]
     world = head_groups[0].world if head_groups else 1
     return tuple(sorted(unordered, key=lambda m: (m.depart, m.arrival, (m.dst - m.src) % world)))
@@ -105,13 +105,13 @@ def program(
 
     With `reuse_inputs`, inputs whose resident rank is `rank` are not released.
     """
-    mine = [m for m in sent if rank in (m.src, m.dst)]
+    own = [m for m in sent if rank in (m.src, m.dst)]
     arrival, post = defaultdict(list), defaultdict(list)
-    for message in mine:
+    for message in own:
         arrival[message.arrival].append(message)
         post[message.depart].append(message)
     tiles = _tile_batches(head_groups, rank)
-    release = _releases(head_groups, mine, tiles, rank, reuse_inputs)
+    release = _releases(head_groups, own, tiles, rank, reuse_inputs)
     return tuple(
         Step(n, tuple(arrival[n]), tuple(post[n]), tuple(tiles[n]), tuple(release[n]))
         for n in range(max((s.steps for s in head_groups), default=0))
@@ -141,26 +141,26 @@ def _rectangles(tiles: Sequence[tuple[int, int]], schedule: Schedule) -> list[tu
         rows[i].add(j)
     rectangles: list[tuple[list[int], set[int]]] = []
     for i in sorted(rows):
-        for several, columns in rectangles:
+        for blocks, columns in rectangles:
             joined = columns | rows[i]
-            if not any((n, j) in elsewhere for n in [*several, i] for j in joined):
-                several.append(i)
+            if not any((n, j) in elsewhere for n in [*blocks, i] for j in joined):
+                blocks.append(i)
                 columns |= rows[i]
                 break
         else:
             rectangles.append(([i], set(rows[i])))
-    return [(tuple(several), tuple(sorted(columns))) for several, columns in rectangles]
+    return [(tuple(blocks), tuple(sorted(columns))) for blocks, columns in rectangles]
 
 
 def _releases(
     head_groups: Sequence[Schedule],
-    mine: Iterable[Message],
+    own: Iterable[Message],
     tiles: Mapping[int, Sequence[TileBatch]],
     rank: int,
     reuse_inputs: bool,
 ) -> dict[int, list[Item]]:
     last: dict[Item, int] = {}
-    for message in mine:
+    for message in own:
         for item in message.items:
             step = message.depart if message.src == rank else message.arrival
             item = item._replace(new=False)

@@ -23,6 +23,8 @@ from ringattn.cli.train import TrainConfig, read_corpus, windows
 from ringattn.cli.train.report import Log
 from ringattn.cli.train.restart import checkpoint_to_resume
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launch" / "train.py"
 SMALL = shlex.split("--seq-len 203 --batch 2 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3")
@@ -124,7 +126,7 @@ def test_it_trains_on_merged_tokens_and_resumes_bit_by_bit(merge, tmp_path):
 def test_another_number_of_ranks_goes_on_when_asked_and_up_to_rounding(straight, tmp_path):
     torchrun("--steps", "3", "--no-plots", "--out", str(tmp_path))
     flags = ("--steps", "6", "--no-plots", "--resume", "--out", str(tmp_path))
-    assert "was made by 2 ranks and this job has 1" in complaint(rank(0, 1, free_port(), *flags))
+    assert "was made by 2 ranks and this job has 1" in error_paragraph(rank(0, 1, free_port(), *flags))
     code, _, err = finish(rank(0, 1, free_port(), *flags, "--any-world"), timeout=40)
     assert code == 0, err
     actual, wanted = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, straight[0]))
@@ -132,7 +134,7 @@ def test_another_number_of_ranks_goes_on_when_asked_and_up_to_rounding(straight,
     assert actual == pytest.approx(wanted, rel=1e-5) and len(actual) == 6
 
 
-def complaint(process: subprocess.Popen) -> str:
+def error_paragraph(process: subprocess.Popen) -> str:
     """What a failing run says: one paragraph and no traceback."""
     code, out, err = finish(process, timeout=40)
     assert code == 1 and out == "", err
@@ -142,7 +144,7 @@ def complaint(process: subprocess.Popen) -> str:
 
 @pytest.mark.case(18)
 def test_without_torchrun_it_says_how_to_start(tmp_path):
-    message = complaint(start([str(TRAIN), "--out", str(tmp_path)]))
+    message = error_paragraph(start([str(TRAIN), "--out", str(tmp_path)]))
     assert "torchrun --nproc-per-node" in message
 
 
@@ -158,11 +160,11 @@ def test_without_torchrun_it_says_how_to_start(tmp_path):
     ],
 )
 def test_flags_that_cannot_work_are_answered_in_one_paragraph(flags, message):
-    assert message in complaint(rank(0, 1, free_port(), *flags.split()))
+    assert message in error_paragraph(rank(0, 1, free_port(), *flags.split()))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(straight):
-    message = complaint(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
+    message = error_paragraph(rank(0, 1, free_port(), "--resume", "--steps", "9", "--lr", "0.5", "--out", str(straight[0])))
     assert "lr is 0.5 and was 0.004" in message
     assert len(metrics(straight[0])) == 6
 

@@ -1,4 +1,4 @@
-"""Both directions of a gloo link have a connection of their own, whatever groups a process is in."""
+"""Both directions of a gloo link have separate connections, whatever groups a process is in."""
 
 import torch
 import torch.distributed as dist
@@ -25,9 +25,9 @@ def test_ranks_of_a_group_may_be_in_others() -> None:
 def _both_ways(rank: int) -> bool:
     group = dist.group.WORLD
     duplex.prepare(group)
-    there, back = torch.full((3,), float(rank)), torch.zeros(3)
-    duplex.finish([duplex.sending(there, group, rank, 1 - rank), duplex.receiving(back, group, rank, 1 - rank)])
-    return bool((back == 1 - rank).all()) and group in duplex._twins
+    outgoing, incoming = torch.full((3,), float(rank)), torch.zeros(3)
+    duplex.finish([duplex.sending(outgoing, group, rank, 1 - rank), duplex.receiving(incoming, group, rank, 1 - rank)])
+    return bool((incoming == 1 - rank).all()) and group in duplex._twins
 
 
 def test_each_direction_arrives() -> None:

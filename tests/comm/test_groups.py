@@ -22,18 +22,18 @@ from ringattn.integrations.mpu import sequence_parallel
 from ringattn.nn import reduce_gradients
 
 CUDA = torch.device("cuda", 0)
-Wanted = dist.ProcessGroup | dist.DeviceMesh | None
+StartedGroup = dist.ProcessGroup | dist.DeviceMesh | None
 
 
-def started(backend: str | None) -> Callable[[str, int, int], Wanted]:
+def started(backend: str | None) -> Callable[[str, int, int], StartedGroup]:
     def start(file: str, rank: int, port: int) -> None:
         dist.init_process_group(backend, store=dist.FileStore(file, 4), rank=rank, world_size=4)
 
     return start
 
 
-def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[str, int, int], Wanted]:
-    def start(file: str, rank: int, port: int) -> Wanted:
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[str, int, int], StartedGroup]:
+    def start(file: str, rank: int, port: int) -> StartedGroup:
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         return mesh["sequence"]
@@ -41,8 +41,8 @@ def mesh_of(shape: tuple[int, ...], names: tuple[str, ...]) -> Callable[[str, in
     return start
 
 
-def halves(backend: str | None) -> Callable[[str, int, int], Wanted]:
-    def start(file: str, rank: int, port: int) -> Wanted:
+def halves(backend: str | None) -> Callable[[str, int, int], StartedGroup]:
+    def start(file: str, rank: int, port: int) -> StartedGroup:
         started(backend)(file, rank, port)
         return [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])][rank // 2]
 
@@ -52,7 +52,7 @@ def halves(backend: str | None) -> Callable[[str, int, int], Wanted]:
 WAYS = {
     "no backend": started(None),
     "cpu:gloo": started("cpu:gloo"),
-    # What NCCL would be is another backend here, which cannot move anything.
+    # In place of NCCL another backend, which cannot move anything.
     "cpu:gloo,cuda:nccl": started("cpu:gloo,cuda:fake"),
     "init_device_mesh": mesh_of((4,), ("sequence",)),
     "slice of a mesh": mesh_of((2, 2), ("data", "sequence")),
@@ -62,30 +62,30 @@ WAYS = {
 
 
 def in_every_way(rank: int, folder: Path, ports: list[int]) -> list[str]:
-    """Forward and backward in each, with the second connection that gloo has in all of them. Returns what went wrong."""
+    """Forward and backward in each group, with the second connection that gloo has in all of them; returns failed checks."""
     wrong = []
     dist.destroy_process_group()
     for port, (name, start) in zip(ports, WAYS.items(), strict=True):
-        wanted = start(str(folder / name), rank, port)
-        members = wanted.get_group() if isinstance(wanted, dist.DeviceMesh) else wanted or dist.group.WORLD
+        started_group = start(str(folder / name), rank, port)
+        members = started_group.get_group() if isinstance(started_group, dist.DeviceMesh) else started_group or dist.group.WORLD
         world, own = dist.get_world_size(members), dist.get_rank(members)
         plan = make_plan(19, world=world, heads=4, head_dim=8, dtype="float64", mask=causal(), schedule="token_ring")
         e = example(HEADS["mha"], 19, causal())
         q, k, v = (shard(x.detach(), plan, rank=own).requires_grad_() for x in (e.q, e.k, e.v))
-        out = attention(q, k, v, plan, group=wanted)
-        found = (out.detach(), *torch.autograd.grad(out, (q, k, v), shard(e.dout, plan, rank=own)))
+        out = attention(q, k, v, plan, group=started_group)
+        actual = (out.detach(), *torch.autograd.grad(out, (q, k, v), shard(e.dout, plan, rank=own)))
         expected = tuple(shard(x, plan, rank=own) for x in (e.out.detach(), *e.grads))
-        whole = unshard(out.detach(), plan, group=wanted)
+        gathered = unshard(out.detach(), plan, group=started_group)
         weight = torch.ones(2, requires_grad=True)
         weight.grad = torch.full((2,), 1.0 + own)
-        reduce_gradients([weight], wanted)
+        reduce_gradients([weight], started_group)
         checks = {
-            "attention": worst(found, expected) < EXACT,
-            "unshard": worst((whole,), (e.out.detach(),)) < EXACT,
+            "attention": worst(actual, expected) < EXACT,
+            "unshard": worst((gathered,), (e.out.detach(),)) < EXACT,
             "sum": weight.grad.tolist() == [world * (world + 1) / 2] * 2,
             "second connection": members in duplex._twins,
             "device": group.device_of(members).type == "cpu",
-            "mesh": wanted is not None or sequence_parallel(2).mesh.device_type == ("cuda" if "cuda" in name else "cpu"),
+            "mesh": started_group is not None or sequence_parallel(2).mesh.device_type == ("cuda" if "cuda" in name else "cpu"),
         }
         wrong += [f"{name}: {what}" for what, good in checks.items() if not good]
         dist.barrier()
@@ -120,45 +120,45 @@ class Group:
 )
 def test_what_a_group_moves(names: dict[str, str], served: dict[str, str], small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    one = Group(**names)
-    assert group.backends(one) == served
-    assert group.device_of(one) == torch.device(small, 3 if small == "cuda" else None)
-    assert group.supports_device(one, CUDA) == ("cuda" in served) and group.supports_device(one, torch.device("cpu")) == (
+    fake = Group(**names)
+    assert group.backends(fake) == served
+    assert group.device_of(fake) == torch.device(small, 3 if small == "cuda" else None)
+    assert group.supports_device(fake, CUDA) == ("cuda" in served) and group.supports_device(fake, torch.device("cpu")) == (
         "cpu" in served
     )
 
 
-def test_a_tensor_that_the_group_cannot_move_is_named_with_the_cure() -> None:
+def test_a_tensor_that_the_group_cannot_move_is_named_with_a_hint() -> None:
     on_gpu, on_cpu = SimpleNamespace(device=CUDA), torch.empty(2)
     assert (
         group.cannot_move(None, "q", on_gpu) is None and group.cannot_move(Group(cpu="gloo", cuda="nccl"), "q", on_gpu) is None
     )
-    said = group.cannot_move(Group(cpu="gloo"), "q", on_gpu)
-    assert said is not None and said.startswith("q is on cuda:0 and the gloo group moves tensors on cpu; ")
-    assert said.endswith("backend='nccl'")
-    said = group.cannot_move(Group(cuda="nccl"), "x", on_cpu)
-    assert said is not None and "x is on cpu and the nccl group moves tensors on cuda; " in said
+    message = group.cannot_move(Group(cpu="gloo"), "q", on_gpu)
+    assert message is not None and message.startswith("q is on cuda:0 and the gloo group moves tensors on cpu; ")
+    assert message.endswith("backend='nccl'")
+    message = group.cannot_move(Group(cuda="nccl"), "x", on_cpu)
+    assert message is not None and "x is on cpu and the nccl group moves tensors on cuda; " in message
 
 
 def both_devices(rank: int, folder: Path) -> None:
     """In a group with both backends: tensors of the CPU by gloo's two connections, those of a GPU in one batch of the other
-    backend, which all ranks have met in before; and an agreement about a GPU's tensors by gloo, once."""
+    backend, in which all ranks are connected before; and an agreement about a GPU's tensors by gloo, once."""
     dist.destroy_process_group()
     started("cpu:gloo,cuda:fake")(str(folder / "store"), rank, 0)
     members = dist.group.WORLD
-    batches, met, exchanged = [], [], []
+    batches, connected, exchanged = [], [], []
     batch, all_reduce, exchange = duplex._as_batch, dist.all_reduce, agreement._exchange
     duplex._as_batch = lambda ops, *_: batches.append([op.tensor.device.type for op in ops]) or [SimpleNamespace(wait=bool)]
-    dist.all_reduce = lambda tensor, group: met.append(tensor.device)
+    dist.all_reduce = lambda tensor, group: connected.append(tensor.device)
     agreement._exchange = lambda *args: exchanged.append(rows := exchange(*args)) or rows
     zeros, on_gpu = torch.zeros, SimpleNamespace(device=CUDA, is_cpu=False)
     torch.zeros = lambda *shape, device=None: SimpleNamespace(device=device) if device else zeros(*shape)
     for _ in range(3):
         agreement.agree(members, {"call": "on GPUs"}, device=on_gpu.device)
-    assert len(exchanged) == 1 and exchanged[0][0].device.type == "cpu" and met == [CUDA] and not batches
-    there, back = torch.full((3,), float(rank)), torch.zeros(3)
-    duplex.finish([duplex.sending(there, members, rank, rank ^ 1), duplex.receiving(back, members, rank, rank ^ 1)])
-    assert (back == rank ^ 1).all() and not batches
+    assert len(exchanged) == 1 and exchanged[0][0].device.type == "cpu" and connected == [CUDA] and not batches
+    outgoing, incoming = torch.full((3,), float(rank)), torch.zeros(3)
+    duplex.finish([duplex.sending(outgoing, members, rank, rank ^ 1), duplex.receiving(incoming, members, rank, rank ^ 1)])
+    assert (incoming == rank ^ 1).all() and not batches
     duplex.finish([duplex.sending(on_gpu, members, rank, rank ^ 1), duplex.receiving(on_gpu, members, rank, rank ^ 1)])
     assert batches == [["cuda", "cuda"]]
     for _ in range(2):
@@ -181,6 +181,6 @@ def wrong_device(rank: int) -> str:
     return ""
 
 
-def test_every_rank_hears_of_a_wrong_device() -> None:
-    for said in run_ranks(2, wrong_device):
-        assert said.startswith("on rank 1: q is on meta and the gloo group moves tensors on cpu; move it there")
+def test_every_rank_raises_for_a_wrong_device() -> None:
+    for message in run_ranks(2, wrong_device):
+        assert message.startswith("on rank 1: q is on meta and the gloo group moves tensors on cpu; move it there")

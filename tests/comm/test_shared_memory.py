@@ -35,21 +35,21 @@ def links_of(group: dist.ProcessGroup) -> Links:
 def passes(group: dist.ProcessGroup, rank: int, world: int, dtype: torch.dtype, schedules: Iterable[str] = SCHEDULES) -> None:
     """Both passes of schedules over both transports: equal bits, and as many bytes on every link."""
     e = example(HEADS["9over3"], 41, MASKS["causal"])
-    whole = [x.detach().to(dtype) for x in (e.q, e.k, e.v, e.dout)]
+    full = [x.detach().to(dtype) for x in (e.q, e.k, e.v, e.dout)]
     for schedule in schedules:
         plan = Case(schedule, "zigzag", "causal", "9over3", world, 41).plan(dtype=dtype)
-        q, k, v, dout = (shard(x, plan, rank=rank).requires_grad_() for x in whole)
-        found = []
+        q, k, v, dout = (shard(x, plan, rank=rank).requires_grad_() for x in full)
+        results = []
         for transport in (P2P(group), transport_for(group)):
             ((out, lse),) = attend([Inputs(q, k, v)], plan, Options(plan.head_dim**-0.5), transport)
-            found.append((out.detach(), lse, *torch.autograd.grad(out, (q, k, v), dout), transport.bytes_sent))
+            results.append((out.detach(), lse, *torch.autograd.grad(out, (q, k, v), dout), transport.bytes_sent))
         assert isinstance(transport, SharedMemory) and transport.bytes_sent
-        assert all(torch.equal(a, b) for a, b in zip(found[0][:-1], found[1][:-1], strict=True)), schedule
-        assert found[0][-1] == found[1][-1], schedule
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:-1], results[1][:-1], strict=True)), schedule
+        assert results[0][-1] == results[1][-1], schedule
 
 
 def same_bits(rank: int) -> None:
-    """Groups of 2, 3 and 4 of the ranks, of which each has connections of its own; the last with rings that are too small."""
+    """Groups of 2, 3 and 4 of the ranks, each with its own connections; the last with rings that are too small."""
     groups = {world: dist.new_group(range(world)) for world in (2, 3, 4)}
     choose(dist.group.WORLD, "shared_memory")
     for world, group in groups.items():
@@ -61,28 +61,29 @@ def same_bits(rank: int) -> None:
     assert len(links_of(dist.group.WORLD).links) == 3
 
 
+@pytest.mark.slow
 def test_every_schedule_has_the_bits_and_bytes_of_p2p() -> None:
     run_ranks(4, same_bits)
 
 
 def exchange(group: dist.ProcessGroup, rank: int, size: int, *, sends_first: bool = False) -> bool:
-    """Ranks 0 and 1 of `group` send each other a message; whether the right one came. sends_first: is to be done with that
-    before it receives, which gloo does not allow."""
+    """Ranks 0 and 1 of `group` send each other a message; whether the right one arrived. sends_first: finish the
+    send before the receive, which gloo does not allow."""
     (port,) = transport_for(group).ports("a test")
     peer = 1 - rank
-    mine, theirs = (
+    outgoing, expected_bytes = (
         torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(r)) for r in (rank, peer)
     )
-    came = torch.empty_like(mine)
+    received = torch.empty_like(outgoing)
     sent, expected = Message(rank, peer, 0, 1, ()), Message(peer, rank, 0, 1, ())
-    port.post([(sent, mine)])
+    port.post([(sent, outgoing)])
     for _ in port.wait(sent) if sends_first else ():
         pass
-    port.post([(expected, came)])
+    port.post([(expected, received)])
     for message in (expected,) if sends_first else (expected, sent):
         for _ in port.wait(message):
             pass
-    return torch.equal(came, theirs)
+    return torch.equal(received, expected_bytes)
 
 
 def sends_first(rank: int) -> None:
@@ -98,7 +99,7 @@ def test_ranks_that_both_send_first_do_not_wait_for_each_other() -> None:
 
 def late_receiver(rank: int) -> None:
     """Rank 0 posts more small messages to rank 1 than a socket holds frames, before rank 1 receives the first. Then it waits
-    for rank 2, which waits for rank 1, which waits for all of them: those that had no room must go on meanwhile."""
+    for rank 2, which waits for rank 1, which waits for all of them: frames that did not fit must be sent meanwhile."""
     choose(dist.group.WORLD, "shared_memory")
     (port,) = transport_for(dist.group.WORLD).ports("a test")
     messages = [Message(0, 1, 0, 1, ()) for _ in range(2000)]
@@ -126,9 +127,9 @@ def late_receiver(rank: int) -> None:
         finish(then[:1])
         assert all((buffer == n % 256).all() for n, buffer in enumerate(buffers))
     if rank == 2:
-        for one in then:
-            port.post([one])
-            finish([one])
+        for transfer in then:
+            port.post([transfer])
+            finish([transfer])
 
 
 def test_frames_wait_when_the_socket_is_full() -> None:
@@ -136,15 +137,15 @@ def test_frames_wait_when_the_socket_is_full() -> None:
 
 
 def abandoned(rank: int) -> None:
-    """All ranks lose a call half-way, with messages under way in every state: the next one has the right bits. Rank 0 then
-    makes a call that the other does not make: an error that says so."""
+    """All ranks abandon a call with messages in every state: the next call has the right bits. Rank 0 then makes a call that
+    the other does not make: an error."""
     shared_memory_link.SMALLEST = shared_memory_link.LARGEST = SMALL
     choose(dist.group.WORLD, "shared_memory")
     peer = 1 - rank
     for size in (0, 1, 1000, SMALL, 3 * SMALL):
         (port,) = transport_for(dist.group.WORLD).ports("a test")
         posted = [(Message(rank, peer, 0, 1, ()), torch.full((size,), 9, dtype=torch.uint8))] * 2
-        posted += [(Message(peer, rank, 0, 1, ()), torch.zeros(size + 1, dtype=torch.uint8))] * rank  # of another size, even
+        posted += [(Message(peer, rank, 0, 1, ()), torch.zeros(size + 1, dtype=torch.uint8))] * rank  # of another size
         port.post(posted)
         assert all(exchange(dist.group.WORLD, rank, n) for n in (10, 3 * SMALL))
     if rank == 0:
@@ -160,11 +161,11 @@ def test_an_abandoned_call_does_not_reach_the_next_one() -> None:
 
 
 def other_ways(rank: int) -> None:
-    """Automatic: p2p on all ranks where one of them stands in its way. By name: the same error on all, which says whose."""
-    real = shared_memory_setup.mapped
+    """Automatic: p2p on all ranks where one of them cannot share. By name: the same error on all, which names that rank."""
+    original = shared_memory_setup.mapped
     for name, breaks, words in (
-        ("_place", lambda: f"host{rank}", "rank 1: this host is host1, on rank 0 host0"),
-        ("mapped", lambda n: torch.zeros_like(real(n)) if rank == 1 else real(n), "no access to the memory"),
+        ("_host_identity", lambda: f"host{rank}", "rank 1: this host is host1, on rank 0 host0"),
+        ("mapped", lambda n: torch.zeros_like(original(n)) if rank == 1 else original(n), "no access to the memory"),
         ("shared_memory", no_memory if rank == 1 else shared_memory_setup.shared_memory, "rank 1: .*no space left"),
     ):
         before = getattr(shared_memory_setup, name)
@@ -191,11 +192,11 @@ def test_all_ranks_take_p2p_or_raise_where_one_cannot_share() -> None:
 
 
 def memory_files() -> int:
-    found = []
+    targets = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return sum("memfd:ringattn" in name for name in found)
+            targets.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum("memfd:ringattn" in name for name in targets)
 
 
 def groups_come_and_go(rank: int) -> None:
@@ -218,12 +219,12 @@ def groups_come_and_go(rank: int) -> None:
     assert exchange(dist.group.WORLD, rank, 100)
 
 
-def test_groups_have_connections_of_their_own_and_leave_nothing_open() -> None:
+def test_groups_have_separate_connections_and_leave_nothing_open() -> None:
     run_ranks(2, groups_come_and_go)
 
 
 def dies_with_a_child(rank: int) -> float:
-    """Rank 1 has forked a process that lives on. It has been killed: rank 0 hears of it at once all the same."""
+    """Rank 1 has forked a process that lives on. It has been killed: rank 0 notices at once all the same."""
     choose(dist.group.WORLD, "shared_memory")
     assert exchange(dist.group.WORLD, rank, 100)
     child = os.fork() if rank == 1 else 0

@@ -1,4 +1,4 @@
-"""The end of a peer, as a link through shared memory sees it: what it had sent arrives, and then nothing more does."""
+"""The end of a peer of a shared-memory link: what it had sent arrives, and then an error is raised."""
 
 import socket
 import warnings
@@ -18,15 +18,15 @@ class Pair:
     """Rank 0 sends and ends, rank 1 receives."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.leaving, self.staying = Links({1: Link(1, ours)}, 5.0), Links({0: Link(0, theirs)}, 5.0)
+        own_end, peer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.leaving, self.staying = Links({1: Link(1, own_end)}, 5.0), Links({0: Link(0, peer_end)}, 5.0)
         assert self.leaving.begin_call() == self.staying.begin_call() == 1
 
     def send(self, number: int, size: int) -> Tensor:
         sent = torch.arange(size).add_(number).to(torch.uint8)
         transfer = Transfer(1, number, sent)
         self.leaving.post(self.leaving.links[1], transfer, sends=True)
-        assert transfer.finished  # as far as its sender is concerned
+        assert transfer.finished  # for its sender
         return sent
 
     def expect(self, number: int, size: int) -> Transfer:
@@ -42,14 +42,14 @@ class Pair:
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    made = Pair()
-    yield made
-    for links in (made.leaving, made.staying):
+    pair_of_links = Pair()
+    yield pair_of_links
+    for links in (pair_of_links.leaving, pair_of_links.staying):
         links.close("the test has ended")
 
 
 def test_what_was_sent_arrives_although_the_sender_left_an_answer_unread(pair: Pair) -> None:
-    """The system then reports a reset first, and hands over what had been sent before only to who asks again."""
+    """The system then reports a reset first, and returns what had been sent before only in the next call."""
     assert torch.equal(pair.send(0, LARGE), pair.receive(0, LARGE))
     last = [pair.send(number, SMALL) for number in (1, 2)]
     pair.leaving.close()
@@ -59,7 +59,7 @@ def test_what_was_sent_arrives_although_the_sender_left_an_answer_unread(pair: P
 
 
 def test_what_was_sent_arrives_although_an_answer_to_it_fails(pair: Pair) -> None:
-    """The sender ends after its messages were looked for and before it is told that their space is free."""
+    """The sender ends after its messages were looked for and before it receives the frame that frees their space."""
     sent, got, link = pair.send(0, LARGE), pair.expect(0, LARGE), pair.staying.links[0]
     link._read()
     last = pair.send(1, SMALL)
@@ -69,14 +69,14 @@ def test_what_was_sent_arrives_although_an_answer_to_it_fails(pair: Pair) -> Non
     assert torch.equal(last, pair.receive(1, SMALL))
 
 
-def test_a_link_that_nobody_has_any_more_is_closed() -> None:
-    """As those of a group that has ended are: no warning of an open socket, and its peer learns of it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    link = Link(1, ours)
-    del ours
+def test_an_unreferenced_link_is_closed() -> None:
+    """Like the links of a group that has ended: no warning of an open socket, and its peer notices."""
+    own_end, peer_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    link = Link(1, own_end)
+    del own_end
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ResourceWarning)
         del link
     assert not caught
-    with theirs:
-        assert theirs.recv(1) == b""
+    with peer_end:
+        assert peer_end.recv(1) == b""

@@ -28,7 +28,7 @@ SLOTS, SLOT_BYTES = 2, 96  # less than a message, so that slots are used again a
 
 
 class Shared:
-    """What all ranks have in common: an arena of each, and flags that are up, each (rank, channel, from rank)."""
+    """Memory of all ranks: an arena of each, and the raised flags, each (rank, channel, from rank)."""
 
     def __init__(self, world: int) -> None:
         self.arenas = [torch.full((Arena.size(world, SLOTS, SLOT_BYTES),), 7, dtype=torch.uint8) for _ in range(world)]
@@ -37,14 +37,14 @@ class Shared:
 
 
 class FakeMemory:
-    """As one rank sees it; the signatures are those of torch (see below)."""
+    """The memory as one rank accesses it; the signatures are those of torch (see below)."""
 
     def __init__(self, shared: Shared, rank: int) -> None:
         self.shared, self.rank, self.world_size = shared, rank, len(shared.arenas)
 
     def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int | None = 0) -> Tensor:
-        whole = self.shared.arenas[rank].view(dtype)[storage_offset:]
-        return whole[: sizes[0]] if sizes else whole[0]
+        memory = self.shared.arenas[rank].view(dtype)[storage_offset:]
+        return memory[: sizes[0]] if sizes else memory[0]
 
     def put_signal(self, dst_rank: int, channel: int = 0, timeout_ms: int = 0) -> None:
         self._turn((dst_rank, channel, self.rank), timeout_ms, up=True)
@@ -56,13 +56,13 @@ class FakeMemory:
         shared = self.shared
         with shared.changed:
             if not shared.changed.wait_for(lambda: (flag in shared.flags) != up, timeout_ms / 1e3):
-                raise RuntimeError(f"signal {flag} did not come")
+                raise RuntimeError(f"signal {flag} did not arrive")
             (shared.flags.add if up else shared.flags.remove)(flag)
             shared.changed.notify_all()
 
 
 class FakeSide:
-    """A thread in place of a stream. A failure is told by whoever waits for the operation."""
+    """A thread in place of a stream. `join` raises the failure of an operation."""
 
     def __init__(self) -> None:
         self.operations: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
@@ -90,42 +90,42 @@ class FakeSide:
 
 def transports(world: int, timeout_ms: int = 20_000) -> list[SymmetricMemory]:
     shared = Shared(world)
-    how = dict(timeout_ms=timeout_ms, device_type="cpu", slots=SLOTS, slot_bytes=SLOT_BYTES)
-    return [SymmetricMemory(None, Arena(FakeMemory(shared, rank), FakeSide(), FakeSide(), **how)) for rank in range(world)]
+    options = dict(timeout_ms=timeout_ms, device_type="cpu", slots=SLOTS, slot_bytes=SLOT_BYTES)
+    return [SymmetricMemory(None, Arena(FakeMemory(shared, rank), FakeSide(), FakeSide(), **options)) for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_schedule_has_the_bits_of_simulation(world: int) -> None:
     e = example(HEADS["9over3"], 41, MASKS["causal"])
-    whole = [x.detach().float() for x in (e.q, e.k, e.v, e.dout)]
-    of_ranks = transports(world)
+    full = [x.detach().float() for x in (e.q, e.k, e.v, e.dout)]
+    transports_of_ranks = transports(world)
 
-    def one(transport: SymmetricMemory) -> list[Tensor]:
+    def passes(transport: SymmetricMemory) -> list[Tensor]:
         (rank,) = transport.ranks
-        q, k, v, dout = (shard(x, plan, rank=rank).requires_grad_() for x in whole)
+        q, k, v, dout = (shard(x, plan, rank=rank).requires_grad_() for x in full)
         ((out, _),) = attend([Inputs(q, k, v)], plan, Options(plan.head_dim**-0.5), transport)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout)]
 
     with ThreadPoolExecutor(world) as threads:
         for schedule in SCHEDULES:
             plan = Case(schedule, "zigzag", "causal", "9over3", world, 41).plan(dtype=torch.float32)
-            out, _, *grads = simulate(plan, *whole)
-            for rank, found in enumerate(threads.map(one, of_ranks)):
+            out, _, *grads = simulate(plan, *full)
+            for rank, actual in enumerate(threads.map(passes, transports_of_ranks)):
                 expected = [shard(x, plan, rank=rank) for x in (out, *grads)]
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), schedule
-    assert all(transport.bytes_sent for transport in of_ranks)
+                assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), schedule
+    assert all(transport.bytes_sent for transport in transports_of_ranks)
 
 
 def exchange(transport: SymmetricMemory, size: int, *, receives: bool = True) -> bool:
     """Ranks 0 and 1 send each other `size` bytes at once."""
     (rank,), (port,) = transport.ranks, transport.ports("a test")
-    came = torch.zeros(size, dtype=torch.uint8)
+    received = torch.zeros(size, dtype=torch.uint8)
     sent, expected = Message(rank, 1 - rank, 0, 1, ()), Message(1 - rank, rank, 0, 1, ())
-    port.post([(sent, torch.full((size,), rank + 1, dtype=torch.uint8)), *[(expected, came)] * receives])
+    port.post([(sent, torch.full((size,), rank + 1, dtype=torch.uint8)), *[(expected, received)] * receives])
     for message in (expected, sent) if receives else ():
         for _ in port.wait(message):
             pass
-    return bool((came == 2 - rank).all())
+    return bool((received == 2 - rank).all())
 
 
 @pytest.mark.parametrize("size", [0, 1, SLOT_BYTES, SLOT_BYTES + 1, 10_000])
@@ -143,14 +143,14 @@ def test_a_call_that_a_rank_has_given_up_is_an_error_and_not_garbage() -> None:
             list(threads.map(lambda transport: exchange(transport, 10), pair))
 
 
-def test_a_signal_that_does_not_come_is_an_error() -> None:
-    with pytest.raises(CommError, match="did not come"):
+def test_a_signal_that_does_not_arrive_is_an_error() -> None:
+    with pytest.raises(CommError, match="did not arrive"):
         exchange(transports(2, timeout_ms=50)[0], 10)
 
 
 def test_the_signatures_are_those_of_torch() -> None:
-    """Every method used is there, and takes the arguments by the names and in the order that are used (torch's own are told
-    in the first line of their documentation)."""
+    """Every method used is there, and takes the arguments by the names and in the order that are used (torch's are in the
+    first line of their documentation)."""
     for name in ("get_buffer", "put_signal", "wait_signal"):
         words = getattr(_SymmetricMemory, name).__doc__.split("(", 1)[1]
         places = [

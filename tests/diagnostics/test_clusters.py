@@ -24,7 +24,7 @@ SMALL = shlex.split(
     "--seq-len 101 --dim 24 --heads 3 --kv-heads 3 --head-dim 8 --hidden-dim 32 --warmup 3 --steps 2 --no-plots"
 )
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
 def agent(port: int, *command: str) -> "subprocess.Popen[str]":
@@ -99,6 +99,8 @@ def test_the_slurm_script_starts_agents_and_requeues_near_its_limit(left: int, t
         "scontrol": 'echo "$@" >> asked; [ "$1" = show ] && echo localhost || true',
         "srun": 'shift; echo "$@" >> asked; "$@" & first=$!; "$@"; code=$?; wait $first && exit $code',
     }
+    if left < 300:  # a job that fails, of which only the end matters here
+        stand_ins["torchrun"] = 'case "$*" in *doctor) echo ringattn doctor;; *) exit 1;; esac'
     (tmp_path / "bin").mkdir()
     for name, text in stand_ins.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -106,9 +108,8 @@ def test_the_slurm_script_starts_agents_and_requeues_near_its_limit(left: int, t
     end = int(subprocess.run(["date", "+%s"], capture_output=True, text=True).stdout) + left
     slurm = dict(JOB_ID=free_port(), JOB_NODELIST="n[1-2]", NNODES=2, JOB_NAME="job", JOB_END_TIME=end, SUBMIT_DIR=tmp_path)
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-    environment |= {"RANKS_PER_NODE": "2" if left > 300 else "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
-    flags = SMALL if left > 300 else [*SMALL, "--data", "nowhere"]
-    command = ["bash", str(ROOT / "launch/slurm.sbatch"), *flags]
+    environment |= {"RANKS_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path)}
+    command = ["bash", str(ROOT / "launch/slurm.sbatch"), *SMALL]
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert ran.returncode == 0, ran.stderr
     assert "ringattn doctor" in ran.stdout

@@ -10,6 +10,8 @@ from ringattn import InputError
 from ringattn.diagnostics import bug_report as report
 from ringattn.diagnostics.doctor import Finding
 
+pytestmark = pytest.mark.slow
+
 
 def packed(file: Path) -> dict[str, str]:
     with zipfile.ZipFile(file) as candidate:

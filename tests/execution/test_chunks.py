@@ -1,4 +1,4 @@
-"""Keys that are not where the queries are: cross-attention, and prompts taken in chunk by chunk against all keys so far."""
+"""Keys of another layout than the queries: cross-attention, and prompts processed in chunks against all keys so far."""
 
 from typing import Any
 
@@ -13,15 +13,17 @@ from ringattn.sequence.layout import Span, contiguous, zigzag
 MODEL: dict[str, Any] = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 
-def drawn(rows: int, keys: int) -> list[torch.Tensor]:
+def random_tensors(rows: int, keys: int) -> list[torch.Tensor]:
     source = torch.Generator().manual_seed(0)
     shapes = [(2, rows, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8), (2, rows, 4, 8)]
     return [torch.randn(shape, generator=source, dtype=torch.float64) for shape in shapes]
 
 
-def wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **given: Any) -> tuple[torch.Tensor, ...]:
+def expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, **arguments: Any
+) -> tuple[torch.Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, lse = dense(*leaves, **given)
+    out, lse = dense(*leaves, **arguments)
     return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
@@ -30,26 +32,28 @@ def wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
 def test_cross_attention(schedule: str, rows: int, keys: int) -> None:
     plan = make_plan(rows, world=4, kv_len=keys, **MODEL, mask=full(), schedule=schedule)
     assert (plan.kv_len, sum(plan.kv_rows(r) for r in range(4))) == (keys, keys)
-    tensors = drawn(rows, keys)
-    assert worst(simulate(plan, *tensors), wanted(*tensors, mask=full())) < EXACT
+    tensors = random_tensors(rows, keys)
+    assert worst(simulate(plan, *tensors), expected(*tensors, mask=full())) < EXACT
 
 
 @pytest.mark.parametrize("schedule", ["auto", "ring", "token_ring"])
 @pytest.mark.parametrize("layout", [contiguous, zigzag])
 def test_a_prompt_in_chunks_is_the_prompt(schedule: str, layout: Any) -> None:
-    """Every rank appends the new keys to those it has, and queries of a chunk see all keys up to their own."""
-    sizes, tensors = (13, 8, 1, 1), drawn(23, 23)
+    """Every rank appends the new keys to its keys, and queries of a chunk attend to all keys up to their own."""
+    sizes, tensors = (13, 8, 1, 1), random_tensors(23, 23)
     q, k, v, _ = tensors
-    whole, _ = dense(q, k, v, causal())
+    full_out, _ = dense(q, k, v, causal())
     resident, begin = None, 0
     for size in sizes:
         chunk = layout(size, 3)
         resident = chunk if resident is None else chunk.after(resident)
         plan = make_plan(size, world=3, layout=resident, **MODEL, schedule=schedule, training=False)
         assert (plan.kv_len, plan.layout.first) == (begin + size, begin)
-        here = slice(begin, begin + size)
-        out, *_ = simulate(plan, q[:, here], k[:, : begin + size], v[:, : begin + size], torch.zeros_like(q[:, here]))
-        assert worst((out,), (whole[:, here],)) < EXACT, (size, begin)
+        chunk_rows = slice(begin, begin + size)
+        out, *_ = simulate(
+            plan, q[:, chunk_rows], k[:, : begin + size], v[:, : begin + size], torch.zeros_like(q[:, chunk_rows])
+        )
+        assert worst((out,), (full_out[:, chunk_rows],)) < EXACT, (size, begin)
         begin += size
     assert begin == 23
 
@@ -68,15 +72,15 @@ def test_shards_of_queries_and_of_keys() -> None:
 
 def test_chunks_come_after_each_other_once() -> None:
     placed = make_plan(4, world=2, kv_len=7, q_offset=3, **MODEL, layout="contiguous").layout
-    assert placed.after(contiguous(3, 2)).first == 3, "a layout that stands somewhere already is not moved further"
+    assert placed.after(contiguous(3, 2)).first == 3, "a layout that has an offset already is not moved further"
     with pytest.raises(PlanError, match="has 2 shards and the one before 3"):
         contiguous(4, 2).after(contiguous(4, 3))
 
 
 @pytest.mark.parametrize(
-    ("given", "complaint"),
+    ("arguments", "message"),
     [
-        ({"kv_len": 8}, "say where the first query stands among the keys with q_offset, as in q_offset=4"),
+        ({"kv_len": 8}, "pass the position of the first query among the keys, as in q_offset=4"),
         ({"kv_len": 0}, "kv_len=0; must be 1 or more"),
         ({"q_offset": -1}, "q_offset=-1; must be a whole number, 0 or more"),
         ({"q_offset": 1.5}, "q_offset=1.5; must be a whole number"),
@@ -93,6 +97,6 @@ def test_chunks_come_after_each_other_once() -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_said(given: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(PlanError, match=complaint):
-        make_plan(4, world=2, **MODEL | given)
+def test_what_does_not_fit_raises(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan(4, world=2, **MODEL | arguments)

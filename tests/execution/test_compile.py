@@ -21,7 +21,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from ringattn import InputError, LaunchError, Plan, RingAttnError, attention, causal, full, make_plan, positions, shard
-from ringattn.execution.custom_op import known_as
+from ringattn.execution.custom_op import graph_arguments
 from ringattn.nn.rotary import apply_rotary, rotary
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor generates C++ and there is no g++")
@@ -31,12 +31,12 @@ Grads = tuple[Tensor, ...]
 
 
 def plan_for(world: int, **changes: Any) -> Plan:
-    given: dict[str, Any] = dict(world=world, heads=4, kv_heads=2, head_dim=8, mask=causal(), schedule="token_ring")
-    return make_plan(changes.pop("length", 13), **given | changes)
+    kwargs: dict[str, Any] = dict(world=world, heads=4, kv_heads=2, head_dim=8, mask=causal(), schedule="token_ring")
+    return make_plan(changes.pop("length", 13), **kwargs | changes)
 
 
 def plans_for(world: int, **changes: Any) -> list[Plan]:
-    """Of Ulysses, where inputs rest away from home and are kept, and of a schedule where they do not."""
+    """Plans of Ulysses, whose inputs are resident away from their owners and kept, and of a schedule without such inputs."""
     return [plan_for(world, **changes), plan_for(world, schedule="ring", ulysses=world, **changes)]
 
 
@@ -45,34 +45,34 @@ def inputs(plan: Plan, rank: int = 0, *, extra: bool = False, batch: int = 2) ->
     torch.manual_seed(0)
     heads = {"q": plan.heads, "k": plan.kv_heads, "v": plan.kv_heads}
     dtype = getattr(torch, plan.dtype)
-    whole = {name: torch.randn(batch, plan.seq_len, h, plan.head_dim, dtype=dtype) for name, h in heads.items()}
-    found = {name: shard(x, plan, rank=rank) for name, x in whole.items()}
+    full_tensors = {name: torch.randn(batch, plan.seq_len, h, plan.head_dim, dtype=dtype) for name, h in heads.items()}
+    own = {name: shard(x, plan, rank=rank) for name, x in full_tensors.items()}
     if extra:
-        found["key_bias"] = shard(torch.randn(batch, plan.seq_len), plan, rank=rank)
-        found["sinks"] = torch.randn(plan.heads)
-    return {name: x.requires_grad_() for name, x in found.items()}
+        own["key_bias"] = shard(torch.randn(batch, plan.seq_len), plan, rank=rank)
+        own["sinks"] = torch.randn(plan.heads)
+    return {name: x.requires_grad_() for name, x in own.items()}
 
 
-def only(**given: Any) -> Tensor:
-    return attention(**given)
+def only(**kwargs: Any) -> Tensor:
+    return attention(**kwargs)
 
 
-def both(function: Callable[..., Tensor], given: dict[str, Any], leaves: list[Tensor]) -> Iterator[Tensor]:
+def both(function: Callable[..., Tensor], kwargs: dict[str, Any], leaves: list[Tensor]) -> Iterator[Tensor]:
     """The result, and the gradients of a loss that treats no two elements alike."""
-    out = function(**given)
+    out = function(**kwargs)
     yield out.detach()
     weight = torch.arange(out.numel(), dtype=torch.float32).reshape(out.shape).sin()
     yield from torch.autograd.grad((out.float() * weight).sum(), leaves)
 
 
 def same_bits(plan: Plan, rank: int = 0, *, extra: bool = False, dynamic: bool | None = None, **options: Any) -> bool:
-    """Whether `attention` and its gradients come out the same, compiled without a graph break, as in eager mode."""
+    """Whether `attention` and its gradients, compiled without a graph break, have the same bits as in eager mode."""
     torch._dynamo.reset()
     leaves = inputs(plan, rank, extra=extra)
-    given = {**leaves, "plan": plan, **options}
-    eager = list(both(only, given, list(leaves.values())))
+    kwargs = {**leaves, "plan": plan, **options}
+    eager = list(both(only, kwargs, list(leaves.values())))
     function = torch.compile(only, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    compiled = list(both(function, given, list(leaves.values())))
+    compiled = list(both(function, kwargs, list(leaves.values())))
     return all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
@@ -109,11 +109,11 @@ def block_by_inductor(plan: Plan, rank: int = 0) -> None:
     block = Block(plan)
     x = shard(torch.randn(2, plan.seq_len, 16, dtype=getattr(torch, plan.dtype)), plan, rank=rank).requires_grad_()
     cos, sin = rotary(positions(plan, rank), plan.head_dim, 1e4)
-    given, leaves = {"x": x, "cos": cos, "sin": sin}, [x, *block.parameters()]
-    eager = list(both(block, given, leaves))
-    # Graphs are made afresh, or an old one could stand in for one that cannot be made now; C++ is compiled once for all ranks.
+    kwargs, leaves = {"x": x, "cos": cos, "sin": sin}, [x, *block.parameters()]
+    eager = list(both(block, kwargs, leaves))
+    # Graphs are not cached, else an old one could hide one that cannot be made now; C++ is compiled once for all ranks.
     with torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False), no_autograd_cache(enable_autograd_cache=False):
-        compiled = list(both(torch.compile(block, fullgraph=True), given, leaves))
+        compiled = list(both(torch.compile(block, fullgraph=True), kwargs, leaves))
     tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[plan.dtype]
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
@@ -126,62 +126,64 @@ def test_a_block_compiled_by_inductor() -> None:
 
 @pytest.mark.parametrize("extra", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_operator_is_what_torch_asks_of_one(extra: bool, gradient: bool) -> None:
+def test_the_operator_passes_torchs_checks(extra: bool, gradient: bool) -> None:
     plan = plan_for(1, dtype="bfloat16")  # results are in more than one dtype
-    given = inputs(plan, extra=extra)
+    kwargs = inputs(plan, extra=extra)
     if not gradient:
-        given = {name: x.detach() for name, x in given.items()}
-    arguments = [given.get(name) for name in ("q", "k", "v", "key_bias", "sinks")]
-    opcheck(torch.ops.ringattn.attention, (*arguments, *known_as(plan, None), None, 2.0, gradient, None), test_utils=OPCHECKS)
+        kwargs = {name: x.detach() for name, x in kwargs.items()}
+    arguments = [kwargs.get(name) for name in ("q", "k", "v", "key_bias", "sinks")]
+    opcheck(
+        torch.ops.ringattn.attention, (*arguments, *graph_arguments(plan, None), None, 2.0, gradient, None), test_utils=OPCHECKS
+    )
 
 
 def test_another_plan_is_another_graph() -> None:
     torch._dynamo.reset()
     plans = [plan_for(1), plan_for(1, mask=full()), plan_for(1)]
     compiled = torch.compile(only, backend="aot_eager", fullgraph=True)
-    given = inputs(plans[0])
+    kwargs = inputs(plans[0])
     for plan in plans:
-        assert torch.equal(compiled(**given, plan=plan), only(**given, plan=plan))
-    assert not torch.equal(only(**given, plan=plans[0]), only(**given, plan=plans[1]))
+        assert torch.equal(compiled(**kwargs, plan=plan), only(**kwargs, plan=plan))
+    assert not torch.equal(only(**kwargs, plan=plans[0]), only(**kwargs, plan=plans[1]))
 
 
 def test_batch_sizes_share_a_graph() -> None:
     torch._dynamo.reset()
     plan = plan_for(1)
     compiled = torch.compile(only, backend="aot_eager", fullgraph=True, dynamic=True)
-    for batch, stance in ((5, "default"), (7, "fail_on_recompile")):  # no two dims alike, or they would be taken for one
+    for batch, stance in ((5, "default"), (7, "fail_on_recompile")):  # no two equal dims, else torch would treat them as one
         leaves = inputs(plan, extra=True, batch=batch)
-        given = {**leaves, "plan": plan}
-        eager = list(both(only, given, list(leaves.values())))
+        kwargs = {**leaves, "plan": plan}
+        eager = list(both(only, kwargs, list(leaves.values())))
         with torch.compiler.set_stance(stance):
-            found = list(both(compiled, given, list(leaves.values())))
-        assert all(torch.equal(x, y) for x, y in zip(eager, found, strict=True))
+            actual = list(both(compiled, kwargs, list(leaves.values())))
+        assert all(torch.equal(x, y) for x, y in zip(eager, actual, strict=True))
 
 
 def test_lse_and_no_grad() -> None:
     torch._dynamo.reset()
     plan = plan_for(1)
-    given = inputs(plan)
+    kwargs = inputs(plan)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def compiled(**given: Any) -> tuple[Tensor, Tensor]:
-        return attention(**given, return_lse=True)
+    def compiled(**kwargs: Any) -> tuple[Tensor, Tensor]:
+        return attention(**kwargs, return_lse=True)
 
-    out, lse = compiled(**given, plan=plan)
-    assert torch.equal(lse, attention(**given, plan=plan, return_lse=True)[1])
+    out, lse = compiled(**kwargs, plan=plan)
+    assert torch.equal(lse, attention(**kwargs, plan=plan, return_lse=True)[1])
     assert out.requires_grad and not lse.requires_grad
     with torch.no_grad():
-        assert torch.equal(compiled(**given, plan=plan)[0], out)
+        assert torch.equal(compiled(**kwargs, plan=plan)[0], out)
 
 
 def test_autocast() -> None:
     torch._dynamo.reset()
     plan = plan_for(1, dtype="bfloat16")
-    given = {name: x.detach().float().requires_grad_() for name, x in inputs(plan).items()}
+    kwargs = {name: x.detach().float().requires_grad_() for name, x in inputs(plan).items()}
     compiled = torch.compile(only, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
-        a = list(both(only, {**given, "plan": plan}, list(given.values())))
-        b = list(both(compiled, {**given, "plan": plan}, list(given.values())))
+        a = list(both(only, {**kwargs, "plan": plan}, list(kwargs.values())))
+        b = list(both(compiled, {**kwargs, "plan": plan}, list(kwargs.values())))
     assert a[0].dtype == torch.bfloat16 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -200,18 +202,18 @@ def test_autocast() -> None:
 )
 def test_errors_are_those_of_eager_mode(change, error: type[Exception], text: str) -> None:
     torch._dynamo.reset()
-    given = change({**inputs(plan_for(1)), "plan": plan_for(1)})
+    kwargs = change({**inputs(plan_for(1)), "plan": plan_for(1)})
     with pytest.raises(error, match=text) as eager:
-        only(**given)
+        only(**kwargs)
     with pytest.raises(error, match=text) as compiled:
-        torch.compile(only, backend="aot_eager", fullgraph=True)(**given)
+        torch.compile(only, backend="aot_eager", fullgraph=True)(**kwargs)
     assert type(compiled.value) is type(eager.value) and str(compiled.value) == str(eager.value)
 
 
 def test_importing_attention_does_not_import_the_compiler() -> None:
     code = "import sys, ringattn.execution.attention; print('torch._dynamo' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.stdout.strip() == "False", ran.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.stdout.strip() == "False", process.stderr
 
 
 # ---- several processes; each function below runs on every rank
@@ -223,10 +225,10 @@ def every_form(rank: int) -> None:
     assert same_bits(ring, rank, extra=True, softcap=3.0)
     assert same_bits(ulysses, rank, extra=True, softcap=3.0, dynamic=True)
     assert same_bits(plans_for(3, dtype="bfloat16")[1], rank)
-    arguments = [*inputs(ulysses, rank).values(), None, None, *known_as(ulysses, None), None, None, True, None]
+    arguments = [*inputs(ulysses, rank).values(), None, None, *graph_arguments(ulysses, None), None, None, True, None]
     opcheck(torch.ops.ringattn.attention, tuple(arguments), test_utils=OPCHECKS)
     mesh = DeviceMesh("cpu", [1, 2])
-    if rank:  # in the group it is not what it is in the world
+    if rank:  # its rank in the group differs from that in the world
         for plan, group in zip(plans_for(2), (mesh, mesh.get_group()), strict=True):
             assert same_bits(plan, rank - 1, group=group)
 
@@ -246,7 +248,7 @@ def test_blocks_compiled_by_inductor_on_two_ranks() -> None:
     run_ranks(2, blocks)
 
 
-def saved(function: Callable[..., Tensor], given: dict[str, Any]) -> tuple[int, int]:
+def saved(function: Callable[..., Tensor], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Bytes that a call keeps for backward, and how many of q, k and v are among them."""
     sizes: dict[int, int] = {}
 
@@ -255,19 +257,19 @@ def saved(function: Callable[..., Tensor], given: dict[str, Any]) -> tuple[int, 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = function(**given)
+        out = function(**kwargs)
     out.sum().backward()
-    return sum(sizes.values()), sum(given[name].untyped_storage().data_ptr() in sizes for name in "qkv")
+    return sum(sizes.values()), sum(kwargs[name].untyped_storage().data_ptr() in sizes for name in "qkv")
 
 
 def memory(rank: int) -> list[tuple[int, int, int, int]]:
-    found = []
+    results = []
     for plan in plans_for(dist.get_world_size()):
         torch._dynamo.reset()
-        given = {**inputs(plan, rank), "plan": plan}
+        kwargs = {**inputs(plan, rank), "plan": plan}
         compiled = torch.compile(only, backend="aot_eager", fullgraph=True)
-        found.append((*saved(only, given), *saved(compiled, given)))
-    return found
+        results.append((*saved(only, kwargs), *saved(compiled, kwargs)))
+    return results
 
 
 def checkpointed(rank: int) -> None:
@@ -291,45 +293,44 @@ def checkpointed(rank: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def what_stays(rank: int) -> list[tuple[int, int, int, int]]:
+def checkpointed_and_memory(rank: int) -> list[tuple[int, int, int, int]]:
     checkpointed(rank)
     return memory(rank)
 
 
 def test_what_is_saved_and_what_is_computed_again() -> None:
     """As many bytes as in eager mode, and of Ulysses none of q, k and v; checkpointing changes no bit."""
-    for ring, ulysses in run_ranks(2, what_stays):
+    for ring, ulysses in run_ranks(2, checkpointed_and_memory):
         assert ring[0] == ring[2] and ring[1] == ring[3] == 3
         assert ulysses[0] == ulysses[2] and ulysses[1] == ulysses[3] == 0
 
 
 def caught(rank: int) -> list[str]:
-    """What rank 1's mistakes raise on this rank."""
-    said = []
+    """The errors that rank 1's mistakes raise on this rank."""
+    errors = []
     plan, other = plan_for(3), plan_for(3, schedule="ring")
     mesh = dist.init_device_mesh("cpu", (3, 1), mesh_dim_names=("a", "b"))
     mistakes: list[dict[str, Any]] = [{"rows": 1}, {"plan": other}, {"scale": 0.5}, {"group": mesh}]
     for mistake in mistakes:
         torch._dynamo.reset()
-        given = {**inputs(plan, rank), "plan": plan}
+        kwargs = {**inputs(plan, rank), "plan": plan}
         if rank == 1 or "group" in mistake:
-            given |= {"q": given["q"][:, :-1]} if "rows" in mistake else mistake
+            kwargs |= {"q": kwargs["q"][:, :-1]} if "rows" in mistake else mistake
         try:
-            torch.compile(only, backend="aot_eager", fullgraph=True)(**given)
+            torch.compile(only, backend="aot_eager", fullgraph=True)(**kwargs)
         except RingAttnError as error:
-            said.append(f"{type(error).__name__}: {error}")
-    return said
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors
 
 
-def test_every_rank_hears_of_one_ranks_mistake() -> None:
-    said = run_ranks(3, caught)
-    assert said[0] == said[1] == said[2]
-    starts = [
+def test_every_rank_raises_for_one_ranks_mistake() -> None:
+    errors = run_ranks(3, caught)
+    assert errors[0] == errors[1] == errors[2]
+    prefixes = [
         "InputError: on rank 1: q has shape",
         "MismatchError: ranks disagree on schedule: forward",
         "MismatchError: ranks disagree on scale",
     ]
-    starts.append("MismatchError: group is a mesh of 2 dimensions")
-    assert len(said[0]) == len(starts) and all(text.startswith(start) for text, start in zip(said[0], starts, strict=True)), (
-        said
-    )
+    prefixes.append("MismatchError: group is a mesh of 2 dimensions")
+    assert len(errors[0]) == len(prefixes), errors
+    assert all(text.startswith(start) for text, start in zip(errors[0], prefixes, strict=True)), errors

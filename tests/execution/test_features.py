@@ -1,5 +1,6 @@
-"""What attention can do besides, each over three ranks: gradients by finite differences, bits that do not depend on timing,
-logits and biases at the ends of what numbers can say."""
+"""Features of attention, each over three ranks: gradients by finite differences, bits that do not depend on timing, extreme
+logits and biases.
+"""
 
 from typing import Any
 
@@ -43,16 +44,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("schedule", ["ring", "token_ring", "ulysses"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_gradients_are_those_of_finite_differences(feature: str, schedule: str) -> None:
-    given = dict(FEATURES[feature])
+    arguments = dict(FEATURES[feature])
     plan = make_plan(
-        LENGTH, world=WORLD, **MODEL | {"mask": causal()} | given.pop("plan", {}), schedule=SCHEDULES[schedule](WORLD)
+        LENGTH, world=WORLD, **MODEL | {"mask": causal()} | arguments.pop("plan", {}), schedule=SCHEDULES[schedule](WORLD)
     )
-    shapes = [(1, LENGTH, 4, DIM), (1, plan.kv_len, 2, DIM), (1, plan.kv_len, 2, given.pop("value_dim", DIM))]
-    names = [name for name in ("key_bias", "sinks") if name in given]
-    tensors = [randn(*shape, seed=n) for n, shape in enumerate([*shapes, *(given.pop(name) for name in names)])]
-    options = Options(given.pop("scale", 0.5), given.pop("softcap", None))
+    shapes = [(1, LENGTH, 4, DIM), (1, plan.kv_len, 2, DIM), (1, plan.kv_len, 2, arguments.pop("value_dim", DIM))]
+    names = [name for name in ("key_bias", "sinks") if name in arguments]
+    tensors = [randn(*shape, seed=n) for n, shape in enumerate([*shapes, *(arguments.pop(name) for name in names)])]
+    options = Options(arguments.pop("scale", 0.5), arguments.pop("softcap", None))
 
-    def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+    def sharded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
         more = dict(zip(names, extra, strict=True))
         inputs = []
         for rank in range(WORLD):
@@ -61,14 +62,14 @@ def test_gradients_are_those_of_finite_differences(feature: str, schedule: str) 
             inputs.append(Inputs(q[:, rows], k[:, keys], v[:, keys], bias, more.get("sinks")))
         return torch.cat([out for out, _ in attend(inputs, plan, options, Simulated(WORLD))], dim=1)
 
-    assert torch.autograd.gradcheck(whole, [x.requires_grad_() for x in tensors], fast_mode=True)
+    assert torch.autograd.gradcheck(sharded_attention, [x.requires_grad_() for x in tensors], fast_mode=True)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_inputs_give_the_same_bits(schedule: str) -> None:
-    """Whatever order messages arrive in: they are merged when the schedule says so, not when they come."""
-    given = dict(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", schedule=SCHEDULES[schedule](4), layout="zigzag")
-    plan = make_plan(61, world=4, **given)
+    """In any order of arrival: messages are merged in the order of the schedule."""
+    arguments = dict(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", schedule=SCHEDULES[schedule](4), layout="zigzag")
+    plan = make_plan(61, world=4, **arguments)
     q, k, v, dout = (randn(2, 61, h, 16, seed=n).bfloat16() for n, h in enumerate((4, 2, 2, 4)))
     first = simulate(plan, q, k, v, dout)
     for seed in range(4):
@@ -77,9 +78,9 @@ def test_the_same_inputs_give_the_same_bits(schedule: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), seed
 
 
-def plans(**given: Any) -> list[Plan]:
+def plans(**arguments: Any) -> list[Plan]:
     return [
-        make_plan(29, world=5, **MODEL | {"head_dim": 8}, schedule=name, **given) for name in ("ring", "token_ring", "mesh")
+        make_plan(29, world=5, **MODEL | {"head_dim": 8}, schedule=name, **arguments) for name in ("ring", "token_ring", "mesh")
     ]
 
 
@@ -91,18 +92,18 @@ def test_logits_of_ten_thousand(mask: Any) -> None:
     leaves = [q, k.requires_grad_(), v.requires_grad_()]
     out, lse = dense(*leaves, mask)
     assert lse.abs().max() > 1e4
-    wanted = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
-    # A logit of size L is known to L * eps, and so is every weight, relative to itself; gradients carry q or k besides.
+    expected = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
+    # A logit of size L has an error of L * eps, and so has every weight, relatively; gradients are multiplied by q or k.
     unit = 8 * torch.finfo(torch.float64).eps * lse.abs().max().item()
     sizes = [1.0, 1.0, k.abs().max().item(), q.abs().max().item(), 1.0]
     for plan in plans(mask=mask):
         for name, a, b, size in zip(
-            ("out", "lse", "dq", "dk", "dv"), simulate(plan, q, k, v, dout), wanted, sizes, strict=True
+            ("out", "lse", "dq", "dk", "dv"), simulate(plan, q, k, v, dout), expected, sizes, strict=True
         ):
             assert worst((a,), (b,)) < unit * size, name
 
 
-def test_shards_that_see_nothing() -> None:
+def test_shards_without_visible_keys() -> None:
     """All keys of the first rank, then all keys, have a bias of -inf: rows without a key give 0, -inf and no gradient."""
     q, k, v, dout = (randn(1, 29, h, 8, seed=n) for n, h in enumerate((4, 2, 2, 4)))
     for hidden in (slice(0, 6), slice(0, 29)):
@@ -110,27 +111,27 @@ def test_shards_that_see_nothing() -> None:
         bias[..., hidden] = -torch.inf
         leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
         out, lse = dense(*leaves[:3], causal(), key_bias=leaves[3])
-        wanted = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
+        expected = (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout))
         for plan in plans(layout="contiguous"):
-            assert worst(simulate(plan, q, k, v, dout, key_bias=bias.clone().requires_grad_()), wanted) < EXACT
+            assert worst(simulate(plan, q, k, v, dout, key_bias=bias.clone().requires_grad_()), expected) < EXACT
 
 
-def test_what_sums_travel_in_is_the_plans_choice() -> None:
-    """Wide costs bytes, narrow costs digits, auto pays where rounding would add up; all are read off the same field."""
+def test_the_plan_chooses_the_dtype_in_which_sums_travel() -> None:
+    """Wide costs bytes, narrow costs digits, auto is wide where rounding would add up."""
     q, k, v, dout = (randn(1, 256, h, 32, seed=n).bfloat16() for n, h in enumerate((4, 4, 4, 4)))
     exact = dense(*(x.double() for x in (q, k, v)), causal())[0]
-    found = {}
+    by_dtype = {}
     for partials in ("wide", "auto", "narrow"):
-        given = dict(heads=4, head_dim=32, dtype="bfloat16", partials=partials)
-        plan = make_plan(256, world=8, **given, schedule=SCHEDULES["accumulating_ring"](8), layout="zigzag")
+        arguments = dict(heads=4, head_dim=32, dtype="bfloat16", partials=partials)
+        plan = make_plan(256, world=8, **arguments, schedule=SCHEDULES["accumulating_ring"](8), layout="zigzag")
         error = (simulate(plan, q, k, v, dout)[0].double() - exact).square().mean().sqrt().item()
-        found[partials] = sum(traffic(plan).values()), error
+        by_dtype[partials] = sum(traffic(plan).values()), error
         assert partials in plan.partials
-    assert found["wide"] == found["auto"], "an accumulator that rides along is never rounded on its way"
-    assert found["narrow"][0] < found["wide"][0] and found["narrow"][1] > 1.2 * found["wide"][1]
-    straight = [
+    assert by_dtype["wide"] == by_dtype["auto"], "an accumulator that is passed from rank to rank is never rounded on its way"
+    assert by_dtype["narrow"][0] < by_dtype["wide"][0] and by_dtype["narrow"][1] > 1.2 * by_dtype["wide"][1]
+    direct_plans = [
         make_plan(256, world=8, heads=4, head_dim=32, dtype="bfloat16", partials=p, schedule="token_ring")
         for p in ("auto", "wide")
     ]
-    assert sum(traffic(straight[0]).values()) < sum(traffic(straight[1]).values())
-    assert straight[0].digest != straight[1].digest
+    assert sum(traffic(direct_plans[0]).values()) < sum(traffic(direct_plans[1]).values())
+    assert direct_plans[0].digest != direct_plans[1].digest

@@ -1,4 +1,4 @@
-"""`attention` as an ordinary function: how it behaves in training code, and how it answers input that does not fit."""
+"""`attention` as an ordinary function: how it behaves in training code, and which errors it raises for wrong input."""
 
 import pytest
 import torch
@@ -19,15 +19,15 @@ from ringattn.nn import cross_entropy
 
 
 def plan_for(world: int, **changes) -> Plan:
-    given = dict(world=world, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=causal(), schedule="token_ring") | changes
-    return make_plan(changes.pop("length", 13), **{k: v for k, v in given.items() if k != "length"})
+    kwargs = dict(world=world, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=causal(), schedule="token_ring") | changes
+    return make_plan(changes.pop("length", 13), **{k: v for k, v in kwargs.items() if k != "length"})
 
 
 def tensors(plan: Plan, rank: int = 0, **changes) -> list[torch.Tensor]:
     torch.manual_seed(0)
     heads = (plan.heads, plan.kv_heads, plan.kv_heads)
-    whole = [torch.randn(2, plan.seq_len, h, plan.head_dim, dtype=changes.get("dtype", torch.float64)) for h in heads]
-    return [shard(x, plan, rank=rank).requires_grad_() for x in whole]
+    full = [torch.randn(2, plan.seq_len, h, plan.head_dim, dtype=changes.get("dtype", torch.float64)) for h in heads]
+    return [shard(x, plan, rank=rank).requires_grad_() for x in full]
 
 
 # ---- one process
@@ -56,7 +56,7 @@ def test_a_sink_of_minus_infinity_is_no_sink() -> None:
     plan = plan_for(1)
     q, k, v = tensors(plan)
     bias = torch.zeros(2, 13, dtype=torch.float64)
-    bias[:, 0] = -torch.inf  # under causal the first row then sees nothing
+    bias[:, 0] = -torch.inf  # under causal the first row then has no key
     sinks = torch.full((4,), -torch.inf, dtype=torch.float64, requires_grad=True)
     out = attention(q, k, v, plan, key_bias=bias, sinks=sinks)
     assert torch.equal(out, attention(q, k, v, plan, key_bias=bias)) and (out[:, 0] == 0).all()
@@ -90,7 +90,7 @@ def test_autocast_casts_as_sdpa_does() -> None:
         attention(q, k, v, plan_for(1))
 
 
-def test_differentiating_twice_is_refused_clearly() -> None:
+def test_differentiating_twice_raises() -> None:
     plan = plan_for(1)
     q, k, v = tensors(plan)
     (grad,) = torch.autograd.grad(attention(q, k, v, plan).square().sum(), q, create_graph=True)
@@ -137,7 +137,7 @@ def test_a_plan_for_many_needs_a_group() -> None:
         attention(*tensors(plan_for(2)), plan_for(2))
 
 
-def test_init_without_torchrun_says_which_command_to_use() -> None:
+def test_init_without_torchrun_names_the_command_to_use() -> None:
     _, _, err = finish(start(["-c", "import ringattn; ringattn.init()"]), timeout=30)
     assert "LaunchError: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR not set" in err
     assert "torchrun --nproc-per-node" in err
@@ -157,9 +157,9 @@ def training_forms(rank: int) -> None:
     plain = torch.autograd.grad(twice(q).sum(), (q, k, v))
     recomputed = torch.autograd.grad(checkpoint(twice, q, use_reentrant=False).sum(), (q, k, v))
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
-    whole = [unshard(x.detach(), plan).requires_grad_() for x in (q, k, v)]
-    once, _ = dense(*whole, causal())
-    expected = torch.autograd.grad(dense(once, *whole[1:], causal())[0].sum(), whole)
+    full = [unshard(x.detach(), plan).requires_grad_() for x in (q, k, v)]
+    first_layer, _ = dense(*full, causal())
+    expected = torch.autograd.grad(dense(first_layer, *full[1:], causal())[0].sum(), full)
     for a, b in zip(plain, expected, strict=True):
         torch.testing.assert_close(a, shard(b, plan))
     with torch.no_grad():
@@ -175,11 +175,11 @@ def sub_groups(rank: int) -> None:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "sequence"))
     plan = plan_for(mesh["sequence"])
     torch.manual_seed(mesh.get_local_rank("data"))
-    whole = [torch.randn(1, 13, h, 8, dtype=torch.float64) for h in (4, 2, 2)]
-    mine = [shard(x, plan, rank=mesh.get_local_rank("sequence")) for x in whole]
+    full = [torch.randn(1, 13, h, 8, dtype=torch.float64) for h in (4, 2, 2)]
+    own = [shard(x, plan, rank=mesh.get_local_rank("sequence")) for x in full]
     for group in (mesh["sequence"], mesh["sequence"].get_group()):
-        out = unshard(attention(*mine, plan, group=group), plan, group=group)
-        torch.testing.assert_close(out, dense(*whole, causal())[0])
+        out = unshard(attention(*own, plan, group=group), plan, group=group)
+        torch.testing.assert_close(out, dense(*full, causal())[0])
 
 
 def test_attention_on_sub_groups() -> None:
@@ -187,7 +187,7 @@ def test_attention_on_sub_groups() -> None:
 
 
 def caught(rank: int, *args) -> str:
-    """What the call in question raises, as text."""
+    """The error of the call, as text."""
     if args[1]:  # not the first call: the ranks have agreed before, on this kind of call too
         plan = plan_for(3)
         attention(*tensors(plan, rank), plan)
@@ -341,22 +341,22 @@ MISTAKES = {name: f for name, f in globals().items() if name.startswith("_") and
     ],
 )
 @pytest.mark.parametrize("later", [False, True], ids=["first call", "later call"])
-def test_every_rank_hears_of_one_ranks_mistake(mistake, text: str, later: bool) -> None:
-    said = run_ranks(3, caught, mistake.__name__, later, timeout=30)
-    assert len(set(said)) == 1 and said[0].startswith(text), said
+def test_every_rank_raises_for_one_ranks_mistake(mistake, text: str, later: bool) -> None:
+    errors = run_ranks(3, caught, mistake.__name__, later, timeout=30)
+    assert len(set(errors)) == 1 and errors[0].startswith(text), errors
 
 
 def agreeing_once(rank: int) -> tuple[int, int, str]:
-    """Agreements of twenty calls of one kind, without and with `strict`; and what is said when a new kind differs."""
-    plan, spoken = plan_for(2), []
+    """Agreements of twenty calls of one kind, without and with `strict`; and the error when a new kind differs."""
+    plan, exchanges = plan_for(2), []
     original = agree._exchange
-    agree._exchange = lambda *given: (spoken.append(1), original(*given))[1]
+    agree._exchange = lambda *kwargs: (exchanges.append(1), original(*kwargs))[1]
     counts = []
     for strict in (False, True):
-        spoken.clear()
+        exchanges.clear()
         for _ in range(20):
             attention(*tensors(plan, rank), plan, strict=strict)
-        counts.append(len(spoken))
+        counts.append(len(exchanges))
     try:
         attention(*tensors(plan, rank), plan, strict=False, scale=1.0 + rank)
     except MismatchError as error:
@@ -366,13 +366,13 @@ def agreeing_once(rank: int) -> tuple[int, int, str]:
     return (*counts, "no error")
 
 
-def test_agreement_can_be_had_once_for_each_kind_of_call() -> None:
-    for first, every, said in run_ranks(2, agreeing_once):
-        assert (first, every) == (1, 20) and said.startswith("ranks disagree on scale: 1.0 on rank 0, 2.0 on rank 1")
+def test_ranks_can_agree_once_for_each_kind_of_call() -> None:
+    for first, every, error in run_ranks(2, agreeing_once):
+        assert (first, every) == (1, 20) and error.startswith("ranks disagree on scale: 1.0 on rank 0, 2.0 on rank 1")
 
 
-def deserted(rank: int) -> str:
-    """Rank 1 leaves after all have agreed; its peers are in the middle of the transfers."""
+def rank_1_leaves(rank: int) -> str:
+    """Rank 1 leaves after all have agreed, while its peers transfer."""
     plan = plan_for(3)
     attention(*tensors(plan, rank), plan)
     if rank == 1:
@@ -386,18 +386,18 @@ def deserted(rank: int) -> str:
 
 
 def test_a_rank_that_leaves_is_named_by_its_peers() -> None:
-    said = run_ranks(3, deserted, timeout=30)
-    assert any(f"rank {rank}, forward" in said[rank] and "rank 1" in said[rank] for rank in (0, 2)), said
-    assert all("departing in step" in said[rank] for rank in (0, 2)), said
+    errors = run_ranks(3, rank_1_leaves, timeout=30)
+    assert any(f"rank {rank}, forward" in errors[rank] and "rank 1" in errors[rank] for rank in (0, 2)), errors
+    assert all("departing in step" in errors[rank] for rank in (0, 2)), errors
 
 
 def bytes_of_agreement(rank: int) -> list[int]:
-    """What this rank sends in exchanges, in bytes, over four calls of two kinds."""
-    given = []
+    """Bytes that this rank sends in each exchange, over four calls of two kinds."""
+    sent = []
     original = agree.finish
 
     def counting(transfers: list[Transfer]) -> None:
-        given.extend(transfer.tensor.nbytes for transfer in transfers if transfer.src == rank)
+        sent.extend(transfer.tensor.nbytes for transfer in transfers if transfer.src == rank)
         original(transfers)
 
     agree.finish = counting
@@ -407,12 +407,12 @@ def bytes_of_agreement(rank: int) -> list[int]:
             attention(*tensors(plan, rank), plan, scale=scale)
     finally:
         agree.finish = original
-    return given
+    return sent
 
 
 @pytest.mark.parametrize(("world", "numbers"), [(2, [1]), (3, [1, 1]), (4, [1, 2])])
 def test_agreement_costs_a_few_numbers_a_call(world: int, numbers: list[int]) -> None:
-    """Each of them eight bytes: every rank hears of all others in log2(world) messages."""
+    """Each of them eight bytes: every rank receives those of all others in log2(world) messages."""
     assert run_ranks(world, bytes_of_agreement) == [[8 * n for n in numbers] * 4] * world
 
 
@@ -424,13 +424,13 @@ def bias_and_sinks(rank: int) -> None:
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     for shape in ((2, 13), (2, 2, 13)):
         bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        mine = shard(bias, plan, dim=-1)
-        out = attention(*(shard(x, plan) for x in (q, k, v)), plan, key_bias=mine, sinks=sinks)
+        own = shard(bias, plan, dim=-1)
+        out = attention(*(shard(x, plan) for x in (q, k, v)), plan, key_bias=own, sinks=sinks)
         expected, _ = dense(q, k, v, causal(), key_bias=bias, sinks=sinks)
         torch.testing.assert_close(unshard(out.detach(), plan), expected.detach())
         leaves = (q, k, v, bias, sinks)
-        found = torch.autograd.grad(out.sum(), leaves)
-        for a, b in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        actual = torch.autograd.grad(out.sum(), leaves)
+        for a, b in zip(actual, torch.autograd.grad(expected.sum(), leaves), strict=True):
             dist.all_reduce(a)
             torch.testing.assert_close(a, b)
 
@@ -456,7 +456,7 @@ def other_gpu(rank: int) -> str:
     return ""
 
 
-def test_ranks_whose_gpus_take_different_operators_hear_of_it() -> None:
-    for found in run_ranks(2, other_gpu):
-        assert "operator of kernel 'sdpa'" in found and "cudnn on rank 0, flash on rank 1" in found
-        assert "give make_plan a kernel by name" in found
+def test_ranks_whose_gpus_take_different_operators_raise() -> None:
+    for error in run_ranks(2, other_gpu):
+        assert "operator of kernel 'sdpa'" in error and "cudnn on rank 0, flash on rank 1" in error
+        assert "give make_plan a kernel by name" in error

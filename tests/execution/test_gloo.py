@@ -1,6 +1,7 @@
-"""The same engine over real processes and gloo: equal to dense attention, and to the bit what the simulated transport gives."""
+"""The same engine over real processes and gloo: equal to dense attention, and to the bit to the simulated transport."""
 
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
 
@@ -17,7 +18,7 @@ from ringattn.execution.autograd import Inputs, attend
 from ringattn.kernels import Options
 
 LENGTH = 19
-# All others are cut or turned forms of these; that they compute the right thing is seen on the simulated transport.
+# All others are transforms of these; the simulated transport tests that they are right.
 ON_GLOO = (
     "ring",
     "ring_direct",
@@ -32,10 +33,18 @@ ON_GLOO = (
 cached_example = lru_cache(maxsize=None)(lambda heads, mask: example(HEADS[heads], LENGTH, MASKS[mask]))
 
 
+def every_other(world: int) -> Iterator[Case]:
+    """Half of all: each schedule with each mask and each heads, in one of the layouts or in two of them."""
+    for case in product_of_everything(range(world, world + 1), LENGTH, ON_GLOO):
+        of = (ON_GLOO.index(case.schedule), LAYOUTS.index(case.layout), [*MASKS].index(case.mask), [*HEADS].index(case.heads))
+        if sum(of) % 2 == 0:
+            yield case
+
+
 def all_cases(rank: int, world: int, layout: str) -> float:
     """The worst error of this rank over all schedules, masks and heads, through the public function."""
     errors = []
-    for case in (c for c in product_of_everything(range(world, world + 1), LENGTH, ON_GLOO) if c.layout == layout):
+    for case in (c for c in every_other(world) if c.layout == layout):
         plan, e = case.plan(), cached_example(case.heads, case.mask)
         q, k, v = (shard(x.detach(), plan).requires_grad_() for x in (e.q, e.k, e.v))
         out, lse = attention(q, k, v, plan, return_lse=True)
@@ -45,10 +54,11 @@ def all_cases(rank: int, world: int, layout: str) -> float:
     return max(errors)
 
 
-# Beyond five ranks one layout each: the simulated transport has them all, and what differs here is the processes.
+# Beyond five ranks one layout each: the simulated transport has them all, and only the processes differ here.
 MANY = [("zigzag", 6), ("contiguous", 7), ("striped", 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.case(13, 17)
 @pytest.mark.parametrize(("layout", "world"), [*product(LAYOUTS, range(1, 6)), *MANY])
 def test_every_case_equals_dense_attention(layout: str, world: int) -> None:
@@ -62,13 +72,13 @@ def real_and_simulated(rank: int, world: int) -> None:
             case = Case(schedule, "zigzag", "causal", "9over3", world, 41)
             plan = case.plan(dtype=dtype)
             e = example(HEADS["9over3"], 41, MASKS["causal"])
-            whole = [x.detach().to(dtype) for x in (e.q, e.k, e.v, e.dout)]
-            q, k, v, dout = (shard(x, plan).requires_grad_() for x in whole)
+            full = [x.detach().to(dtype) for x in (e.q, e.k, e.v, e.dout)]
+            q, k, v, dout = (shard(x, plan).requires_grad_() for x in full)
             real, simulated = P2P(dist.group.WORLD), Simulated(world)
             ((out, _),) = attend([Inputs(q, k, v)], plan, Options(plan.head_dim**-0.5), real)
-            mine = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
-            theirs = simulate(plan, *whole, transport=simulated)
-            for a, b in zip(mine, (theirs[0], *theirs[2:]), strict=True):
+            own = (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
+            expected = simulate(plan, *full, transport=simulated)
+            for a, b in zip(own, (expected[0], *expected[2:]), strict=True):
                 assert torch.equal(a, shard(b, plan)), case
             sent = {link: n for link, n in simulated.bytes_sent.items() if link[0] == rank}
             assert dict(real.bytes_sent) == sent, case
@@ -83,14 +93,14 @@ def there_and_back(rank: int, world: int) -> None:
     for length in (1, 2, 17):
         plan = make_plan(length, world=world, heads=2, head_dim=8, schedule="ring", layout="zigzag")
         x = torch.arange(2.0 * length * 3).reshape(2, length, 3).requires_grad_()
-        back = unshard(shard(x, plan), plan)
-        assert torch.equal(back, x)
-        back.sum().backward()
+        gathered = unshard(shard(x, plan), plan)
+        assert torch.equal(gathered, x)
+        gathered.sum().backward()
         assert torch.equal(x.grad, shard_mask(plan, x) * world)
 
 
 def shard_mask(plan, x: torch.Tensor) -> torch.Tensor:
-    """1 where this rank holds the row: the gradient of a sum that all ranks take of the whole is `world` there."""
+    """1 where this rank holds the row: there the gradient of a sum over the whole sequence on all ranks is `world`."""
     return torch.zeros_like(x).index_fill_(1, positions(plan), 1.0)
 
 

@@ -9,15 +9,15 @@ from torch.utils.checkpoint import checkpoint
 from ringattn import MismatchError, Plan, attention, causal, make_plan, shard, unshard
 from ringattn.comm import consistency as agree
 
-SCHEDULES = [("ring", 1), ("token_ring", 1), ("ring", 2)]  # of the last, inputs rest away from their owners
+SCHEDULES = [("ring", 1), ("token_ring", 1), ("ring", 2)]  # in the last, inputs are resident away from their owners
 
 
 def plans() -> list[Plan]:
-    given = dict(world=2, heads=2, head_dim=4, dtype="float64", mask=causal(), layout="contiguous")
-    return [make_plan(10, **given, schedule=name, ulysses=ulysses) for name, ulysses in SCHEDULES]
+    arguments = dict(world=2, heads=2, head_dim=4, dtype="float64", mask=causal(), layout="contiguous")
+    return [make_plan(10, **arguments, schedule=name, ulysses=ulysses) for name, ulysses in SCHEDULES]
 
 
-def whole() -> Tensor:
+def full_tensor() -> Tensor:
     torch.manual_seed(0)
     return torch.randn(1, 10, 2, 4, dtype=torch.float64)
 
@@ -30,25 +30,25 @@ def layers(x: Tensor, plan: Plan) -> Tensor:
 def projected(rank: int, plan: Plan) -> tuple[Tensor, Tensor]:
     """This rank's rows and the parameter, which only rank 0's rows go through: an image before frozen text."""
     scale = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    x = shard(whole(), plan, rank=rank)
+    x = shard(full_tensor(), plan, rank=rank)
     return (x * scale if rank == 0 else x), scale
 
 
 def on_ranks(rank: int) -> list[list[float]]:
     """scale.grad on this rank, for every plan and form."""
-    found = []
+    grads = []
     for plan in plans():
         for form in (layers, lambda x, plan: checkpoint(layers, x, plan, use_reentrant=False)):
             x, scale = projected(rank, plan)
             form(x, plan).sin().sum().backward()
-            found.append([] if scale.grad is None else scale.grad.tolist())
-    return found
+            grads.append([] if scale.grad is None else scale.grad.tolist())
+    return grads
 
 
-def alone() -> list[float]:
+def in_one_process() -> list[float]:
     """The same in one process."""
     scale = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    x = whole()
+    x = full_tensor()
     x = torch.cat([x[:, :5] * scale, x[:, 5:]], dim=1)
     plan = make_plan(10, world=1, heads=2, head_dim=4, dtype="float64", mask=causal())
     layers(x, plan).sin().sum().backward()
@@ -59,17 +59,17 @@ def alone() -> list[float]:
 def test_a_parameter_on_one_rank_has_the_gradient_of_one_process() -> None:
     with_parameter, without = run_ranks(2, on_ranks)
     for grad in with_parameter:
-        assert grad == pytest.approx(alone(), rel=1e-12)  # fp64; a few dozen terms
-    assert not any(without), "x of the other rank is frozen and gets nothing"
+        assert grad == pytest.approx(in_one_process(), rel=1e-12)  # fp64; a few dozen terms
+    assert not any(without), "x of the other rank is frozen and gets no gradient"
 
 
 def agreed_once(rank: int) -> list[int]:
-    """Exchanges of each of these calls, where known calls need none; the ranks must not wait for each other in vain."""
+    """Exchanges of each of these calls, where known calls need none; the ranks must not wait for each other."""
     plan, exchanged = plans()[0], []
     original = agree._exchange
-    agree._exchange = lambda *given: (exchanged.append(1), original(*given))[1]
+    agree._exchange = lambda *arguments: (exchanged.append(1), original(*arguments))[1]
     counts = []
-    x = shard(whole(), plan, rank=rank)
+    x = shard(full_tensor(), plan, rank=rank)
     for needing in ([], [0], [0], [1], [0, 1], [], []):  # the ranks that need a gradient
         exchanged.clear()
         out = attention(x.clone().requires_grad_(rank in needing), x, x, plan, strict=False)
@@ -91,32 +91,32 @@ def test_known_calls_need_no_agreement_whichever_rank_needs_a_gradient() -> None
 
 
 def cannot_take_part(rank: int) -> list[str]:
-    """What is said where rank 1 has no backward to take part in; and afterwards, that the ranks still work together."""
-    plan, said = plans()[0], []
-    x = shard(whole(), plan, rank=rank)
+    """The errors where rank 1 has no backward to take part in; afterwards the ranks still work together."""
+    plan, errors = plans()[0], []
+    x = shard(full_tensor(), plan, rank=rank)
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
 
-    def call(how: str) -> Tensor:
+    def call(mode: str) -> Tensor:
         q = x.clone().requires_grad_(rank == 0)
-        if how == "compiled":
+        if mode == "compiled":
             return compiled(q, x, x, plan)
-        with torch.no_grad() if rank and how == "no_grad" else torch.inference_mode(rank == 1 and how == "inference"):
+        with torch.no_grad() if rank and mode == "no_grad" else torch.inference_mode(rank == 1 and mode == "inference"):
             return attention(q, x, x, plan)
 
-    for how in ("no_grad", "inference", "compiled"):
+    for mode in ("no_grad", "inference", "compiled"):
         try:
-            call(how)
-            said.append(f"{how}: no error")
+            call(mode)
+            errors.append(f"{mode}: no error")
         except MismatchError as error:
-            said.append(str(error))
+            errors.append(str(error))
     attention(x, x, x, plan)
-    return said
+    return errors
 
 
-def test_a_rank_that_cannot_take_part_is_named_with_the_cure() -> None:
-    said, other = run_ranks(2, cannot_take_part)
-    assert said == other and len(said) == 3
-    for text in said:
+def test_a_rank_that_cannot_take_part_is_named_with_a_hint() -> None:
+    errors, other = run_ranks(2, cannot_take_part)
+    assert errors == other and len(errors) == 3
+    for text in errors:
         assert text.startswith("ranks disagree on needs gradient: True on rank 0, and on rank 1 gradients are off"), text
         assert "q.requires_grad_() on every rank" in text
 
@@ -124,23 +124,23 @@ def test_a_rank_that_cannot_take_part_is_named_with_the_cure() -> None:
 def gathered(rank: int) -> list[list[float]]:
     """Gradients through `unshard` of rank 0's rows alone, and the second derivative by them."""
     plan = plans()[0]
-    x = shard(whole(), plan, rank=rank).requires_grad_(rank == 0)
+    x = shard(full_tensor(), plan, rank=rank).requires_grad_(rank == 0)
     y = unshard(x, plan)
     assert y.requires_grad
     weight = torch.arange(y.numel(), dtype=y.dtype).reshape(y.shape) * (rank + 1)
     (y * weight).sum().backward()
     first = [] if x.grad is None else x.grad.flatten().tolist()
 
-    x = shard(whole(), plan, rank=rank).requires_grad_()
+    x = shard(full_tensor(), plan, rank=rank).requires_grad_()
     (grad,) = torch.autograd.grad((unshard(x, plan).square() * (rank + 1)).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((grad * grad.detach().sin()).sum(), x)
     return [first, second.flatten().tolist()]
 
 
-def test_unshard_too_and_as_often_as_asked() -> None:
-    (first, second0), (nothing, second1) = run_ranks(2, gathered)
-    assert nothing == [] and first == [3.0 * n for n in range(40)]  # 1 and 2 times, summed over ranks
-    x = whole().requires_grad_()
+def test_unshard_too_and_any_number_of_times() -> None:
+    (first, second0), (no_gradient, second1) = run_ranks(2, gathered)
+    assert no_gradient == [] and first == [3.0 * n for n in range(40)]  # 1 and 2 times, summed over ranks
+    x = full_tensor().requires_grad_()
     (grad,) = torch.autograd.grad((3 * x.square()).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad((grad * grad.detach().sin()).sum(), x)
     assert [*second0, *second1] == pytest.approx(second.flatten().tolist(), rel=1e-12)

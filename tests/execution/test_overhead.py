@@ -1,4 +1,4 @@
-"""What happens around the kernel: few launches, no copies that are not needed, nothing computed twice, no rows untouched."""
+"""Work around the kernel: few launches, no unneeded copies, nothing computed twice, no untouched rows."""
 
 import sys
 from pathlib import Path
@@ -29,15 +29,15 @@ def test_launches_per_tile(name: str, mask: str) -> None:
     """On fake CUDA tensors; each of our Triton kernels counts as one."""
     from launches import count
 
-    found = count(name, mask)
-    assert 0 < found.forward <= MOST_FORWARD and 0 < found.backward <= MOST_BACKWARD, found
+    launches_per_tile = count(name, mask)
+    assert 0 < launches_per_tile.forward <= MOST_FORWARD and 0 < launches_per_tile.backward <= MOST_BACKWARD, launches_per_tile
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """Calls of the kernel and of what prepares them, in order."""
+def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Calls of the kernel and of the functions that prepare them, in order."""
     calls: list[tuple[str, Any]] = []
 
-    class Watched(Sdpa):
+    class Recording(Sdpa):
         def forward(self, block: Operands, segments: Any, options: Options) -> Partial:
             calls.append(("forward", block))
             return super().forward(block, segments, options)
@@ -46,7 +46,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             calls.append(("backward", (block, rows)))
             return super().backward(block, rows, segments, options)
 
-    monkeypatch.setitem(KERNELS, "sdpa", Watched)
+    monkeypatch.setitem(KERNELS, "sdpa", Recording)
     get.cache_clear()
     monkeypatch.setattr(
         "ringattn.execution.blocks.surrogate_out", lambda *a: (calls.append(("surrogate", a[0])), fused.surrogate_out(*a))[1]
@@ -62,26 +62,28 @@ def own_kernels():
 
 def plan_and_example(schedule: Any, world: int, mask: Any = None, **options: Any) -> tuple[Plan, Example]:
     mask = mask or full()
-    given: dict[str, Any] = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask, schedule=schedule) | options
-    return make_plan(8 * world, world=world, **given), example((4, 2), 8 * world, mask)
+    arguments: dict[str, Any] = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=mask, schedule=schedule) | options
+    return make_plan(8 * world, world=world, **arguments), example((4, 2), 8 * world, mask)
 
 
 def test_half_tiles_compute_half_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a causal mask, zigzag: a tile above the diagonal has half of the rows, one below it half of the keys."""
-    calls = watched(monkeypatch)
+    calls = recorded_calls(monkeypatch)
     plan, e = plan_and_example(token_ring(4), 4, causal(), layout="zigzag")
     assert worst(simulate(plan, e.q, e.k, e.v, e.dout), (e.out, e.lse, *e.grads)) < 1e-12
     shapes = [(block.q.shape[2], block.k.shape[2]) for name, block in calls if name == "forward"]
     assert sorted(shapes) == sorted([(8, 8)] * 4 + [(4, 8)] * 6 + [(8, 4)] * 6)
 
 
-@pytest.mark.parametrize(("schedule", "made"), [(ring(4), 0), (token_ring(4), 12), (mesh(4), 4)], ids=["ring", "token", "mesh"])
-def test_a_surrogate_is_made_once_for_each_block_that_is_elsewhere(schedule: Any, made: int, monkeypatch) -> None:
-    """KV rings compute with the true out; in a 2 x 2 mesh a block of queries visits one other rank and meets two of keys."""
-    calls = watched(monkeypatch)
+@pytest.mark.parametrize(
+    ("schedule", "surrogates"), [(ring(4), 0), (token_ring(4), 12), (mesh(4), 4)], ids=["ring", "token", "mesh"]
+)
+def test_a_surrogate_is_computed_once_for_each_remote_block(schedule: Any, surrogates: int, monkeypatch) -> None:
+    """KV rings compute with the true out; in a 2 x 2 mesh a block of queries visits one other rank, with two blocks of keys."""
+    calls = recorded_calls(monkeypatch)
     plan, e = plan_and_example(schedule, 4)
     assert worst(simulate(plan, e.q, e.k, e.v, e.dout), (e.out, e.lse, *e.grads)) < 1e-12
-    assert sum(name == "surrogate" for name, _ in calls) == made
+    assert sum(name == "surrogate" for name, _ in calls) == surrogates
     assert sum(name == "backward" for name, _ in calls) == 16
     own = [rows.out for name, (_, rows) in calls[-16:] if name == "backward" and rows.out is not None]
     assert len(own) == sum(name == "backward" for name, _ in calls[-16:])
@@ -100,7 +102,7 @@ def test_a_single_rank_returns_the_kernels_own_tensors(monkeypatch: pytest.Monke
     torch.testing.assert_close(out, e.out, rtol=1e-12, atol=1e-12)
 
 
-def test_results_that_came_in_one_message_share_no_memory() -> None:
+def test_results_of_one_message_share_no_memory() -> None:
     """A rank without keys gets all of out and lse in one message, one without queries dk, dv and dbias.
 
     Compiled operators refuse results that share memory, and in eager mode one that is changed would count as change of all.
@@ -136,17 +138,17 @@ def test_backward_inside_autocast_is_that_outside() -> None:
         inputs = [
             Inputs(*(x.detach()[:, r].float().requires_grad_() for x in (e.q, e.k, e.v))) for r in (range(8), range(8, 16))
         ]
-        made = attend(inputs, plan, Options(0.3), Simulated(2))
+        results = attend(inputs, plan, Options(0.3), Simulated(2))
         leaves = [x for i in inputs for x in i[:3]]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
-            grads.append(torch.autograd.grad([out for out, _ in made], leaves, [torch.ones_like(out) for out, _ in made]))
+            grads.append(torch.autograd.grad([out for out, _ in results], leaves, [torch.ones_like(out) for out, _ in results]))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_spans_have_names_only_under_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    real = torch.profiler.record_function
-    monkeypatch.setattr("ringattn.execution.engine.record_function", lambda name: (opened.append(name), real(name))[1])
+    original = torch.profiler.record_function
+    monkeypatch.setattr("ringattn.execution.engine.record_function", lambda name: (opened.append(name), original(name))[1])
     plan, e = plan_and_example(token_ring(2), 2)
     simulate(plan, e.q, e.k, e.v, e.dout)
     assert not opened
@@ -162,11 +164,11 @@ def test_spans_have_names_only_under_a_profiler(monkeypatch: pytest.MonkeyPatch)
 def test_a_message_holds_what_was_packed(dtypes: tuple[str, ...], shape: tuple[int, ...]) -> None:
     specs = [Spec(shape, getattr(torch, dtype)) for dtype in dtypes] + [Spec(shape[:3], torch.float32)]
     wire = Wire(specs)
-    for laid_out in ("as the kernel wants", "otherwise", "cast"):
+    for laid_out in ("as in kernels", "otherwise", "cast"):
         tensors = [torch.randint(0, 99, spec.shape).to(spec.dtype) for spec in specs]
-        given = [like_a_kernel(t) if laid_out == "as the kernel wants" else t for t in tensors]
-        given = [t.double() for t in given] if laid_out == "cast" else given
-        message = wire.pack(given)
+        sent = [like_a_kernel(t) if laid_out == "as in kernels" else t for t in tensors]
+        sent = [t.double() for t in sent] if laid_out == "cast" else sent
+        message = wire.pack(sent)
         assert message.ndim == 1 and message.is_contiguous() and message.nbytes == wire.nbytes == sum(s.nbytes for s in specs)
         for view, tensor in zip(wire.views(message), tensors, strict=True):
             assert torch.equal(view, tensor) and view.dtype == tensor.dtype

@@ -1,4 +1,4 @@
-"""Communication overlaps compute: what is due later is waited for later. Seen in the order of things, not in seconds."""
+"""Communication overlaps compute: a message is waited for only in its arrival step. Checked by order, not by seconds."""
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -21,33 +21,33 @@ from ringattn.schedule.program import Message
 ROOT = Path(__file__).parents[2]
 
 
-class Diary(Port):
-    """A port that delivers zeros and notes what happens when."""
+class RecordingPort(Port):
+    """A port that delivers zeros and records the order of calls."""
 
-    def __init__(self, rank: int, notes: list[tuple[str, object]]) -> None:
-        self.rank, self.notes = rank, notes
+    def __init__(self, rank: int, record: list[tuple[str, object]]) -> None:
+        self.rank, self.record = rank, record
 
     def post(self, transfers: Sequence[tuple[Message, Tensor]]) -> None:
-        self.notes += [("post", message) for message, _ in transfers]
+        self.record += [("post", message) for message, _ in transfers]
 
     def wait(self, message: Message) -> Generator[None, None, None]:
-        self.notes.append(("wait", message))
+        self.record.append(("wait", message))
         yield from ()
 
 
 @pytest.mark.parametrize("name", schedules(4))
-def test_tiles_are_computed_between_the_post_and_the_wait_of_what_travels_meanwhile(name: str) -> None:
+def test_tiles_are_computed_between_the_post_and_the_wait_of_messages(name: str) -> None:
     plan = make_plan(32, world=4, heads=2, head_dim=8, mask=full(), schedule=schedules(4)[name])
     for rank in range(4):
-        notes: list[tuple[str, object]] = []
-        work = Forward(plan, rank, Options(1.0), **{x: torch.zeros(1, 2, 8, 8) for x in "qkv"})
-        compute = work.compute
-        work.compute = lambda *args, compute=compute, notes=notes: (notes.append(("tile", args[0])), compute(*args))[1]
-        for _ in run(plan.program(rank, backward=False), work, Diary(rank, notes)):
-            raise AssertionError("this port never makes anybody wait")
+        record: list[tuple[str, object]] = []
+        ops = Forward(plan, rank, Options(1.0), **{x: torch.zeros(1, 2, 8, 8) for x in "qkv"})
+        compute = ops.compute
+        ops.compute = lambda *args, compute=compute, record=record: (record.append(("tile", args[0])), compute(*args))[1]
+        for _ in run(plan.program(rank, backward=False), ops, RecordingPort(rank, record)):
+            raise AssertionError("this port never waits")
         steps = {tile: step.number for step in plan.program(rank, backward=False) for tile in step.tiles}
-        for message in (m for what, m in notes if what == "post"):
-            between = notes[notes.index(("post", message)) : notes.index(("wait", message))]
+        for message in (m for what, m in record if what == "post"):
+            between = record[record.index(("post", message)) : record.index(("wait", message))]
             beside = [steps[tile] for what, tile in between if what == "tile"]
             assert beside == [step for step in sorted(steps.values()) if message.depart <= step < message.arrival]
 
@@ -73,9 +73,9 @@ def posts_and_goes_on(rank: int) -> None:
 
 def measured(rank: int) -> list[float]:
     plan = make_plan(64, world=2, heads=2, head_dim=8, mask=full(), schedule="token_ring")
-    found = [overlap(plan, backward=backward, repeats=2) for backward in (False, True)]
-    assert all(isinstance(o, Overlap) and min(o.together, o.compute, o.transfer) > 0 and 0 <= o.hidden <= 1 for o in found)
-    return [o.together for o in found]
+    overlaps = [overlap(plan, backward=backward, repeats=2) for backward in (False, True)]
+    assert all(isinstance(o, Overlap) and min(o.together, o.compute, o.transfer) > 0 and 0 <= o.hidden <= 1 for o in overlaps)
+    return [o.together for o in overlaps]
 
 
 def test_overlap_is_the_same_on_every_rank() -> None:

@@ -1,4 +1,4 @@
-"""Training on four ranks follows training in one process, loss by loss, whatever travels."""
+"""Training on four ranks follows training in one process, loss by loss, for every kind of schedule."""
 
 from itertools import pairwise
 
@@ -10,6 +10,8 @@ from spawn import run_ranks
 from ringattn import Schedule, make_plan, shard
 from ringattn.nn import Decoder, DecoderConfig, reduce_gradients, shift_labels
 from ringattn.schedule import token_ring
+
+pytestmark = pytest.mark.slow
 
 WORLD, LENGTH, STEPS = 4, 250, 20  # 250 rows do not divide by four
 NINE_OVER_THREE = DecoderConfig(vocab_size=64, dim=36, layers=2, heads=9, kv_heads=3, head_dim=8, hidden_dim=64)
@@ -67,6 +69,6 @@ def test_training_follows_the_single_process(on_four_ranks, name):
 
 
 def test_successive_losses_differ_by_more_than_the_tolerance(on_four_ranks):
-    """Else the comparison above would not see a step left out."""
+    """Else the comparison above would not detect a missing step."""
     losses, _ = on_four_ranks[0]["ring"]
     assert all(abs(a - b) > 1e-4 * a for a, b in pairwise(losses))

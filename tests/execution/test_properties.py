@@ -1,6 +1,6 @@
-"""Anything against anything: drawn ranks, lengths, layouts, masks, heads and features, in fp64 against dense attention.
+"""Random plans and features: ranks, lengths, layouts, masks and heads, in fp64 against dense attention.
 
-Every case is one plan on the simulated transport, its ranks taking turns in a drawn order. CI draws `CASES`; for longer runs:
+Every case is one plan on the simulated transport, its ranks taking turns in a random order. CI draws `CASES`; for longer runs:
 
     pytest tests/execution/test_properties.py --cases 50000
 """
@@ -19,6 +19,8 @@ from ringattn import Layout, Mask, causal, documents, full, make_plan, prefix_lm
 from ringattn.comm.simulated import Simulated
 from ringattn.sequence.layout import Span
 
+pytestmark = pytest.mark.slow
+
 CASES = 1200
 HEADS = ((4, 4), (4, 2), (6, 2), (4, 1), (9, 3), (1, 1))
 
@@ -27,15 +29,15 @@ HEADS = ((4, 4), (4, 2), (6, 2), (4, 1), (9, 3), (1, 1))
 def masks(draw: st.DrawFn, length: int) -> Mask:
     """One of the kinds there are, or two of them intersected."""
     windows = st.builds(sliding_window, st.integers(0, length), st.integers(0, length))
-    cuts = st.lists(st.integers(0, length), max_size=6).map(lambda found: (0, *sorted(found), length))
-    one = st.one_of(
+    cuts = st.lists(st.integers(0, length), max_size=6).map(lambda inner: (0, *sorted(inner), length))
+    single = st.one_of(
         st.sampled_from([full(), causal()]),
         windows,
         st.builds(documents, cuts, st.booleans()),
         st.builds(prefix_lm, st.integers(0, length)),
     )
-    mask = draw(one)
-    return mask & draw(one) if draw(st.booleans()) else mask
+    mask = draw(single)
+    return mask & draw(single) if draw(st.booleans()) else mask
 
 
 @st.composite
@@ -50,41 +52,43 @@ def shards(draw: st.DrawFn, length: int, world: int, first: int = 0) -> tuple[tu
 
 @st.composite
 def arguments(draw: st.DrawFn) -> dict[str, Any]:
-    """Of make_plan."""
+    """Arguments of make_plan."""
     world, length = draw(st.integers(1, 5)), draw(st.integers(1, 33))
-    apart = draw(st.booleans())
-    keys = draw(st.integers(1, 33)) if apart else length
-    offset = draw(st.integers(0, 20)) if apart else 0
-    mask = draw(masks(max(keys, offset + length)) if not apart else st.one_of(
+    cross = draw(st.booleans())
+    keys = draw(st.integers(1, 33)) if cross else length
+    offset = draw(st.integers(0, 20)) if cross else 0
+    mask = draw(masks(max(keys, offset + length)) if not cross else st.one_of(
         st.sampled_from([full(), causal()]), st.builds(sliding_window, st.integers(0, keys), st.integers(0, keys)),
         st.builds(prefix_lm, st.integers(0, keys)),
     ))  # fmt: skip
     heads, kv_heads = draw(st.sampled_from(HEADS))
-    names = ["contiguous", "zigzag", "striped", "drawn", *["documents"] * bool(mask.bounds and not apart)]
+    names = ["contiguous", "zigzag", "striped", "drawn", *["documents"] * bool(mask.bounds and not cross)]
     layout = draw(st.sampled_from(names))
-    found = dict(seq_len=length, world=world, heads=heads, kv_heads=kv_heads, head_dim=4, dtype="float64", mask=mask)
+    drawn = dict(seq_len=length, world=world, heads=heads, kv_heads=kv_heads, head_dim=4, dtype="float64", mask=mask)
     if layout == "drawn":
-        of_keys = Layout("drawn", draw(shards(keys, world))) if apart else None
-        found["layout"] = Layout("drawn", draw(shards(length, world, offset)), of_keys)
+        of_keys = Layout("drawn", draw(shards(keys, world))) if cross else None
+        drawn["layout"] = Layout("drawn", draw(shards(length, world, offset)), of_keys)
     else:
-        found |= dict(layout=layout, kv_len=keys, q_offset=offset)
+        drawn |= dict(layout=layout, kv_len=keys, q_offset=offset)
     degrees = [n for n in range(2, world + 1) if world % n == 0 and n <= heads]
     schedule = draw(st.sampled_from(["named", *SCHEDULES]))
     if schedule == "named":
-        found |= dict(schedule=draw(st.sampled_from(["ring", "token_ring", "mesh", "all_gather"])))
-        found |= dict(ulysses=draw(st.sampled_from([1, *degrees])))
+        drawn |= dict(schedule=draw(st.sampled_from(["ring", "token_ring", "mesh", "all_gather"])))
+        drawn |= dict(ulysses=draw(st.sampled_from([1, *degrees])))
     else:
-        made = SCHEDULES[schedule](world)
-        head_groups = made if isinstance(made, tuple) else (made,)
-        found["schedule"] = (
-            made if len(head_groups) <= heads or any(head_group.has_residents for head_group in head_groups) else head_groups[0]
+        built = SCHEDULES[schedule](world)
+        head_groups = built if isinstance(built, tuple) else (built,)
+        drawn["schedule"] = (
+            built
+            if len(head_groups) <= heads or any(head_group.has_residents for head_group in head_groups)
+            else head_groups[0]
         )
-    return found
+    return drawn
 
 
 @st.composite
 def features(draw: st.DrawFn, kv_heads: int) -> dict[str, Any]:
-    """Of attention."""
+    """Arguments of attention."""
     return dict(
         bias_heads=draw(st.sampled_from([None, 1, kv_heads])),
         hidden=draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])),
@@ -97,8 +101,8 @@ def features(draw: st.DrawFn, kv_heads: int) -> dict[str, Any]:
     )
 
 
-def is_exact(made: dict[str, Any], drawn: dict[str, Any], seed: int) -> None:
-    plan = make_plan(**made, kernel=drawn["kernel"])
+def is_exact(plan_arguments: dict[str, Any], drawn: dict[str, Any], seed: int) -> None:
+    plan = make_plan(**plan_arguments, kernel=drawn["kernel"])
     source = torch.Generator().manual_seed(seed)
     size = drawn["batch"]
 
@@ -117,19 +121,17 @@ def is_exact(made: dict[str, Any], drawn: dict[str, Any], seed: int) -> None:
         extra["sinks"] = randn(plan.heads).requires_grad_()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = dense(*leaves, plan.mask, **options, **extra, offset=plan.layout.first)
-    wanted = (out.detach(), lse.detach(), *torch.autograd.grad(out, [*leaves, *extra.values()], dout))
-    found = simulate(plan, q, k, v, dout, transport=Simulated(plan.world, shuffle=seed), **options, **extra)
-    size_of = max(1.0, *(x[x.isfinite()].abs().max().item() for x in wanted if x.isfinite().any()))
-    assert worst(found, wanted) < EXACT * size_of, f"{plan}\n{drawn}"
+    expected = (out.detach(), lse.detach(), *torch.autograd.grad(out, [*leaves, *extra.values()], dout))
+    actual = simulate(plan, q, k, v, dout, transport=Simulated(plan.world, shuffle=seed), **options, **extra)
+    size_of = max(1.0, *(x[x.isfinite()].abs().max().item() for x in expected if x.isfinite().any()))
+    assert worst(actual, expected) < EXACT * size_of, f"{plan}\n{drawn}"
 
 
-@pytest.mark.timeout(
-    600
-)  # thousands of cases in one test; none of them can hang, the simulated transport says when it is stuck
+@pytest.mark.timeout(600)  # thousands of cases in one test; none can hang, the simulated transport raises when it stalls
 def test_any_plan_with_any_feature_is_dense_attention(request: pytest.FixtureRequest) -> None:
-    run = given(made=arguments(), data=st.data(), seed=st.integers(0, 2**16))(_one)
+    run = given(plan_arguments=arguments(), data=st.data(), seed=st.integers(0, 2**16))(_check_case)
     settings(max_examples=request.config.getoption("cases") or CASES, deadline=None)(run)()
 
 
-def _one(made: dict[str, Any], data: st.DataObject, seed: int) -> None:
-    is_exact(made, data.draw(features(made["kv_heads"])), seed)
+def _check_case(plan_arguments: dict[str, Any], data: st.DataObject, seed: int) -> None:
+    is_exact(plan_arguments, data.draw(features(plan_arguments["kv_heads"])), seed)

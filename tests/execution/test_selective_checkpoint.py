@@ -1,7 +1,7 @@
-"""Selective activation checkpointing: what a policy saves of attention is not written to afterwards, and no bit changes.
+"""Selective activation checkpointing: tensors that a policy saves of attention are not written to later, and no bit changes.
 
-torch raises where a saved tensor has been changed in place. With `allow_cache_entry_mutation` it does not look, and uses the
-changed tensor: then only equal gradients show that nothing was.
+torch raises where a saved tensor has been changed in place. With `allow_cache_entry_mutation` it does not check, and uses the
+changed tensor: then only equal gradients prove that none was.
 """
 
 from collections.abc import Callable
@@ -23,38 +23,38 @@ from ringattn.kernels import Options
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 LENGTH = 24
-MASKS = {"causal": causal(), "documents": documents((0, 5, 11, 12, 13, 14, LENGTH))}  # of which some are one row long
+MASKS = {"causal": causal(), "documents": documents((0, 5, 11, 12, 13, 14, LENGTH))}  # some are one row long
 
 
 def saving(operator: object) -> Callable[..., CheckpointPolicy]:
-    def policy(_: Any, called: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if called is operator else CheckpointPolicy.PREFER_RECOMPUTE
+    def policy(_: Any, current: object, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if current is operator else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy
 
 
 def inputs(bias: bool) -> dict[str, Tensor]:
-    """Whole tensors; one key is hidden, and before it in its document there is none, so one row sees nothing."""
+    """Whole tensors; one key is hidden, and before it in its document there is none, so one row has no key."""
     source = torch.Generator().manual_seed(0)
     q, kv = ((1, LENGTH, heads, 8) for heads in HEADS["mha"])
-    given = {name: torch.randn(q if name == "q" else kv, generator=source, dtype=torch.float64) for name in "qkv"}
+    named_inputs = {name: torch.randn(q if name == "q" else kv, generator=source, dtype=torch.float64) for name in "qkv"}
     if bias:
-        given["key_bias"] = torch.randn(1, LENGTH, generator=source, dtype=torch.float64)
-        given["key_bias"][0, 0] = -torch.inf
-        given["sinks"] = torch.randn(q[2], generator=source, dtype=torch.float64)
-    return given
+        named_inputs["key_bias"] = torch.randn(1, LENGTH, generator=source, dtype=torch.float64)
+        named_inputs["key_bias"][0, 0] = -torch.inf
+        named_inputs["sinks"] = torch.randn(q[2], generator=source, dtype=torch.float64)
+    return named_inputs
 
 
-def results(plan: Plan, given: dict[str, Tensor], checkpointed: Callable[..., Any]) -> list[Tensor]:
+def results(plan: Plan, named_inputs: dict[str, Tensor], checkpointed: Callable[..., Any]) -> list[Tensor]:
     """out and all gradients, every rank in this process."""
-    leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+    leaves = {name: x.clone().requires_grad_() for name, x in named_inputs.items()}
 
     def run(*tensors: Tensor) -> Tensor:
-        whole = dict(zip(leaves, tensors, strict=True))
-        sinks = whole.pop("sinks", None)
+        full = dict(zip(leaves, tensors, strict=True))
+        sinks = full.pop("sinks", None)
         rows = [positions(plan, rank) for rank in range(plan.world)]
-        of_ranks = [Inputs(**{name: x[:, own] for name, x in whole.items()}, sinks=sinks) for own in rows]
-        return torch.cat([out for out, _ in attend(of_ranks, plan, Options(0.3), Simulated(plan.world))], dim=1)
+        rank_inputs = [Inputs(**{name: x[:, own] for name, x in full.items()}, sinks=sinks) for own in rows]
+        return torch.cat([out for out, _ in attend(rank_inputs, plan, Options(0.3), Simulated(plan.world))], dim=1)
 
     out = checkpointed(run, *leaves.values())
     return [out.detach(), *torch.autograd.grad(out.sin().sum(), list(leaves.values()))]
@@ -73,12 +73,12 @@ def test_no_bit_changes_whatever_is_saved(schedule: str, mask: Mask) -> None:
         schedule=SCHEDULES[schedule](3), layout="zigzag",
     )  # fmt: skip
     for bias in (False, True):
-        given = inputs(bias)
-        expected = results(plan, given, plain)
+        named_inputs = inputs(bias)
+        expected = results(plan, named_inputs, plain)
         for operator, mutation in ((FLASH, False), (FLASH, True), (None, False)):
             contexts = partial(create_selective_checkpoint_contexts, saving(operator), allow_cache_entry_mutation=mutation)
-            found = results(plan, given, partial(checkpoint, use_reentrant=False, context_fn=contexts))
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (bias, operator, mutation)
+            actual = results(plan, named_inputs, partial(checkpoint, use_reentrant=False, context_fn=contexts))
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)), (bias, operator, mutation)
 
 
 def save_all(*_: Any, **__: Any) -> CheckpointPolicy:
@@ -130,15 +130,15 @@ def layers_on_ranks(rank: int, schedule: str, bias: bool) -> dict[str, tuple[boo
         return [h.detach(), *grads], runs
 
     policies = {"all": save_all, "attention": saving(torch.ops.ringattn.attention.default), "none": saving(None)}
-    found = {}
+    by_policy = {}
     for ranks in ("all ranks train", "rank 0 trains"):
         leaves = [leaf.detach().requires_grad_(ranks == "all ranks train" or rank == 0) for leaf in (x, *weights)]
         expected, _ = both(plain, *leaves)
         for name, policy in policies.items():
             contexts = partial(create_selective_checkpoint_contexts, policy)
             results, runs = both(partial(checkpoint, use_reentrant=False, context_fn=contexts), *leaves)
-            found[f"{name}, {ranks}"] = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), runs
-    return found
+            by_policy[f"{name}, {ranks}"] = all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)), runs
+    return by_policy
 
 
 def four_kinds(rank: int) -> dict[str, dict[str, tuple[bool, int]]]:
@@ -148,6 +148,6 @@ def four_kinds(rank: int) -> dict[str, dict[str, tuple[bool, int]]]:
 def test_a_policy_sees_attention_on_ranks_as_one_operator() -> None:
     """Saved, it does not run again, and so sends nothing again."""
     for kinds in run_ranks(2, four_kinds):
-        for kind, found in kinds.items():
-            for case, (same, runs) in found.items():
+        for kind, by_policy in kinds.items():
+            for case, (same, runs) in by_policy.items():
                 assert same and runs == (4 if case.startswith("none") else 2), (kind, case, runs)

@@ -17,7 +17,7 @@ def expected(e: Example) -> tuple[torch.Tensor, ...]:
     return (e.out.detach(), e.lse.detach(), *e.grads)
 
 
-@pytest.mark.timeout(240)  # many cases in one test; none of them can hang, the simulated transport says when it is stuck
+@pytest.mark.timeout(240)  # many cases in one test; none can hang, the simulated transport raises when it stalls
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("length", [37, 5], ids=["uneven", "some_ranks_empty"])
 def test_every_case_equals_dense_attention(world: int, length: int) -> None:
@@ -25,8 +25,8 @@ def test_every_case_equals_dense_attention(world: int, length: int) -> None:
     # Beyond four ranks every other case, on odd numbers of ranks the others; test_properties.py draws from them all.
     for case in cases if world < 5 else cases[world % 2 :: 2]:
         e = cached_example(case.heads, length, case.mask)
-        found = simulate(case.plan(), e.q, e.k, e.v, e.dout)
-        assert worst(found, expected(e)) < EXACT, case
+        actual = simulate(case.plan(), e.q, e.k, e.v, e.dout)
+        assert worst(actual, expected(e)) < EXACT, case
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,14 @@ def test_bias_sinks_softcap_and_scale(schedule: str, kernel: str, bias_heads: in
     sinks = torch.randn(9, dtype=torch.float64, requires_grad=True)
     options = dict(key_bias=bias, sinks=sinks, scale=0.7, softcap=5.0 if schedule == "ring" else None)
     out, lse = dense(e.q, e.k, e.v, MASKS["causal"], **options)
-    wanted = (out.detach(), lse.detach(), *torch.autograd.grad(out, (e.q, e.k, e.v, bias, sinks), e.dout))
+    expected_results = (out.detach(), lse.detach(), *torch.autograd.grad(out, (e.q, e.k, e.v, bias, sinks), e.dout))
     engine_bias = bias if bias_heads else bias[:, None]
-    found = simulate(case.plan(schedule=schedule, kernel=kernel), e.q, e.k, e.v, e.dout, **options | dict(key_bias=engine_bias))
-    *found, dbias, dsinks = found
+    actual = simulate(
+        case.plan(schedule=schedule, kernel=kernel), e.q, e.k, e.v, e.dout, **options | dict(key_bias=engine_bias)
+    )
+    *actual, dbias, dsinks = actual
     dbias = dbias if bias_heads else dbias[:, 0]
-    assert worst((*found, dbias, dsinks), wanted) < EXACT
+    assert worst((*actual, dbias, dsinks), expected_results) < EXACT
 
 
 def test_rows_that_see_nothing_are_zero_and_harm_nobody() -> None:

@@ -226,12 +226,12 @@ def transported(recipe: ModuleType) -> list[Any]:
 
 def on_rank(rank: int) -> dict[str, list[Any]]:
     with loaded("merge_policy"):
-        found = {"decoder": decoder_loss(RANKS), "merged": merged_attention()}
+        results = {"decoder": decoder_loss(RANKS), "merged": merged_attention()}
     with loaded("integration") as integration:
-        found["integrated"] = integrated(integration)
+        results["integrated"] = integrated(integration)
     with loaded("transport") as transport:
-        found["transported"] = transported(transport)
-    return found
+        results["transported"] = transported(transport)
+    return results
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the survivors say and how soon they end, when a rank dies, stops, fails or sleeps: real processes, real signals."""
+"""Errors of surviving ranks and their time to end, when a rank dies, stops, fails or sleeps: real processes and signals."""
 
 import contextlib
 import random
@@ -24,44 +24,46 @@ from ringattn.comm.shared_memory import SharedMemoryPort
 JOB = str(Path(__file__).parents[1] / "support" / "fault_job.py")
 ATTEMPTS = 5  # to be in time: a machine that runs other tests beside these may hold a process back for seconds
 
-pytestmark = pytest.mark.timeout(60 * ATTEMPTS)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * ATTEMPTS)]
 
-Said = dict[int, str]  # by each survivor
+Errors = dict[int, str]  # stderr of each survivor
 
 
-def alone(kind: str, faulty: int, file: Path, transport: str, *, told: bool = False) -> tuple[float, Said]:
+def alone(kind: str, faulty: int, file: Path, transport: str, *, terminated: bool = False) -> tuple[float, Errors]:
     """Four ranks without torchrun: seconds from the fault to the end of the last survivor. All must fail, and leave nothing."""
     port = free_port()
-    place = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    ranks = [start([JOB, kind, str(faulty), str(file), transport], RANK=str(r), LOCAL_RANK=str(r), **place) for r in range(4)]
+    environment = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = [
+        start([JOB, kind, str(faulty), str(file), transport], RANK=str(r), LOCAL_RANK=str(r), **environment) for r in range(4)
+    ]
     ended: dict[int, float] = {}
     until = time.monotonic() + 45
-    while told and ranks[faulty].poll() is None and time.monotonic() < until:
+    while terminated and ranks[faulty].poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     for rank in range(4):
-        if told and rank != faulty:
+        if terminated and rank != faulty:
             ranks[rank].send_signal(signal.SIGTERM)
     while len(ended.keys() - {faulty}) < 3 and time.monotonic() < until:
         ended |= {r: time.time() for r in range(4) if r not in ended and ranks[r].poll() is not None}
         time.sleep(0.01)
-    if (kind, faulty) in (("sleep", 2), ("stop", 0)):  # alive, in code of its own; or stopped, and nobody can read which it was
+    if (kind, faulty) in (("sleep", 2), ("stop", 0)):  # alive outside of transfers, or host of the store
         ranks[faulty].kill()
-    said = [finish(process, timeout=3) for process in ranks]
-    assert all(said[rank][0] not in (0, None) for rank in range(4) if rank != faulty), said
+    results = [finish(process, timeout=3) for process in ranks]
+    assert all(results[rank][0] not in (0, None) for rank in range(4) if rank != faulty), results
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
     seconds = max(when for rank, when in ended.items() if rank != faulty) - float(file.read_text())
-    return seconds, {rank: said[rank][2] for rank in range(4) if rank != faulty}
+    return seconds, {rank: results[rank][2] for rank in range(4) if rank != faulty}
 
 
-def told_to_end(kind: str, faulty: int, file: Path, transport: str) -> tuple[float, Said]:
+def with_sigterm(kind: str, faulty: int, file: Path, transport: str) -> tuple[float, Errors]:
     """The same, and SIGTERM to all survivors as soon as it has died, which torchrun's agent does a moment later."""
-    return alone(kind, faulty, file, transport, told=True)
+    return alone(kind, faulty, file, transport, terminated=True)
 
 
-def under_torchrun(kind: str, faulty: int, file: Path, transport: str) -> tuple[float, Said]:
-    """The same, to the end of torchrun; what each survivor said is picked out of what all have said."""
+def under_torchrun(kind: str, faulty: int, file: Path, transport: str) -> tuple[float, Errors]:
+    """The same, to the end of torchrun; the lines of each survivor are selected from the common stderr."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     agent = start([*launch, JOB, kind, str(faulty), str(file), transport])
     workers: set[int] = set()
@@ -73,16 +75,16 @@ def under_torchrun(kind: str, faulty: int, file: Path, transport: str) -> tuple[
     code, _, err = finish(agent, timeout=3)
     assert code != 0 and not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
     lines = [line for line in err.splitlines() if re.search("CommError: |will not end: |told to end", line)]
-    said = {r: "\n".join(line for line in lines if re.search(rf"(CommError: |^)rank {r}[,:]", line)) for r in range(4)}
-    return seconds, {rank: said[rank] for rank in range(4) if rank != faulty}
+    errors = {r: "\n".join(line for line in lines if re.search(rf"(CommError: |^)rank {r}[,:]", line)) for r in range(4)}
+    return seconds, {rank: errors[rank] for rank in range(4) if rank != faulty}
 
 
-# A survivor that has all it needs of a pass may miss the dead rank in the next one only, which is why words are of either pass.
+# A survivor that has all it needs of a pass may miss the dead rank in the next one: the text may be of either.
 DIES, STALLS = 3.0, DEADLINE + 3
 BOTH_WAYS = (("kill in forward", 2), ("kill in forward", 0), ("kill in backward", 1), ("stop", 2), ("raise in forward", 1))
 
 
-SHARED, PLAIN = "shared_memory", "p2p"  # what `init` takes on one host, and what it takes else
+SHARED, PLAIN = "shared_memory", "p2p"  # what `init` chooses on one host, and elsewhere
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ SHARED, PLAIN = "shared_memory", "p2p"  # what `init` takes on one host, and wha
         for number, run, kind, faulty, words, within in (
             (1, alone, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring"), DIES),
             (1, under_torchrun, "kill in forward", 2, ("rank 2 (", "has died", "ward (token_ring"), DIES + 3),
-            (1, told_to_end, "kill in forward", 2, ("rank 2 (", "has died"), DIES),
+            (1, with_sigterm, "kill in forward", 2, ("rank 2 (", "has died"), DIES),
             (2, alone, "kill in backward", 1, ("rank 1 (", "has died"), DIES),
             (3, alone, "kill in reduction", 3, ("rank 3 (", "has died"), DIES),
             (3, alone, "kill in all-to-all", 3, ("rank 3 (", "has died", "ulysses"), DIES),
@@ -117,7 +119,7 @@ SHARED, PLAIN = "shared_memory", "p2p"  # what `init` takes on one host, and wha
     ],
 )
 def test_survivors_name_the_rank_and_the_cause_in_time(
-    run: Callable[..., tuple[float, Said]],
+    run: Callable[..., tuple[float, Errors]],
     kind: str,
     faulty: int,
     words: tuple[str, ...],
@@ -130,11 +132,11 @@ def test_survivors_name_the_rank_and_the_cause_in_time(
     while not seconds or (seconds[-1] > within and len(seconds) < ATTEMPTS):
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / "fault").unlink()
-        found, said = run(kind, faulty, tmp_path / "fault", transport)
-        seconds.append(found)
-        for err in said.values():
+        elapsed, errors = run(kind, faulty, tmp_path / "fault", transport)
+        seconds.append(elapsed)
+        for err in errors.values():
             for word in words:
-                assert word in err, said
+                assert word in err, errors
     record_property("seconds", seconds[-1])
     assert seconds[-1] <= within, seconds
 
@@ -150,13 +152,13 @@ def disturbed(rank: int, seed: int | None, transport: str) -> list[str]:
         return wait(port, message)
 
     PORTS[transport].wait = wait if seed is None else late
-    found = []
+    digests = []
     for _ in range(CALLS):
         q, k, v = (torch.randn(1, plan.rows(rank), 3, 8, generator=source, requires_grad=True) for _ in range(3))
         out = ringattn.attention(q, k, v, plan)
         gradients = torch.autograd.grad(out.square().sum(), (q, k, v))
-        found.append(sha256(b"".join(x.detach().numpy().tobytes() for x in (out, *gradients))).hexdigest())
-    return found
+        digests.append(sha256(b"".join(x.detach().numpy().tobytes() for x in (out, *gradients))).hexdigest())
+    return digests
 
 
 PORTS = {PLAIN: P2PPort, SHARED: SharedMemoryPort}

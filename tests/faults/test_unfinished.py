@@ -17,23 +17,23 @@ from thirty import DEADLINE
 
 from ringattn import attention, make_plan, shard
 from ringattn.comm import collectives, p2p
-from ringattn.faults import event_log as journal
-from ringattn.faults import pending as pending
-from ringattn.faults import watchdog as watchdog
+from ringattn.faults import event_log, pending, watchdog
 from ringattn.faults.pending import PendingTransfers, Posted
+
+pytestmark = pytest.mark.slow
 
 ATTEMPTS = 3  # a machine that runs other tests beside may hold the beats of a healthy process back for seconds
 CUDA = torch.device("cuda", 0)
 
 
 class Work:
-    """A handle that is complete when told so."""
+    """A handle whose completion the test sets."""
 
     def __init__(self, complete: bool = False) -> None:
-        self.complete, self.asked = complete, 0
+        self.complete, self.queries = complete, 0
 
     def is_completed(self) -> bool:
-        self.asked += 1
+        self.queries += 1
         return self.complete
 
     def wait(self) -> bool:
@@ -42,7 +42,7 @@ class Work:
 
 @pytest.fixture
 def group() -> Iterator[Any]:
-    """One that gives up after 30 s, in the place of NCCL's."""
+    """A group that gives up after 30 s, in place of NCCL's."""
     backend = SimpleNamespace(options=SimpleNamespace(_timeout=timedelta(seconds=30)))
     yield SimpleNamespace(_get_backend=lambda device: backend)
 
@@ -54,21 +54,21 @@ def safe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("safe")
 def test_the_oldest_that_is_not_complete_is_what_the_gpu_waits_for(group: Any) -> None:
-    kept, works, ended = PendingTransfers(), [Work() for _ in range(3)], []
-    assert kept.oldest() is None and kept.seconds() == 0
+    transfers, works, ended = PendingTransfers(), [Work() for _ in range(3)], []
+    assert transfers.oldest() is None and transfers.seconds() == 0
     for n, work in enumerate(works):
-        kept.add((f"transfer {n}",), [Work(complete=True), work], group, CUDA, lambda n=n: ended.append(n))
+        transfers.add((f"transfer {n}",), [Work(complete=True), work], group, CUDA, lambda n=n: ended.append(n))
     works[1].complete = True  # before the first
     for first in (0, 0):
-        found = kept.oldest()
-        assert found is not None and found.doing == (f"transfer {first}",) and not ended
+        oldest = transfers.oldest()
+        assert oldest is not None and oldest.doing == (f"transfer {first}",) and not ended
     time.sleep(0.02)
-    assert kept.seconds() >= 0.02
+    assert transfers.seconds() >= 0.02
     works[0].complete = True
-    found = kept.oldest()
-    assert found is not None and found.doing == ("transfer 2",) and ended == [0, 1] and kept.seconds() < 0.02
+    oldest = transfers.oldest()
+    assert oldest is not None and oldest.doing == ("transfer 2",) and ended == [0, 1] and transfers.seconds() < 0.02
     works[2].complete = True
-    assert kept.oldest() is None and ended == [0, 1, 2]
+    assert transfers.oldest() is None and ended == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("safe")
@@ -82,41 +82,41 @@ def test_it_is_given_up_before_the_backend_would_end_the_process(group: Any) -> 
 
 @pytest.mark.usefixtures("safe")
 def test_nothing_is_asked_while_a_graph_is_captured(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, before, within, after = PendingTransfers(), Work(), Work(), Work()
-    kept.add(("before",), [before], group, CUDA)
+    transfers, before, within, after = PendingTransfers(), Work(), Work(), Work()
+    transfers.add(("before",), [before], group, CUDA)
     monkeypatch.setattr(pending, "capturing", lambda device: True)
-    kept.add(("within",), [within], group, CUDA)
-    assert kept.oldest() is None and kept.seconds() == 0 and not before.asked
+    transfers.add(("within",), [within], group, CUDA)
+    assert transfers.oldest() is None and transfers.seconds() == 0 and not before.queries
     monkeypatch.setattr(pending, "capturing", lambda device: False)
     before.complete = True
-    kept.add(("after",), [after], group, CUDA)
-    found = kept.oldest()
-    assert found is not None and found.doing == ("after",) and not within.asked, "what was captured has not run"
+    transfers.add(("after",), [after], group, CUDA)
+    oldest = transfers.oldest()
+    assert oldest is not None and oldest.doing == ("after",) and not within.queries, "what was captured has not run"
 
 
 def test_where_asking_could_break_a_capture_nothing_is_asked(group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pending, "_queries_are_safe", lambda device: False)
-    kept, work = PendingTransfers(), Work()
+    transfers, work = PendingTransfers(), Work()
     for _ in range(2):
-        kept.add(("forward",), [work], group, CUDA)
-        assert kept.oldest() is None
-    assert not work.asked and not kept._posted
+        transfers.add(("forward",), [work], group, CUDA)
+        assert transfers.oldest() is None
+    assert not work.queries and not transfers._posted
 
 
 def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+    queries: list[object] = []
 
     class Runtime:
         @staticmethod
         def cudaThreadExchangeStreamCaptureMode(mode: Any) -> int:
-            asked.append(mode._obj.value)
+            queries.append(mode._obj.value)
             return 0
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(pending.ctypes, "CDLL", lambda name: asked.append(name) or Runtime)
+    monkeypatch.setattr(torch.cuda, "set_device", queries.append)
+    monkeypatch.setattr(pending.ctypes, "CDLL", lambda name: queries.append(name) or Runtime)
     assert pending._queries_are_safe(CUDA)
-    assert asked == [CUDA, "libcudart.so.13", pending.THREAD_LOCAL]
+    assert queries == [CUDA, "libcudart.so.13", pending.THREAD_LOCAL]
     monkeypatch.setattr(pending.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert not pending._queries_are_safe(CUDA)
 
@@ -132,7 +132,7 @@ def test_the_watching_thread_asks_in_its_own_capture_mode(monkeypatch: pytest.Mo
         "[127.0.0.1]:1 Connection closed by peer",
     ],
 )
-def test_errors_that_another_rank_has_caused_are_known_by_their_words(words: str) -> None:
+def test_errors_that_another_rank_has_caused_are_recognized_by_their_text(words: str) -> None:
     assert watchdog._caused_by_lost_peer(dist.DistBackendError(words))
     assert not watchdog._caused_by_lost_peer(ValueError(words)) and not watchdog._caused_by_lost_peer(
         RuntimeError("CUDA error: out of")
@@ -146,7 +146,7 @@ def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("all_reduce", "all_gather"):
         monkeypatch.setattr(dist, name, lambda *tensors, group: None)
     collectives.all_reduce(tensor, None)
-    assert not followed, "there is no board"
+    assert not followed, "there is no watchdog"
     monkeypatch.setattr(collectives, "watchdog", lambda: watchdog)
     collectives.all_reduce(tensor, None)
     collectives.all_gather([tensor], tensor, None)
@@ -157,7 +157,7 @@ def test_collectives_of_gpus_are_followed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("kind", "words", "within"),
     [
-        # Two seconds until a rank looks for a dead one, a beat to do so, and a second and a half to hear of it from another.
+        # Two seconds until a rank looks for a dead one, a beat to do so, and a second and a half to read it from another.
         ("kill", ("has died", "its last heartbeat was"), 7.0),
         ("stop", ("has stalled",), DEADLINE + 3),
         ("sleep", ("has not come", "outside of transfers"), DEADLINE + 3),
@@ -172,14 +172,14 @@ def test_the_rank_that_failed_is_named_by_ranks_that_run_ahead(
     for _ in range(ATTEMPTS):
         if wrong:
             (tmp_path / "fault").unlink(missing_ok=True)
-            seconds, said = test_faults.alone(kind, 2, tmp_path / "fault", test_faults.PLAIN)
-            wrong = [problem for rank, err in said.items() for problem in unlike(rank, err, words)]
+            seconds, errors = test_faults.alone(kind, 2, tmp_path / "fault", test_faults.PLAIN)
+            wrong = [problem for rank, err in errors.items() for problem in missing_error(rank, err, words)]
             wrong += [f"{seconds:.1f} s"] if seconds > within else []
     assert not wrong, wrong
 
 
-def unlike(rank: int, err: str, words: tuple[str, ...]) -> list[str]:
-    """What a rank should have said before it ended, and has not."""
+def missing_error(rank: int, err: str, words: tuple[str, ...]) -> list[str]:
+    """The stderr of a rank if it lacks the expected error; else nothing."""
     line = next((line for line in err.splitlines() if "will not end" in line), "")
     _, _, blamed = line.partition("will not end")
     good = (
@@ -191,13 +191,13 @@ def unlike(rank: int, err: str, words: tuple[str, ...]) -> list[str]:
 
 
 class Event:
-    """Of a stream that has come to it a quarter of a second after the one before."""
+    """An event that a stream has reached a quarter of a second after the previous event."""
 
-    made = 0
+    count = 0
 
     def __init__(self) -> None:
-        Event.made += 1
-        self.number = Event.made
+        Event.count += 1
+        self.number = Event.count
 
     def query(self) -> bool:
         return True
@@ -206,9 +206,9 @@ class Event:
         return 250.0 * (end.number - self.number)
 
 
-def journals_behind(rank: int, folder: Path) -> None:
+def logs_of_asynchronous_passes(rank: int, folder: Path) -> None:
     """Passes whose transfers a stream waits for: their lines come from the watching thread."""
-    journal.begin(folder)
+    event_log.begin(folder)
     watchdog.watch()
     p2p.waits_on_stream = lambda tensor: True
     p2p.record_event = lambda device, timed: Event()
@@ -219,7 +219,7 @@ def journals_behind(rank: int, folder: Path) -> None:
 
 
 def test_a_pass_on_a_gpu_is_a_line_of_its_own_seconds(tmp_path: Path) -> None:
-    run_ranks(2, journals_behind, tmp_path)
+    run_ranks(2, logs_of_asynchronous_passes, tmp_path)
     for rank in range(2):
         _, *lines = [json.loads(line) for line in (tmp_path / f"rank{rank:05d}.jsonl").read_text().splitlines()]
         assert [line["name"].split()[0] for line in lines] == ["forward", "backward"]

@@ -23,6 +23,8 @@ from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.planner import make_plan
 
+pytestmark = pytest.mark.slow
+
 PLAIN = dict(topology="cpu", schedule="ring", layout="zigzag")
 REFUSED = {"mllama": "cross_attention_states"}
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from ringattn.integrations.transformers.batch import Shards
 from ringattn.integrations.transformers.layers import attend
 
+pytestmark = pytest.mark.slow
+
 # Of each make one: plain, learned positions, one norm for two branches, windows and capped logits, routed experts, latent keys
 # and values, attention's results taken as views; encoder-decoders with and without a relative bias.
 EXACT = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral", "deepseek_v3", "jetmoe", "t5", "bart")

@@ -13,6 +13,8 @@ from spawn import JITS, torch_extensions, torchrun
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
 JOB = Path(__file__).parents[1] / "support" / "deepspeed_job.py"
 
 

@@ -21,7 +21,7 @@ from ringattn.integrations.transformers.attention_interface import register, sha
 from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTERS = {

@@ -26,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.nn import cross_entropy, shift_labels
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 8 * torch.finfo(torch.float32).eps
 LENGTH, STEPS, REPLICAS = 37, 10, 2
 

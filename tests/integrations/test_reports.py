@@ -23,7 +23,7 @@ from ringattn.integrations.transformers.attention_interface import register, sha
 from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 RING = dict(schedule="ring", layout="zigzag")
 PARTS = dict(schedule="ring", layout="contiguous")  # of 13, 12 and 12 tokens

@@ -21,7 +21,7 @@ from ringattn.integrations.transformers.attention_interface import register, sha
 from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import reduce_gradients
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 SHAPE = dict(vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 SMALL = SHAPE | dict(intermediate_size=32, num_key_value_heads=2)

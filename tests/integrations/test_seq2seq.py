@@ -24,6 +24,8 @@ from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.sequence.mask import END, Band
 
+pytestmark = pytest.mark.slow
+
 SOURCE, TARGET = 29, 23
 CLOSE = 16 * torch.finfo(torch.float32).eps
 T5 = dict(

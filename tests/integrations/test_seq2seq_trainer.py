@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 JOB = str(Path(__file__).parents[1] / "support" / "seq2seq_trainer_job.py")
 CLOSE = 32 * torch.finfo(torch.float32).eps  # two steps of AdamW, whose first one turns roundings of small gradients into signs
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 def test_losses_gradients_and_predictions_are_those_of_plain_trainer(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ JOB = str(Path(__file__).parents[1] / "support" / "trainer_job.py")
 # AdamW, but not behind Trainer's clipping of its norm; a mean of means would stand out in the losses.
 CLOSE = 8 * torch.finfo(torch.float32).eps
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 def answer(folder: Path) -> dict:

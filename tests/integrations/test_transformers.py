@@ -18,6 +18,8 @@ from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.nn import cross_entropy, reduce_gradients, shift_labels
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 37
 CLOSE = 8 * torch.finfo(torch.float32).eps
 SMALL = dict(vocab_size=97, hidden_size=72, intermediate_size=64, num_hidden_layers=2, head_dim=16, max_position_embeddings=64)

@@ -24,6 +24,8 @@ from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.sequence.mask import causal, documents
 
+pytestmark = pytest.mark.slow
+
 IDS = batch_of()["input_ids"]
 JUMP = torch.cat([torch.arange(20), torch.arange(1000, 1017)])[None]
 HEADS = {

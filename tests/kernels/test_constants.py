@@ -1,4 +1,4 @@
-"""Nothing in a steady state copies from the host or waits for the device: a second call is watched, on fake CUDA tensors."""
+"""A second call copies nothing from the host and does not wait for the device: checked on fake CUDA tensors."""
 
 import sys
 from functools import wraps
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ringattn.kernels import KERNELS, Operands, Options, Rows, flash, flex, get
 from ringattn.kernels import device_constants as constants
 from ringattn.kernels import operator_choice as choice
-from ringattn.kernels.device_constants import kept
+from ringattn.kernels.device_constants import cached_per_stream
 from ringattn.nn import grads
 from ringattn.sequence.mask import Band
 from ringattn.sequence.segments import CAUSAL, FULL, Segment
@@ -26,24 +26,24 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.operators: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default or any(x.device.type == "cpu" for x in tensors):
-            self.seen.append(str(func))
+            self.operators.append(str(func))
         return out
 
 
-def watched(call: Any) -> tuple[list[str], list[str]]:
-    """What a first and a second call make the host wait for."""
-    seen = []
+def host_waits(call: Any) -> tuple[list[str], list[str]]:
+    """The operators that a first and a second call make the host wait for."""
+    operators = []
     for _ in range(2):
         with Watch() as watch:
             call()
-        seen.append(watch.seen)
-    return seen[0], seen[1]
+        operators.append(watch.operators)
+    return operators[0], operators[1]
 
 
 def inputs(dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> tuple[Operands, Rows]:
@@ -57,7 +57,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16, bias: bool = False) -> tuple[Ope
 @pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-3, 2)], ids=str)
 @pytest.mark.parametrize("kernel", ["cudnn", "flash", "efficient"])
 def test_torchs_operators(kernel: str, band: Band, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_of_gpu", lambda device: choice.Facts((9, 0), 91900, (2, 11), (13, 0)))
+    monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: choice.Facts((9, 0), 91900, (2, 11), (13, 0)))
     segments = [Segment(0, 37, 0, 37, band)]
 
     def both() -> None:
@@ -66,11 +66,11 @@ def test_torchs_operators(kernel: str, band: Band, bias: bool, monkeypatch: pyte
 
     with FakeTensorMode():
         block, rows = inputs(bias=bias)
-        assert watched(both)[1] == []
+        assert host_waits(both)[1] == []
 
 
 class Silent(flash.Flash):
-    """A flash-attn kernel that computes nothing; all around it is as in the others."""
+    """A flash-attn kernel that computes nothing; everything else is as in the others."""
 
     def __init__(self) -> None:
         pass
@@ -88,13 +88,13 @@ class Silent(flash.Flash):
 def test_many_documents_in_one_call(bias: bool) -> None:
     kernel, bands = Silent(), [CAUSAL] * 3
 
-    def both() -> None:  # by the pieces themselves: slices of fake tensors need CUDA
+    def both() -> None:  # on the segments directly: slices of fake tensors need CUDA
         kernel._run_forward([block] * 3, bands, Options(0.3))
         kernel._run_backward([block] * 3, [rows] * 3, bands, Options(0.3))
 
     with FakeTensorMode():
         block, rows = inputs(bias=bias)
-        first, second = watched(both)
+        first, second = host_waits(both)
     assert len(first) > 0 and second == []
 
 
@@ -102,21 +102,21 @@ def test_blocks_of_a_band_for_flex(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex_attention.BlockMask, "from_kv_blocks", lambda *tensors, **_: tensors)  # it needs CUDA itself
     with FakeTensorMode():
         device = torch.device("cuda", 0)
-        first, second = watched(lambda: flex.block_mask(300, 400, Band(-3, 200), device))
+        first, second = host_waits(lambda: flex.block_mask(300, 400, Band(-3, 200), device))
     assert len(first) > 0 and second == []
 
 
 def test_gradients_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every parameter has a gradient nothing waits; where some have none here, the whole bucket asks once."""
+    """Where every parameter has a gradient nothing waits; where some have none here, the whole bucket reads once."""
     with FakeTensorMode():
         like = torch.empty(3, device="cuda", requires_grad=True)
-        assert watched(lambda: list(grads._flags([True, True, False], like))) == ([], [])
+        assert host_waits(lambda: list(grads._flags([True, True, False], like))) == ([], [])
     real = [torch.zeros(n, requires_grad=True) for n in (3, 5, 7, 2)]
     real[0].grad, real[2].grad = torch.ones(3), torch.ones(7)
     assert torch.cat(list(grads._flags([True, True, False, True], real[0]))).tolist() == [1.0, 1.0, 0.0, 1.0]
-    asked: list[torch.Tensor] = []
+    reads_of_lists: list[torch.Tensor] = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (asked.append(x), tolist(x))[1])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: (reads_of_lists.append(x), tolist(x))[1])
 
     def elsewhere(group: Any, flat: torch.Tensor, what: str) -> None:  # another rank has one for the last parameter
         flat[len(real) - 1] += len(flat) == 4 + 17
@@ -125,9 +125,9 @@ def test_gradients_of_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grads, "sum_over", elsewhere)
     with Reads() as reads:
         grads._reduce([real[0], real[2]], None)  # type: ignore[arg-type]
-        assert not asked
+        assert not reads_of_lists
         grads._reduce(real, None)  # type: ignore[arg-type]
-    assert len(asked) == 1 and reads.count == 0  # a comparison of a tensor would be one read for each
+    assert len(reads_of_lists) == 1 and reads.count == 0  # a comparison of a tensor would be one read for each
     assert real[1].grad is None and real[3].grad is not None and real[3].grad.tolist() == [5.0, 5.0]
 
 
@@ -141,19 +141,19 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_what_is_kept_is_bounded_and_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+def test_the_cache_is_bounded_and_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
 
-    @kept(2)
+    @cached_per_stream(2)
     def zeros(size: int, device: torch.device) -> torch.Tensor:
-        made.append(size)
+        built.append(size)
         return torch.zeros(size, device=device)
 
     cpu = torch.device("cpu")
     first = zeros(1, cpu)
-    assert zeros(1, cpu) is first and made == [1]
+    assert zeros(1, cpu) is first and built == [1]
     zeros(2, cpu), zeros(3, cpu), zeros(2, cpu), zeros(1, cpu)
-    assert made == [1, 2, 3, 1]
+    assert built == [1, 2, 3, 1]
     with FakeTensorMode() as mode:
         fake = zeros(1, cpu)
         assert fake is not first and zeros(1, cpu) is fake
@@ -170,12 +170,12 @@ def test_what_is_kept_is_bounded_and_never_mixed(monkeypatch: pytest.MonkeyPatch
 def test_sm_margin_reaches_flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[Any] = []
     for generation in ("flash3", "flash3, later"):
-        stand_in = module(generation)
+        fake_module = module(generation)
         for name in ("_flash_attn_forward", "_flash_attn_backward"):
-            real = getattr(stand_in, name)
-            replaced = _spied(real, passed)
-            monkeypatch.setattr(stand_in, name, replaced)
-        monkeypatch.setitem(sys.modules, KERNELS["flash3"].package.module, stand_in)
+            real = getattr(fake_module, name)
+            replaced = _recording(real, passed)
+            monkeypatch.setattr(fake_module, name, replaced)
+        monkeypatch.setitem(sys.modules, KERNELS["flash3"].package.module, fake_module)
         get.cache_clear()
         q, k, v, dout = torch.randn(4, 1, 2, 9, 8, dtype=torch.float64)
         block, segments, options = Operands(q, k, v, None), [Segment(0, 9, 0, 9, CAUSAL)], Options(0.3)
@@ -187,10 +187,10 @@ def test_sm_margin_reaches_flash_attn_3(monkeypatch: pytest.MonkeyPatch) -> None
     get.cache_clear()
 
 
-def _spied(real: Any, passed: list[Any]) -> Any:
+def _recording(real: Any, passed: list[Any]) -> Any:
     @wraps(real)
-    def spied(*args: Any, **given: Any) -> Any:
-        passed.append(given.get("sm_margin"))
-        return real(*args, **given)
+    def recording(*args: Any, **arguments: Any) -> Any:
+        passed.append(arguments.get("sm_margin"))
+        return real(*args, **arguments)
 
-    return spied
+    return recording

@@ -22,11 +22,11 @@ HOPPER = Facts((9, 0), 91900, (2, 11), (13, 0))
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Fake tensors on "cuda" are taken to be on a GPU with these facts."""
 
-    def put(**changes: object) -> None:
-        monkeypatch.setattr(choice, "_of_gpu", lambda device: HOPPER._replace(**changes))
+    def set_facts(**changes: object) -> None:
+        monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: HOPPER._replace(**changes))
 
-    put()
-    return put
+    set_facts()
+    return set_facts
 
 
 # ---- arguments and shapes
@@ -59,8 +59,8 @@ def test_a_mask_has_the_memory_of_one_head(name: str, keys: int, on_hopper) -> N
         q, k = (torch.empty(3, heads, keys, 16, dtype=BF16, device="cuda") for heads in (8, 4))
         mask = sdpa.additive_mask(keys, keys, Band(-3, 2), BF16, q.device)
         assert sdpa.additive_mask(keys, keys, Band(-3, 2), BF16, q.device) is mask
-        for given in (mask, torch.empty(keys, keys, dtype=BF16, device="cuda")):
-            call = aten.Call(q, k, k, given, False, 0.3)
+        for candidate in (mask, torch.empty(keys, keys, dtype=BF16, device="cuda")):
+            call = aten.Call(q, k, k, candidate, False, 0.3)
             passed = (aten._shared if name == "cudnn" else aten._repeated)(call)[3]
             assert passed.shape == (3, 8 if name == "efficient" else 1, keys, keys)
             assert (
@@ -104,7 +104,7 @@ def _efficient_backward(
 
 
 class _Cudnn:
-    """cuDNN's operator of some torch: lse of 3 or 4 dimensions; plans for backward are kept by the strides of q, k and v."""
+    """cuDNN's operator of some torch: lse of 3 or 4 dimensions; plans for backward are cached by the strides of q, k and v."""
 
     def __init__(self, dims: int, shares_heads: bool) -> None:
         self.dims, self.shares_heads, self.plans = dims, shares_heads, {}
@@ -172,14 +172,14 @@ def test_cudnn_of_every_torch(dims: int, shares_heads: bool, rows: int, on_stand
     assert_same(both_passes("sdpa", inputs, segments), both_passes("reference", inputs, segments))
 
 
-def test_cudnns_kept_plans_see_one_memory_order(on_stand_ins) -> None:
+def test_cudnns_cached_plans_get_one_memory_order(on_stand_ins) -> None:
     """dout arrives as views of messages, of (batch, rows, heads, dim), of slices: the plan was made for one of them."""
     on_stand_ins("cudnn")
     q, k, v, _ = block()
-    given, segments, options = Operands(q, k, v, None), [Segment(0, 37, 0, 37, CAUSAL)], Options(0.3)
-    whole = get("reference").forward(given, segments, options)
-    dout = torch.randn(whole.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    operands, segments, options = Operands(q, k, v, None), [Segment(0, 37, 0, 37, CAUSAL)], Options(0.3)
+    full = get("reference").forward(operands, segments, options)
+    dout = torch.randn(full.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
     for order in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2), torch.cat([dout, dout], 1)[:, :9]):
-        rows = Rows(order, whole.lse, (order * whole.out).sum(-1))
-        expected = get("reference").backward(given, rows, segments, options)
-        assert_same(get("sdpa").backward(given, rows, segments, options)[:3], expected[:3])
+        rows = Rows(order, full.lse, (order * full.out).sum(-1))
+        expected = get("reference").backward(operands, rows, segments, options)
+        assert_same(get("sdpa").backward(operands, rows, segments, options)[:3], expected[:3])

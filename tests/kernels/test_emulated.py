@@ -10,7 +10,7 @@ from ringattn.kernels import Emulated, Operands, Options, Rows, get
 from ringattn.sequence.segments import CAUSAL, Segment
 
 FLOPS = 1e9
-GIVEN = dict(world=1, heads=4, kv_heads=2, head_dim=16, mask=causal())
+ARGUMENTS = dict(world=1, heads=4, kv_heads=2, head_dim=16, mask=causal())
 
 
 def test_it_takes_its_time_and_leaves_the_core_free() -> None:
@@ -29,7 +29,7 @@ def test_it_takes_its_time_and_leaves_the_core_free() -> None:
 
 
 def test_a_plan_names_it_and_is_priced_by_it() -> None:
-    slow, fast = (make_plan(64, **GIVEN, kernel=f"emulated:{flops}") for flops in ("1e6", "1e12"))
+    slow, fast = (make_plan(64, **ARGUMENTS, kernel=f"emulated:{flops}") for flops in ("1e6", "1e12"))
     assert slow.kernel == "emulated:1e+06" and isinstance(get(slow.kernel), Emulated)
     assert float(slow.notes.split("forward ")[1].split(" ms")[0]) > 100 * float(fast.notes.split("forward ")[1].split(" ms")[0])
     q, k = torch.ones(1, 64, 4, 16), torch.ones(1, 64, 2, 16)
@@ -37,6 +37,6 @@ def test_a_plan_names_it_and_is_priced_by_it() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["emulated:", "emulated:fast", "emulated:-1", "emulated:inf", "emulated:0"])
-def test_nonsense_is_refused(kernel: str) -> None:
+def test_invalid_rates_raise(kernel: str) -> None:
     with pytest.raises(PlanError, match="give the flop/s to emulate as a positive number"):
-        make_plan(64, **GIVEN, kernel=kernel)
+        make_plan(64, **ARGUMENTS, kernel=kernel)

@@ -32,19 +32,19 @@ FILES = {
 
 
 def kernel_class(generation: str) -> type[Flash]:
-    made = KERNELS[generation.partition(",")[0]]
-    assert issubclass(made, Flash)
-    return made
+    kernel = KERNELS[generation.partition(",")[0]]
+    assert issubclass(kernel, Flash)
+    return kernel
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch):
-    """Puts a generation's stand-in where the adapter imports the package from; gives the kernel and the stand-in."""
+def install_package(monkeypatch: pytest.MonkeyPatch):
+    """Install a generation's stand-in where the adapter imports the package; returns the kernel and the stand-in."""
 
     def install(generation: str) -> tuple[Flash, ModuleType]:
-        cls, made = kernel_class(generation), module(generation)
-        monkeypatch.setitem(sys.modules, cls.package.module, made)
-        return cls(), made
+        cls, package = kernel_class(generation), module(generation)
+        monkeypatch.setitem(sys.modules, cls.package.module, package)
+        return cls(), package
 
     return install
 
@@ -54,7 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def source_of(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """Where a package's source is: below the folder `--flash-sources`, or where it is installed."""
+    """The source of a package: below the folder `--flash-sources`, or where it is installed."""
     unpacked = request.config.getoption("flash_sources")
 
     def find(kernel: str) -> Path:
@@ -74,18 +74,18 @@ def test_the_signatures_are_those_of_the_real_source(kernel: str, source_of: Cal
     tree = ast.parse(source_of(kernel).read_text())
     functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     for name, expected in SIGNATURES[kernel].items():
-        found = [argument.arg for argument in functions[name].args.args]
-        assert found == expected.split(), name
-        without = found[: len(found) - len(functions[name].args.defaults)]
-        assert without == REQUIRED[kernel, name].split(), name
+        actual = [argument.arg for argument in functions[name].args.args]
+        assert actual == expected.split(), name
+        required = actual[: len(actual) - len(functions[name].args.defaults)]
+        assert required == REQUIRED[kernel, name].split(), name
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_stand_ins_have_these_signatures_and_adapters_pass_what_is_required(generation: str) -> None:
-    made = module(generation)
+    package = module(generation)
     calls = [c for c in kernel_class(generation).package.calls if all(f in SIGNATURES[generation] for f in c)]
     for name, expected in SIGNATURES[generation].items():
-        assert list(signature(getattr(made, name)).parameters) == expected.split()
+        assert list(signature(getattr(package, name)).parameters) == expected.split()
         fits = [c[name] for c in calls if set(c[name]) <= set(expected.split())]
         assert len(fits) == 1 and set(REQUIRED[generation, name].split()) <= set(fits[0]), name
 
@@ -99,7 +99,7 @@ def test_a_custom_op_is_known_by_its_function() -> None:
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
-def test_an_absent_package_is_refused_with_the_cure(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_raises_with_a_hint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, kernel_class(name).package.module, None)
     with pytest.raises(InputError, match=r"is not installed.*(pip install|setup.py install).*kernel='sdpa'"):
         kernel_class(name)()
@@ -114,8 +114,8 @@ def test_an_absent_package_is_refused_with_the_cure(name: str, monkeypatch: pyte
 # ---- windows
 
 
-def kept(rows: int, keys: int, left: int, right: int) -> set[tuple[int, int]]:
-    """What a bottom-right aligned window keeps, by its definition."""
+def cells_of_window(rows: int, keys: int, left: int, right: int) -> set[tuple[int, int]]:
+    """The cells of a bottom-right aligned window, by its definition."""
     shift = keys - rows
     return {
         (i, j)
@@ -126,7 +126,7 @@ def kept(rows: int, keys: int, left: int, right: int) -> set[tuple[int, int]]:
 
 
 def test_windows_are_bands() -> None:
-    """By brute force over every band that a piece can have: each row sees a key, and the first and last keys are seen."""
+    """By brute force over every band of a segment: each row attends to a key, and the first and last keys have a row."""
     tried = 0
     for rows in range(1, 7):
         for keys in range(1, 7):
@@ -137,7 +137,7 @@ def test_windows_are_bands() -> None:
                         continue
                     window_left, window_right = window(rows, keys, Band(left, right))
                     assert window_left >= ANY and window_right >= ANY
-                    assert kept(rows, keys, window_left, window_right) == cells, (rows, keys, left, right)
+                    assert cells_of_window(rows, keys, window_left, window_right) == cells, (rows, keys, left, right)
                     tried += 1
     assert tried > 1000
     assert window(5, 5, CAUSAL) == (ANY, 0) and window(3, 8, FULL) == (ANY, ANY)
@@ -148,9 +148,9 @@ MASKS = [full(), causal(), sliding_window(5), sliding_window(3, 4), prefix_lm(9)
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
-    """All pieces that masks and layouts lead to, varlen calls among them."""
-    kernel, made = stand_in(generation)
+def test_every_tile_of_every_layout(generation: str, mask, install_package) -> None:
+    """All segments that masks and layouts lead to, including varlen calls."""
+    kernel, package = install_package(generation)
     source = torch.Generator().manual_seed(0)
     for layout in LAYOUTS.values():
         placed = layout(31, 3)
@@ -164,23 +164,23 @@ def test_every_tile_of_every_layout(generation: str, mask, stand_in) -> None:
                 )
                 inputs = (q, k, v, None)
                 assert_same(both_passes(kernel, inputs, parts), both_passes("reference", inputs, parts), 1e-12)
-    assert made.calls
+    assert package.calls
 
 
-def test_documents_are_one_call(stand_in) -> None:
-    kernel, made = stand_in("flash2")
+def test_documents_are_one_call(install_package) -> None:
+    kernel, package = install_package("flash2")
     parts = [Segment(a, b, a, b, CAUSAL) for a, b in ((0, 5), (5, 17), (17, 18), (18, 37))]
     inputs = block(bias_heads=3)
     assert_same(both_passes(kernel, inputs, parts), both_passes("reference", inputs, parts))
-    assert made.calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
+    assert package.calls == ["_flash_attn_varlen_forward", "_flash_attn_varlen_backward"]
 
 
-def test_more_rows_than_keys_are_cut(stand_in) -> None:
-    """flash-attn 2 takes a window as wide as the keys for none, which would show row 0 too many or too few."""
+def test_more_rows_than_keys_are_cut(install_package) -> None:
+    """flash-attn 2 takes a window as wide as the keys for none, which would give row 0 too many or too few keys."""
     for band in (Band(-8, 5), Band(-9, 3), Band(-5, END)):
         inputs = [x if n == 0 else x[:, :, :10] for n, x in enumerate(block(rows=15)[:3])]
         for generation in ("flash2", "flash3", "flash4"):
-            kernel, _ = stand_in(generation)
+            kernel, _ = install_package(generation)
             parts = [Segment(0, 15, 0, 10, band)]
             assert all(p.rows <= p.keys for p in kernel.refine(parts))
             assert_same(both_passes(kernel, (*inputs, None), parts), both_passes("reference", (*inputs, None), parts))
@@ -194,30 +194,30 @@ def test_more_rows_than_keys_are_cut(stand_in) -> None:
 @pytest.mark.parametrize("bias_heads", [None, 1, 3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("value_dim", [8, 5, 12])
-def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softcap, value_dim: int, stand_in) -> None:
-    """GQA, bands, biases with rows that see nothing, softcap, and v of another head size; in two pieces and in one."""
-    kernel, made = stand_in(generation)
+def test_arithmetic_on_stand_ins(generation: str, band: Band, bias_heads, softcap, value_dim: int, install_package) -> None:
+    """GQA, bands, biases with empty rows, softcap, and v of another head size; in two segments and in one."""
+    kernel, package = install_package(generation)
     inputs = block(bias_heads=bias_heads, value_dim=value_dim)
     for parts in ([Segment(0, 37, 0, 37, band)], [Segment(3, 20, 3, 20, band), Segment(20, 37, 20, 37, band)]):
         for options in (Options(0.3, softcap), Options(-0.7, softcap)):
             assert_same(both_passes(kernel, inputs, parts, options), both_passes("reference", inputs, parts, options))
-    assert len(made.calls) == (0 if bias_heads and softcap else 8)
+    assert len(package.calls) == (0 if bias_heads and softcap else 8)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_backward_of_a_block_takes_the_whole_rows_statistics(generation: str, stand_in) -> None:
-    """Two blocks of keys with lse and delta of both together; a row that sees nothing in either; lse not contiguous."""
-    kernel, _ = stand_in(generation)
+def test_backward_of_a_block_takes_the_whole_rows_statistics(generation: str, install_package) -> None:
+    """Two blocks of keys with lse and delta of both together; a row without keys in either; lse not contiguous."""
+    kernel, _ = install_package(generation)
     q, k, v, bias = block(bias_heads=3)
     bias[0, 0] = -torch.inf
-    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], PLAIN)
-    dout = torch.randn(whole.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-    lse = whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf).mT.contiguous().mT
-    rows = Rows(dout, lse, (dout * whole.out).sum(-1))
+    reference = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], PLAIN)
+    dout = torch.randn(reference.out.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    lse = reference.lse.masked_fill(reference.lse == -torch.inf, torch.inf).mT.contiguous().mT
+    rows = Rows(dout, lse, (dout * reference.out).sum(-1))
     for keys in (slice(0, 20), slice(20, 37)):
         part = Operands(q, k[:, :, keys], v[:, :, keys], bias[:, :, keys])
-        some = [Segment(0, 37, 0, keys.stop - keys.start, FULL)]
-        assert_same(kernel.backward(part, rows, some, PLAIN), get("reference").backward(part, rows, some, PLAIN))
+        operands = [Segment(0, 37, 0, keys.stop - keys.start, FULL)]
+        assert_same(kernel.backward(part, rows, operands, PLAIN), get("reference").backward(part, rows, operands, PLAIN))
 
 
 # ---- shapes
@@ -227,15 +227,15 @@ def fake_passes(kernel: Flash, head_dim: int, value_dim: int, band: Band, count:
     q = torch.empty(2, 9, 37, head_dim, dtype=torch.bfloat16, device="cuda")
     k = torch.empty(2, 3, 37, head_dim, dtype=torch.bfloat16, device="cuda")
     v = torch.empty(2, 3, 37, value_dim, dtype=torch.bfloat16, device="cuda")
-    some = Operands(q, k, v, torch.empty(2, 3, 37, device="cuda") if bias else None)
+    operands = Operands(q, k, v, torch.empty(2, 3, 37, device="cuda") if bias else None)
     rows = torch.empty(2, 9, 37, device="cuda")
     dout = torch.empty(2, 9, 37, value_dim, dtype=torch.bfloat16, device="cuda")
-    # By the pieces themselves: slices of fake tensors need CUDA.
-    for out, lse in kernel._run_forward([some] * count, [band] * count, PLAIN):
+    # On the segments directly: slices of fake tensors need CUDA.
+    for out, lse in kernel._run_forward([operands] * count, [band] * count, PLAIN):
         assert (out.shape, out.device.type, out.dtype) == (dout.shape, "cuda", dout.dtype)
         assert (lse.shape, lse.dtype) == (rows.shape, torch.float32)
-    for grads in kernel._run_backward([some] * count, [Rows(dout, rows, rows)] * count, [band] * count, PLAIN):
-        assert [g.shape for g in grads if g is not None] == [x.shape for x in some if x is not None]
+    for grads in kernel._run_backward([operands] * count, [Rows(dout, rows, rows)] * count, [band] * count, PLAIN):
+        assert [g.shape for g in grads if g is not None] == [x.shape for x in operands if x is not None]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -36,9 +36,9 @@ def plain(
         logits = score_mod(logits, *grid)
     if block_mask is not None:
         logits = logits.masked_fill(~block_mask.mask_mod(*grid), -torch.inf)
-    blind = logits.isneginf().all(-1, keepdim=True)
-    lse = logits.masked_fill(blind, 0.0).logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
-    out = logits.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) @ value
+    empty = logits.isneginf().all(-1, keepdim=True)
+    lse = logits.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
+    out = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) @ value
     return out, SimpleNamespace(lse=lse)
 
 
@@ -58,7 +58,7 @@ def test_the_stand_in_has_the_signature() -> None:
 @pytest.mark.parametrize("bias_heads", [None, 1, 3])
 @pytest.mark.parametrize("band", BANDS, ids=str)
 def test_both_passes(band: Band, bias_heads: int | None, softcap: float | None, on_stand_in: flex.Flex) -> None:
-    """In one piece and in two, with v of another head size; forward by flex itself, too."""
+    """In one segment and in two, with v of another head size; forward also by flex itself."""
     inputs, options = block(bias_heads=bias_heads, value_dim=12), Options(0.3, softcap)
     for segments in ([Segment(0, 37, 0, 37, band)], [Segment(a, b, a, b, band) for a, b in ((0, 20), (20, 37))]):
         expected = both_passes("reference", inputs, segments, options)
@@ -70,13 +70,13 @@ def test_both_passes(band: Band, bias_heads: int | None, softcap: float | None, 
 
 
 def test_backward_of_a_block_takes_the_whole_rows_statistics(on_stand_in: flex.Flex) -> None:
-    """Two blocks of keys with lse and delta of both together, and a row that sees nothing in either."""
+    """Two blocks of keys with lse and delta of both together, and a row without keys in either."""
     q, k, v, bias = block(bias_heads=3)
     bias[0, 0] = -torch.inf
     options = Options(0.3, 2.0)
-    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], options)
-    dout = torch.randn(whole.out.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
-    rows = Rows(dout, whole.lse.masked_fill(whole.lse == -torch.inf, torch.inf), (dout * whole.out).sum(-1))
+    reference = get("reference").forward(Operands(q, k, v, bias), [Segment(0, 37, 0, 37, FULL)], options)
+    dout = torch.randn(reference.out.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
+    rows = Rows(dout, reference.lse.masked_fill(reference.lse == -torch.inf, torch.inf), (dout * reference.out).sum(-1))
     for keys in (slice(0, 20), slice(20, 37)):
         part = Operands(q, k[:, :, keys], v[:, :, keys], bias[:, :, keys])
         segments = [Segment(0, 37, 0, keys.stop - keys.start, FULL)]
@@ -86,15 +86,15 @@ def test_backward_of_a_block_takes_the_whole_rows_statistics(on_stand_in: flex.F
 
 
 @pytest.mark.parametrize("rows, keys", [(37, 37), (300, 300), (256, 384), (400, 260)])
-def test_the_blocks_of_a_band_are_those_that_flex_would_find(rows: int, keys: int) -> None:
+def test_the_blocks_of_a_band_are_those_of_flex(rows: int, keys: int) -> None:
     for band in (CAUSAL, Band(-3, 2), Band(-3, END), Band(0, 0), Band(-200, 150), Band(-129, 129), Band(-END, 130)):
-        ours = flex.block_mask(rows, keys, band, torch.device("cpu"))
+        actual = flex.block_mask(rows, keys, band, torch.device("cpu"))
         left, right = max(band.left, -9999), min(band.right, 9999)
 
-        def keep(b, h, q, k, left=left, right=right):
+        def in_band(b, h, q, k, left=left, right=right):
             return (k - q >= left) & (k - q <= right)
 
-        theirs = create_block_mask(keep, None, None, rows, keys, device="cpu")
-        assert torch.equal(ours.kv_num_blocks, theirs.kv_num_blocks)
-        assert torch.equal(ours.full_kv_num_blocks, theirs.full_kv_num_blocks)
-        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        expected = create_block_mask(in_band, None, None, rows, keys, device="cpu")
+        assert torch.equal(actual.kv_num_blocks, expected.kv_num_blocks)
+        assert torch.equal(actual.full_kv_num_blocks, expected.full_kv_num_blocks)
+        assert torch.equal(actual.to_dense(), expected.to_dense())

@@ -29,7 +29,7 @@ BOUNDS = {
 
 
 def parts_and_meaning(bounds: list[tuple[int, int]], dtype: torch.dtype) -> tuple[list[PartialRows], Tensor, Tensor]:
-    """Attention to one set of keys per part, and to all of a row's keys at once, in fp64; rows no part covers see nothing."""
+    """Attention to one set of keys per part, and to all of a row's keys at once, in fp64; uncovered rows have no keys."""
     source = torch.Generator().manual_seed(len(bounds))
     q = torch.randn(2, ROWS, 3, DIM, generator=source, dtype=torch.float64)
     sets = [torch.randn(2, 2, KEYS, 3, DIM, generator=source, dtype=torch.float64) for _ in bounds]
@@ -39,11 +39,11 @@ def parts_and_meaning(bounds: list[tuple[int, int]], dtype: torch.dtype) -> tupl
         parts.append(PartialRows(start, stop, out.to(dtype).transpose(1, 2), lse.to(fused.eager_ops.accum_dtype(dtype))))
     out, lse = torch.zeros(2, 3, ROWS, DIM, dtype=torch.float64), torch.full((2, 3, ROWS), -torch.inf, dtype=torch.float64)
     for row in range(ROWS):
-        there = [pair for pair, (start, stop) in zip(sets, bounds, strict=True) if start <= row < stop]
-        if there:
-            k, v = (torch.cat(some, dim=1) for some in zip(*there, strict=True))
-            one, one_lse = dense(q[:, row : row + 1], k, v, full())
-            out[:, :, row], lse[:, :, row] = one.transpose(1, 2)[:, :, 0], one_lse[:, :, 0]
+        covering = [pair for pair, (start, stop) in zip(sets, bounds, strict=True) if start <= row < stop]
+        if covering:
+            k, v = (torch.cat(tensors, dim=1) for tensors in zip(*covering, strict=True))
+            row_out, row_lse = dense(q[:, row : row + 1], k, v, full())
+            out[:, :, row], lse[:, :, row] = row_out.transpose(1, 2)[:, :, 0], row_lse[:, :, 0]
     return parts, out, lse
 
 
@@ -54,20 +54,20 @@ def largest(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 def test_merging_is_attention_to_all_keys(bounds: list[tuple[int, int]]) -> None:
     parts, out, lse = parts_and_meaning(bounds, torch.float64)
-    found = torch.empty_like(out), torch.empty_like(lse)
-    fused.merge(parts, *found)
+    actual = torch.empty_like(out), torch.empty_like(lse)
+    fused.merge(parts, *actual)
     # A dozen operations on numbers of size one, each exact to 1.1e-16.
-    assert largest(found[0], out) < 1e-14 and largest(found[1], lse) < 1e-14
+    assert largest(actual[0], out) < 1e-14 and largest(actual[1], lse) < 1e-14
 
 
-def test_a_part_that_sees_nothing_adds_nothing_and_nan_survives() -> None:
+def test_a_part_without_keys_adds_nothing_and_nan_survives() -> None:
     parts, _, _ = parts_and_meaning(BOUNDS["four"], torch.float64)
     for part in parts:
         part.lse[:, :, :3], part.out[:, :, :3] = -torch.inf, 0.0
     parts[1].lse[:, :, 5] = -torch.inf
     parts[2].out[0, 0, 7, 0] = torch.nan
     parts[3].lse[0, 0, 8] = torch.nan
-    # A bias of the most negative number is no -inf: the part that has seen such keys outweighs one that has seen none.
+    # A bias of the most negative number is no -inf: a part with such keys outweighs a part without keys.
     for part in parts:
         part.lse[0, 1, 9] = -torch.inf
     parts[0].lse[0, 1, 9] = torch.finfo(torch.float64).min
@@ -106,7 +106,7 @@ TRITON = pytest.mark.skipif(not fused.find_spec("triton"), reason="triton is not
 
 
 def interpreted() -> None:
-    """Run in a process of its own: Triton decides at its import whether it interprets."""
+    """Run in a separate process: Triton decides at its import whether it interprets."""
     for dtype in (torch.float32, torch.bfloat16):
         for name, bounds in BOUNDS.items():
             parts, _, _ = parts_and_meaning(bounds, dtype)
@@ -131,9 +131,9 @@ def interpreted() -> None:
         scale = dout.double().norm(dim=-1) * out.double().norm(dim=-1) + 1e-30
         assert (((ours[0] - theirs[0]).abs() / scale) < DIM * 1.2e-7).all() and torch.equal(ours[1], theirs[1])
         surrogate = triton_ops.surrogate_out(dout, theirs[0])
-        found = (dout.double() * surrogate.double()).sum(-1)
+        actual = (dout.double() * surrogate.double()).sum(-1)
         # Each number is rounded once to its dtype, which delta feels in proportion to |dout| |out|.
-        assert (((found - theirs[0]).abs() / scale) <= torch.finfo(dtype).eps).all(), dtype
+        assert (((actual - theirs[0]).abs() / scale) <= torch.finfo(dtype).eps).all(), dtype
         assert (surrogate[0, 0, 1] == 0).all()
 
 
@@ -141,8 +141,8 @@ def interpreted() -> None:
 def test_triton_and_torch_agree() -> None:
     code = "import test_fused; test_fused.interpreted(); print('agreed')"
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=55)
-    assert found.stdout.strip() == "agreed", found.stderr
+    process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=55)
+    assert process.stdout.strip() == "agreed", process.stderr
 
 
 @TRITON
@@ -162,16 +162,16 @@ def test_triton_compiles_for_hopper(name: str) -> None:
     signature = {n: kinds[x.dtype] if isinstance(x, Tensor) else "i32" for n, x in zip(names, arguments, strict=True)}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    made = compile(ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32))
-    assert len(made.asm["cubin"]) > 0
+    compiled = compile(ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 0
 
 
 def captured(name: str) -> tuple[tuple[object, ...], dict[str, int]]:
-    """What `triton_ops` launches kernel `name` with."""
-    made: list[tuple[tuple[object, ...], dict[str, int]]] = []
+    """The arguments with which `triton_ops` launches kernel `name`."""
+    launches: list[tuple[tuple[object, ...], dict[str, int]]] = []
     out, lse = torch.zeros(1, 2, 8, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_ops, "_launch", lambda kernel, grid, args, constants: made.append((args, constants)))
+        patch.setattr(triton_ops, "_launch", lambda kernel, grid, args, constants: launches.append((args, constants)))
         if name == "merge":
             triton_ops.merge([PartialRows(0, 8, out, lse)] * 2, out, lse)
         elif name == "add":
@@ -180,7 +180,7 @@ def captured(name: str) -> tuple[tuple[object, ...], dict[str, int]]:
             triton_ops.surrogate_out(out, lse)
         else:
             triton_ops.row_statistics(out, out, lse)
-    return made[0]
+    return launches[0]
 
 
 def test_torch_takes_over_where_triton_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

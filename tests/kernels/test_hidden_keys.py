@@ -1,7 +1,7 @@
 """Keys hidden by a bias of -inf: a weight of exactly 0 in every kernel and dtype, however many stand side by side.
 
-flash-attn 2 and 3 make NaN of two whole blocks of -inf before the first key that counts (`standins` walk as they do),
-so 300 hidden keys against blocks of 64 or 128 are the case that a few hidden keys never show.
+flash-attn 2 and 3 return NaN for two whole blocks of -inf before the first visible key (`standins` iterate as they do),
+so 300 hidden keys against blocks of 64 or 128 are the case that a few hidden keys never test.
 """
 
 import math
@@ -28,7 +28,7 @@ F64 = torch.float64
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand-ins of flash-attn 2, 3 and 4 wherever a kernel is asked for by name."""
+    """Stand-ins of flash-attn 2, 3 and 4 wherever a kernel is requested by name."""
     kernels.get.cache_clear()
     for name in ("flash2", "flash3", "flash4"):
         monkeypatch.setitem(sys.modules, KERNELS[name].package.module, module(name))
@@ -40,7 +40,7 @@ def tensors(place: str) -> tuple[torch.Tensor, ...]:
     source = torch.Generator().manual_seed(3)
     q, k, v, dout = (torch.randn(2, heads, KEYS, 8, generator=source, dtype=F64) for heads in (4, 2, 2, 4))
     bias = torch.randn(2, 2, KEYS, generator=source, dtype=F64)
-    bias[0, 0, PLACES[place]] = -torch.inf  # one head of one sequence: the others see all
+    bias[0, 0, PLACES[place]] = -torch.inf  # one head of one sequence: the others have all keys
     bias[1, :, PLACES[place]] = -torch.inf
     return q, k, v, bias, dout
 
@@ -65,12 +65,12 @@ def test_many_hidden_keys_side_by_side(name: str, band: Band, place: str, packag
 
 
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4", "sdpa"])
-def test_a_block_of_hidden_keys_beside_one_that_counts(name: str, packages: None) -> None:
+def test_a_block_of_hidden_keys_beside_a_visible_one(name: str, packages: None) -> None:
     """Backward with the statistics of whole rows, over a block that is hidden altogether."""
     q, k, v, bias, dout = tensors("end")
     options = Options(0.3)
-    whole = get("reference").forward(Operands(q, k, v, bias), [Segment(0, KEYS, 0, KEYS, FULL)], options)
-    rows = Rows(dout, whole.lse, (dout * whole.out).sum(-1))
+    reference = get("reference").forward(Operands(q, k, v, bias), [Segment(0, KEYS, 0, KEYS, FULL)], options)
+    rows = Rows(dout, reference.lse, (dout * reference.out).sum(-1))
     keys = slice(KEYS - HIDDEN, KEYS)
     part = Operands(q[1:], k[1:, :, keys], v[1:, :, keys], bias[1:, :, keys])
     segments = [Segment(0, KEYS, 0, HIDDEN, FULL)]
@@ -130,8 +130,8 @@ def test_hidden_logits_are_finite_and_lose_to_every_other(dtype: torch.dtype, sc
     assert (hidden.amax(-1) < live.amin(-1) - (1075 if scale > 1e-4 else 150)).all()
     # Finite biases are still themselves: fp32 holds 24 bits of the sum, fp16 and bf16 hold 22 and 16 in two channels.
     scores = scale * (q.float() @ k.float().mT)
-    found, digits = sums[..., :2] * scale - scores[..., :2], {torch.float16: 1e-3, torch.bfloat16: 1e-4}.get(dtype, 1e-5)
-    torch.testing.assert_close(found, bias.float().unsqueeze(-2).expand_as(scores)[..., :2], rtol=digits, atol=1e-5)
+    actual, digits = sums[..., :2] * scale - scores[..., :2], {torch.float16: 1e-3, torch.bfloat16: 1e-4}.get(dtype, 1e-5)
+    torch.testing.assert_close(actual, bias.float().unsqueeze(-2).expand_as(scores)[..., :2], rtol=digits, atol=1e-5)
 
 
 def test_the_stand_ins_fail_where_the_packages_do() -> None:
@@ -139,11 +139,11 @@ def test_the_stand_ins_fail_where_the_packages_do() -> None:
     source = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, KEYS, 1, 8, generator=source, dtype=F64) for _ in range(3))
     q[..., 0], k[:, -HIDDEN:, :, 0] = 1.0, -torch.inf
-    given = dict(q=q, k=k, v=v, softmax_scale=0.3, causal=False, softcap=0.0, window_size_left=-1, window_size_right=-1)
+    arguments = dict(q=q, k=k, v=v, softmax_scale=0.3, causal=False, softcap=0.0, window_size_left=-1, window_size_right=-1)
     for name in ("flash2", "flash3, later", "flash4"):
         function = next(f for f in SIGNATURES[name] if f.endswith(("_forward", "_fwd")))
         required = dict.fromkeys(SIGNATURES[name][function].split())
         more = {"flash4": dict(return_lse=True, window_size_left=None, window_size_right=None)}.get(name, {})
-        out, lse, *_ = getattr(module(name), function)(**{n: (given | more).get(n) for n in required})
+        out, lse, *_ = getattr(module(name), function)(**{n: (arguments | more).get(n) for n in required})
         assert out.isnan().all().item() is (name != "flash4")
         assert (lse == torch.inf).all().item() is (name != "flash4")

@@ -1,4 +1,4 @@
-"""Which of torch's operators computes a call, and what is refused before one: by facts about the GPU, without one."""
+"""Which of torch's operators computes a call, and which calls raise: by facts about the GPU, without one."""
 
 from collections.abc import Callable
 
@@ -21,11 +21,11 @@ CUDA = torch.device("cuda", 0)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Fake tensors on "cuda" are taken to be on a GPU with these facts."""
 
-    def put(**changes: object) -> None:
-        monkeypatch.setattr(choice, "_of_gpu", lambda device: HOPPER._replace(**changes))
+    def set_facts(**changes: object) -> None:
+        monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: HOPPER._replace(**changes))
 
-    put()
-    return put
+    set_facts()
+    return set_facts
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_the_default_is_torchs_own_choice(changes: dict, chosen: str) -> None:
     ids=str,
 )
 def test_what_each_operator_takes(shape: CallShape, sdpa_takes: str, cudnn_takes: str, flash_takes: str) -> None:
-    found = [operator(kernel, shape, HOPPER) for kernel in ("sdpa", "cudnn", "flash", "efficient")]
-    assert found == [sdpa_takes, cudnn_takes, flash_takes, "reference" if shape.dtype == F64 else "efficient"]
+    actual = [operator(kernel, shape, HOPPER) for kernel in ("sdpa", "cudnn", "flash", "efficient")]
+    assert actual == [sdpa_takes, cudnn_takes, flash_takes, "reference" if shape.dtype == F64 else "efficient"]
 
 
 def test_flash_of_consumer_gpus_has_no_backward_for_some_sizes() -> None:
     for capability in ((8, 6), (8, 9), (12, 0)):
-        found = [
+        actual = [
             operator("sdpa", CallShape(F16, width, 99), HOPPER._replace(capability=capability)) for width in (192, 200, 232)
         ]
-        assert found == ["flash", "efficient", "flash"]
+        assert actual == ["flash", "efficient", "flash"]
 
 
 @pytest.mark.parametrize("value_dim", [8, 254, 255, 256, 257, 300])
@@ -105,18 +105,18 @@ def test_no_operator_gets_a_wider_call_than_it_takes(head_dim: int, value_dim: i
         with FakeTensorMode():
             q, k = (torch.empty(1, 2, 5, head_dim, dtype=BF16, device="cuda") for _ in range(2))
             v = torch.empty(1, 2, 5, value_dim, dtype=BF16, device="cuda")
-            given = Operands(q, k, v, torch.empty(1, 2, 5, device="cuda") if bias else None)
-            get("sdpa").forward(given, [Segment(0, 5, 0, 5, FULL)], Options(0.3))
+            operands = Operands(q, k, v, torch.empty(1, 2, 5, device="cuda") if bias else None)
+            get("sdpa").forward(operands, [Segment(0, 5, 0, 5, FULL)], Options(0.3))
         ((name, width),) = widths.items()
         assert width == call_width(head_dim, value_dim, bias=bias)
         assert width <= {"cudnn": 128, "flash": 256}.get(name, width)
         assert name == resolved("sdpa", CUDA, BF16, head_dim, value_dim, 2, bias=bias)
         for kernel, most in (("flash2", 256), ("flash", 256), ("cudnn", 128)):
-            said = unsupported_reason(kernel, CUDA, BF16, head_dim, value_dim, bias=bias, generation=9)
-            assert ("takes head sizes up to" in (said or "")) is (width > most), said
+            reason = unsupported_reason(kernel, CUDA, BF16, head_dim, value_dim, bias=bias, generation=9)
+            assert ("takes head sizes up to" in (reason or "")) is (width > most), reason
 
 
-def test_a_pinned_operator_that_cannot_compute_a_call_is_refused(on_hopper, monkeypatch) -> None:
+def test_a_pinned_operator_that_cannot_compute_a_call_raises(on_hopper, monkeypatch) -> None:
     assert unsupported_reason("cudnn", CUDA, BF16, 128) is None and unsupported_reason("flash", CUDA, BF16, 256) is None
     assert unsupported_reason("efficient", CUDA, F32, 300, bias=True) is None
     assert "efficient' takes bfloat16, float16 and float32, not float64; make" in str(

@@ -1,4 +1,4 @@
-"""Balanced schedules: as little as a solver finds, work shared evenly, correct for any mask, and the same everywhere."""
+"""Tests balanced schedules: as few bytes as a solver reaches, even work, correct for any mask, the same in every process."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ from ringattn.schedule import Kind, Schedule, check, peak, ring, split
 from ringattn.schedule.program import program
 from ringattn.sequence.layout import LAYOUTS
 
-# Bytes that move, in units of one rank's q, for 4 ranks under a causal mask: proven by a solver of its own.
+# Bytes that move, in units of one rank's q, for 4 ranks under a causal mask: proven by another solver.
 BEST = {
     (1, "zigzag"): 3.25,
     (2, "zigzag"): 2.0,
@@ -34,7 +34,7 @@ BEST = {
     (4, "contiguous"): 1.375,
     (8, "contiguous"): 1.0,
 }
-QUICK = [(4, "zigzag"), (8, "zigzag"), (2, "zigzag"), (8, "contiguous")]  # a solver is done with these in a second or so
+QUICK = [(4, "zigzag"), (8, "zigzag"), (2, "zigzag"), (8, "contiguous")]  # a solver needs about a second for these
 
 
 def halves(
@@ -54,12 +54,12 @@ def volume(problem: Problem, assignment) -> float:
 
 
 def joined(world: int, mask, layout: str, length: int, objective: str = "total", heads: tuple[int, int] = (4, 2)):
-    """A problem that comes from a mask and a layout, as a planner would pose it, with two blocks a rank."""
-    made = LAYOUTS[layout](length, world)
-    (head_group,) = make_head_groups((split(ring(world), q=2, kv=2),), made, mask, *heads)
+    """A problem made from a mask and a layout, as the planner makes it, with two blocks per rank; and the layout."""
+    layout_made = LAYOUTS[layout](length, world)
+    (head_group,) = make_head_groups((split(ring(world), q=2, kv=2),), layout_made, mask, *heads)
     owners = head_group.unpruned.q_owner, head_group.unpruned.kv_owner
     rows = [block.rows for block in head_group.q_blocks], [block.rows for block in head_group.kv_blocks]
-    return Problem(world, head_group.areas, *owners, *rows, Costs(heads[0], heads[0], 2 * heads[1]), objective), made
+    return Problem(world, head_group.areas, *owners, *rows, Costs(heads[0], heads[0], 2 * heads[1]), objective), layout_made
 
 
 def plan_of(schedule: Schedule, layout, mask, length: int, heads: tuple[int, int] = (4, 2), dtype: str = "float64") -> Plan:
@@ -70,71 +70,71 @@ def plan_of(schedule: Schedule, layout, mask, length: int, heads: tuple[int, int
 @pytest.mark.parametrize("groups, layout", QUICK)
 def test_the_solver_finds_the_known_best(groups: int, layout: str) -> None:
     problem = halves(4, groups, layout, rows=2)
-    found = exact(problem, time_limit=50)
-    assert found.gap == pytest.approx(0, abs=1e-6)
-    assert volume(problem, found.assignment) == pytest.approx(BEST[groups, layout])
-    assert max(loads(problem, problem.ranks(found.assignment))) <= problem.cap
+    solution = exact(problem, time_limit=50)
+    assert solution.gap == pytest.approx(0, abs=1e-6)
+    assert volume(problem, solution.assignment) == pytest.approx(BEST[groups, layout])
+    assert max(loads(problem, problem.ranks(solution.assignment))) <= problem.cap
 
 
 @pytest.mark.parametrize("groups, layout", BEST)
-def test_the_search_comes_within_a_twentieth_of_the_best_and_shares_evenly(groups: int, layout: str) -> None:
+def test_the_search_is_within_a_twentieth_of_the_best_and_balances_work(groups: int, layout: str) -> None:
     problem = halves(4, groups, layout)
-    found = search(problem)
-    assert BEST[groups, layout] - 1e-9 <= volume(problem, found) <= 1.05 * BEST[groups, layout]
-    assert measure(problem, found).load <= 1.05 * sum(problem.area) / 4
+    assignment = search(problem)
+    assert BEST[groups, layout] - 1e-9 <= volume(problem, assignment) <= 1.05 * BEST[groups, layout]
+    assert measure(problem, assignment).load <= 1.05 * sum(problem.area) / 4
 
 
 @pytest.mark.parametrize(
     "world, groups, layout, known", [(6, 4, "zigzag", 1.7917), (8, 1, "zigzag", 6.0), (8, 2, "zigzag", 4.0)]
 )
 def test_more_ranks(world: int, groups: int, layout: str, known: float) -> None:
-    """Proven for 6 ranks; for 8, what a solver had found when its time was up."""
+    """Proven for 6 ranks; for 8, the best that a solver reached within its time limit."""
     problem = halves(world, groups, layout)
-    found = search(problem)
-    assert volume(problem, found) <= 1.05 * known
-    assert measure(problem, found).load <= 1.05 * sum(problem.area) / world
+    assignment = search(problem)
+    assert volume(problem, assignment) <= 1.05 * known
+    assert measure(problem, assignment).load <= 1.05 * sum(problem.area) / world
 
 
 @pytest.mark.parametrize("objective", ["port", "link"])
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_busiest_port_or_link_is_as_idle_as_the_solver_can_make_it(objective: str, backward: bool) -> None:
     problem = halves(3, 2, "contiguous", rows=4, objective=objective, backward=backward)
-    found, best = search(problem), exact(problem, time_limit=50)
+    assignment, best = search(problem), exact(problem, time_limit=50)
     assert best.gap < 0.01
-    mine, least = (getattr(measure(problem, a), objective) for a in (found, best.assignment))
-    assert least <= mine <= 1.05 * least
+    searched, least = (getattr(measure(problem, a), objective) for a in (assignment, best.assignment))
+    assert least <= searched <= 1.05 * least
     other = search(replace(problem, objective="total"))
-    assert measure(problem, other).total <= measure(problem, found).total
+    assert measure(problem, other).total <= measure(problem, assignment).total
 
 
-def test_a_measure_is_what_the_moves_come_to() -> None:
-    """`measure` against the schedule's own moves, for every objective, with different prices there and back."""
+def test_a_measure_equals_the_bytes_of_the_moves() -> None:
+    """`measure` against the schedule's own moves, for every objective, with different bytes there and back."""
     for objective in OBJECTIVES:
         problem = halves(5, 2, "contiguous", objective=objective, backward=True)
-        found = search(problem)
+        assignment = search(problem)
         c, rows = problem.costs, problem.rows_q[0]
-        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_owner, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_owner}
+        per_row = {Kind.Q: c.q_in, Kind.Q_ACC: c.q_back, Kind.KV: c.kv_in, Kind.KV_ACC: c.kv_back}
         links: dict[tuple[int, int], int] = {}
-        for move in schedule_of(problem, found).moves:
+        for move in schedule_of(problem, assignment).moves:
             links[move.src, move.dst] = links.get((move.src, move.dst), 0) + rows * per_row[move.kind]
         out, into = ([sum(n for link, n in links.items() if link[side] == rank) for rank in range(5)] for side in (0, 1))
-        met = measure(problem, found)
-        assert (met.total, met.port, met.link) == (sum(links.values()), max(out + into), max(links.values()))
+        cost = measure(problem, assignment)
+        assert (cost.total, cost.port, cost.link) == (sum(links.values()), max(out + into), max(links.values()))
 
 
-def test_the_walk_keeps_its_books() -> None:
-    """After thousands of steps, counted anew: work, visits and bytes of where it is, and of the best it has seen."""
+def test_the_walk_keeps_its_counts_right() -> None:
+    """After thousands of steps, recounted: work, visits and bytes of the current assignment, and of the best one."""
     for objective in OBJECTIVES:
         problem = halves(5, 2, "contiguous", objective=objective)
         local_search = LocalSearch(problem, initial(problem)[0], seed="a")
-        found = local_search.run(5000)
+        solution = local_search.run(5000)
         assert local_search.load == loads(problem, local_search.ranks)
         assert local_search.objective.value() == Objective(problem, local_search.ranks).value()
         assert local_search.over == sum(max(0, load - problem.cap) for load in local_search.load)
-        met = {(line, rank) for line, counts in enumerate(local_search.count) for rank, n in enumerate(counts) if n}
-        assert met - {(n, line.owner) for n, line in enumerate(problem.lines)} == set(visits(problem, local_search.ranks))
-        assert found.badness == (0, *Objective(problem, found.ranks).value())
-        assert max(loads(problem, found.ranks)) <= problem.cap
+        visited = {(line, rank) for line, counts in enumerate(local_search.count) for rank, n in enumerate(counts) if n}
+        assert visited - {(n, line.owner) for n, line in enumerate(problem.lines)} == set(visits(problem, local_search.ranks))
+        assert solution.badness == (0, *Objective(problem, solution.ranks).value())
+        assert max(loads(problem, solution.ranks)) <= problem.cap
 
 
 MASKS = {
@@ -162,7 +162,7 @@ def test_every_mask_and_layout_gives_a_correct_schedule(mask: str, world: int, m
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_table_gives_a_correct_and_even_schedule(data: st.DataObject) -> None:
-    """Uneven blocks, blocks nobody needs, ranks without any, prices of nothing."""
+    """Uneven blocks, blocks that no rank needs, ranks without blocks, prices of zero."""
     world = data.draw(st.integers(1, 4))
     owners = [data.draw(st.lists(st.integers(0, world - 1), min_size=1, max_size=5)) for _ in range(2)]
     table = list(product(range(len(owners[0])), range(len(owners[1]))))
@@ -183,13 +183,13 @@ def test_any_table_gives_a_correct_and_even_schedule(data: st.DataObject) -> Non
     assert max(loads(problem, walked.ranks)) <= problem.cap
 
 
-def test_blocks_too_coarse_for_the_tolerance_are_shared_as_evenly_as_they_can_be() -> None:
+def test_tiles_too_large_for_the_tolerance_are_balanced_as_evenly_as_possible() -> None:
     """Five equal tiles over two ranks: three and two, and no more."""
     problem = Problem(2, {(i, 0): 10 for i in range(5)}, [0] * 5, [0], [1] * 5, [1], Costs(1, 1, 1))
     assert problem.cap == 30
     assert sorted(loads(problem, problem.ranks(search(problem)))) == [20, 30]
-    one = replace(problem, areas={(0, 0): 10})
-    assert set(balanced(one).moves) == set()
+    single = replace(problem, areas={(0, 0): 10})
+    assert set(balanced(single).moves) == set()
 
 
 @pytest.mark.parametrize(
@@ -197,39 +197,39 @@ def test_blocks_too_coarse_for_the_tolerance_are_shared_as_evenly_as_they_can_be
 )
 def test_numbers_are_those_of_dense_attention(mask: str, layout: str) -> None:
     e = example((4, 2), 37, MASKS[mask])
-    wanted = (e.out.detach(), e.lse.detach(), *e.grads)
+    expected = (e.out.detach(), e.lse.detach(), *e.grads)
     for world, objective in ((3, "link"), (4, "total"), (5, "port")):
-        problem, made = joined(world, MASKS[mask], layout, 37, objective)
-        plan = plan_of(balanced(problem), made, MASKS[mask], 37)
-        assert worst(simulate(plan, e.q, e.k, e.v, e.dout), wanted) < EXACT
+        problem, layout_made = joined(world, MASKS[mask], layout, 37, objective)
+        plan = plan_of(balanced(problem), layout_made, MASKS[mask], 37)
+        assert worst(simulate(plan, e.q, e.k, e.v, e.dout), expected) < EXACT
 
 
 def test_some_ranks_hold_nothing() -> None:
-    """Five tokens for eight ranks: those without rows may still be given work."""
+    """Five tokens for eight ranks: those without rows may still get work."""
     e = example((4, 2), 5, causal())
-    problem, made = joined(8, causal(), "contiguous", 5)
-    plan = plan_of(balanced(problem), made, causal(), 5)
+    problem, layout_made = joined(8, causal(), "contiguous", 5)
+    plan = plan_of(balanced(problem), layout_made, causal(), 5)
     assert worst(simulate(plan, e.q, e.k, e.v, e.dout), (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
 
 
 def test_grouped_heads_and_the_bytes_that_travel() -> None:
-    """What a transport would count is what the search promised, and row statistics."""
+    """The bytes that a transport counts are those of the search, plus row statistics."""
     heads = HEADS["mqa"]
-    problem, made = joined(4, causal(), "zigzag", 64, heads=heads)
-    plan = plan_of(balanced(problem), made, causal(), 64, heads)
+    problem, layout_made = joined(4, causal(), "zigzag", 64, heads=heads)
+    plan = plan_of(balanced(problem), layout_made, causal(), 64, heads)
     sent = sum(m.kind is Kind.Q_ACC for m in plan.forward[0].schedule.moves)
     statistics = sent * 8 * heads[0] * 8  # of 8 rows, in fp64
     assert sum(traffic(plan).values()) == measure(problem, search(problem)).total * 8 * 8 + statistics
 
 
 def test_all_ranks_find_the_same() -> None:
-    """In fresh interpreters that hash differently, and however the table is ordered."""
+    """In new interpreters with other hash seeds, and with the table in another order."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path[:0] = ['tests/planner', 'tests/support']\n"
         "from test_balanced import balanced, halves\n"
         "print([balanced(halves(4, 1, 'contiguous', objective=o)).digest for o in ('total', 'port', 'link')])"
     )
-    told = {
+    digests = {
         subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
@@ -241,39 +241,39 @@ def test_all_ranks_find_the_same() -> None:
     }
     problem = halves(4, 1, "contiguous")
     turned = replace(problem, areas=dict(reversed(list(problem.areas.items()))))
-    assert told == {f"{[balanced(replace(turned, objective=o)).digest for o in ('total', 'port', 'link')]}\n"}
+    assert digests == {f"{[balanced(replace(turned, objective=o)).digest for o in ('total', 'port', 'link')]}\n"}
 
 
-def test_work_starts_at_once_and_hides_what_travels() -> None:
+def test_work_starts_at_once_and_hides_the_transfers() -> None:
     """With ports four times as fast as needed, a pass takes hardly longer than its compute."""
     for mask, layout in (("causal", "zigzag"), ("causal", "contiguous"), ("full", "contiguous")):
-        problem, made = joined(4, MASKS[mask], layout, 1024, "port")
+        problem, layout_made = joined(4, MASKS[mask], layout, 1024, "port")
         schedule = balanced(problem)
         first = [t for t in schedule.tiles if t.step == 0]
         assert all(schedule.q_owner[t.i] == schedule.kv_owner[t.j] == t.rank for t in first)
         assert {t.rank for t in first} == set(range(4))
-        plan = plan_of(schedule, made, MASKS[mask], 1024, dtype="bfloat16")
+        plan = plan_of(schedule, layout_made, MASKS[mask], 1024, dtype="bfloat16")
         slow = Topology("slow", "switch", flops=1e12, bandwidth=1e9)
         compute, transfer = compute_seconds(plan, slow), transfer_seconds(traffic(plan), slow)
         fast = replace(slow, bandwidth=1e9 * 4 * transfer / compute)
         assert price(plan, fast).seconds < 1.1 * compute
 
 
-def test_more_lookahead_keeps_more_on_the_way() -> None:
+def test_more_lookahead_keeps_more_in_flight() -> None:
     problem = halves(8, 1, "zigzag", objective="link")
-    found = search(problem)
-    short, long = (schedule_of(problem, found, lookahead=n) for n in (1, 32))
+    assignment = search(problem)
+    short, long = (schedule_of(problem, assignment, lookahead=n) for n in (1, 32))
     assert sum(short.limits) < sum(long.limits)
     assert {(m.kind, m.index, m.dst) for m in short.moves} == {(m.kind, m.index, m.dst) for m in long.moves}
 
 
 def test_no_rank_is_sent_more_than_a_window_of_work_ahead() -> None:
-    """Whenever an input begins to travel, its receiver has less than the window of foreign work to begin with."""
+    """When an input starts to travel, its receiver has less foreign work to start than the window."""
     problem = halves(8, 4, "zigzag", objective="link")
     ranks = initial(problem)[0]
     for window in (1, 4, 16):
         line = Timeline(problem, ranks, window)
-        inputs = [t for t in line.transfers if not t.owner]
+        inputs = [t for t in line.transfers if not t.returning]
         for n, sent in enumerate(inputs):
             coming = {n for n, line in enumerate(problem.lines) if line.owner == sent.rank}
             coming |= {t.line for t in inputs[:n] if t.rank == sent.rank}
@@ -287,8 +287,8 @@ def test_no_rank_is_sent_more_than_a_window_of_work_ahead() -> None:
             assert sum(problem.area[tile] for tile in foreign) < line.window
 
 
-def test_what_must_go_home_is_computed_first_and_own_work_last() -> None:
-    """Rank 0 has all it needs: its own tile, one of foreign keys, two foreign queries, the second with less work."""
+def test_work_with_a_result_to_return_comes_first_and_own_work_last() -> None:
+    """Rank 0 has all blocks: its own tile, one of foreign keys, two foreign queries, the second with less work."""
     areas = {(0, 0): 5, (0, 1): 5, (1, 0): 4, (1, 1): 4, (2, 0): 6}
     problem = Problem(2, areas, [0, 1, 1], [0, 1], [1] * 3, [1] * 2, Costs(1, 1, 1))
     left, order = set(range(5)), []
@@ -296,7 +296,7 @@ def test_what_must_go_home_is_computed_first_and_own_work_last() -> None:
         order.append(tuple(problem.tiles[tile] for tile in next_batch(problem, 0, left, range(5), grain=8)))
         left -= {problem.tiles.index(tile) for tile in order[-1]}
     assert order == [((2, 0),), ((1, 0), (1, 1)), ((0, 1),), ((0, 0),)]
-    waiting = next_batch(problem, 0, range(5), {0, 1, 3}, grain=8)  # of those that are here, (1, 0) cannot leave soon
+    waiting = next_batch(problem, 0, range(5), {0, 1, 3}, grain=8)  # of the blocks that have arrived, (1, 0) cannot leave soon
     assert [problem.tiles[tile] for tile in waiting] == [(1, 0)]
 
 
@@ -306,11 +306,11 @@ def test_rows_times_columns_go_in_one_batch() -> None:
         assert next_batch(problem, 0, range(6), range(5), grain) == tuple(range(tiles))
 
 
-def test_what_opens_most_work_for_its_bytes_comes_first() -> None:
+def test_the_block_that_enables_most_work_for_its_bytes_comes_first() -> None:
     """Three foreign key blocks for rank 0: much work, little, and much at twice the bytes."""
     problem = Problem(2, {(0, 0): 30, (0, 1): 10, (0, 2): 40}, [0], [1] * 3, [1], [1, 1, 2], Costs(1, 1, 1))
     line = Timeline(problem, [0, 0, 0], window=8)
-    assert [problem.lines[t.line].index for t in line.transfers if not t.owner] == [0, 2, 1]
+    assert [problem.lines[t.line].index for t in line.transfers if not t.returning] == [0, 2, 1]
 
 
 def test_kernel_calls_are_few() -> None:
@@ -318,21 +318,21 @@ def test_kernel_calls_are_few() -> None:
     problem = halves(32, 4, "zigzag")
     schedule = schedule_of(problem, dict(zip(problem.tiles, initial(problem)[0], strict=True)))
     for rank in range(32):
-        calls = [work for step in program([schedule], (), rank) for work in step.tiles]
+        calls = [batch for step in program([schedule], (), rank) for batch in step.tiles]
         assert 2 * len(calls) < sum(t.rank == rank for t in schedule.tiles)
 
 
 def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     good = halves(2, 1, "zigzag")
-    for wrong, said in (
+    for wrong, message in (
         (dict(objective="beauty"), "choose one of total, port, link"),
         (dict(tolerance=-1.0), "tolerance=-1.0"),
-        (dict(rows_q=[1]), "q_home names 4 blocks and rows_q 1"),
+        (dict(rows_q=[1]), "q_owner has 4 blocks and rows_q 1"),
         (dict(kv_owner=[0, 1, 2, 3]), "owners must be ranks of 2"),
         (dict(areas={(0, 9): 1}), r"tile \(0, 9\)"),
         (dict(areas={(0, 0): 0}), "without work"),
     ):
-        with pytest.raises(PlanError, match=said):
+        with pytest.raises(PlanError, match=message):
             replace(good, **wrong)
     with pytest.raises(PlanError, match="lookahead=0"):
         balanced(good, lookahead=0)

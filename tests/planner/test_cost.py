@@ -1,4 +1,4 @@
-"""What a plan costs: bytes exactly as the transport counts them and as the closed forms say, and time that adds up by hand."""
+"""Tests the cost of a plan: bytes exactly as the transport counts them and as closed forms give, and times computed by hand."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ FAST = Topology("fast links", "mesh", flops=1e9, link_latency=0.0, bandwidth=1e1
 
 
 def counted(plan: Plan, *, batch: int = 1, bias_heads: int = 0) -> list[dict[tuple[int, int], int]]:
-    """Bytes per link of forward and of backward, as the simulated transport saw them."""
+    """Bytes per link of forward and of backward, as the simulated transport counts them."""
     dtype = getattr(torch, plan.dtype)
     inputs, transport = [], Simulated(plan.world)
     for rank in range(plan.world):
@@ -33,9 +33,9 @@ def counted(plan: Plan, *, batch: int = 1, bias_heads: int = 0) -> list[dict[tup
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         bias = torch.zeros(batch, bias_heads, rows, dtype=wide, requires_grad=True) if bias_heads else None
         inputs.append(Inputs(q, k, v, bias))
-    made = attend(inputs, plan, Options(0.5), transport)
+    results = attend(inputs, plan, Options(0.5), transport)
     forward = dict(+transport.bytes_sent)
-    torch.autograd.backward([out for out, _ in made], [torch.ones_like(out) for out, _ in made])
+    torch.autograd.backward([out for out, _ in results], [torch.ones_like(out) for out, _ in results])
     return [forward, {link: n - forward.get(link, 0) for link, n in transport.bytes_sent.items() if n > forward.get(link, 0)}]
 
 
@@ -55,19 +55,19 @@ def test_bytes_are_those_that_travel(name: str, world: int) -> None:
                 schedule=SCHEDULES[name](world), layout=layout,
             )  # fmt: skip
             assert predicted(plan) == counted(plan), f"{heads}/{kv_heads} {mask} {dtype}"
-            assert world == 1 or all(predicted(plan)), "something must have travelled"
+            assert world == 1 or all(predicted(plan)), "some bytes must travel"
 
 
 @pytest.mark.parametrize("mask", [full(), causal()], ids=str)
 @pytest.mark.parametrize("heads", HEADS)
 def test_bytes_on_every_kind_of_heads_and_mask(heads: str, mask: Any) -> None:
     for name in SCHEDULES:
-        given = {"world": 4, "heads": HEADS[heads][0], "kv_heads": HEADS[heads][1], "head_dim": 4, "dtype": "float64"}
-        plan = make_plan(19, **given, mask=mask, schedule=SCHEDULES[name](4), layout="contiguous")
+        arguments = {"world": 4, "heads": HEADS[heads][0], "kv_heads": HEADS[heads][1], "head_dim": 4, "dtype": "float64"}
+        plan = make_plan(19, **arguments, mask=mask, schedule=SCHEDULES[name](4), layout="contiguous")
         assert predicted(plan, batch=3) == counted(plan, batch=3), name
 
 
-def test_bytes_when_some_ranks_hold_nothing() -> None:
+def test_bytes_when_ranks_have_no_rows() -> None:
     for name in SCHEDULES:
         plan = make_plan(3, world=5, heads=4, kv_heads=2, head_dim=4, mask=full(), schedule=SCHEDULES[name](5))
         assert predicted(plan) == counted(plan), name
@@ -79,9 +79,9 @@ def test_a_bias_travels_with_the_keys(bias_heads: int) -> None:
         plan = make_plan(
             22, world=4, heads=4, kv_heads=2, head_dim=4, dtype="bfloat16", mask=full(), schedule=SCHEDULES[name](4)
         )
-        found = predicted(plan, bias_heads=bias_heads)
-        assert found == counted(plan, bias_heads=bias_heads), name
-        assert (found == predicted(plan)) == (name == "token_ring"), "nothing of KV moves in TokenRing"
+        prediction = predicted(plan, bias_heads=bias_heads)
+        assert prediction == counted(plan, bias_heads=bias_heads), name
+        assert (prediction == predicted(plan)) == (name == "token_ring"), "nothing of KV moves in TokenRing"
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1], ids=["mha", "gqa", "mqa"])
@@ -92,14 +92,15 @@ def test_the_closed_forms_of_ring_and_token_ring(kv_heads: int, world: int) -> N
     q, kv, stat = batch * rows * heads * dim * 2, batch * rows * kv_heads * 2 * dim * 2, batch * rows * heads * 4
     next_ranks = {(r, (r + 1) % world) for r in range(world)} if world > 1 else set()
     pairs = {(a, b) for a in range(world) for b in range(world) if a != b}
-    # Ring: k and v make world - 1 hops; in backward dk and dv do too, in fp32, or in one hop straight home as they are.
+    # Ring: k and v make world - 1 hops; in backward dk and dv do too, in fp32. With two ranks that is one hop straight to the
+    # owner, in bf16.
     wide = 1 if world == 2 else 2
     ring_bytes = [{link: (world - 1) * size for link in next_ranks} for size in (kv, kv + wide * kv)]
-    # TokenRing: what goes out hops world - 1 times; what comes home goes to the owner from each rank. In forward q, then out
+    # TokenRing: what goes out hops world - 1 times; results go to the owner from each rank. In forward q, then out
     # and lse; in backward q, dout, lse and delta, then dq.
     token_ring_bytes = [
-        {link: owner + (world - 1) * out * (link in next_ranks) for link in pairs}
-        for out, owner in ((q, q + stat), (2 * q + 2 * stat, q))
+        {link: back + (world - 1) * out * (link in next_ranks) for link in pairs}
+        for out, back in ((q, q + stat), (2 * q + 2 * stat, q))
     ]
     for schedule, expected in ((ring(world), ring_bytes), (token_ring(world), token_ring_bytes)):
         plan = make_plan(
@@ -134,7 +135,7 @@ def test_slow_links_are_waited_for() -> None:
     slow = Topology("slow", "mesh", flops=1e12, link_latency=0.5, bandwidth=1000.0)
     seconds, tile = two_ranks(ring(2), slow)
     assert seconds == pytest.approx(0.5 + 100 * 4 * 2 * 16 * 4 / 1000 + tile)
-    # TokenRing in addition sends out and lse home, after the second tile.
+    # TokenRing also sends out and lse back to the owner, after the second tile.
     seconds, tile = two_ranks(token_ring(2), slow)
     assert seconds == pytest.approx(0.5 + 100 * 4 * 16 * 4 / 1000 + tile + 0.5 + 100 * 4 * (16 * 4 + 4) / 1000)
 
@@ -166,13 +167,13 @@ def test_nothing_is_faster_than_its_busiest_rank_and_resource(topology: Topology
 
 
 def test_work_is_what_the_mask_keeps() -> None:
-    given = {"world": 4, "heads": 4, "head_dim": 16, "schedule": "ring"}
-    whole, half = (make_plan(400, **given, mask=mask, layout="contiguous") for mask in (full(), causal()))
-    # The last contiguous shard sees everything before it and half of itself: 350 of 400 keys for each row, on average.
-    assert compute_seconds(half, FAST) / compute_seconds(whole, FAST) == pytest.approx(350.5 / 400)
-    balanced = make_plan(400, **given, mask=causal(), layout="zigzag")
-    assert compute_seconds(balanced, FAST) / compute_seconds(whole, FAST) == pytest.approx(200.5 / 400)
-    assert compute_seconds(whole, FAST, backward=True, batch=3) == pytest.approx(7.5 * compute_seconds(whole, FAST))
+    arguments = {"world": 4, "heads": 4, "head_dim": 16, "schedule": "ring"}
+    full_plan, half = (make_plan(400, **arguments, mask=mask, layout="contiguous") for mask in (full(), causal()))
+    # The last contiguous shard sees all keys before it and half of its own: 350 of 400 keys for each row, on average.
+    assert compute_seconds(half, FAST) / compute_seconds(full_plan, FAST) == pytest.approx(350.5 / 400)
+    balanced = make_plan(400, **arguments, mask=causal(), layout="zigzag")
+    assert compute_seconds(balanced, FAST) / compute_seconds(full_plan, FAST) == pytest.approx(200.5 / 400)
+    assert compute_seconds(full_plan, FAST, backward=True, batch=3) == pytest.approx(7.5 * compute_seconds(full_plan, FAST))
 
 
 def test_one_rank_only_computes() -> None:
@@ -195,6 +196,6 @@ def test_buffers_are_bounded_except_where_all_is_gathered() -> None:
         plan = make_plan(10 * world, world=world, heads=2, head_dim=8, mask=full(), schedule=schedule)
         return price(plan, FAST, backward=backward).buffer_bytes / (10 * 2 * 2 * 8 * 4)  # in blocks of k and v
 
-    assert buffers(ring(8), 8) == buffers(ring(4), 4) == 3, "one in use, one being sent on, one arriving"
-    assert buffers("all_gather", 8) == 2 * 7, "seven arriving, and seven copies on their way"
+    assert buffers(ring(8), 8) == buffers(ring(4), 4) == 3, "one in use, one being forwarded, one arriving"
+    assert buffers("all_gather", 8) == 2 * 7, "seven arriving, and seven copies being sent"
     assert buffers(token_ring(8), 8, True) == buffers(token_ring(6), 6, True)

@@ -1,4 +1,4 @@
-"""Messages share ports evenly and follow each other on a link: times that can be worked out by hand."""
+"""Tests shared links: messages share ports evenly and follow each other on a link, with times worked out by hand."""
 
 import pytest
 
@@ -11,33 +11,33 @@ MESH = Topology("m", "mesh", flops=1.0, bandwidth=100.0)
 
 
 def ends(topology: Topology, *starts: tuple[float, int, int, int]) -> list[float]:
-    """When each of these is through: (when it starts, src, dst, bytes)."""
+    """End time of each message, given as (start time, src, dst, bytes)."""
     messages = {Message(src, dst, 0, 1, ()): (when, nbytes) for when, src, dst, nbytes in starts}
-    flows, found, waiting = Flows(topology), {}, sorted(messages, key=lambda m: messages[m][0])
+    flows, ends_at, waiting = Flows(topology), {}, sorted(messages, key=lambda m: messages[m][0])
     while waiting or flows.next_end() < float("inf"):
         if waiting and messages[waiting[0]][0] < flows.next_end():
             now = messages[waiting[0]][0]
-            here = [m for m in waiting if messages[m][0] == now]
-            flows.start(now, [(m, messages[m][1]) for m in here])
-            waiting = waiting[len(here) :]
+            starting = [m for m in waiting if messages[m][0] == now]
+            flows.start(now, [(m, messages[m][1]) for m in starting])
+            waiting = waiting[len(starting) :]
         else:
             now = flows.next_end()
-            found[flows.end()] = now
-    return [found[m] for m in messages]
+            ends_at[flows.end()] = now
+    return [ends_at[m] for m in messages]
 
 
 def test_alone_a_message_takes_its_bytes_over_the_bandwidth() -> None:
     assert ends(SWITCH, (1.0, 0, 1, 250)) == [3.5]
 
 
-def test_a_port_is_shared_evenly_and_freed_when_one_is_through() -> None:
-    """50 bytes/s each until the shorter is through at 2 s; then the other has the port to itself."""
+def test_a_port_is_shared_evenly_and_freed_when_a_message_ends() -> None:
+    """50 bytes/s each until the shorter ends at 2 s; then the other has the port to itself."""
     assert ends(SWITCH, (0.0, 0, 1, 100), (0.0, 0, 2, 300)) == [2.0, 4.0]
     assert ends(SWITCH, (0.0, 1, 0, 100), (0.0, 2, 0, 300)) == [2.0, 4.0]
     assert ends(MESH, (0.0, 0, 1, 100), (0.0, 0, 2, 300)) == [1.0, 3.0]
 
 
-def test_who_comes_later_takes_a_share_from_then_on() -> None:
+def test_a_later_message_takes_a_share_from_then_on() -> None:
     assert ends(SWITCH, (0.0, 0, 1, 200), (1.0, 0, 2, 100)) == [3.0, 3.0]
 
 
@@ -47,7 +47,7 @@ def test_messages_of_a_pair_follow_each_other() -> None:
 
 
 def test_the_narrowest_share_counts() -> None:
-    """Three go into port 3, so each gets a third of it; what 0 does not use of its own port is given to nobody."""
+    """Three go into port 3, so each gets a third of it; the unused part of rank 0's own port is not redistributed."""
     assert ends(SWITCH, (0.0, 0, 3, 100), (0.0, 1, 3, 100), (0.0, 2, 3, 100), (0.0, 0, 4, 100)) == pytest.approx(
         [3.0, 3.0, 3.0, 2.0]
     )

@@ -1,4 +1,4 @@
-"""Forecasts: bytes are those that `cost` counts, seconds those of its simulation of every rank, and 4,096 ranks are quick."""
+"""Tests closed forms: bytes equal those of `cost`, seconds those of its simulation of every rank, and 4,096 ranks are quick."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,12 +20,12 @@ from ringattn.schedule.ulysses import ulysses
 
 HEADS = {"mha": (8, 8), "gqa": (8, 2), "mqa": (8, 1)}
 ROWS, DIM, FLOPS = 64, 16, 1e9
-TILE = 4 * ROWS * ROWS * 8 * DIM / FLOPS  # seconds of a full one with all heads
+TILE = 4 * ROWS * ROWS * 8 * DIM / FLOPS  # seconds of a full tile with all heads
 FAST = Topology("fast links", "mesh", flops=FLOPS, bandwidth=1e15)
 
 
 def members(world: int, *degrees: int) -> Iterator[Family]:
-    """All that are priced, with Ulysses of these degrees."""
+    """All members of the family, with Ulysses of these degrees."""
     for family in families(world, heads=8):
         if family.ulysses in degrees:
             yield family
@@ -34,16 +34,16 @@ def members(world: int, *degrees: int) -> Iterator[Family]:
 
 
 def schedules(family: Family) -> tuple[Schedule, ...]:
-    """What a forecast is about, as data."""
+    """The schedules that a forecast is for, as data."""
     inner = family.inner
     ahead = {"ring_direct": max(1, min(4, inner - 1)), "all_gather": inner - 1}
-    made: Any = {
+    built: Any = {
         "ring": lambda: ring(inner),
         "bidirectional_ring": lambda: bidirectional_ring(inner),
         "token_ring": lambda: token_ring(inner, routing=family.routing),
         "mesh": lambda: mesh(inner, a=family.a),
     }.get(family.name, lambda: ring(inner, routing="direct", lookahead=ahead[family.name]))()
-    head_groups = made if isinstance(made, tuple) else (made,)
+    head_groups = built if isinstance(built, tuple) else (built,)
     members_of = [ulysses(head_group, family.ulysses) if family.ulysses > 1 else (head_group,) for head_group in head_groups]
     return tuple(head_group for member in zip(*members_of, strict=True) for head_group in member)
 
@@ -57,9 +57,9 @@ def model(world: int, heads: str) -> dict[str, Any]:
     return dict(world=world, heads=HEADS[heads][0], kv_heads=HEADS[heads][1], head_dim=DIM, dtype="bfloat16")
 
 
-def foretold(family: Family, heads: str, mask: Mask, topology: Topology, *, backward: bool) -> Cost:
-    given = model(family.world, heads) | {"mask": mask, "topology": topology, "backward": backward}
-    return forecast(family, seq_len=ROWS * family.world, **given)
+def forecast_of(family: Family, heads: str, mask: Mask, topology: Topology, *, backward: bool) -> Cost:
+    arguments = model(family.world, heads) | {"mask": mask, "topology": topology, "backward": backward}
+    return forecast(family, seq_len=ROWS * family.world, **arguments)
 
 
 @pytest.mark.parametrize("world", range(2, 13))
@@ -69,15 +69,18 @@ def test_bytes_are_exact_and_buffers_bounded(heads: str, world: int) -> None:
     for family in members(world, *degrees):
         plan = planned(family, heads, full())
         for backward in (False, True):
-            found, counted = foretold(family, heads, full(), FAST, backward=backward), price(plan, FAST, backward=backward)
-            told = f"{family} backward={backward}"
-            assert (found.link_bytes, found.total_bytes) == (counted.link_bytes, counted.total_bytes), told
-            assert counted.buffer_bytes <= found.buffer_bytes <= 1.3 * counted.buffer_bytes, told
-            assert found.compute_seconds == pytest.approx(counted.compute_seconds), told
+            forecast_cost, counted = (
+                forecast_of(family, heads, full(), FAST, backward=backward),
+                price(plan, FAST, backward=backward),
+            )
+            case = f"{family} backward={backward}"
+            assert (forecast_cost.link_bytes, forecast_cost.total_bytes) == (counted.link_bytes, counted.total_bytes), case
+            assert counted.buffer_bytes <= forecast_cost.buffer_bytes <= 1.3 * counted.buffer_bytes, case
+            assert forecast_cost.compute_seconds == pytest.approx(counted.compute_seconds), case
 
 
 def links(world: int) -> Iterator[Topology]:
-    """Transfers from hidden to dominant, without latency and with a good deal of it."""
+    """Transfers from hidden to dominant, without latency and with much of it."""
     for ratio in (0.3, 1, 4):
         for latency in (0.0, 0.3 * TILE):
             rate = ROWS * 8 * DIM * 2 / TILE / ratio
@@ -92,6 +95,7 @@ def links(world: int) -> Iterator[Topology]:
             yield replace(plain, launch=latency / 3, memory=3 * rate)
 
 
+@pytest.mark.slow
 def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:
     """Mostly equal, nearly always within 15 %, and never more than 25 % off."""
     errors: list[float] = []
@@ -100,8 +104,8 @@ def test_seconds_are_those_of_the_simulation_of_every_rank() -> None:
         plan = planned(family, heads, mask)
         for topology in links(world):
             simulated = price(plan, topology, backward=backward).seconds
-            found = foretold(family, heads, mask, topology, backward=backward).seconds
-            errors.append(abs(found / simulated - 1))
+            closed_form = forecast_of(family, heads, mask, topology, backward=backward).seconds
+            errors.append(abs(closed_form / simulated - 1))
     assert max(errors) < 0.25
     assert sum(error < 0.15 for error in errors) > 0.99 * len(errors) > 3000
     assert sum(error < 0.001 for error in errors) > 0.6 * len(errors)
@@ -121,53 +125,55 @@ def test_thousands_of_ranks_are_priced_in_few_steps(world: int, shared: bool, mo
     monkeypatch.setattr(Clock, "_post", counted)
     topology = replace(PRESETS["infiniband"], uplink_shared=shared)
     begin = process_time()
-    found = rank_families(world * 1024, **model(world, "gqa") | {"heads": 32}, mask=causal(), topology=topology)
+    forecasts = rank_families(world * 1024, **model(world, "gqa") | {"heads": 32}, mask=causal(), topology=topology)
     assert process_time() - begin < 2 * 2, "2 seconds, and as much again for a busy machine"
-    assert steps < 400 * len(found), "rather few steps of one rank than all steps of all"
-    grids = {(one.family.ulysses, one.family.a, one.family.b) for one in found}
+    assert steps < 400 * len(forecasts), "a few steps of one rank, not all steps of all ranks"
+    grids = {(member.family.ulysses, member.family.a, member.family.b) for member in forecasts}
     assert {u * a * b for u, a, b in grids} == {world} and len(grids) > 60
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    assert min(one.forward.compute_seconds for one in found) > 0 and min(one.buffer_bytes for one in found) > 0
+    assert [member.seconds for member in forecasts] == sorted(member.seconds for member in forecasts)
+    assert (
+        min(member.forward.compute_seconds for member in forecasts) > 0 and min(member.buffer_bytes for member in forecasts) > 0
+    )
 
 
-def test_leaps_land_where_every_step_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Long rounds are extrapolated; walking them in full gives the same time, occupation and buffers."""
+def test_extrapolation_equals_simulating_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rounds are extrapolated; simulating them in full gives the same time, occupation and buffers."""
     chosen = [family for family in families(120, heads=2) if family.a in (1, 2, 15, 120)]
     for topology in (FAST, *links(120)):
-        if topology.kind != "ring":  # every step of it is another, and walked anyway
-            leapt = [foretold(family, "gqa", full(), topology, backward=True) for family in chosen]
+        if topology.kind != "ring":  # its steps all differ, and are simulated anyway
+            extrapolated = [forecast_of(family, "gqa", full(), topology, backward=True) for family in chosen]
             with monkeypatch.context() as context:
-                context.setattr(Clock, "_round", _walk_all)
-                walked = [foretold(family, "gqa", full(), topology, backward=True) for family in chosen]
-            for family, one, other in zip(chosen, leapt, walked, strict=True):
-                assert one.seconds == pytest.approx(other.seconds, rel=0.02), f"{family} on {topology}"
-                assert one.buffer_bytes == other.buffer_bytes, f"{family} on {topology}"
+                context.setattr(Clock, "_round", _simulate_all)
+                simulated = [forecast_of(family, "gqa", full(), topology, backward=True) for family in chosen]
+            for family, member, other in zip(chosen, extrapolated, simulated, strict=True):
+                assert member.seconds == pytest.approx(other.seconds, rel=0.02), f"{family} on {topology}"
+                assert member.buffer_bytes == other.buffer_bytes, f"{family} on {topology}"
 
 
 @pytest.mark.parametrize("world", [48, 120])
 def test_within_a_round_every_step_loads_the_links_alike(world: int) -> None:
-    seen = 0
+    moving = 0
     for topology in links(world):
         table = Links(topology, world)
         for family in members(world, 1, 2, 8):
-            for one in Inner(family, Model(8, 2, DIM, "bfloat16", 1), ROWS, backward=True).rounds(table):
-                for post in one.posts:
-                    loads = {table.load(post.axis, post.offset + n * post.slope) for n in range(one.count)}
-                    assert len(loads) <= 1, f"{family} on {topology}: {post} for {one.count} steps"
-                    seen += one.count > 8 and post.slope != 0
-    assert seen > 100, "long rounds with moving shifts must be among them"
+            for round_ in Inner(family, Model(8, 2, DIM, "bfloat16", 1), ROWS, backward=True).rounds(table):
+                for post in round_.posts:
+                    loads = {table.load(post.axis, post.offset + n * post.slope) for n in range(round_.count)}
+                    assert len(loads) <= 1, f"{family} on {topology}: {post} for {round_.count} steps"
+                    moving += round_.count > 8 and post.slope != 0
+    assert moving > 100, "long rounds with moving shifts must be among them"
 
 
-def _walk_all(clock: Clock, one: Any) -> None:
-    clock._simulate(one, range(one.count))
+def _simulate_all(clock: Clock, round_: Any) -> None:
+    clock._simulate(round_, range(round_.count))
 
 
 def test_work_is_what_the_mask_keeps() -> None:
     family, ranks = Family("ring", 1, 1, 4), 4 * ROWS
 
     def share(mask: Mask, layout: str = "zigzag") -> float:
-        given = model(4, "mha") | {"topology": FAST, "layout": layout}
-        return forecast(family, seq_len=ranks, mask=mask, **given).compute_seconds / (4 * TILE)
+        arguments = model(4, "mha") | {"topology": FAST, "layout": layout}
+        return forecast(family, seq_len=ranks, mask=mask, **arguments).compute_seconds / (4 * TILE)
 
     assert share(full()) == pytest.approx(1)
     assert share(causal()) == pytest.approx((ranks + 1) / (2 * ranks)), "zigzag balances it exactly"
@@ -177,11 +183,11 @@ def test_work_is_what_the_mask_keeps() -> None:
     assert share(causal(), "contiguous") == pytest.approx(compute_seconds(plan, FAST) / (4 * TILE)), "the last rank bounds it"
 
 
-def test_rails_relieve_what_crosses_nodes_in_numbers() -> None:
+def test_rails_speed_up_what_crosses_nodes_at_once() -> None:
     shared = PRESETS["infiniband"]
     rails = replace(shared, uplink_shared=False)
     for family, gain in ((Family("ring", 1, 1, 64), 1), (Family("all_gather", 1, 1, 64, "direct"), 8)):
-        slow, fast = (foretold(family, "mha", full(), topology, backward=False) for topology in (shared, rails))
+        slow, fast = (forecast_of(family, "mha", full(), topology, backward=False) for topology in (shared, rails))
         assert slow.transfer_seconds == pytest.approx(gain * fast.transfer_seconds), family.name
 
 
@@ -191,26 +197,28 @@ def test_a_measured_matrix_counts_as_its_slowest_link_for_any_number_of_ranks() 
     measured = Topology("here", "matrix", FLOPS, world=3, latencies=waits, bandwidths=rates)
     for port, plain in ((None, Topology("m", "mesh", FLOPS, 2e-5, 3e9)), (2e9, Topology("s", "switch", FLOPS, 2e-5, 2e9))):
         for family in members(16, 1, 2):
-            found = foretold(family, "gqa", full(), replace(measured, port=port), backward=True)
-            assert found == foretold(family, "gqa", full(), plain, backward=True)
+            forecast_cost = forecast_of(family, "gqa", full(), replace(measured, port=port), backward=True)
+            assert forecast_cost == forecast_of(family, "gqa", full(), plain, backward=True)
 
 
 def test_heads_that_do_not_divide_are_bound_by_the_busiest_rank() -> None:
     family = Family("ring", 4, 1, 2)
     plan = make_plan(512, world=8, heads=9, kv_heads=3, head_dim=DIM, mask=full(), schedule=schedules(family))
-    given = dict(seq_len=512, world=8, heads=9, kv_heads=3, head_dim=DIM, dtype="float32", mask=full(), topology=FAST)
-    found, counted = forecast(family, **given), price(plan, FAST)
-    assert found.compute_seconds == pytest.approx(counted.compute_seconds)
-    assert counted.total_bytes < found.total_bytes < 1.5 * counted.total_bytes
+    arguments = dict(seq_len=512, world=8, heads=9, kv_heads=3, head_dim=DIM, dtype="float32", mask=full(), topology=FAST)
+    forecast_cost, counted = forecast(family, **arguments), price(plan, FAST)
+    assert forecast_cost.compute_seconds == pytest.approx(counted.compute_seconds)
+    assert counted.total_bytes < forecast_cost.total_bytes < 1.5 * counted.total_bytes
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(PlanError, match="a ring of 8 ranks and world=4"):
-        foretold(Family("ring", 1, 1, 4), "mha", full(), Topology("r", "ring", FLOPS, bandwidth=1e9, world=8), backward=False)
+        forecast_of(
+            Family("ring", 1, 1, 4), "mha", full(), Topology("r", "ring", FLOPS, bandwidth=1e9, world=8), backward=False
+        )
     with pytest.raises(PlanError, match="is for 4 ranks"):
         forecast(Family("ring", 1, 1, 4), seq_len=64, **model(8, "mha"), mask=full(), topology=FAST)
     with pytest.raises(PlanError, match="16 heads or more"):
-        foretold(Family("ring", 16, 1, 1), "mha", full(), FAST, backward=False)
+        forecast_of(Family("ring", 16, 1, 1), "mha", full(), FAST, backward=False)
     for wrong in (
         ("ring", 1, 2, 4),
         ("token_ring", 1, 2, 2),

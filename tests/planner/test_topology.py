@@ -1,4 +1,4 @@
-"""Links as data: which resources a message shares, what a file keeps, and what a damaged one says."""
+"""Tests topologies: the resources that messages share, files written and read back, and errors for damaged ones."""
 
 import json
 from dataclasses import replace
@@ -62,7 +62,7 @@ def test_a_matrix_is_what_was_measured() -> None:
     assert shared.route(0, 1) == ((("link", 0, 1), 1e9), (("out", 0, 0), 7e9), (("in", 1, 0), 7e9))
 
 
-def test_presets_are_sober_and_hashable() -> None:
+def test_presets_are_plausible_and_hashable() -> None:
     assert list(PRESETS) == ["pcie", "nvlink", "nvswitch", "infiniband", "ethernet", "hccs", "cpu", "rails"]
     for name, preset in PRESETS.items():
         assert preset.name == name and hash(preset) == hash(replace(preset))
@@ -86,7 +86,7 @@ def stored(**changes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "cannot be read"),
         ("[1, 2]", "is not a topology file"),
@@ -106,15 +106,15 @@ def stored(**changes: Any) -> str:
         (stored(port=-1), "port=-1"),
     ],
 )
-def test_a_bad_file_says_what_is_wrong_and_the_cure(text: str, said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_raises_with_a_hint(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "links.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match=said) as error:
+    with pytest.raises(PlanError, match=message) as error:
         load_topology(path)
     assert str(path) in str(error.value) and "probe --out" in str(error.value)
 
 
-def test_a_good_file_is_not_called_bad(tmp_path: Path) -> None:
+def test_a_valid_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "links.json").write_text(stored())
     assert replace(load_topology(tmp_path / "links.json"), name="three") == MATRIX
 
@@ -125,7 +125,7 @@ def test_a_missing_file_is_a_plan_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"kind": "mesh", "flops": 0.0, "bandwidth": 1e9}, "flops=0.0"),
         ({"kind": "switch", "flops": 1e9}, "bandwidth=0.0"),
@@ -135,6 +135,6 @@ def test_a_missing_file_is_a_plan_error(tmp_path: Path) -> None:
         ({"kind": "ring", "flops": 1e9, "bandwidth": 1e9}, "world=None"),
     ],
 )
-def test_impossible_links_are_refused(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(PlanError, match=said):
+def test_impossible_links_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         Topology("odd", **arguments)

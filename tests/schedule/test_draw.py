@@ -1,4 +1,4 @@
-"""Drawings show what the schedule says: each tile once in its cell, each message once, between its own ranks and steps."""
+"""Tests drawings: each tile once in its cell, each message once, between its own ranks and steps."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ CASES = {
     "ring backward": ([ring(4)], True),
     "token_ring": ([token_ring(4)], False),
     "token_ring direct": ([token_ring(4, routing="direct")], True),
-    "two lanes": (bidirectional_ring(4), True),
-    "lanes that share messages": ([token_ring(4), token_ring(4, direction=-1)], True),
+    "two head groups": (bidirectional_ring(4), True),
+    "head groups that share messages": ([token_ring(4), token_ring(4, direction=-1)], True),
     "several tiles a step": ([side_by_side(*bidirectional_ring(3))], True),
     "causal": ([prune(token_ring(6), {(i, j) for i in range(6) for j in range(i + 1)})], False),
     "world 1": ([token_ring(1)], True),
@@ -159,7 +159,7 @@ cases = pytest.mark.parametrize(("schedules", "backward"), CASES.values(), ids=C
 
 
 class Recorder:
-    """A canvas that remembers its strokes."""
+    """A canvas that records its strokes."""
 
     def __init__(self) -> None:
         self.boxes: list[tuple[Point, Point, str, str]] = []
@@ -186,14 +186,14 @@ def test_every_tile_is_in_its_cell(schedules: Sequence[Schedule], backward: bool
         for head_group, s in enumerate(schedules)
         for t in s.tiles
     )
-    found: Counter[tuple[int, int, int, str, str]] = Counter()
+    actual: Counter[tuple[int, int, int, str, str]] = Counter()
     for (x, y), (width, height), fill, title in (box for box in canvas.boxes if box[3]):
         rank = int((y - grid.top) // (grid.band + grid.gap))
         head_group, step = int((y - grid.y(rank)) // grid.tile), int((x - grid.left) // grid.column)
         assert x + width <= min(grid.x(step + 1), grid.right)
         assert y + height <= grid.y(rank) + (head_group + 1) * grid.tile
-        found[head_group, rank, step, title.rpartition(" ")[2], fill] += 1
-    assert found == expected
+        actual[head_group, rank, step, title.rpartition(" ")[2], fill] += 1
+    assert actual == expected
     corners = [corner for corner, _, _, title in canvas.boxes if title]
     assert len(set(corners)) == len(corners)
 
@@ -207,7 +207,7 @@ def test_every_message_goes_from_its_rank_and_step_to_its_rank_and_step(schedule
         (m.src, m.dst, m.depart, m.arrival, frozenset(COLOURS[item.kind] for item in m.items))
         for m in messages(schedules, backward=backward)
     )
-    found: Counter[tuple[int, int, int, int, frozenset[str]]] = Counter()
+    actual: Counter[tuple[int, int, int, int, frozenset[str]]] = Counter()
     for tail, tip, colours, _ in (arrow for arrow in canvas.arrows if arrow[3]):
         ends = []
         for x, y in (tail, tip):
@@ -216,12 +216,12 @@ def test_every_message_goes_from_its_rank_and_step_to_its_rank_and_step(schedule
                 int((x - grid.left) // grid.column),
             ]
         (src,), depart, (dst,), arrival = ends
-        found[src, dst, depart, arrival, frozenset(colours)] += 1
+        actual[src, dst, depart, arrival, frozenset(colours)] += 1
         assert tip[0] < grid.right
         assert abs(tip[1] - tail[1]) == pytest.approx(
             abs(dst - src) * (grid.band + grid.gap) - grid.band
         )  # between facing edges
-    assert found == expected
+    assert actual == expected
 
 
 @cases
@@ -287,11 +287,13 @@ def test_png(schedules: Sequence[Schedule], backward: bool, tmp_path) -> None:
     pixels = image.imread(tmp_path / "timeline.png")
     width, height = Grid(timeline(schedules, backward=backward)).size
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(width / height, rel=0.01)
-    seen = {"#" + "".join(f"{round(255 * float(part)):02x}" for part in pixel[:3]) for row in pixels[::5] for pixel in row[::3]}
-    assert {owner_colour(s.q_owner[t.i], s.world) for s in schedules for t in s.tiles} <= seen
+    colours = {
+        "#" + "".join(f"{round(255 * float(part)):02x}" for part in pixel[:3]) for row in pixels[::5] for pixel in row[::3]
+    }
+    assert {owner_colour(s.q_owner[t.i], s.world) for s in schedules for t in s.tiles} <= colours
 
 
-def test_png_without_matplotlib_names_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_png_without_matplotlib_raises_with_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -1,4 +1,4 @@
-"""Schedules are correct algorithms, and `check` is exact: it rejects what computes wrongly and nothing else."""
+"""Tests that schedules are correct algorithms, and that `check` rejects exactly those that compute wrongly."""
 
 import importlib
 from dataclasses import replace
@@ -32,13 +32,13 @@ WORLDS = [1, 2, 3, 4, 5, 8, 16]
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_every_schedule_is_correct_and_keeps_its_promise(world: int) -> None:
+def test_every_schedule_is_correct_and_keeps_its_limits(world: int) -> None:
     for schedule in [*schedules(world).values(), *bidirectional_ring(world), side_by_side(*bidirectional_ring(world))]:
         check(schedule)
         assert parse(str(schedule)) == schedule
 
 
-def test_the_promised_room_is_what_is_needed() -> None:
+def test_the_buffer_limits_are_what_is_needed() -> None:
     """Tight: one less is rejected. Buffers do not grow with the number of ranks."""
     for world in (8, 16):
         for schedule in schedules(world).values():
@@ -72,7 +72,7 @@ def test_direct_routing_uses_every_link_of_a_full_mesh_at_once() -> None:
     assert {(m.src, m.dst) for m in first} == {(a, b) for a in range(4) for b in range(4) if a != b}
 
 
-def test_prune_drops_what_nobody_reads() -> None:
+def test_prune_drops_what_no_rank_reads() -> None:
     below = {(i, j) for i in range(4) for j in range(i + 1)}  # causal over contiguous shards
     for schedule in schedules(4).values():
         pruned = prune(schedule, below)
@@ -87,9 +87,9 @@ def test_prune_drops_what_nobody_reads() -> None:
 def test_split_schedules_are_correct_too(q: int, kv: int) -> None:
     for world in (1, 2, 3, 5, 8):
         for schedule in [*schedules(world).values(), mesh(world), side_by_side(*bidirectional_ring(world))]:
-            parted = split(schedule, q=q, kv=kv)
-            check(parted)
-            assert len(parted.tiles) == q * kv * len(schedule.tiles)
+            split_schedule = split(schedule, q=q, kv=kv)
+            check(split_schedule)
+            assert len(split_schedule.tiles) == q * kv * len(schedule.tiles)
     with pytest.raises(RingAttnError, match=r"split\(q=0, kv=1\)"):
         split(schedule, q=0)
 
@@ -135,12 +135,12 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_ranks_that_disagree_on_the_order_of_messages_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`program` gives both ends the same order; one that did not would hang NCCL and corrupt gloo."""
+    """`program` lists the same order at both ends; otherwise NCCL would hang and gloo would corrupt data."""
 
-    def careless(head_groups, sent, rank):
+    def unordered(head_groups, sent, rank):
         return tuple(replace(step, post=step.post[:: -1 if rank else 1]) for step in program(head_groups, sent, rank))
 
-    monkeypatch.setattr(checking, "program", careless)
+    monkeypatch.setattr(checking, "program", unordered)
     twice = split(token_ring(2), q=2)  # two messages on a link in one step
     with pytest.raises(ScheduleError, match="ranks 0 and 1 disagree on the order"):
         check(twice)
@@ -168,21 +168,21 @@ def mutations(schedule: Schedule):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_check_rejects_exactly_the_mutations_that_compute_wrongly(name: str, mask: str) -> None:
-    """Each mutated schedule is run for real, on the simulated transport, and its numbers compared with dense attention."""
+    """Each mutated schedule is run on the simulated transport, and its numbers compared with dense attention."""
     layout = "contiguous" if mask == "causal" else "zigzag"  # contiguous under causal has tiles to prune
     plan = Case(name, layout, mask, "mha", 4, 14).plan()
     e = example(HEADS["mha"], 14, MASKS[mask])
     head_group = plan.forward[0]
     accepted = rejected = 0
-    for what, mutated in mutations(replace(head_group.schedule, limits=BufferLimits(99, 99, 99, 99))):
+    for mutation, mutated in mutations(replace(head_group.schedule, limits=BufferLimits(99, 99, 99, 99))):
         right = runs_right(plan, head_group, mutated, e)
         try:
             check(mutated, head_group.areas.keys())
         except ScheduleError as error:
-            assert not right, f"{what}: computes the right thing, yet check says {error}"
+            assert not right, f"{mutation}: computes the right thing, yet check raises {error}"
             rejected += 1
         else:
-            assert right, f"{what}: computes wrongly, yet passes"
+            assert right, f"{mutation}: computes wrongly, yet passes"
             accepted += 1
     assert rejected > 0
 
@@ -192,10 +192,10 @@ def runs_right(plan: Plan, head_group: HeadGroup, schedule: Schedule, e) -> bool
     vars(mutated)["schedule"] = schedule  # as it is, not pruned
     head_groups = (mutated, *plan.forward[1:])
     try:
-        found = simulate(replace(plan, forward=head_groups, backward=head_groups), e.q, e.k, e.v, e.dout)
-    except (KeyError, RingAttnError):  # something was read or sent that was not there
+        actual = simulate(replace(plan, forward=head_groups, backward=head_groups), e.q, e.k, e.v, e.dout)
+    except (KeyError, RingAttnError):  # an item was read or sent that had not arrived
         return False
-    return worst(found, (e.out.detach(), e.lse, *e.grads)) < EXACT
+    return worst(actual, (e.out.detach(), e.lse, *e.grads)) < EXACT
 
 
 def test_peak_memory_of_a_rank_is_counted_in_blocks_not_ranks() -> None:

@@ -1,4 +1,4 @@
-"""Ulysses as a schedule: what rests where, what travels, what is saved, and heads that do not divide."""
+"""Tests Ulysses as a schedule: resident inputs, bytes that travel, saved memory, and heads that do not divide."""
 
 from math import ceil
 
@@ -15,9 +15,9 @@ from ringattn.schedule import Kind, check, mesh, parse, ring, split, take_turns,
 from ringattn.schedule.ulysses import resharded
 
 
-def made(schedule: Schedule | str = "ring", *, world: int = 4, heads: int = 8, kv_heads: int = 8, mask=None, **more):
-    given = dict(world=world, heads=heads, kv_heads=kv_heads, head_dim=8, dtype="float64", mask=mask or full())
-    return make_plan(more.pop("length", 32), **given | dict(schedule=schedule) | more)
+def make(schedule: Schedule | str = "ring", *, world: int = 4, heads: int = 8, kv_heads: int = 8, mask=None, **more):
+    arguments = dict(world=world, heads=heads, kv_heads=kv_heads, head_dim=8, dtype="float64", mask=mask or full())
+    return make_plan(more.pop("length", 32), **arguments | dict(schedule=schedule) | more)
 
 
 @pytest.mark.parametrize("inner", [ring(1), ring(2), token_ring(3), mesh(4), split(token_ring(2), q=2)], ids=lambda s: s.name)
@@ -36,22 +36,22 @@ def test_every_head_group_is_an_algorithm_and_is_read_back(inner: Schedule, degr
 
 
 def test_the_exchange_is_as_small_as_an_all_to_all() -> None:
-    """(2 + 2/g)(u - 1)/u of a rank's q forward; backward dout in, dq, dk and dv home, and row statistics; no k, no v."""
-    plan = made(world=4, ulysses=4, dtype="bfloat16")
+    """(2 + 2/g)(u - 1)/u of a rank's q forward; backward dout in, dq, dk and dv back, and row statistics; no k, no v."""
+    plan = make(world=4, ulysses=4, dtype="bfloat16")
     of_q = 32 * 8 * 8 * 2 * 3 // 4  # all ranks' q in bytes, three quarters of which leave
     rows = 32 * 8 * 4 * 3 // 4  # of one fp32 number for each row and head
     assert sum(traffic(plan).values()) == 4 * of_q + rows
     assert sum(traffic(plan, backward=True).values()) == 4 * of_q + 2 * rows
-    assert plan.reuse_inputs and not made(world=4, ulysses=1).keep
+    assert plan.reuse_inputs and not make(world=4, ulysses=1).reuse_inputs
 
 
-def test_kv_heads_fewer_than_the_degree_are_sent_to_everyone_that_needs_them() -> None:
-    plan = made(world=4, heads=8, kv_heads=2, ulysses=4)
+def test_kv_heads_fewer_than_the_degree_are_sent_to_every_rank_that_needs_them() -> None:
+    plan = make(world=4, heads=8, kv_heads=2, ulysses=4)
     assert [head_group.heads for head_group in plan.forward] == [(0, 2, 0, 1), (2, 4, 0, 1), (4, 6, 1, 2), (6, 8, 1, 2)]
 
 
 def test_saved_for_backward_is_no_more_than_without() -> None:
-    """What rests here replaces own q, k, v; it is as large."""
+    """Resident inputs replace the rank's own q, k, v; they are as large."""
     heads, mask = HEADS["mha"], MASKS["full"]
     e = example(heads, 32, mask)
     sizes = {}
@@ -62,10 +62,10 @@ def test_saved_for_backward_is_no_more_than_without() -> None:
             saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        plan = made(heads=heads[0], kv_heads=heads[1], ulysses=degree)
+        plan = make(heads=heads[0], kv_heads=heads[1], ulysses=degree)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            found = simulate(plan, e.q, e.k, e.v, e.dout)
-        assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
+            actual = simulate(plan, e.q, e.k, e.v, e.dout)
+        assert worst(actual, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
         sizes[degree] = sum(saved.values())
     assert sizes[4] <= sizes[1]
 
@@ -75,9 +75,9 @@ def test_heads_that_do_not_divide(heads: tuple[int, int], world: int) -> None:
     for mask in (full(), causal()):
         e = example(heads, 29, mask)
         for schedule, degree in (("ring", world), ("token_ring", 2 if world == 4 else 3)):
-            plan = made(schedule, world=world, heads=heads[0], kv_heads=heads[1], mask=mask, ulysses=degree, length=29)
-            found = simulate(plan, e.q, e.k, e.v, e.dout)
-            assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT, (schedule, degree)
+            plan = make(schedule, world=world, heads=heads[0], kv_heads=heads[1], mask=mask, ulysses=degree, length=29)
+            actual = simulate(plan, e.q, e.k, e.v, e.dout)
+            assert worst(actual, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT, (schedule, degree)
 
 
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 12))
@@ -96,8 +96,8 @@ def test_shares_of_heads(kv_heads: int, group: int, parts: int) -> None:
     )
 
 
-def test_one_kernel_call_for_what_is_there() -> None:
-    plain, staged = (made(ulysses(ring(1), 4, stages=s)) for s in (0, 3))
+def test_one_kernel_call_for_what_has_arrived() -> None:
+    plain, staged = (make(ulysses(ring(1), 4, stages=s)) for s in (0, 3))
     assert [len(step.tiles) for step in plain.program(0, backward=False) if step.tiles] == [1]
     calls = [tile for step in staged.program(0, backward=False) for tile in step.tiles]
     assert len(calls) == 7, "own rows, then twice for each arrival: new queries, and old ones against new keys"

@@ -1,4 +1,4 @@
-"""Packed documents: a layout that keeps them whole as far as balance allows, and what that saves."""
+"""Tests the layout for packed documents: documents stay on one rank as far as balance allows, and few bytes travel."""
 
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -38,10 +38,10 @@ def test_every_position_is_held_once_and_rows_are_even(lengths: list[int], world
 
 def mixed(total: int, seed: int) -> tuple[int, ...]:
     """Documents of a few dozen to a quarter of all tokens, most of them short, as in pre-training mixes."""
-    source, found = Random(seed), [0]
-    while found[-1] < total:
-        found.append(min(total, found[-1] + min(total // 4, int(32 * source.paretovariate(0.7)))))
-    return tuple(found)
+    source, bounds = Random(seed), [0]
+    while bounds[-1] < total:
+        bounds.append(min(total, bounds[-1] + min(total // 4, int(32 * source.paretovariate(0.7)))))
+    return tuple(bounds)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -51,9 +51,9 @@ def test_work_is_even_and_little_travels(world: int, seed: int) -> None:
     layout = by_documents(bounds, world)
     done = work(layout, bounds)
     assert max(done) <= EVEN * sum(done) / world
-    assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are whole"
-    every = [DocumentRun(b - a, a, b - a) for a, b in pairwise(bounds)]
-    cut = Layout("all cut", tuple(map(tuple, _distribute(every, world, 0)[2])))
+    assert sum(len(shard) for shard in layout.shards) < len(bounds) + 2 * world * 24, "most documents are uncut"
+    runs = [DocumentRun(b - a, a, b - a) for a, b in pairwise(bounds)]
+    cut = Layout("all cut", tuple(map(tuple, _distribute(runs, world, 0)[2])))
     plans = [
         make_plan(16384, world=world, **MODEL, mask=documents(bounds), layout=chosen, schedule="ring_direct")
         for chosen in (layout, cut)
@@ -81,16 +81,18 @@ def test_it_is_exact(schedule: str, causally: bool) -> None:
     for windowed in (mask, mask & sliding_window(6)):
         e = example((4, 2), 61, windowed)
         for world in (2, 3, 5):
-            given = dict(world=world, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=windowed, schedule=schedule)
-            plan = make_plan(61, layout="documents", **given)
-            found = simulate(plan, e.q, e.k, e.v, e.dout)
-            assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
+            arguments = dict(world=world, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=windowed, schedule=schedule)
+            plan = make_plan(61, layout="documents", **arguments)
+            actual = simulate(plan, e.q, e.k, e.v, e.dout)
+            assert worst(actual, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
 
 
 @pytest.mark.parametrize("bounds", [(0, *range(1500, 4097)), (*range(2597), 4096)], ids=["right", "left"])
 def test_padding_is_planned_as_one_document(bounds: tuple[int, ...]) -> None:
-    """4,096 tokens, 2,596 of which are padding and documents of one row each. As thousands of rectangles they took seconds to
-    plan, and thousands of calls of a kernel to compute."""
+    """4,096 tokens, 2,596 of which are padding and documents of one row each.
+
+    As thousands of rectangles they would take seconds to plan, and thousands of kernel calls to compute.
+    """
     for layout in ("contiguous", "documents", "zigzag"):
         plan = make_plan(4096, world=2, **MODEL, mask=documents(bounds), layout=layout, schedule="ring")
         assert max(map(len, plan.layout.shards)) <= 4
@@ -101,48 +103,50 @@ def test_padding_is_planned_as_one_document(bounds: tuple[int, ...]) -> None:
 
 
 @given(rows=st.lists(st.integers(1, 3), min_size=1, max_size=12), causally=st.booleans())
-def test_documents_of_one_row_see_what_they_saw(rows: list[int], causally: bool) -> None:
+def test_documents_of_one_row_see_the_same_keys_as_before(rows: list[int], causally: bool) -> None:
     bounds = (0, *accumulate(rows))
-    mask, every = documents(bounds, causal=causally), range(bounds[-1])
-    near = {(q, k) for q in every for k in every for r in mask.near(q, q + 1) if replace(mask, rects=(r,)).keeps(q, k)}
-    assert near == {(q, k) for q in every for k in every if mask.keeps(q, k)}
+    mask, positions = documents(bounds, causal=causally), range(bounds[-1])
+    near = {(q, k) for q in positions for k in positions for r in mask.near(q, q + 1) if replace(mask, rects=(r,)).keeps(q, k)}
+    assert near == {(q, k) for q in positions for k in positions if mask.keeps(q, k)}
     assert sum(r.q_stop - r.q_start for r in mask.near(0, bounds[-1])) == bounds[-1], "each row once"
 
 
 def test_planning_a_thousand_documents_again_takes_no_time() -> None:
-    """The first call takes its time; after it, each is a look into a cache, which the mask is found in by its value."""
+    """The first call may be slow; later calls read a cache, whose key includes the mask by value."""
     bounds = mixed(65536, 0)
     while len(bounds) < 1001:
         bounds = tuple(sorted({*bounds, *(a + (b - a) // 2 for a, b in pairwise(bounds) if b - a > 30)}))
-    given = dict(world=8, **MODEL, topology="nvswitch")
+    arguments = dict(world=8, **MODEL, topology="nvswitch")
     seconds, plans = [], []
     for _ in range(10):
         begin = process_time()
-        plans.append(make_plan(65536, **given, mask=documents(bounds)))
+        plans.append(make_plan(65536, **arguments, mask=documents(bounds)))
         seconds.append(process_time() - begin)
     first, *again = seconds
     assert all(plan is plans[0] for plan in plans)
-    assert min(again) < first / 50, "hashing a mask of a thousand documents is not planning; both on this machine, as it is"
+    assert min(again) < first / 50, (
+        "hashing a mask of a thousand documents is far cheaper than planning; both times are of this machine"
+    )
 
 
 def test_bytes_of_a_window_grow_with_the_window_and_not_with_the_sequence() -> None:
-    """What a rank sends is what the rows after its own look back to, and no key besides."""
+    """A rank sends only the keys that the rows after its own look back to."""
 
-    def sent(length: int, window: int, **given: Any) -> int:
-        plan = make_plan(length, world=8, **MODEL, mask=sliding_window(window), topology="cpu", training=False, **given)
+    def sent(length: int, window: int, **arguments: Any) -> int:
+        plan = make_plan(length, world=8, **MODEL, mask=sliding_window(window), topology="cpu", training=False, **arguments)
         return sum(traffic(plan).values())
 
     key, query = 2 * 2 * 64 * 2, 2 * 8 * 64 * 2 + 8 * 4  # bytes: k and v of 2 heads; q and out of 8, and lse
     for window in (16, 64, 256):
         for length in (8192, 65536):
             assert sent(length, window, schedule="ring") == 7 * window * key
-            assert sent(length, window) in (7 * window * key, 7 * window * query), "auto moves the one or the other"
+            assert sent(length, window) in (7 * window * key, 7 * window * query), "auto moves either of them"
 
 
 def test_what_no_document_layout_is_better_than_keeps_its_name() -> None:
-    found = candidates(4096, world=4, **MODEL, mask=documents((0, 1024, 2048, 3072, 4096)))
-    assert {str(option.plan.layout) for option in found} == {"contiguous"}
-    assert isinstance(found[0], Candidate)
+    options = candidates(4096, world=4, **MODEL, mask=documents((0, 1024, 2048, 3072, 4096)))
+    assert {str(option.plan.layout) for option in options} == {"contiguous"}
+    assert isinstance(options[0], Candidate)
 
 
 def test_one_document_is_a_batch_too() -> None:
@@ -150,25 +154,25 @@ def test_one_document_is_a_batch_too() -> None:
     assert plan.layout.length == 64 and plan.balance == pytest.approx(1.0, abs=0.05)
 
 
-def test_what_is_cut_off_is_the_plans_business_and_not_the_layouts() -> None:
-    """The layout of a trimmed plan is the plain one; a schedule given as data is cut as it says, evenly."""
-    given = dict(world=8, **MODEL, mask=sliding_window(64), layout="contiguous")
-    trimmed = make_plan(8192, **given, schedule="ring", topology="cpu")
+def test_trimming_is_part_of_the_plan_and_not_of_the_layout() -> None:
+    """The layout of a trimmed plan is the plain one; a schedule passed as data is cut evenly, into its own number of blocks."""
+    arguments = dict(world=8, **MODEL, mask=sliding_window(64), layout="contiguous")
+    trimmed = make_plan(8192, **arguments, schedule="ring", topology="cpu")
     assert "trimmed" in trimmed.labels[0] and trimmed.layout == contiguous(8192, 8)
     assert [block.rows for block in trimmed.forward[0].kv_blocks[:3]] == [960, 64, 0]
-    even = make_plan(8192, **given, schedule=split(ring(8), kv=3))
+    even = make_plan(8192, **arguments, schedule=split(ring(8), kv=3))
     assert [block.rows for block in even.forward[0].kv_blocks[:3]] == [342, 341, 341]
-    whole = make_plan(8192, **given | {"mask": full()}, schedule="ring")
-    assert whole == make_plan(8192, **given | {"mask": full(), "layout": trimmed.layout}, schedule="ring")
+    untrimmed = make_plan(8192, **arguments | {"mask": full()}, schedule="ring")
+    assert untrimmed == make_plan(8192, **arguments | {"mask": full(), "layout": trimmed.layout}, schedule="ring")
 
 
 @pytest.mark.parametrize("name", ["ring", "ring_direct", "bidirectional_ring", "token_ring", "mesh", "all_gather"])
 def test_every_name_trims(name: str) -> None:
-    given = dict(world=8, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=sliding_window(9), layout="contiguous")
-    found = candidates(240, **given, schedule=name)
-    least = min(found, key=lambda option: sum(traffic(option.plan).values()))
-    whole = min((o for o in found if not o.named.trimmed), key=lambda option: sum(traffic(option.plan).values()))
-    assert least.named.trimmed and sum(traffic(least.plan).values()) < sum(traffic(whole.plan).values())
+    arguments = dict(world=8, heads=4, kv_heads=2, head_dim=8, dtype="float64", mask=sliding_window(9), layout="contiguous")
+    options = candidates(240, **arguments, schedule=name)
+    least = min(options, key=lambda option: sum(traffic(option.plan).values()))
+    untrimmed = min((o for o in options if not o.named.trimmed), key=lambda option: sum(traffic(option.plan).values()))
+    assert least.named.trimmed and sum(traffic(least.plan).values()) < sum(traffic(untrimmed.plan).values())
     e = example((4, 2), 240, sliding_window(9), batch=1)
-    found = simulate(least.plan, e.q, e.k, e.v, e.dout)
-    assert worst(found, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT
+    actual = simulate(least.plan, e.q, e.k, e.v, e.dout)
+    assert worst(actual, (e.out.detach(), e.lse.detach(), *e.grads)) < EXACT

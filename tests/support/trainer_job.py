@@ -30,10 +30,10 @@ class Stream(IterableDataset):
 
 class Losses(TrainerCallback):
     def __init__(self) -> None:
-        self.seen: list[float] = []
+        self.losses: list[float] = []
 
     def on_log(self, args, state, control, logs=None, **rest):
-        self.seen += [logs["loss"]] if "loss" in logs else []
+        self.losses += [logs["loss"]] if "loss" in logs else []
 
 
 def sequences() -> list[dict]:
@@ -72,7 +72,7 @@ def main(kind: str, folder: str, resume: str = "") -> None:
     parameters = torch.cat([p.detach().flatten() for p in whole]).double().tolist()
     if asked.process_index == 0:
         batch = own.get_total_train_batch_size(asked)
-        answer = {"losses": losses.seen, "eval": actual, "parameters": parameters, "batch": batch}
+        answer = {"losses": losses.losses, "eval": actual, "parameters": parameters, "batch": batch}
         Path(folder, "answer.json").write_text(json.dumps(answer))
 
 

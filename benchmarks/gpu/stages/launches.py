@@ -92,20 +92,20 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.launch_counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = func._schema
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         if not view and not NOTHING.search(schema.name):
-            self.found[schema.name] += 1
+            self.launch_counts[schema.name] += 1
         return func(*args, **(kwargs or {}))
 
 
 def launched_on_cpu(action: Callable[[], Any]) -> Counter[str]:
     with Operators() as counting:
         action()
-    results: Counter[str] = counting.found
+    results: Counter[str] = counting.launch_counts
     return results
 
 

@@ -26,6 +26,8 @@ def read_corpus(paths: Sequence[Path]) -> Tensor:
     try:
         files = sorted(_standard_library()) if not paths else [file for path in paths for file in _files(path)]
         texts = [text for file in files if b"\0" not in (text := file.read_bytes())]
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: no system takes such a path
         raise InputError(f"--data {given}: cannot be read ({error}); give text files, or directories") from error
     joined = b"\n".join(texts)

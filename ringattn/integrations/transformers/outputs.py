@@ -22,7 +22,7 @@ from ringattn.comm.collectives import all_gather
 from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import group_and_rank
 from ringattn.errors import InputError
-from ringattn.execution.sharding import in_order, resident_positions
+from ringattn.execution.sharding import resident_positions, sequence_order
 from ringattn.faults.watchdog import comm_errors
 from ringattn.integrations.transformers.batch import Shards
 from ringattn.integrations.transformers.composite.towers import with_towers_set_up
@@ -158,7 +158,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, layout: Layout, group: dist.ProcessGroup | None, rank: int, factor: int) -> Tensor:
         ctx.own, ctx.factor = resident_positions(layout, rank).to(rows.device), factor
         if group is None:
-            return rows[:, in_order(layout).to(rows.device)]
+            return rows[:, sequence_order(layout).to(rows.device)]
         most = max(layout.rows(r) for r in range(layout.world))
         flat = rows.flatten(2) if rows.ndim > 2 else rows.unsqueeze(2)
         padded = F.pad(flat, (0, 0, 0, most - rows.shape[1])).contiguous()
@@ -166,7 +166,7 @@ class _Gather(torch.autograd.Function):
         with comm_errors("gathering rows", f"rank {rank}: gathering the rows of a model's results failed"):
             all_gather(parts, padded, group)
         sequence = torch.cat([part[:, : layout.rows(r)] for r, part in enumerate(parts)], dim=1)
-        return sequence[:, in_order(layout).to(rows.device)].reshape(len(rows), layout.length, *rows.shape[2:])
+        return sequence[:, sequence_order(layout).to(rows.device)].reshape(len(rows), layout.length, *rows.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -1,6 +1,6 @@
-"""The merges and row statistics of `fused` in torch's operators: on any device, in any floating-point dtype.
+"""Merges partial results and computes row statistics with torch's operators, on any device and in any floating-point dtype.
 
-Parts are merged one after the other: on a CPU that is faster than forming the weights of all of them first.
+Parts are merged one after the other: on a CPU that is faster than computing the weights of all of them first.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
     first, *others = parts
     wide = out if not others or out.dtype == lse.dtype else torch.empty_like(out, dtype=lse.dtype)
-    for whole, values, nothing in ((wide, first.out, 0.0), (lse, first.lse, -torch.inf)):
-        _clear_outside(whole, first.start, first.stop, nothing)
-        _rows(whole, first).copy_(values)
+    for target, values, empty in ((wide, first.out, 0.0), (lse, first.lse, -torch.inf)):
+        _clear_outside(target, first.start, first.stop, empty)
+        _rows(target, first).copy_(values)
     for part in others:
         merge_(Partial(_rows(wide, part), _rows(lse, part)), Partial(part.out, part.lse))
     if wide is not out:
@@ -45,8 +45,8 @@ def add(parts: Sequence[SumRows], total: Tensor) -> None:
 
 
 def surrogate_out(dout: Tensor, delta: Tensor) -> Tensor:
-    # Norms are taken in fp64, where the square of no fp32 number is lost; a row too small even so, or zero, has no gradient to
-    # speak of and gets a bounded factor.
+    # Norms are taken in fp64, where the square of no fp32 number is lost; a row that is even smaller, or zero, has a
+    # negligible gradient and gets a bounded factor.
     norm: Tensor = torch.linalg.vector_norm(dout, dim=-1, dtype=torch.float64)
     factor = (delta / norm / norm).masked_fill_(norm == 0, 0.0).clamp_(-1e37, 1e37).to(delta.dtype)
     return (dout * factor.unsqueeze(-1)).to(dout.dtype)
@@ -61,9 +61,9 @@ def _covers(part: PartialRows | SumRows, rows: int) -> bool:
     return part.stop - part.start == rows
 
 
-def _rows(whole: Tensor, part: PartialRows | SumRows) -> Tensor:
-    """The rows of a block that `part` has."""
-    return whole if _covers(part, whole.shape[2]) else whole.narrow(2, part.start, part.stop - part.start)
+def _rows(block: Tensor, part: PartialRows | SumRows) -> Tensor:
+    """The rows of a block that `part` covers."""
+    return block if _covers(part, block.shape[2]) else block.narrow(2, part.start, part.stop - part.start)
 
 
 def _clear_outside(x: Tensor, start: int, stop: int, value: float) -> None:

@@ -1,7 +1,7 @@
 """Triton kernels that merge partial results and prepare row statistics; `triton_ops` launches them.
 
 Each program takes BLOCK_ROWS rows of one head of one batch entry, and all of head_dim. Arithmetic is in fp32 whatever the dtype
-of the tensors. Starts and stops of parts vary from call to call and are therefore not specialised on.
+of the tensors. Starts and stops of parts vary from call to call, so kernels are not specialized on them.
 """
 
 # mypy: ignore-errors
@@ -21,7 +21,7 @@ def _statistic(base, b, h, r, stride_b, stride_h, stride_s, live, other):
 
 @triton.jit
 def _values(base, b, h, r, d, stride_b, stride_h, stride_s, live, DIM: tl.constexpr):
-    """(rows, head_dim), 0 where there is nothing."""
+    """(rows, head_dim), 0 outside of the part."""
     at = base + b * stride_b + h * stride_h + r[:, None] * stride_s + d[None, :]
     return tl.load(at, mask=live[:, None] & (d[None, :] < DIM), other=0.0).to(tl.float32)
 
@@ -50,26 +50,26 @@ def merge(
 ):  # fmt: skip
     r, h, b = _place(BLOCK_ROWS)
     d = tl.arange(0, BLOCK_DIM)
-    nothing = -float("inf")
+    no_keys = -float("inf")
 
     live0 = (r >= start0) & (r < stop0)
-    l0 = _statistic(lse0, b, h, r - start0, lse0_b, lse0_h, lse0_s, live0, nothing)
+    l0 = _statistic(lse0, b, h, r - start0, lse0_b, lse0_h, lse0_s, live0, no_keys)
     largest = l0
     if PARTS > 1:
         live1 = (r >= start1) & (r < stop1)
-        l1 = _statistic(lse1, b, h, r - start1, lse1_b, lse1_h, lse1_s, live1, nothing)
+        l1 = _statistic(lse1, b, h, r - start1, lse1_b, lse1_h, lse1_s, live1, no_keys)
         largest = tl.maximum(largest, l1)
     if PARTS > 2:
         live2 = (r >= start2) & (r < stop2)
-        l2 = _statistic(lse2, b, h, r - start2, lse2_b, lse2_h, lse2_s, live2, nothing)
+        l2 = _statistic(lse2, b, h, r - start2, lse2_b, lse2_h, lse2_s, live2, no_keys)
         largest = tl.maximum(largest, l2)
     if PARTS > 3:
         live3 = (r >= start3) & (r < stop3)
-        l3 = _statistic(lse3, b, h, r - start3, lse3_b, lse3_h, lse3_s, live3, nothing)
+        l3 = _statistic(lse3, b, h, r - start3, lse3_b, lse3_h, lse3_s, live3, no_keys)
         largest = tl.maximum(largest, l3)
 
-    # Where no part has seen a key, -inf minus -inf would be NaN; a NaN that came in goes on through the sum.
-    base = tl.where(largest == nothing, 0.0, largest)
+    # In a row without keys -inf minus -inf would be NaN; a NaN of the input must survive in the sum.
+    base = tl.where(largest == no_keys, 0.0, largest)
     sum_of_exps = tl.exp(l0 - base)
     if PARTS > 1:
         sum_of_exps += tl.exp(l1 - base)
@@ -80,7 +80,7 @@ def merge(
     merged = base + tl.log(sum_of_exps)
     tl.store(lse + b * lse_b + h * lse_h + r * lse_s, merged, mask=r < rows)
 
-    base = tl.where(merged == nothing, 0.0, merged)
+    base = tl.where(merged == no_keys, 0.0, merged)
     total = tl.exp(l0 - base)[:, None] * _values(out0, b, h, r - start0, d, out0_b, out0_h, out0_s, live0, DIM)
     if PARTS > 1:
         total += tl.exp(l1 - base)[:, None] * _values(out1, b, h, r - start1, d, out1_b, out1_h, out1_s, live1, DIM)

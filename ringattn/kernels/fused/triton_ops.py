@@ -1,7 +1,7 @@
 """Launches the Triton kernels of `fused`: one launch for each merge, sum, surrogate out or row statistic.
 
-The kernels themselves are in `triton_kernels`. Here tensors become pointers and strides. Heads and rows may have any strides,
-as slices of messages and of fused projections do; head_dim must lie contiguous, and is made so where it does not.
+The kernels are in `triton_kernels`; this module passes tensors as pointers and strides. Heads and rows may have any strides, as
+slices of messages and of fused projections do; head_dim is copied where it is not contiguous.
 
 Nothing here has run on a GPU; Triton's interpreter runs it on CPU tensors in tests.
 """
@@ -30,7 +30,7 @@ def merge(parts: Sequence[PartialRows], out: Tensor, lse: Tensor) -> None:
         merge(parts[:MOST_PARTS], *wide)
         parts = [type(parts[0])(0, lse.shape[2], *wide), *parts[MOST_PARTS:]]
     args: list[Any] = []
-    for part in _filled(parts):
+    for part in _padded_parts(parts):
         values = _dense_heads(part.out)
         args += [values, part.lse, *values.stride()[:3], *part.lse.stride(), part.start, part.stop]
     args += [out, lse, *out.stride()[:3], *lse.stride(), lse.shape[2]]
@@ -43,7 +43,7 @@ def add(parts: Sequence[SumRows], total: Tensor) -> None:
         add(parts[:MOST_PARTS], wide)
         parts = [type(parts[0])(0, total.shape[2], wide), *parts[MOST_PARTS:]]
     args: list[Any] = []
-    for part in _filled(parts):
+    for part in _padded_parts(parts):
         values = _dense_heads(part.values)
         args += [values, *values.stride()[:3], part.start, part.stop]
     args += [total, *total.stride()[:3], total.shape[2]]
@@ -66,8 +66,8 @@ def row_statistics(dout: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tens
     return delta, safe_lse
 
 
-def _filled(parts: Sequence[Any]) -> list[Any]:
-    """As many parts as the kernel takes pointers; those beyond the true number are not read."""
+def _padded_parts(parts: Sequence[Any]) -> list[Any]:
+    """Pad `parts` to the number of pointers that the kernel takes; the additional ones are not read."""
     return [*parts, *[parts[0]] * (MOST_PARTS - len(parts))]
 
 
@@ -76,7 +76,7 @@ def _dense_heads(x: Tensor) -> Tensor:
 
 
 def _rows_before_heads(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor (batch, heads, rows, head_dim) that lies as (batch, rows, heads, head_dim)."""
+    """An empty tensor (batch, heads, rows, head_dim) stored as (batch, rows, heads, head_dim)."""
     batch, heads, rows, dim = like.shape
     return torch.empty((batch, rows, heads, dim), dtype=dtype, device=like.device).transpose(1, 2)
 
@@ -110,10 +110,10 @@ _launch: Launch = _launch_on_device
 
 
 @contextmanager
-def replaced(called: Callable[[str], None]) -> Iterator[None]:
-    """Calls `called` with a kernel's name in the place of launching it: to count launches where there is no GPU."""
+def replaced(on_launch: Callable[[str], None]) -> Iterator[None]:
+    """Call `on_launch` with a kernel's name instead of launching it, to count launches without a GPU."""
     global _launch
-    before, _launch = _launch, lambda name, *_: called(name)
+    before, _launch = _launch, lambda name, *_: on_launch(name)
     try:
         yield
     finally:

@@ -1,15 +1,14 @@
-"""The regular family of schedules at any number of ranks: heads x queries x keys, and how things travel.
+"""Defines the regular family of schedules at any number of ranks: heads x queries x keys, with a routing.
 
-    ulysses u    groups of u adjacent ranks trade rows for heads around everything else; rank = x * u + l
+    ulysses u    groups of u adjacent ranks exchange rows for heads around everything else; rank = x * u + l
     a            inner ranks that a block of Q visits: a row of the grid, adjacent inner ranks
     b            inner ranks that a block of KV visits: a column of the grid
 
-u * a * b = world. a = 1 is a ring, b = 1 is TokenRing. A member is five small values, whatever the number of ranks. What it
-sends is in `rounds`; that it computes attention is proved for the schedules of the same names (`schedule.check`), not here.
+u * a * b = world. a = 1 is a ring, b = 1 is TokenRing. A member has five small values, for any number of ranks. `Inner` is the
+pass between the Ulysses exchanges: one line or one grid of ranks. `rounds` defines the messages; that a member computes
+attention is proved for the schedules of the same names (`schedule.check`), not here.
 
-What happens between the Ulysses exchanges: one line or one grid of ranks, made of the member's five values.
-
-Bytes are closed forms. Lookaheads are those of `schedule.catalog`, so that a forecast is of the schedule that would run.
+Bytes are closed forms. Lookaheads are those of `schedule.catalog`, so a forecast is for the schedule that would run.
 """
 
 from __future__ import annotations
@@ -41,13 +40,15 @@ class Family:
 
     def __post_init__(self) -> None:
         if self.name not in NAMES or self.routing not in ROUTINGS:
-            raise PlanError(f"{self.name!r}, {self.routing!r}: choose of {', '.join(NAMES)} and of {', '.join(ROUTINGS)}")
+            raise PlanError(
+                f"{self.name!r}, {self.routing!r}: choose one of {', '.join(NAMES)} and one of {', '.join(ROUTINGS)}"
+            )
         if min(self.ulysses, self.a, self.b) < 1:
             raise PlanError(f"{self}: every side of the grid has at least one rank")
         if (self.name in RINGS and self.a > 1) or (self.name == "token_ring" and self.b > 1):
-            raise PlanError(f"{self}: in a ring a = 1, in TokenRing b = 1; both above 1 is a mesh")
+            raise PlanError(f"{self}: in a ring a = 1, in TokenRing b = 1; with both above 1 it is a mesh")
         if self.routing != _ROUTING.get(self.name, self.routing) or (self.name == "mesh" and self.routing == "direct"):
-            raise PlanError(f"{self}: routing={self.routing!r} goes with token_ring, ring_direct and all_gather")
+            raise PlanError(f"{self}: routing={self.routing!r} fits only token_ring, ring_direct and all_gather")
 
     @property
     def world(self) -> int:
@@ -55,7 +56,7 @@ class Family:
 
     @property
     def inner(self) -> int:
-        """Ranks among which the rows of one head are cut."""
+        """Number of ranks that the rows of one head are cut over."""
         return self.a * self.b
 
     def __str__(self) -> str:
@@ -69,9 +70,9 @@ _ROUTING = {"ring": "hop", "bidirectional_ring": "hop", "ring_direct": "direct",
 
 
 def families(world: int, heads: int) -> Iterator[Family]:
-    """Every member for `world` ranks, but for all_gather, whose buffers grow with the whole sequence.
+    """Every member for `world` ranks except all_gather, whose buffers grow with the sequence.
 
-    Ulysses needs a query head for each rank of a group. Nothing has to divide: where heads do not, the busiest rank counts.
+    Ulysses needs a query head for each rank of a group. Heads need not divide: the busiest rank counts.
     """
     for u in _factors(world):
         if u <= heads:
@@ -99,14 +100,14 @@ def _factors(n: int) -> list[int]:
 class Inner:
     """One pass among the a * b ranks that hold the rows of the same heads, `rows` each.
 
-    `shares` are the heads of the busiest of them, for each of its lanes.
+    `shares` are the heads of the busiest rank, for each of its head groups.
     """
 
     def __init__(self, family: Family, model: Model, rows: int, *, backward: bool) -> None:
         self.rows, self.columns = Axis(family.a, family.ulysses), Axis(family.b, family.ulysses * family.a)
         self._family, self._count, self._backward, self._cut = family, rows, backward, 1
         head_groups = 2 if family.name == "bidirectional_ring" else 1
-        if family.ulysses * model.kv_heads < head_groups:  # too few heads for two directions: they share the keys
+        if family.ulysses * model.kv_heads < head_groups:  # too few heads for two directions, which then share the keys
             self.shares, self._cut = (model,) * head_groups, head_groups
         else:
             self.shares = model.shares(family.ulysses, head_groups)
@@ -120,31 +121,31 @@ class Inner:
     @property
     def merged(self) -> int:
         """Bytes of the sums that a tile adds to: those of its queries, and in backward those of its keys."""
-        every = self.shares[: 1 if self._cut > 1 else None]
-        kinds = [(share, kind) for share in every for kind in (Kind.Q, Kind.KV)]
+        shares = self.shares[: 1 if self._cut > 1 else None]
+        kinds = [(share, kind) for share in shares for kind in (Kind.Q, Kind.KV)]
         return sum(share.visitor(kind, self._count, backward=self._backward).partial for share, kind in kinds)
 
     def stays(self, kind: Kind) -> bool:
-        """Whether blocks of `kind` stay where they are, so that their results are complete with the last tile."""
+        """Whether blocks of `kind` stay at their rank, so that their results are complete with the last tile."""
         return (self.rows if kind is Kind.Q else self.columns).size == 1
 
     @property
     def wide(self) -> bool:
-        """Whether gradients of KV gather on their way: over two ranks the first hop is home."""
+        """Whether gradients of KV accumulate on the way: with two ranks the first hop reaches the owner."""
         return self._family.name in ("ring", "bidirectional_ring") and self.columns.size > 2
 
     @property
     def link_bytes(self) -> int:
-        """On the busiest directed link; no two lines share one."""
+        """Bytes on the busiest directed link; no two lines share one."""
         return max(line_link_bytes(axis.size, head_groups, way) for axis, head_groups, way in self._lines)
 
     @property
     def sent(self) -> int:
         """Bytes that each rank sends."""
-        return sum((axis.size - 1) * (v.out + v.owner) for axis, head_groups, _ in self._lines for v, _ in head_groups)
+        return sum((axis.size - 1) * (v.out + v.back) for axis, head_groups, _ in self._lines for v, _ in head_groups)
 
     def rounds(self, links: Links) -> Iterator[Round]:
-        """What one rank does."""
+        """The rounds of one rank."""
         if len(self._lines) == 1:
             ((axis, head_groups, way),) = self._lines
             return line(axis, head_groups, way, links)

@@ -1,7 +1,7 @@
-"""What it costs when every rank sends to the rank `offset` further along its axis: one number for each shared resource.
+"""Computes the load of one shift: every rank sends to the rank `offset` further along its axis, over shared resources.
 
-All traffic of the family is made of such shifts, and every rank takes part in each alike. So the busiest resource of each class
-stands for all of them, and its load is counted in closed form:
+All traffic of the family consists of such shifts, and every rank takes part in each equally. So the busiest resource of each
+class stands for all of them, and its load has a closed form:
 
     mesh      nothing is shared                                                         a link for every pair
     switch    every port carries one message                                            class "port"
@@ -10,7 +10,7 @@ stands for all of them, and its load is counted in closed form:
     ring      min(offset, size - offset) * stride messages pass every link              classes "up", "down"
 
 Where nodes and grid do not divide each other, nodes differ; the first few and the last are counted, and the busiest stands for
-all: exact for few ranks, a sample for many. A port counts as taken by every shift of which some part stays inside. No schedule
+all: exact for few ranks, a sample for many. A port counts as used by every shift of which any message stays inside. No schedule
 is known here.
 """
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from ringattn.errors import PlanError
 from ringattn.planner.topology import Topology
 
-SAMPLE = 6  # nodes that are counted, and the last
+SAMPLE = 6  # nodes that are counted, in addition to the last
 
 
 class Axis(NamedTuple):
@@ -34,10 +34,10 @@ class Axis(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Of one shift: seconds per byte on the busiest resource of each class, and of these those of a single message."""
+    """The load of one shift: seconds per byte on the busiest resource of each class, for all messages and for one."""
 
     latency: float
-    alone: float = 0.0  # on the message's own link, where it queues for nobody
+    alone: float = 0.0  # on the message's own link, without queueing
     shared: tuple[tuple[str, float, float], ...] = ()
 
 
@@ -58,12 +58,12 @@ class Links:
         return self._around(axis, offset) if t.kind == "ring" else self._between_nodes(axis, offset)
 
     def _changes(self, axis: Axis) -> tuple[int, ...]:
-        """Offsets at which the load is not that of the offset before."""
+        """Offsets at which the load differs from that of the offset before."""
         if self.topology.kind == "ring":
             return tuple(range(1, axis.size))
         if self.topology.kind != "nodes" or self._one_node:
             return (1,)
-        reach = -(-(self.topology.node_size or 1) // axis.stride)  # an offset this long, either way round, leaves every node
+        reach = -(-(self.topology.node_size or 1) // axis.stride)  # an offset this long, in either direction, leaves every node
         low, high = range(1, min(reach, axis.size - 1) + 1), range(max(1, axis.size - reach + 1), axis.size)
         return tuple(sorted({*low, *high}))
 
@@ -74,10 +74,10 @@ class Links:
     def _around(self, axis: Axis, offset: int) -> Load:
         t, (size, stride) = self.topology, axis
         up, down = offset * stride, (size - offset) * stride
-        if size * stride == self.world:  # all go the same way, the shorter one
+        if size * stride == self.world:  # all messages go in the shorter direction
             way, hops = ("up", up) if up <= down else ("down", down)
             return Load(t.link_latency * hops, shared=((way, hops / t.bandwidth, 1 / t.bandwidth),))
-        passing = min(up, down) / t.bandwidth, 1 / t.bandwidth  # some go up, and those at the end come back down
+        passing = min(up, down) / t.bandwidth, 1 / t.bandwidth  # most go up, those at the end of the axis go back down
         return Load(t.link_latency * max(up, down), shared=(("up", *passing), ("down", *passing)))
 
     def _between_nodes(self, axis: Axis, offset: int) -> Load:
@@ -103,21 +103,21 @@ def _peer(axis: Axis, offset: int, rank: int) -> int:
 
 
 def _staying(axis: Axis, offset: int, start: int, stop: int) -> int:
-    """Ranks of [start, stop) whose peer is there too."""
+    """Number of ranks of [start, stop) whose peer is in the same range."""
     block, up, down = axis.size * axis.stride, offset * axis.stride, (axis.size - offset) * axis.stride
-    staying = 0
+    number = 0
     for base in range(start // block * block, stop, block):
         low, high = max(start, base), min(stop, base + block)
-        staying += max(0, min(base + down, high - up) - low)  # peers further up
-        staying += max(0, high - max(base + down, low + down))  # peers at the other end, `down` below
-    return staying
+        number += max(0, min(base + down, high - up) - low)  # peers further up
+        number += max(0, high - max(base + down, low + down))  # peers at the other end, `down` below
+    return number
 
 
 def _regular(topology: Topology, world: int) -> Topology:
-    """A measured matrix becomes links that are all like its slowest, for any number of ranks: there is no symmetry in it."""
+    """Replaces a measured matrix, which has no symmetry, by equal links as slow as its slowest, for any number of ranks."""
     if topology.kind == "ring" and topology.world != world:
         raise PlanError(
-            f"topology {topology.name!r} is a ring of {topology.world} ranks and world={world}; make one of as many"
+            f"topology {topology.name!r} is a ring of {topology.world} ranks and world={world}; build one for as many ranks"
         )
     if topology.kind != "matrix":
         return topology

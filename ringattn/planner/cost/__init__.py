@@ -1,11 +1,11 @@
-"""What a plan costs: exact bytes on every directed link, and a prediction of time and memory on a topology.
+"""Prices a plan: exact bytes on every directed link, and predicted time and memory on a topology.
 
-Bytes are counted, not estimated, from the table in `payload` that `work` makes its tensors of.
-Time is the end of a small simulation of all ranks (`simulation`): each goes through its own program, waits for what is due,
-posts, computes; a transfer begins when both ends have posted it and shares its way with others (`flows`).
+Bytes are counted, not estimated, from the table in `wire_fields` from which `blocks` builds its tensors.
+Time is the end of a small simulation of all ranks (`simulation`): each runs its own program, waits for arrivals, posts,
+computes; a transfer begins when both ends have posted it and shares its route with others (`flows`).
 
-What it leaves out: kernels that are slower on small or narrow tiles, compute that transfers slow down. So it is for choosing
-among plans; a duration to rely on must be measured. No torch here.
+Not modelled: kernels that are slower on small or narrow tiles, and compute that transfers slow down. So prices serve to choose
+among plans; durations to rely on must be measured. No torch here.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = ["BACKWARD_FLOPS", "ITEMSIZE", "MERGE", "Cost", "compute_seconds", "pr
 class Cost:
     """One pass of one plan on one topology, for one layer."""
 
-    seconds: float  # until the last rank is done
-    compute_seconds: float  # of the rank that computes most
-    transfer_seconds: float  # of the resource that carries most
-    link_bytes: int  # on the directed pair of ranks that carries most
+    seconds: float  # until the last rank is finished
+    compute_seconds: float  # of the rank with most compute
+    transfer_seconds: float  # of the resource with most to carry
+    link_bytes: int  # on the directed pair of ranks with most bytes
     total_bytes: int  # over all pairs
-    buffer_bytes: int  # most that any rank holds beyond its own rows: foreign blocks, and messages on their way
+    buffer_bytes: int  # the most that any rank holds beyond its own rows: foreign blocks, and messages in flight
 
 
 def price(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = False) -> Cost:
-    """Predict one pass of `plan` on `topology`. The same on every rank and every run."""
+    """Predicts one pass of `plan` on `topology`; the result is the same on every rank and in every run."""
     sizes = Sizes(plan, batch=batch, backward=backward)
     links = traffic(plan, batch=batch, backward=backward)
     return Cost(
@@ -50,13 +50,13 @@ def price(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = Fa
 
 
 def compute_seconds(plan: Plan, topology: Topology, *, batch: int = 1, backward: bool = False) -> float:
-    """Seconds that the busiest rank computes: no pass can take less."""
+    """Compute seconds of the busiest rank: no pass can take less."""
     sizes = Sizes(plan, batch=batch, backward=backward)
     return flops(plan, max(pairs(sizes.head_groups).values(), default=0), sizes) / topology.flops
 
 
 def transfer_seconds(links: Mapping[tuple[int, int], int], topology: Topology) -> float:
-    """Seconds that the busiest resource needs to carry what `traffic` found: no pass can take less."""
+    """Seconds that the busiest resource needs for the bytes of `traffic`: no pass can take less."""
     busy: dict[Resource, float] = defaultdict(float)
     for (src, dst), nbytes in links.items():
         for resource, bandwidth in topology.route(src, dst):

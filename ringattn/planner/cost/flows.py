@@ -1,10 +1,10 @@
-"""Messages on their way: those between the same two ranks one behind another, all others at once, in fair shares.
+"""Simulates messages on links: those between the same two ranks go one after another, all others at once, in fair shares.
 
-That is what TCP connections, and queue pairs of RDMA, do with a port or an uplink that several of them use: each gets the same
-part of it, so of equal messages that start together none is there before the others. A message moves at the least of its
-shares; what it leaves unused of the other ones is given to nobody, which makes the model simple and errs to the slow side.
+TCP connections, and queue pairs of RDMA, share a port or an uplink this way: each gets the same part of it, so of equal
+messages that start together none arrives before the others. A message moves at the smallest of its shares; the unused part of
+its other shares is not redistributed, which keeps the model simple and errs to the slow side.
 
-A start or an end changes the shares of those that use the same resources, and of no others: only these are looked at again.
+A start or an end changes the shares of the messages on the same resources only; only these are recomputed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class _Flow:
 
 
 class Flows:
-    """What is on the links of `topology`. Ends come in the order of time, then of the start, so every run is the same."""
+    """The messages on the links of `topology`. Ends are ordered by time, then by start, so every run is the same."""
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self._queues: dict[tuple[int, int], deque[tuple[Message, int]]] = defaultdict(deque)
         self._users: dict[Resource, list[_Flow]] = defaultdict(list)
-        self._ends: list[tuple[float, int, int, _Flow]] = []  # perhaps several of a flow, of which the last holds
+        self._ends: list[tuple[float, int, int, _Flow]] = []  # a flow may have several, of which the last is valid
         self._numbers = count()
 
-    def start(self, now: float, several: Iterable[tuple[Message, int]]) -> None:
-        """These messages, with their bytes, are posted by both ends."""
+    def start(self, now: float, posted: Iterable[tuple[Message, int]]) -> None:
+        """Starts messages, given with their bytes, that both ends have posted."""
         first = []
-        for message, nbytes in several:
+        for message, nbytes in posted:
             queue = self._queues[message.src, message.dst]
             queue.append((message, nbytes))
             if len(queue) == 1:
@@ -54,13 +54,13 @@ class Flows:
         self._share(now, first)
 
     def next_end(self) -> float:
-        """When the next message is through; infinity when none is on its way."""
+        """When the next message ends; infinity when none is in flight."""
         while self._ends and self._ends[0][0] != self._ends[0][-1].until:
             heappop(self._ends)
         return self._ends[0][0] if self._ends else float("inf")
 
     def end(self) -> Message:
-        """The message that is through at `next_end`; it makes room for the one behind it."""
+        """Ends the message that is complete at `next_end`, and starts the next one of its pair of ranks."""
         now = self.next_end()
         flow = heappop(self._ends)[-1]
         flow.until = -1.0
@@ -78,7 +78,7 @@ class Flows:
         return flow
 
     def _share(self, now: float, changed: Iterable[_Flow]) -> None:
-        """Give everyone who shares a resource with `changed` its part."""
+        """Recomputes the rate of every flow that shares a resource with `changed`."""
         touched = dict.fromkeys(user for flow in changed for resource, _ in flow.route for user in self._users[resource])
         for flow in touched:
             rate = min(bandwidth / len(self._users[resource]) for resource, bandwidth in flow.route)

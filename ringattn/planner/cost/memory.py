@@ -1,8 +1,8 @@
-"""Counts the memory that one rank takes during a pass: what the engine holds at each moment, walked through in its order.
+"""Counts the memory that one rank uses during a pass, event by event, in the order of the engine.
 
-`peak_bytes` in `sizes` bounds what a schedule moves; this is all of it: messages, foreign blocks, results of kernels, up to
-`MERGED_AT_ONCE` of which wait to be merged, and what the pass returns. Left out are the kernel's own scratch memory and, where
-merges are not fused, the temporaries of torch's operators. No torch here.
+`peak_bytes` in `sizes` bounds what a schedule moves; this counts everything: messages, foreign blocks, results of kernels, up
+to `MERGED_AT_ONCE` of which wait to be merged, and the tensors that the pass returns. Not counted are the kernel's own scratch
+memory and, where merges are not fused, the temporaries of torch's operators. No torch here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from ringattn.schedule.program import MERGED_AT_ONCE, Item, Message, Step, TileB
 def pass_bytes(
     plan: Plan, rank: int, *, batch: int = 1, backward: bool = False, bias_heads: int = 0, surrogates: bool = True
 ) -> int:
-    """The most bytes that one pass of `rank` takes at once, beyond its inputs and what it saves from forward for backward.
+    """The most bytes that one pass of `rank` uses at once, beyond its inputs and the tensors saved for backward.
 
-    surrogates: whether the kernel's backward asks for out, of which foreign queries bring only delta (see `kernels.fused`).
+    Args:
+        surrogates: whether the kernel's backward needs out, of which foreign queries bring only delta (see `kernels.fused`).
     """
     counter = _MemoryCounter(plan, rank, batch, backward, bias_heads, surrogates and backward)
     for step in plan.program(rank, backward=backward):
@@ -27,7 +28,7 @@ def pass_bytes(
 
 
 class _MemoryCounter:
-    """What is held after each event. Blocks of inputs are held as the messages in which they came."""
+    """Tracks the bytes held after each event. Blocks of inputs are held as the messages in which they arrived."""
 
     def __init__(self, plan: Plan, rank: int, batch: int, backward: bool, bias_heads: int, surrogates: bool) -> None:
         self.plan, self.rank, self.backward, self.batch = plan, rank, backward, batch
@@ -39,7 +40,7 @@ class _MemoryCounter:
         wide = max(4, ITEMSIZE[plan.dtype])
         self.statistics = (
             2 * wide * batch * plan.heads * plan.rows(rank) if backward else 0
-        )  # delta, and lse as kernels want it
+        )  # delta, and lse in the kernels' layout
         self.peak = 0
 
     def step(self, step: Step) -> None:
@@ -62,8 +63,8 @@ class _MemoryCounter:
     def post(self, message: Message) -> None:
         nbytes = sum(map(self.sizes.travelling, message.items))
         leaving = [self.shares.pop(item) for item in message.items if item.kind.moved and message.src == self.rank]
-        # A block goes on as it came, and a single tensor as it lies; what has several tensors is copied into one message.
-        copied = message.dst == self.rank or not self._lies_ready(message)
+        # A block is forwarded as it arrived, and a single tensor is sent in place; several tensors are copied into one message.
+        copied = message.dst == self.rank or not self._is_in_place(message)
         self.messages[message] = nbytes if copied or leaving else 0
         self.update_peak(sum(map(sum, leaving)) if copied else 0)
 
@@ -92,14 +93,14 @@ class _MemoryCounter:
         self.update_peak(self._joined(Kind.Q, tiles.head_group, tiles.i) + self._joined(Kind.KV, tiles.head_group, tiles.j))
 
     def _joined(self, kind: Kind, head_group: int, indices: tuple[int, ...]) -> int:
-        """Several blocks are put one behind another for the kernel, which is a copy while it runs."""
+        """Bytes of the copy that joins several blocks for the kernel while it runs."""
         if len(indices) == 1:
             return 0
         return sum(self.sizes.travelling(Item(head_group, kind, index)) for index in indices)
 
     def end(self) -> int:
-        """The peak, when what the pass returns has been made of what is left."""
-        alone = len(self.shares) == (2 if self.backward else 1) and all(len(part) == 1 for part in self.shares.values())
+        """The peak, after the returned tensors have been made from the accumulators."""
+        in_place = len(self.shares) == (2 if self.backward else 1) and all(len(parts) == 1 for parts in self.shares.values())
         rows, keys, dim = self.plan.rows(self.rank), self.plan.kv_rows(self.rank), self.plan.head_dim
         narrow, wide = ITEMSIZE[self.plan.dtype], max(4, ITEMSIZE[self.plan.dtype])
         returned = narrow * self.batch * rows * self.plan.heads * dim
@@ -107,7 +108,7 @@ class _MemoryCounter:
             returned += 2 * narrow * self.batch * keys * self.plan.kv_heads * dim
         else:
             returned += wide * self.batch * rows * self.plan.heads
-        self.update_peak(0 if alone else returned)
+        self.update_peak(0 if in_place else returned)
         return self.peak
 
     def add(self, item: Item, nbytes: int) -> None:
@@ -117,12 +118,12 @@ class _MemoryCounter:
             waiting[:] = [self.sizes.stored(item)]
         waiting.append(nbytes)
 
-    def update_peak(self, beside: int = 0) -> None:
-        stored = (self.messages, self.blocks)
-        total = sum(sum(part.values()) for part in stored) + sum(map(sum, self.shares.values()))
-        self.peak = max(self.peak, total + self.statistics + beside)
+    def update_peak(self, temporary: int = 0) -> None:
+        buffers = (self.messages, self.blocks)
+        total = sum(sum(sizes.values()) for sizes in buffers) + sum(map(sum, self.shares.values()))
+        self.peak = max(self.peak, total + self.statistics + temporary)
 
-    def _lies_ready(self, message: Message) -> bool:
+    def _is_in_place(self, message: Message) -> bool:
         if len(message.items) > 1:
             return False
         (item,) = message.items

@@ -1,8 +1,8 @@
-"""All ranks of one pass on a clock: each goes through its own program, waits for what is due, posts, computes.
+"""Simulates all ranks of one pass: each runs its own program, waits for arrivals, posts messages and computes.
 
-A message sets out when both ends have posted it (see `flows`). Posting one, and calling a kernel, costs its rank a launch;
-packing and merging go at the topology's rate of memory. Events are taken in the order of time, then of rank, so that every run
-is the same.
+A message starts when both ends have posted it (see `flows`). Posting one, and calling a kernel, costs its rank a launch;
+packing and merging run at the topology's memory rate. Events are processed in order of time, then of rank, so that every run is
+the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ringattn.planner.topology import Topology
 from ringattn.schedule.ir import Kind
 from ringattn.schedule.program import Item, Message, Step, TileBatch
 
-MERGE = 2.5  # times that the bytes of a sum are touched when a share is added: both read, one written
-BACKWARD_FLOPS = 2.5  # of forward: five matrix products instead of two
+MERGE = 2.5  # how often the bytes of a sum are touched when a partial result is added: both read, one written
+BACKWARD_FLOPS = 2.5  # in multiples of forward: five matrix products instead of two
 
 
 def flops(plan: Plan, area: int, sizes: Sizes) -> float:
@@ -44,15 +44,15 @@ class Simulation:
         ]
 
     def run(self) -> float:
-        """Seconds until the last rank is done."""
+        """Seconds until the last rank is finished."""
         self.position = [0] * len(self.programs)
-        self.events = [(0.0, rank) for rank in range(len(self.programs))]  # when each rank goes on
-        self.sums: set[tuple[int, Item]] = set()  # which rank has something to add to
-        self.packed: set[int] = set()  # ranks that have packed what they are about to post
+        self.events = [(0.0, rank) for rank in range(len(self.programs))]  # when each rank continues
+        self.sums: set[tuple[int, Item]] = set()  # sums that exist, by rank
+        self.packed: set[int] = set()  # ranks that have packed their next messages
         self.flows = Flows(self.topology)
         self.posted: set[Message] = set()  # by one end
         self.arrival: dict[Message, float] = {}
-        self.waiting: dict[Message, list[int]] = defaultdict(list)  # ranks at a message that is not there yet
+        self.waiting: dict[Message, list[int]] = defaultdict(list)  # ranks that wait for a message
         last = 0.0
         while self.events or self.flows.next_end() < float("inf"):
             if self.events and self.events[0][0] < self.flows.next_end():
@@ -65,7 +65,7 @@ class Simulation:
         return last
 
     def _advance(self, now: float, rank: int, step: Step) -> None:
-        """Take in what is due, which may have to be waited for; then post, which begins when all of it is packed; compute."""
+        """Receives the arrivals of `step`, which may mean waiting; then posts, once all is packed; then computes."""
         for message in step.arrival:
             if message not in self.arrival:
                 self.waiting[message].append(rank)
@@ -93,7 +93,7 @@ class Simulation:
             heappush(self.events, (self.arrival[message], rank))
 
     def _compute(self, tiles: TileBatch, rank: int) -> float:
-        """The kernel's time, a call for each piece, and that of adding what comes out of it to what is there."""
+        """Seconds of the kernel, with a call for each segment, and of adding its results to the sums."""
         head_group, calls = tiles.head_group, len(self.sizes.head_groups[tiles.head_group].segments(tiles))
         merged = [Item(head_group, Kind.Q_ACC, i) for i in tiles.i] + [Item(head_group, Kind.KV_ACC, j) for j in tiles.j]
         self.sums.update((rank, item) for item in merged)
@@ -102,11 +102,11 @@ class Simulation:
         return kernel + calls * self.topology.launch + touched / self.topology.memory
 
     def _pack(self, message: Message, rank: int) -> float:
-        """What a message costs either end when it is posted: the receiver only makes room for it."""
+        """Seconds that posting a message costs this end; the receiver only allocates a buffer."""
         return self.topology.launch + (self.nbytes[message] / self.topology.memory if message.src == rank else 0.0)
 
     def _receive(self, message: Message, rank: int) -> float:
-        """Inputs are read where they have arrived; results are added to what is there."""
+        """Seconds that receiving a message costs: inputs are read in place, results are added to existing sums."""
         results = [item for item in message.items if item.kind.moved] if message.dst == rank else []
         added = [item for item in results if (rank, item) in self.sums]
         self.sums.update((rank, item) for item in results)

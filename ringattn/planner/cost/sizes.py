@@ -1,6 +1,7 @@
-"""Bytes of everything in a pass: as it travels, as it is held, on every directed link, and at most at once.
+"""Computes the bytes of every item of a pass: in messages, between messages, on every directed link, and at peak.
 
-Counted, not estimated, from the table in `payload` that `batch` makes its tensors of. No time and no links here.
+Bytes are counted, not estimated, from the table in `wire_fields` from which `blocks` builds its tensors. No time and no links
+here.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 
 
 class Sizes:
-    """Bytes of every item of one pass, as it travels and as it is held.
+    """Bytes of every item of one pass, in messages and between messages.
 
     `bias_heads`: heads of key_bias, which travels with KV: 0 when there is none, 1 when all heads share it, else kv_heads.
-    Values are taken to have the head_dim of queries.
+    Values are assumed to have the head_dim of queries.
     """
 
     def __init__(self, plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> None:
@@ -57,11 +58,11 @@ class Sizes:
         return fields(item.kind, backward=self.backward, bias=self.bias_heads > 0, new=item.new)
 
     def share(self, item: Item, rows: int) -> int:
-        """Bytes of what one kernel call adds to `rows` rows of accumulator `item`, as the kernel gives it."""
+        """Bytes of the result of one kernel call for `rows` rows of accumulator `item`, in the dtype of the kernel."""
         return rows * self._share[item.head_group, item.kind]
 
     def _per_row(self, head_group: int, kind: Kind, itemsize: int, wide: int, bias_heads: int, new: bool = False) -> int:
-        """Of one row of all the lane's heads."""
+        """Bytes of one row, over all heads of the head group."""
         of = self.head_groups[head_group].heads
         heads = {"q": of.of_queries, "kv": of.of_keys, "bias": of.of_keys if bias_heads > 1 else bias_heads}
         return self.batch * sum(
@@ -71,7 +72,7 @@ class Sizes:
 
 
 def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: int = 0) -> dict[tuple[int, int], int]:
-    """Bytes from each rank to each other that it sends anything to, in one pass: exactly what a transport counts."""
+    """Bytes on every directed link that one pass uses: exactly what a transport counts."""
     sizes = Sizes(plan, batch=batch, backward=backward, bias_heads=bias_heads)
     links: Counter[tuple[int, int]] = Counter()
     for message in plan.messages(backward=backward):
@@ -80,30 +81,30 @@ def traffic(plan: Plan, *, batch: int = 1, backward: bool = False, bias_heads: i
 
 
 def peak_bytes(program: Iterable[Step], rank: int, sizes: Sizes) -> int:
-    """The most this rank holds at once that is not its own: buffers of messages, foreign inputs, partials for others."""
-    stored: dict[Item | Message, int] = {}
+    """The most bytes `rank` holds at once beyond its own rows: message buffers, foreign inputs, partial results for others."""
+    held_bytes: dict[Item | Message, int] = {}
     peak = 0
     for step in program:
         for message in step.arrival:
-            del stored[message]
+            del held_bytes[message]
             if message.dst == rank:
                 complete = (item._replace(new=False) for item in message.items if _owner(sizes, item) != rank)
-                stored.update((item, sizes.stored(item)) for item in complete)
+                held_bytes.update((item, sizes.stored(item)) for item in complete)
         for message in step.post:
-            stored[message] = sum(map(sizes.travelling, message.items))
+            held_bytes[message] = sum(map(sizes.travelling, message.items))
             for item in message.items if message.src == rank else ():
                 if item.kind.moved:
-                    stored.pop(item, None)
+                    held_bytes.pop(item, None)
         for batch in step.tiles:
             results = [Item(batch.head_group, Kind.Q_ACC, i) for i in batch.i] + [
                 Item(batch.head_group, Kind.KV_ACC, j) for j in batch.j
             ]
             for item in results:
                 if _owner(sizes, item) != rank and (sizes.backward or item.kind is Kind.Q_ACC):
-                    stored[item] = sizes.stored(item)
-        peak = max(peak, sum(stored.values()))
+                    held_bytes[item] = sizes.stored(item)
+        peak = max(peak, sum(held_bytes.values()))
         for item in step.release:
-            stored.pop(item, None)
+            held_bytes.pop(item, None)
     return peak
 
 

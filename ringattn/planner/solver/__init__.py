@@ -1,15 +1,16 @@
-"""Balanced: a schedule that an optimiser makes, for any mask and any layout.
+"""Builds balanced schedules with an optimiser, for any mask and any layout.
 
-Every published schedule fixes which tiles a rank computes by a rule that knows no mask. Here the mask's own table of tiles is
-shared out: all ranks work alike, and of what then is possible the least is moved. Under a causal mask with as many KV heads as
-heads that is near half of the usual zigzag ring; with few KV heads it turns into that ring by itself, without its idle halves.
+Every published schedule fixes the tiles of a rank by a rule that does not know the mask. Here the tiles that the mask leaves
+are assigned to ranks: all ranks get equal work, and among such assignments one that moves few bytes is chosen. Under a causal
+mask with as many KV heads as heads it moves about half of the usual zigzag ring; with few KV heads it becomes that ring,
+without the halves of blocks that have no work.
 
-    problem    the tables and prices, and what an assignment of tiles to ranks comes to
-    search     a good assignment, fast and the same on every rank:   starts, ledger, walk
-    exact      the best one, by a solver: the yardstick for `search`
-    steps      an assignment as a `Schedule`:                        timeline, batches
+    problem        the table of tiles, prices, and what an assignment of tiles to ranks costs
+    local_search   a good assignment, fast and the same on every rank
+    exact          the best assignment, by a solver: the yardstick for `local_search`
+    timeline       an assignment as a `Schedule`
 
-Sending queries where keys are many and keys where queries are, tile by tile, is MagiAttention's idea too:
+Sending queries where keys are many and keys where queries are, tile by tile, is also MagiAttention's idea:
 https://github.com/SandAI-org/MagiAttention. The search, the solver's program and the timeline are new here.
 """
 
@@ -37,5 +38,5 @@ __all__ = [
 
 
 def balanced(problem: Problem, *, lookahead: int | None = None) -> Schedule:
-    """A schedule for `problem`, the same on every rank. To run one that the solver made, hand `exact`'s to `schedule_of`."""
+    """A schedule for `problem`, the same on every rank. For the solver's one, pass `exact`'s assignment to `schedule_of`."""
     return schedule_of(problem, search(problem), lookahead=lookahead)

@@ -1,9 +1,9 @@
-"""The best assignment there is, by a solver: the yardstick for `search`, for up to about 8 ranks.
+"""Finds the best assignment of tiles to ranks with a solver: the yardstick for `search`, for up to about 8 ranks.
 
-A mixed-integer program. Every tile is at one rank; a rank that computes a tile of a foreign block is visited by it; no rank
-works beyond the cap; the objective is the bytes of all visits, or a bound on every port or link. Among equals in the busiest,
-the fewest bytes win. It may stop at a time limit with less than the best, and then differ from run to run, so it never decides
-what ranks do by themselves: hand its assignment to `schedule_of`, and the schedule to all of them.
+A mixed-integer program. Every tile is at one rank; a rank that computes a tile of a foreign block is visited by that block; no
+rank works beyond the cap; the objective is the bytes of all visits, or a bound on every port or link. Among assignments with
+equal bytes on the busiest one, the fewest total bytes win. It may stop at a time limit with less than the best, and then differ
+from run to run, so ranks must not run it separately: pass its assignment to `schedule_of`, and the schedule to all ranks.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from typing import Any, NamedTuple
 from ringattn.errors import PlanError
 from ringattn.planner.solver.problem import Assignment, Problem, Resource
 
-LIGHT = 1e-3  # weight of all bytes against those of the busiest, shared out among ranks
+LIGHT = 1e-3  # weight of all bytes against those of the busiest resource, divided by the ranks
 
 
 class Exact(NamedTuple):
-    """`gap` is how far at most, in parts of the value found, the best may still be below it: 0 is proven."""
+    """`gap` bounds how far the best may be below the value reached, as a fraction of it: 0 is proven optimal."""
 
     assignment: Assignment
     gap: float
 
 
 def exact(problem: Problem, *, time_limit: float = 60.0) -> Exact:
-    """The assignment with the least objective, or the best found within `time_limit` seconds. Needs SciPy."""
+    """The assignment with the least objective, or the best reached within `time_limit` seconds. Needs SciPy.
+
+    Raises:
+        PlanError: SciPy is not installed, or no assignment was reached in time.
+    """
     try:
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -51,7 +55,7 @@ def exact(problem: Problem, *, time_limit: float = 60.0) -> Exact:
 
 
 class _Program:
-    """Columns: every tile at every rank, then every visit, then the bytes of the busiest resource. Rows: what must hold."""
+    """Columns: every tile at every rank, then every visit, then the bytes of the busiest resource. Rows: the constraints."""
 
     def __init__(self, problem: Problem) -> None:
         self.entries: list[tuple[int, int, float]] = []
@@ -60,12 +64,12 @@ class _Program:
         self.weight: list[float] = []
         self.most: list[float] = []
         self.integer: list[int] = []
-        ranks_, unit = range(problem.world), 1 / max(1, *(line.bytes_in + line.bytes_back for line in problem.lines))
-        at = [[self._column(integer=1) for _ in ranks_] for _ in problem.tiles]
+        all_ranks, unit = range(problem.world), 1 / max(1, *(line.bytes_in + line.bytes_back for line in problem.lines))
+        at = [[self._column(integer=1) for _ in all_ranks] for _ in problem.tiles]
         through: dict[Resource, list[tuple[int, float]]] = defaultdict(list)
         light = 1.0 if problem.objective == "total" else LIGHT / problem.world
         for line in problem.lines:
-            for rank in ranks_:
+            for rank in all_ranks:
                 if rank != line.owner and line.tiles:
                     visit = self._column(weight=light * unit * (line.bytes_in + line.bytes_back))
                     for resource, nbytes in problem.charges(line, rank):
@@ -74,7 +78,7 @@ class _Program:
                         self._row([(at[tile][rank], 1.0), (visit, -1.0)], -1.0, 0.0)
         for ranks in at:
             self._row([(column, 1.0) for column in ranks], 1.0, 1.0)
-        for rank in ranks_:
+        for rank in all_ranks:
             work = [(ranks[rank], area / problem.cap) for ranks, area in zip(at, problem.area, strict=True)]
             self._row(work, 0.0, 1.0)
         if problem.objective != "total":

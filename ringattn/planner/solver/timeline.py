@@ -1,27 +1,23 @@
-"""What a rank computes next, of what it has: tiles that are rows times columns, up to a grain of work in one go.
+"""Turns an assignment of tiles to ranks into a schedule, by simulating all ranks on one clock.
 
-First the foreign block that it can finish soonest, since its result then leaves; then any work on foreign blocks; work on its
-own blocks alone last. So that is left for the beginning, when nothing else has arrived yet, and for the end, when the last
-results travel. Fewer and larger kernel calls are better, but nothing can be taken in or sent during one.
+`next_batch` chooses what a rank computes next among the tiles whose blocks have arrived: rows times columns, up to a grain of
+work. First comes the foreign block that it can finish soonest, since its result then leaves; then other work on foreign blocks;
+work on its own blocks alone comes last. So that is left for the beginning, when nothing else has arrived yet, and for the end,
+when the last results travel. Fewer and larger kernel calls are better, but nothing can be received or sent during one.
 
-Who computes and sends what, when: a play of all ranks on a clock, for an assignment that is given.
+`Timeline` decides when each rank computes and sends what. Real machines are not known here, so the clock is the tightest one
+that lets all transfers be hidden: while the rank with most work computes, the busiest port (or link) just carries its bytes.
+Each free port or rank takes what is most urgent:
 
-Nothing is known here of real machines, so the clock is the tightest one that lets everything be hidden: in the time in which
-the rank with most work computes, the busiest port (or link) just carries its bytes. Whatever is free takes what is most urgent:
-
-    a port    the block for the rank that will first run out of work on foreign blocks, and for that rank the one that opens
+    a port    the block for the rank that will first run out of work on foreign blocks, and for that rank the one that enables
               most work for its bytes; results fill the gaps. No rank is sent more than a window of work ahead
-    a rank    what `batches` says
+    a rank    the batch that `next_batch` chooses
 
-What comes out is only an order and a rhythm; `steps` makes a schedule of it.
-
-From a timeline to a `Schedule`: the clock becomes a row of steps, and what begins in one of them belongs to it.
-
-A step lasts about half as long as the largest batch. An input leaves a little before the timeline sends it, since real links
-may be slower, but no more than `lookahead` steps before it is first read, and is due in the step that reads it. A result leaves
-in the step after its last tile, straight to the owner, which takes it in `lookahead` steps later at most: late enough that
-nobody waits for it, and early enough that its buffers are soon free again. Within a step, moves stand in the order in which the
-timeline begins them.
+`schedule_of` cuts the clock into steps; what begins in a step belongs to it. A step lasts about half as long as the largest
+batch. An input leaves a little before the timeline sends it, since real links may be slower, but no more than `lookahead` steps
+before it is first read, and arrives in the step that reads it. A result leaves in the step after its last tile, straight to the
+owner, which receives it at most `lookahead` steps later: late enough that no rank waits for it, and early enough that its
+buffers are soon free again. Within a step, moves are in the order in which the timeline begins them.
 """
 
 from __future__ import annotations
@@ -39,17 +35,17 @@ from ringattn.schedule.ir import BufferLimits, Kind, Move, Schedule, Tile, make
 
 
 def next_batch(problem: Problem, rank: int, left: Collection[int], present: Collection[int], grain: int) -> tuple[int, ...]:
-    """Of the tiles that are `left` to `rank`, some whose blocks are `present`. A single tile may be more than the grain."""
-    able = {tile for tile in left if ready(problem, tile, present)}
-    lines = {line for tile in able for line in problem.sides[tile]}
+    """The next tiles of `rank`, among those `left` whose blocks are `present`. A single tile may exceed the grain."""
+    runnable = {tile for tile in left if ready(problem, tile, present)}
+    lines = {line for tile in runnable for line in problem.sides[tile]}
     if not lines:
         return ()
-    first = min(lines, key=lambda line: _delay(problem, line, rank, left, able))
-    chosen = _fill(problem, [tile for tile in problem.lines[first].tiles if tile in able], grain)
+    first = min(lines, key=lambda line: _delay(problem, line, rank, left, runnable))
+    chosen = _fill(problem, [tile for tile in problem.lines[first].tiles if tile in runnable], grain)
     crossings = {_crossing(problem, tile, first) for tile in chosen}
     for line in sorted(lines - {first}):
         if _same_side(problem, line, first, rank):
-            more = [t for t in problem.lines[line].tiles if t in able and _crossing(problem, t, line) in crossings]
+            more = [t for t in problem.lines[line].tiles if t in runnable and _crossing(problem, t, line) in crossings]
             if len(more) == len(crossings) and sum(problem.area[tile] for tile in chosen + more) <= grain:
                 chosen += more
     return tuple(sorted(chosen))
@@ -61,15 +57,15 @@ def ready(problem: Problem, tile: int, lines: Collection[int]) -> bool:
     return a in lines and b in lines
 
 
-def _delay(problem: Problem, line: int, rank: int, left: Collection[int], able: set[int]) -> tuple[int, int, int]:
-    """Least for the block to work on first."""
-    mine = [tile for tile in problem.lines[line].tiles if tile in left]
-    area = sum(problem.area[tile] for tile in mine)
+def _delay(problem: Problem, line: int, rank: int, left: Collection[int], runnable: set[int]) -> tuple[int, int, int]:
+    """Sort key; least for the block to compute on first."""
+    remaining = [tile for tile in problem.lines[line].tiles if tile in left]
+    area = sum(problem.area[tile] for tile in remaining)
     if problem.lines[line].owner == rank:
         return 3, area, line
     if not problem.lines[line].bytes_back:
         return 2, area, line
-    return int(not able.issuperset(mine)), area, line
+    return int(not runnable.issuperset(remaining)), area, line
 
 
 def _fill(problem: Problem, tiles: Sequence[int], grain: int) -> list[int]:
@@ -84,7 +80,7 @@ def _fill(problem: Problem, tiles: Sequence[int], grain: int) -> list[int]:
 
 
 def _same_side(problem: Problem, line: int, other: int, rank: int) -> bool:
-    """Both queries or both keys, both own or both foreign."""
+    """Whether both lines are queries or both keys, and both own or both foreign."""
     a, b = problem.lines[line], problem.lines[other]
     return a.kind is b.kind and (a.owner == rank) is (b.owner == rank)
 
@@ -94,11 +90,11 @@ def _crossing(problem: Problem, tile: int, line: int) -> int:
     return b if a == line else a
 
 
-GRAINS = 12  # of them make up the work of the busiest rank, unless its tiles are larger
+GRAINS = 12  # the work of the busiest rank is cut into this many, unless its tiles are larger
 
 
 class Batch(NamedTuple):
-    """Tiles that `rank` computes in one go."""
+    """Tiles that `rank` computes together."""
 
     start: int
     rank: int
@@ -106,7 +102,7 @@ class Batch(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """A block's inputs to a rank that it visits, or the result of the visit back home."""
+    """The inputs of a block to a visited rank, or the result of the visit back to the owner."""
 
     start: int
     line: int
@@ -160,7 +156,7 @@ class Timeline:
                 self._end(heappop(events)[2])
 
     def _begin(self, now: int) -> Iterator[tuple[Batch | Transfer, int]]:
-        """Everything that can begin at this moment."""
+        """Everything that can begin at time `now`."""
         for rank, left in enumerate(self.left):
             tiles = () if rank in self.busy else next_batch(self.problem, rank, left, self.present[rank], self.grain)
             if tiles:
@@ -196,7 +192,7 @@ class Timeline:
         return self.problem.route(rank, owner) if returning else self.problem.route(owner, rank)
 
     def _next_transfer(self, now: int) -> Transfer | None:
-        """The most urgent of those whose way is free."""
+        """The most urgent transfer whose route is free."""
 
         def free(line: int, rank: int, returning: bool) -> bool:
             return all(self.free.get(resource, 0) <= now for resource in self._route(line, rank, returning))
@@ -215,35 +211,35 @@ class Timeline:
         return None
 
     def _queued_work(self, rank: int) -> int:
-        """Work on foreign blocks that `rank` has or is about to have."""
+        """Work on foreign blocks that `rank` has or is being sent."""
         incoming, left = self.incoming[rank], self.left[rank]
         return sum(
             self.problem.area[tile] for tile in left if ready(self.problem, tile, incoming) and self._foreign(tile, rank)
         )
 
     def _priority(self, line: int, rank: int) -> tuple[float, float, int, int]:
-        """Least for the block that opens most work for its bytes; among equals, ranks begin with different owners."""
+        """Sort key; least for the block that enables most work for its bytes. For ties, ranks begin with different owners."""
         nbytes = max(1, self.lines[line].bytes_in)
         tiles = self.lines[line].tiles
         area, left, incoming = self.problem.area, self.left[rank], self.incoming[rank] | {line}
-        opened = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, incoming))
+        enabled = sum(area[tile] for tile in tiles if tile in left and ready(self.problem, tile, incoming))
         total = sum(area[tile] for tile in tiles if tile in left)
-        return -opened / nbytes, -total / nbytes, (rank - self.lines[line].owner) % self.problem.world, line
+        return -enabled / nbytes, -total / nbytes, (rank - self.lines[line].owner) % self.problem.world, line
 
     def _foreign(self, tile: int, rank: int) -> bool:
         return any(self.lines[line].owner != rank for line in self.problem.sides[tile])
 
 
 AHEAD = 2  # steps that an input leaves before the timeline sends it
-LOOKAHEAD = {"total": 8, "port": 8, "link": 16}  # where every pair of ranks has a link, many are used, and each is slow
+LOOKAHEAD = {"total": 8, "port": 8, "link": 16}  # with a link for every pair of ranks, many are in use, and each is slow
 RESULT = {Kind.Q: Kind.Q_ACC, Kind.KV: Kind.KV_ACC}
 
 
 def schedule_of(problem: Problem, assignment: Assignment, *, lookahead: int | None = None) -> Schedule:
-    """`assignment` as a schedule. More `lookahead` keeps more messages on their way and more buffers full."""
+    """`assignment` as a schedule. More `lookahead` keeps more messages in flight and more buffers in use."""
     lookahead = LOOKAHEAD[problem.objective] if lookahead is None else lookahead
     if lookahead < 1:
-        raise PlanError(f"lookahead={lookahead}: at least 1 step; more keeps more links busy and more buffers full")
+        raise PlanError(f"lookahead={lookahead}; must be 1 or more: more keeps more links busy and more buffers in use")
     timeline = Timeline(problem, problem.ranks(assignment), lookahead)
     when = _steps(problem, timeline)
     tiles, read = [], defaultdict(list)
@@ -265,7 +261,7 @@ def schedule_of(problem: Problem, assignment: Assignment, *, lookahead: int | No
 
 
 def _steps(problem: Problem, timeline: Timeline) -> list[int]:
-    """The step of every batch. What reads a foreign block cannot be in the first."""
+    """The step of every batch. A batch that reads a foreign block cannot be in the first."""
     reached, steps = [0] * problem.world, []
     for batch in timeline.batches:
         foreign = any(problem.lines[line].owner != batch.rank for tile in batch.tiles for line in problem.sides[tile])

@@ -137,7 +137,7 @@ def paint(time: Timeline, canvas: Canvas) -> None:
 
 def _names(grid: Grid) -> Iterator[tuple[Arrow, Point]]:
     """Places the name of each arrow: on it, near its tip, between rows, clear of other names; without space it has no name."""
-    taken: list[tuple[float, float, float]] = []
+    occupied: list[tuple[float, float, float]] = []
     short_first = sorted(
         grid.time.arrows, key=lambda arrow: abs(arrow.dst - arrow.src)
     )  # long ones have more space to choose from
@@ -146,8 +146,8 @@ def _names(grid: Grid) -> Iterator[tuple[Arrow, Point]]:
         half = 3.1 * len(short(arrow.label))
         for back in (n / 40 for n in range(4, 37)):
             x, y = x1 + (x0 - x1) * back, y1 + (y0 - y1) * back
-            if grid.clear(y) and not any(abs(x - u) < half + w and abs(y - v) < 12 for u, v, w in taken):
-                taken.append((x, y, half))
+            if grid.clear(y) and not any(abs(x - u) < half + w and abs(y - v) < 12 for u, v, w in occupied):
+                occupied.append((x, y, half))
                 yield arrow, (x, y + 4)
                 break
 
@@ -167,7 +167,11 @@ def _meanings(time: Timeline) -> dict[Kind, str]:
     forward = {Kind.Q: "queries", Kind.KV: "keys and values", Kind.Q_ACC: "partial outputs"}
     backward = {Kind.Q: "q, dout, lse, delta", Kind.KV: "keys and values", Kind.Q_ACC: "dq", Kind.KV_ACC: "dk, dv"}
     travels = {kind for arrow in time.arrows for kind in arrow.kinds}
-    return {kind: f"{kind.value}: {what}" for kind, what in (backward if time.backward else forward).items() if kind in travels}
+    return {
+        kind: f"{kind.value}: {meaning}"
+        for kind, meaning in (backward if time.backward else forward).items()
+        if kind in travels
+    }
 
 
 def owner_colour(owner: int, world: int) -> str:

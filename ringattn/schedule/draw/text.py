@@ -35,8 +35,8 @@ def draw_text(
     traffic = [_traffic(time, step, in_full) for step in range(len(columns))]
     lines = [f"{time.title}: {time.subtitle}", *_fold(row_names, columns, traffic)]
     if time.arrows:
-        how = "0─Q0→1: rank 0 sends Q0 to rank 1" if in_full else "3 Q→+1: three ranks send a Q one rank up"
-        lines += ["", f"{how}, there when the next step begins; 'by 4': when step 4 does."]
+        explanation = "0─Q0→1: rank 0 sends Q0 to rank 1" if in_full else "3 Q→+1: three ranks send a Q one rank up"
+        lines += ["", f"{explanation}, there when the next step begins; 'by 4': when step 4 does."]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

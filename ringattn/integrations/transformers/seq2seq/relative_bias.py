@@ -27,10 +27,10 @@ from ringattn.errors import InputError
 from ringattn.execution.attention import cast_dtype
 from ringattn.execution.autograd import Inputs, run_backward, run_forward, without_autocast
 from ringattn.execution.checks import resolve_group
-from ringattn.execution.first_order import only_once, unsupported_gradient, unsupported_transform
+from ringattn.execution.first_order import differentiable_once, unsupported_gradient, unsupported_transform
 from ringattn.execution.joint_backward import gradient_of, in_backward
 from ringattn.kernels import Options
-from ringattn.kernels.lse import Partial, accum_dtype, merge_, nothing
+from ringattn.kernels.lse import Partial, accum_dtype, empty_partial, merge_
 from ringattn.plan.plan import Plan
 from ringattn.sequence.mask import END, Band, Mask, Rect
 
@@ -168,10 +168,10 @@ class _Relative(torch.autograd.Function):
         transport: Transport,
     ) -> Tensor:
         batch, rows, heads, _ = q.shape
-        total = nothing((batch, heads, rows), v.shape[-1], accum_dtype(q.dtype), q.device)
+        total = empty_partial((batch, heads, rows), v.shape[-1], accum_dtype(q.dtype), q.device)
         for bucket, plan in plans:
             inputs = Inputs(q, k, v, _bias(table, bucket, key_bias, k))
-            (out, lse), _ = run_forward([inputs], plan, options, transport, keep=False)
+            (out, lse), _ = run_forward([inputs], plan, options, transport, keep_inputs=False)
             merge_(total, Partial(out.transpose(1, 2), lse))
         out, lse = total.out.transpose(1, 2).to(q.dtype), total.lse
         ctx.plans, ctx.options, ctx.transport = plans, options, transport
@@ -196,7 +196,7 @@ class _Relative(torch.autograd.Function):
                 if band_grads[3] is not None:  # of the bias, which is the same for all keys and sequences
                     sums[3][bucket.row] += band_grads[3].sum((0, 2))
             totals = [total.to(x.dtype) for total, x in zip(sums, (q, k, v, table), strict=True)]
-        return (*only_once(totals, out, dout), None, None, None, None)
+        return (*differentiable_once(totals, out, dout), None, None, None, None)
 
 
 def _bias(table: Tensor, bucket: Bucket, key_bias: Tensor | None, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks, layouts and pieces against their meaning, cell by cell."""
+"""Tests masks, layouts and segments against their definition, cell by cell."""
 
 import pytest
 from hypothesis import given
@@ -19,11 +19,11 @@ MASKS = st.one_of(
 )
 
 
-def cells(found: tuple[Segment, ...]) -> list[tuple[int, int]]:
-    """Every (local row, local key) the pieces say to compute, with repetition."""
+def cells(segments: tuple[Segment, ...]) -> list[tuple[int, int]]:
+    """Every (local row, local key) that the segments cover, with repetition."""
     return [
         (segment.q_start + row, segment.k_start + key)
-        for segment in found
+        for segment in segments
         for row in range(segment.rows)
         for key in range(segment.keys)
         if segment.band.left <= key - row <= segment.band.right
@@ -39,13 +39,13 @@ def test_segments_cover_exactly_what_the_mask_keeps(length: int, world: int, lay
     layout, mask = LAYOUTS[layout_name](length, world), a & b
     for q_rank in range(world):
         for k_rank in range(world):
-            found = tile_segments(layout.shards[q_rank], layout.shards[k_rank], mask)
-            listed = cells(found)
+            segments = tile_segments(layout.shards[q_rank], layout.shards[k_rank], mask)
+            listed = cells(segments)
             assert sorted(listed) == meaning(layout.positions(q_rank), layout.positions(k_rank), mask)
-            assert sum(segment.area for segment in found) == len(listed)
-            for segment in found:
-                assert all(segment.visible(row) > 0 for row in range(segment.rows)), "a row of a piece sees no key"
-                assert segment.band != CAUSAL or segment.rows == segment.keys, "a causal piece is square"
+            assert sum(segment.area for segment in segments) == len(listed)
+            for segment in segments:
+                assert all(segment.visible(row) > 0 for row in range(segment.rows)), "a row of a segment sees no key"
+                assert segment.band != CAUSAL or segment.rows == segment.keys, "a causal segment is square"
                 assert sorted(cells(tuple(strips(segment, 3)))) == sorted(cells((segment,)))
 
 
@@ -63,18 +63,18 @@ def test_under_causal_every_balanced_tile_is_one_kernel_call(layout: str, world:
 def test_layouts_hold_every_position_once(length: int, world: int, name: str) -> None:
     layout = LAYOUTS[name](length, world)
     layout.validate(length)
-    held = [layout.positions(rank) for rank in range(world)]
-    assert sorted(p for positions in held for p in positions) == list(range(length))
-    # zigzag deals two chunks, each of which may be one longer
-    assert max(map(len, held)) - min(map(len, held)) <= (2 if name == "zigzag" else 1)
-    assert [layout.rows(rank) for rank in range(world)] == [len(positions) for positions in held]
+    positions_of_rank = [layout.positions(rank) for rank in range(world)]
+    assert sorted(p for positions in positions_of_rank for p in positions) == list(range(length))
+    # zigzag assigns two chunks, each of which may be one row longer
+    assert max(map(len, positions_of_rank)) - min(map(len, positions_of_rank)) <= (2 if name == "zigzag" else 1)
+    assert [layout.rows(rank) for rank in range(world)] == [len(positions) for positions in positions_of_rank]
 
 
 @given(st.integers(0, 30), st.integers(1, 8))
 def test_taking_all_parts_gives_the_shard_back(length: int, parts: int) -> None:
     spans = (Span(3, length), Span(100, 7, 1))
-    taken = [p for a, b in even_parts(length + 7, parts) for span in take(spans, a, b) for p in span.positions()]
-    assert taken == [p for span in spans for p in span.positions()]
+    positions = [p for a, b in even_parts(length + 7, parts) for span in take(spans, a, b) for p in span.positions()]
+    assert positions == [p for span in spans for p in span.positions()]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Journals: what each rank did, in a file that survives it; and the same names in a profile."""
+"""Event logs: what each rank did, in a file that survives it; and the same names in a profile."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import ringattn
 from ringattn import attention, make_plan, shard
-from ringattn.faults import event_log as journal
+from ringattn.faults import event_log
 from ringattn.runtime import note
 
 RANKS = 2
@@ -30,8 +30,8 @@ def step(schedule: str) -> ringattn.Plan:
 
 
 def writes(rank: int, folder: Path) -> None:
-    step("ring")  # nobody has asked for a journal yet
-    journal.begin(folder, about="a test")
+    step("ring")  # there is no event log yet
+    event_log.begin(folder, about="a test")
     step("token_ring")
     note("of my own", shape=(1, 2), tensor=torch.float32)
 
@@ -51,29 +51,29 @@ def test_each_pass_is_a_line_that_names_the_longest_wait(tmp_path: Path) -> None
 
 
 def goes_on(rank: int, folder: Path) -> None:
-    journal.begin(folder / "file", about="")
+    event_log.begin(folder / "file", about="")
     step("ring")
 
 
 @pytest.mark.case(29)
-def test_one_that_cannot_be_written_costs_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_written_costs_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     run_ranks(RANKS, goes_on, tmp_path)
-    capfd.readouterr()  # where their warnings went hangs on which test has started the server that forks them
-    full = journal.EventLog(tmp_path, 0)
+    capfd.readouterr()  # where their warnings went depends on which test started the server that forks them
+    full = event_log.EventLog(tmp_path, 0)
     full._file.close()
     full._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     full.write("first", {})
     full.write("second", {})
-    said = capfd.readouterr().err
-    assert said.count("is no longer written: ") == 1 and "No space left" in said
+    stderr = capfd.readouterr().err
+    assert stderr.count("is no longer written: ") == 1 and "No space left" in stderr
 
 
 def test_any_value_can_be_noted(tmp_path: Path) -> None:
-    book, loop = journal.EventLog(tmp_path, 0), []
+    log, loop = event_log.EventLog(tmp_path, 0), []
     loop.append(loop)
     for value in (*VALUES.values(), loop):
-        book.write("event", {"value": value})
+        log.write("event", {"value": value})
     lines = (tmp_path / "rank00000.jsonl").read_text().splitlines()
     assert len(lines) == len(VALUES) + 1 and all(json.loads(line)["event"].strip("'") == "event" for line in lines)
 
@@ -88,9 +88,9 @@ def test_init_begins_one(tmp_path: Path) -> None:
 
 
 def profiled(rank: int) -> list[str]:
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step("token_ring")
-    return [event.key for event in seen.key_averages() if event.key.startswith("ringattn/")]
+    return [event.key for event in profiler.key_averages() if event.key.startswith("ringattn/")]
 
 
 def test_a_profile_shows_passes_by_the_schedules_name_and_their_steps() -> None:
