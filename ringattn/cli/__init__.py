@@ -42,11 +42,13 @@ def main() -> None:
         import tyro
 
         functions = {name: getattr(import_module(f"ringattn.cli.{module}"), name) for name, module in COMMANDS.items()}
-        tyro.extras.subcommand_cli_from_dict(functions, prog="ringattn", description=DESCRIPTION)
-        sys.stdout.flush()
+        try:
+            tyro.extras.subcommand_cli_from_dict(functions, prog="ringattn", description=DESCRIPTION)
+        finally:
+            sys.stdout.flush()
     except RingAttnError as error:
         print(f"ringattn: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads, as `head`, has had enough
+    except BrokenPipeError:  # the reader, as `head`, has closed its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail too
         sys.exit(1)
