@@ -7,13 +7,17 @@ is killed; the test fails with all of them in its message. Scripts are started h
 
 import atexit
 import contextlib
+import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +93,28 @@ def torchrun(*command: str, ranks: int, timeout: float = 50, fresh: bool = False
 
 
 JITS = 300  # seconds: the first use of DeepSpeed in a run compiles its CPU collectives
+KEPT = Path(__file__).parents[2] / ".pytest_cache" / "torch_extensions"
 
 
 def torch_extensions(tmp_path: Path) -> str:
     """Where C++ is compiled: a folder of this run, which its workers share. In that of the user a process that was killed while
-    it compiled leaves a lock, for which every later one would wait without end."""
-    return str(tmp_path.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "torch_extensions")
+    it compiled leaves a lock, for which every later one would wait without end.
+
+    What was compiled to the end is kept for later runs with the same versions, which begin with a copy of it.
+    """
+    folder = tmp_path.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "torch_extensions"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "ninja"))
+    kept = KEPT / hashlib.sha256(f"{sys.prefix} {sys.version} {versions}".encode()).hexdigest()[:16]
+    if kept.exists() and not folder.exists():
+        _copied(kept, folder)
+    elif not kept.exists() and list(folder.glob("*/*.so")) and not list(folder.glob("*/lock")):
+        _copied(folder, kept)
+    return str(folder)
+
+
+def _copied(source: Path, target: Path) -> None:
+    """All or nothing, whoever else does the same at the same time. Times of change go along, or all would be compiled again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside, contextlib.suppress(OSError):
+        shutil.copytree(source, Path(beside) / "copy")
+        (Path(beside) / "copy").rename(target)
