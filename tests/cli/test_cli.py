@@ -66,6 +66,16 @@ def test_a_module_to_run_is_the_console_script() -> None:
     assert ran[0] == ran[1] and ran[0].startswith("usage: ringattn plan")
 
 
+def test_a_reader_that_has_enough_causes_no_traceback() -> None:
+    """As in `ringattn plan --help | head`."""
+    command = [sys.executable, "-m", "ringattn", "plan", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(50) == 1
+    process.stderr.close()
+
+
 def test_no_command_and_one_that_does_not_exist() -> None:
     for command in ((), ("plam",)):
         ran = run(*command)
