@@ -31,7 +31,7 @@ def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path
     launch = re.search(r"torchrun --standalone --nproc-per-node (\d) (\S+)|python (\S+)", text)
     assert launch and (launch[2] or launch[3]) == f"docs/examples/{example.name}", "its head says how it is run"
     if launch[1]:
-        limit = JITS if "deepspeed" in text else 50
+        limit = JITS if "deepspeed" in text else 100
         extensions = torch_extensions(tmp_path)
         real = example.stem == "readme"  # the others need no interpreters of their own, nor torchrun's agent
         code, out, err = torchrun(
