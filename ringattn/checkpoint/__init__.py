@@ -1,4 +1,4 @@
-"""Checkpoints of replicated training state that are whole or not there, written at once or while training goes on."""
+"""Saves and loads checkpoints of replicated training state, complete or absent, at once or while training continues."""
 
 from ringattn.checkpoint.async_save import Saver
 from ringattn.checkpoint.store import damage, latest, load, resume, save

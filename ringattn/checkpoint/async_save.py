@@ -1,10 +1,10 @@
-"""Checkpoints that are written while training goes on.
+"""Writes checkpoints in the background while training continues.
 
-`save` copies the state to the host and returns; a thread writes the copy, with collectives of its own over a group of its own,
-so that they never mix with those of training. One checkpoint is written at a time. What goes wrong is raised by the next `save`
-or by `finish`, on every rank alike. Files and names are those of `checkpoint`.
+`save` copies the state to the host and returns; a thread writes the copy, with collectives over a group of its own, so that
+they never mix with those of training. One checkpoint is written at a time. Errors are raised by the next `save` or by `finish`,
+on every rank alike. Files and names are those of `checkpoint`.
 
-What a step pays is the copy; benchmarks/checkpointing.py measures it beside writing in the foreground.
+A training step pays for the copy only; benchmarks/checkpointing.py measures it against writing in the foreground.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import torch
 import torch.distributed as dist
 
 from ringattn._validation import seconds
-from ringattn.checkpoint.coordination import agreed
-from ringattn.checkpoint.store import fit, state_of, write
+from ringattn.checkpoint.coordination import run_and_agree
+from ringattn.checkpoint.store import check_arguments, state_of, write
 from ringattn.errors import CheckpointError
 from ringattn.faults.watchdog import comm_errors
 
 
 class Saver:
-    """Writes checkpoints of a run into `directory`, of which the newest `keep` stay. Collective to make, over all ranks.
+    """Writes checkpoints of a run into `directory` and keeps the newest `keep`. Collective over all ranks.
 
-    config: whatever must be the same to go on (JSON values), as for `checkpoint.save`.
-    timeout: seconds that a rank may wait for the others while a checkpoint is written: for the slowest disk.
+    config: values that must be equal to resume (JSON), as for `checkpoint.save`.
+    timeout: seconds that a rank may wait for the others while a checkpoint is written, for the slowest disk.
 
     Raises:
-        CheckpointError: an argument cannot be.
+        CheckpointError: an argument is invalid.
     """
 
     def __init__(
@@ -45,31 +45,31 @@ class Saver:
     ) -> None:
 
         def check() -> None:
-            fit(directory, config, keep=keep)
+            check_arguments(directory, config, keep=keep)
             seconds("timeout", timeout, CheckpointError)
 
-        agreed(check, keep=keep)
+        run_and_agree(check, keep=keep)
         self.directory, self.config, self.keep = Path(directory), dict(config or {}), keep
-        many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if many else None
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if distributed else None
         self._thread = ThreadPoolExecutor(1, "ringattn saver")
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin to write the state as it is now, once the checkpoint before is complete; collective.
+        """Starts writing the current state, once the previous checkpoint is complete; collective.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written, or an argument cannot be. Raised on every rank; nothing
-                new has begun.
+            CheckpointError: the previous checkpoint could not be written, or an argument is invalid. Raised on every rank;
+                nothing new is started.
             CommError: as `finish`.
         """
         self.finish()
-        agreed(lambda: fit(self.directory, self.config, (model, optimizer), step=step), step=step)
-        state = copied(state_of(model, optimizer))
+        run_and_agree(lambda: check_arguments(self.directory, self.config, (model, optimizer), step=step), step=step)
+        state = copy_to_host(state_of(model, optimizer))
         self._writing = self._thread.submit(write, self.directory, int(step), state, self.config, self.keep, self._group)
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint that is being written, and return its path; None if there is none; collective.
+        """Waits for the checkpoint that is being written, and returns its path; None if there is none; collective.
 
         Raises:
             CheckpointError: it could not be written. Raised on every rank; earlier checkpoints are untouched.
@@ -78,16 +78,16 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        with comm_errors("waiting for a checkpoint", "the last checkpoint was not completed, those before it are untouched"):
-            return writing.result()  # or what the thread's collectives raised because a rank is gone
+        with comm_errors("waiting for a checkpoint", "the last checkpoint was not completed, earlier ones are untouched"):
+            return writing.result()  # or raises what the thread's collectives raised because a rank failed
 
 
-def copied(state: Any) -> Any:
-    """`state` with every tensor copied to the host, so that training may change what it was."""
+def copy_to_host(state: Any) -> Any:
+    """Copies `state` with all tensors to the host, so that training may change the original."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
+        return {key: copy_to_host(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(copied, state))
+        return type(state)(map(copy_to_host, state))
     return state

@@ -1,4 +1,4 @@
-"""What ranks do together where nothing but files changes: compare what they were given, let the first act, hear how it went."""
+"""Coordinates ranks around checkpoint files: compares arguments, lets rank 0 act, and raises errors on all ranks."""
 
 from __future__ import annotations
 
@@ -23,78 +23,81 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def together(doing: str, about: object = "") -> AbstractContextManager[None]:
-    """Around what all ranks do with checkpoints: a `CommError` says which of them is gone."""
+def collective_errors(doing: str, about: object = "") -> AbstractContextManager[None]:
+    """Wraps a collective checkpoint operation: a `CommError` names the failed rank."""
     return comm_errors(doing, f"rank {rank()}: {doing} {{about}} failed", about)
 
 
-def of_all(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """What every rank has, by rank."""
+def all_gather_values(own: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, by rank."""
     if world() == 1:
         return [own]
-    everyone: list[T] = [own] * world()
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone
+    values_by_rank: list[T] = [own] * world()
+    dist.all_gather_object(values_by_rank, own, group=group)
+    return values_by_rank
 
 
-def agreed(action: Callable[[], T], **same: object) -> T:
-    """What `action` finds on this rank. What it raises on any rank is raised on all, which would wait for that one else; and so
-    is `CheckpointError` where the values of `same` differ."""
-    found: list[T] = []
-    problem = error_message(lambda: found.append(action()))
-    with together("comparing what ranks are to do"):
-        everyone = of_all((problem, {name: short_repr(value) for name, value in same.items()}))
-    problems = [said for said, _ in everyone]
-    for number, said in enumerate(problems):
-        if said:
-            raise CheckpointError(said if len(set(problems)) == 1 else f"on rank {number}: {said}")
+def run_and_agree(action: Callable[[], T], **same: object) -> T:
+    """Runs `action` on every rank and returns its result; collective.
+
+    What `action` raises on any rank is raised on all, since the others would wait for it; values of `same` that differ between
+    ranks raise `CheckpointError` on all.
+    """
+    results: list[T] = []
+    own_problem = error_message(lambda: results.append(action()))
+    with collective_errors("comparing what ranks are to do"):
+        values_by_rank = all_gather_values((own_problem, {name: short_repr(value) for name, value in same.items()}))
+    problems = [problem for problem, _ in values_by_rank]
+    for number, problem in enumerate(problems):
+        if problem:
+            raise CheckpointError(problem if len(set(problems)) == 1 else f"on rank {number}: {problem}")
     for name in same:
-        first, *others = (values[name] for _, values in everyone)
+        first, *others = (values[name] for _, values in values_by_rank)
         for number, other in enumerate(others, start=1):
             if other != first:
                 raise CheckpointError(f"{name} is {first} on rank 0 and {other} on rank {number}; pass the same on every rank")
-    return found[0]
+    return results[0]
 
 
-def joined(action: Callable[[], dict[str, T]], failure: str, group: dist.ProcessGroup | None = None) -> dict[str, T]:
-    """What all ranks find together. An `OSError` of any rank is a `CheckpointError` on all."""
-    found: dict[str, T] = {}
-    said = None
+def gather_dicts(action: Callable[[], dict[str, T]], failure: str, group: dist.ProcessGroup | None = None) -> dict[str, T]:
+    """Joins the results of `action` on all ranks; collective. An `OSError` of any rank is a `CheckpointError` on all."""
+    own: dict[str, T] = {}
+    own_problem = None
     try:
-        found = action()
+        own = action()
     except OSError as error:
-        said = f"{failure}: {error}"
-    everyone = of_all((found, said), group)
-    if wrong := next((said for _, said in everyone if said), None):
-        raise CheckpointError(wrong)
-    return {name: one for of_rank, _ in everyone for name, one in sorted(of_rank.items())}
+        own_problem = f"{failure}: {error}"
+    values_by_rank = all_gather_values((own, own_problem), group)
+    if problem := next((problem for _, problem in values_by_rank if problem), None):
+        raise CheckpointError(problem)
+    return {name: value for of_rank, _ in values_by_rank for name, value in sorted(of_rank.items())}
 
 
 def on_first_rank(action: Callable[[], None], failure: str, group: dist.ProcessGroup | None = None) -> None:
-    """Rank 0 does it, all wait for it and all learn how it went."""
-    said: list[str | None] = [None]
+    """Runs `action` on rank 0 while all wait; an `OSError` there is a `CheckpointError` on all."""
+    problem: list[str | None] = [None]
     if rank() == 0:
         try:
             action()
         except OSError as error:
-            said = [f"{failure}: {error}"]
+            problem = [f"{failure}: {error}"]
     if world() > 1:
-        dist.broadcast_object_list(said, src=0, group=group)
-    if said[0] is not None:
-        raise CheckpointError(said[0])
+        dist.broadcast_object_list(problem, src=0, group=group)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
 
 
 def from_first_rank(action: Callable[[], T], failure: str) -> T:
-    """What rank 0 finds, on all ranks."""
-    found: list[T] = []
-    said: str | None = None
+    """Runs `action` on rank 0 and returns its result on all ranks; an `OSError` there is a `CheckpointError` on all."""
+    results: list[T] = []
+    own_problem: str | None = None
     if rank() == 0:
         try:
-            found.append(action())
+            results.append(action())
         except OSError as error:
-            said = f"{failure}: {error}"
-    with together("hearing from rank 0"):
-        told = of_all((said, found))[0]
-    if told[0]:
-        raise CheckpointError(told[0])
-    return told[1][0]
+            own_problem = f"{failure}: {error}"
+    with collective_errors("hearing from rank 0"):
+        problem, of_first = all_gather_values((own_problem, results))[0]
+    if problem:
+        raise CheckpointError(problem)
+    return of_first[0]

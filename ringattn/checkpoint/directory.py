@@ -1,4 +1,4 @@
-"""The files of a checkpoint: a folder that has its final name when it is complete, and notes the digest of each file."""
+"""Manages checkpoint folders: a folder gets its final name when it is complete, and records the digest of each file."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from ringattn.errors import CheckpointError
 
 ABOUT, METADATA = "ringattn.json", ".metadata"
-BEFORE = ".before"  # of the same step, until the new one is in its place
+BEFORE = ".before"  # suffix of a checkpoint of the same step, until the new one has its name
 
 
 def clear(directory: Path) -> None:
-    """Make `directory`, and remove what jobs that died have left in it."""
+    """Makes `directory`, and removes incomplete checkpoints of dead jobs."""
     directory.mkdir(parents=True, exist_ok=True)
     for left_over in {*directory.glob(".step_*")} - {*complete(directory)}:
         shutil.rmtree(left_over)
 
 
-def publish(partial: Path, final: Path, noted: Mapping[str, Any], keep: int) -> None:
-    """Give a folder that is written its final name, and remove all but the `keep` newest, of which it is one.
+def publish(partial: Path, final: Path, record: Mapping[str, Any], keep: int) -> None:
+    """Gives a written folder its final name, and removes all but the `keep` newest, including this one.
 
-    Raises `OSError` if it lacks a file, or cannot be renamed.
+    Raises `OSError` if a file is missing, or the folder cannot be renamed.
     """
     if missing := [name for name in sorted(_needed(partial)) if not (partial / name).exists()]:
         raise OSError(f"{missing[0]} is missing: all ranks must write into one directory, on a file system they share")
     with (partial / ABOUT).open("w") as file:
-        json.dump(noted, file, indent=1)
+        json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():  # the same step again, after a resume from before it: at no time is there neither
+    if final.exists():  # the same step again, after a resume from an earlier one: one of both always exists
         final.rename(partial.with_suffix(BEFORE))
     partial.rename(final)
     others = [path for path in complete(final.parent) if path != final]
@@ -50,28 +50,28 @@ def publish(partial: Path, final: Path, noted: Mapping[str, Any], keep: int) -> 
 
 
 def _needed(partial: Path) -> set[str]:
-    """The files that a checkpoint's metadata tells of, and that of the metadata."""
+    """The files that a checkpoint's metadata lists, and the metadata file."""
     stored = FileSystemReader(partial).read_metadata().storage_data or {}
     return {entry.relative_path for entry in stored.values()} | {METADATA}
 
 
 def complete(directory: Path) -> list[Path]:
-    """Those that have a final name, oldest first; and one that a job which died a moment before had just lost it to another."""
-    found = {path.name: path for path in directory.glob("step_*")}
+    """The complete checkpoints, oldest first, including one that a dying job had just renamed for a new one of its step."""
+    paths = {path.name: path for path in directory.glob("step_*")}
     for path in directory.glob(f".step_*{BEFORE}"):
-        found.setdefault(path.name[1:].removesuffix(BEFORE), path)
-    steps = {int(name[5:]): path for name, path in found.items() if re.fullmatch(r"step_\d{8,}", name)}
+        paths.setdefault(path.name[1:].removesuffix(BEFORE), path)
+    steps = {int(name[5:]): path for name, path in paths.items() if re.fullmatch(r"step_\d{8,}", name)}
     return [path for _, path in sorted(steps.items()) if (path / ABOUT).exists()]
 
 
 def about(checkpoint: Path) -> dict[str, Any]:
-    """What `publish` has noted. Raises `CheckpointError` if it cannot be read."""
+    """Reads the record of `publish`. Raises `CheckpointError` if it cannot be read."""
     if not checkpoint.is_dir():
         raise CheckpointError(f"there is no checkpoint {checkpoint}; `latest(directory)` finds the newest complete one")
     try:
-        noted = json.loads((checkpoint / ABOUT).read_text())
-        numbers = {name: int(noted[name]) for name in ("step", "world")}
-        return numbers | {name: dict(noted[name]) for name in ("config", "files")}
+        recorded = json.loads((checkpoint / ABOUT).read_text())
+        numbers = {name: int(recorded[name]) for name in ("step", "world")}
+        return numbers | {name: dict(recorded[name]) for name in ("config", "files")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint {checkpoint} is incomplete or damaged ({ABOUT}: {error}); use the one before it, or start anew"
@@ -79,17 +79,17 @@ def about(checkpoint: Path) -> dict[str, Any]:
 
 
 def changed(checkpoint: Path, files: Mapping[str, str]) -> str | None:
-    """The first of `files`, digests by name, that is not what it was, in words."""
-    for name, noted in files.items():
-        found = digest(checkpoint / name) if (checkpoint / name).exists() else "missing"
-        if found != noted:
-            how = "is missing" if found == "missing" else f"has digest {found}, {noted} when it was written"
+    """A message on the first of `files`, digests by name, that has changed, or None."""
+    for name, recorded in files.items():
+        current = digest(checkpoint / name) if (checkpoint / name).exists() else "missing"
+        if current != recorded:
+            how = "is missing" if current == "missing" else f"has digest {current}, {recorded} when it was written"
             return f"checkpoint {checkpoint} is damaged: {name} {how}"
     return None
 
 
 def digests(partial: Path, rank: int) -> dict[str, str]:
-    """Of the files that `rank` has written: each reads its own."""
+    """The digests of the files that `rank` has written."""
     own = [*partial.glob(f"__{rank}_*"), *([partial / METADATA] if rank == 0 else [])]
     return {path.name: digest(path) for path in own if path.exists()}
 

@@ -1,4 +1,4 @@
-"""Looks at machines: what is installed and works, how fast links are, and what to send with a bug report."""
+"""Examines machines: installation, devices, kernels and links; writes bug reports."""
 
 from ringattn.diagnostics.bug_report import write
 from ringattn.diagnostics.cluster import examine_together

@@ -1,8 +1,8 @@
-"""What this machine offers, and whether ringattn runs on it: facts, and for whatever is wrong the cure.
+"""Examines this machine: what is installed, whether kernels and backends work, and a hint for whatever does not.
 
-It tries rather than asks: the attention kernel computes a small block and is held against the reference, and gloo opens a group
-of one, which is where a host name that resolves to nothing shows. Nothing here needs torchrun, and nothing is
-changed. What only all ranks can tell is in `together`.
+It tests instead of reading versions: the attention kernel computes a small block, compared with the reference, and gloo opens a
+group of one, which fails where the hostname does not resolve. It needs no torchrun and changes nothing. What only all ranks
+together can test is in `cluster`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 class Finding(NamedTuple):
-    """One line of the report. A cure means that ringattn cannot run as things are."""
+    """One line of the report. A hint means that ringattn cannot run without a change."""
 
     what: str
     found: str
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, in the order in which a person would ask."""
+    """Yields all findings, from general to specific."""
     yield Finding("python", platform.python_version())
     yield Finding("ringattn", ringattn.__version__)
     yield Finding("torch", torch.__version__)
@@ -54,8 +54,10 @@ def examine() -> Iterator[Finding]:
 def _backends() -> Finding:
     if not dist.is_available():
         return Finding("backends", "none", "this torch was built without torch.distributed; install an official build")
-    there = [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
-    return Finding("backends", ", ".join(there), "" if there else "this torch has no backend; install an official build")
+    available = [name for name in ("gloo", "nccl", "mpi") if getattr(dist, f"is_{name}_available")()]
+    return Finding(
+        "backends", ", ".join(available), "" if available else "this torch has no backend; install an official build"
+    )
 
 
 def _devices() -> Finding:
@@ -65,12 +67,12 @@ def _devices() -> Finding:
 
 
 def _sdpa() -> Iterator[Finding]:
-    """What "sdpa" stands for here, and whether its numbers are right: everything else can be done without."""
+    """Reports which operator "sdpa" is here, and whether its results are right. All other kernels are optional."""
     hint = "make plans with kernel='reference', and report this torch version"
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
         what = f"sdpa kernel, {_short(dtype)}"
         try:
-            off = _off("sdpa", dtype)
+            off = _error_of("sdpa", dtype)
         except (RuntimeError, AttributeError) as error:  # AttributeError: this torch has no such operator
             yield Finding(what, f"fails: {error}", hint)
             continue
@@ -79,30 +81,30 @@ def _sdpa() -> Iterator[Finding]:
 
 
 def _other_kernels() -> Iterator[Finding]:
-    """Those that a plan may ask for by name: whether they run here, and if not, why. None is needed, so none has a cure."""
+    """Reports whether kernels that plans may name run here, or why not. None is required, so none has a hint."""
     for name in KERNELS:
         if name in ("sdpa", "reference"):
             continue
         why = unsupported_reason(name, _device(), torch.bfloat16, 16)
         if why is None:
             try:
-                found = f"runs, within {_off(name, torch.bfloat16):.0e} of the reference"
-            except Exception as error:  # whatever a package may raise, the others are still to be tried
+                found = f"runs, within {_error_of(name, torch.bfloat16):.0e} of the reference"
+            except Exception as error:  # packages may raise any type; the other kernels are still tested
                 found = f"there, but fails: {error}"
         else:
             found = why.removeprefix(f"kernel {name!r}").lstrip(": ")
-            for instead in ("; make the plan with kernel='sdpa'", ", or make the plan with kernel='sdpa'"):
-                found = found.removesuffix(instead)
+            for suffix in ("; make the plan with kernel='sdpa'", ", or make the plan with kernel='sdpa'"):
+                found = found.removesuffix(suffix)
         yield Finding(f"{name} kernel", found)
 
 
 def _auto() -> Iterator[Finding]:
-    """Which operator the default takes on each device, and a kernel by name that is worth measuring."""
+    """Reports the default operator on each device, and a kernel that is worth measuring."""
     name, why = pick(_device(), torch.bfloat16, 128)
-    better = "" if name == "sdpa" else f"; try kernel={name!r} ({why}), or measure with `ringattn doctor --rank-kernels`"
-    yield Finding("kernel='auto'", f"means sdpa on every rank and machine{better}")
-    for device in _devices_to_ask():
-        for dtype, dims in _ASKED.items():
+    suggestion = "" if name == "sdpa" else f"; try kernel={name!r} ({why}), or measure with `ringattn doctor --rank-kernels`"
+    yield Finding("kernel='auto'", f"means sdpa on every rank and machine{suggestion}")
+    for device in _devices_to_examine():
+        for dtype, dims in _HEAD_SIZES.items():
             sizes: dict[str, list[str]] = {}
             for dim in dims:
                 sizes.setdefault(_default(device, dtype, dim), []).append(str(dim))
@@ -110,11 +112,11 @@ def _auto() -> Iterator[Finding]:
             yield Finding(f"default on {device}, {_short(dtype)}", found if len(sizes) > 1 else next(iter(sizes)))
 
 
-_ASKED = {torch.bfloat16: (64, 128, 256), torch.float32: (128,)}  # head sizes
+_HEAD_SIZES = {torch.bfloat16: (64, 128, 256), torch.float32: (128,)}  # head sizes
 
 
 def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """What computes a head size, and what a band of it or torch's own attention, where that is another."""
+    """The operator for a head size, and those for bands and of torch's own attention where they differ."""
     plain, band = (resolved("sdpa", device, dtype, dim, dim, 1, bands=bands) for bands in (False, True))
     others = [] if plain == band else [f"{band} for bands"]
     own = _torchs_own(device, dtype, dim) if device.type == "cuda" else plain
@@ -124,7 +126,7 @@ def _default(device: torch.device, dtype: torch.dtype, dim: int) -> str:
 
 
 def _torchs_own(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """The operator that scaled_dot_product_attention takes here in training."""
+    """The operator that scaled_dot_product_attention uses here in training."""
     try:
         q = torch.empty(1, 1, 64, dim, device=device, dtype=dtype, requires_grad=True)
         return SDPBackend(torch._fused_sdp_choice(q, q, q)).name.lower().removesuffix("_attention")
@@ -132,17 +134,17 @@ def _torchs_own(device: torch.device, dtype: torch.dtype, dim: int) -> str:
         return f"unknown, {error}"
 
 
-def _devices_to_ask() -> list[torch.device]:
+def _devices_to_examine() -> list[torch.device]:
     gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return gpus or [torch.device("cpu")]
 
 
-def _off(name: str, dtype: torch.dtype) -> float:
-    """How far a small block is from the reference."""
-    whole, options = (Segment(0, 33, 0, 33, CAUSAL),), Options(0.25)
+def _error_of(name: str, dtype: torch.dtype) -> float:
+    """The error of a small block against the reference."""
+    segments, options = (Segment(0, 33, 0, 33, CAUSAL),), Options(0.25)
     q, k, v = torch.randn(3, 1, 2, 33, 16, generator=torch.Generator().manual_seed(0)).to(_device(), dtype).unbind()
-    found, wanted = (get(n).forward(Operands(q, k, v, None), whole, options).out.float() for n in (name, "reference"))
-    return (found - wanted).abs().max().item()
+    actual, expected = (get(n).forward(Operands(q, k, v, None), segments, options).out.float() for n in (name, "reference"))
+    return (actual - expected).abs().max().item()
 
 
 def _device() -> torch.device:
@@ -168,12 +170,12 @@ def _gloo() -> Finding:
 
 
 def _torchrun() -> Finding:
-    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
-    missing = [name for name in TORCHRUN if name not in there]
-    if not there:
+    available = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    missing = [name for name in TORCHRUN if name not in available]
+    if not available:
         return Finding("torchrun", "not under torchrun (one process; start ranks with `torchrun --nproc-per-node N ...`)")
     hint = f"{', '.join(missing)} not set: start every rank with torchrun, or set all of them" if missing else ""
-    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in there.items()), hint)
+    return Finding("torchrun", ", ".join(f"{name}={value}" for name, value in available.items()), hint)
 
 
 def _memory() -> Finding:

@@ -1,12 +1,12 @@
-"""Measure what the planner needs to know: every directed link, whether links share a port, and how fast attention is.
+"""Measures what the planner needs: every directed link, whether links share a port, and the speed of attention.
 
-One pair at a time first, everybody else silent: half a round trip of one byte is the latency, and what a large message takes
-beyond it the bandwidth. Then all ranks to all at once: where a rank's total stays clearly below the sum of its links, they
+First one pair at a time, all others idle: half a round trip of one byte is the latency, and the additional time of a large
+message gives the bandwidth. Then all ranks to all at once: where a rank's total stays clearly below the sum of its links, they
 share a port, as behind a switch, and the port's rate is recorded. Last, all ranks run the attention kernel at the same time,
-and the slowest counts; so they do a block of a single row, whose time is the launch's, and a merge, which goes at the rate of
-memory. The best of a few repeats is kept, since disturbances only ever add time.
+and the slowest counts; likewise a block of a single row, whose time is the launch latency, and a merge, which runs at memory
+bandwidth. The best of a few repeats is kept, since disturbances only add time.
 
-A direction's latency is half a round trip, so the two directions of a pair come out alike. Collective: every rank calls it.
+A direction's latency is half a round trip, so both directions of a pair are equal. Collective: every rank calls it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ringattn.planner.topology import Topology
 from ringattn.schedule.program import MERGED_AT_ONCE
 from ringattn.sequence.segments import FULL, Segment
 
-SHARED = 0.75  # of the sum of its links: a rank that gets less out of all of them at once has them behind one port
+SHARED = 0.75  # of the sum of its links: a rank with a lower total rate has them behind one port
 
 
 class Probe:
-    """Measurements over the ranks of a 1-D `mesh`. `nbytes`: of a large message; `repeats`: of everything, best kept."""
+    """Measures over the ranks of a 1-D `mesh`. nbytes: of a large message; repeats: of each measurement, best kept."""
 
     def __init__(self, mesh: DeviceMesh, *, nbytes: int = 8 << 20, repeats: int = 3) -> None:
         self.group, self.rank, self.world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
@@ -40,19 +40,19 @@ class Probe:
         prepare(self.group)
 
     def topology(self, name: str = "measured") -> Topology:
-        """Everything, as one Topology that is the same on every rank."""
+        """Measures everything; returns one Topology, the same on every rank."""
         links = torch.zeros(2, self.world, dtype=torch.float64)  # latency and bandwidth from this rank to each other
         for src, dst in permutations(range(self.world), 2):
             self._barrier()
             if self.rank in (src, dst):
-                found = self._pair(src, dst)
+                measured = self._pair(src, dst)
                 if self.rank == src:
-                    links[:, dst] = torch.tensor(found, dtype=torch.float64)
-        everyone = self._gather(links)  # (world, 2, world)
+                    links[:, dst] = torch.tensor(measured, dtype=torch.float64)
+        by_rank = self._gather(links)  # (world, 2, world)
         total = self._gather(torch.tensor([self._all_at_once()], dtype=torch.float64))[:, 0]
         own = torch.tensor([self._flops(), self._launch(), self._memory()], dtype=torch.float64)
         flops, launch, memory = self._gather(own).unbind(1)
-        latencies, bandwidths = everyone.unbind(1)
+        latencies, bandwidths = by_rank.unbind(1)
         shared = self.world > 1 and bool((total < SHARED * bandwidths.sum(1)).any())
         return Topology(
             name,
@@ -67,7 +67,7 @@ class Probe:
         )
 
     def _pair(self, src: int, dst: int) -> tuple[float, float]:
-        """Latency in s and bandwidth in bytes/s from `src` to `dst`, as `src` sees it."""
+        """Latency in s and bandwidth in bytes/s from `src` to `dst`, as measured by `src`."""
         byte, back, large = (self._buffer(n) for n in (1, 1, self.nbytes))
         peer = dst if self.rank == src else src
 
@@ -77,8 +77,8 @@ class Probe:
             then(back, peer)
 
         small = self._best(lambda: round_trip(byte), repeats=5 * self.repeats)
-        whole = self._best(lambda: round_trip(large))
-        return small / 2, self.nbytes / max(whole - small, 1e-9)
+        full = self._best(lambda: round_trip(large))
+        return small / 2, self.nbytes / max(full - small, 1e-9)
 
     def _all_at_once(self) -> float:
         """Bytes/s that leave this rank while every rank sends to every other."""
@@ -102,15 +102,15 @@ class Probe:
         on_gpu = self.device == "cuda"
         rows, heads, dim, dtype = (8192, 16, 128, torch.bfloat16) if on_gpu else (1024, 4, 64, torch.float32)
         q, k, v = torch.randn(3, 1, heads, rows, dim, device=self.device, dtype=dtype).unbind()
-        kernel, whole = get("sdpa"), (Segment(0, rows, 0, rows, FULL),)
-        seconds = self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(dim**-0.5)), together=True)
+        kernel, segments = get("sdpa"), (Segment(0, rows, 0, rows, FULL),)
+        seconds = self._best(lambda: kernel.forward(Operands(q, k, v, None), segments, Options(dim**-0.5)), together=True)
         return 4 * rows * rows * heads * dim / seconds
 
     def _launch(self) -> float:
         """Seconds of the smallest kernel call."""
         q, k, v = torch.randn(3, 1, 1, 1, 64, device=self.device).unbind()
-        kernel, whole = get("sdpa"), (Segment(0, 1, 0, 1, FULL),)
-        return self._best(lambda: kernel.forward(Operands(q, k, v, None), whole, Options(1.0)), together=True)
+        kernel, segments = get("sdpa"), (Segment(0, 1, 0, 1, FULL),)
+        return self._best(lambda: kernel.forward(Operands(q, k, v, None), segments, Options(1.0)), together=True)
 
     def _memory(self) -> float:
         """Bytes/s touched in merging partial results, as many at once as the engine does."""
@@ -120,7 +120,7 @@ class Probe:
         return MERGE * total.nbytes * len(parts) / seconds
 
     def _best(self, action: Callable[[], object], *, repeats: int | None = None, together: bool = False) -> float:
-        """Seconds of the fastest run after a first one that does not count. `together`: all ranks start at once."""
+        """Seconds of the fastest run after a warm-up run. together: all ranks start at once."""
         fastest = float("inf")
         for n in range((repeats or self.repeats) + 1):
             if together:
@@ -149,8 +149,8 @@ class Probe:
     def _barrier(self) -> None:
         dist.barrier(self.group)
 
-    def _gather(self, mine: Tensor) -> Tensor:
-        """What every rank has, stacked by rank, on the CPU."""
-        everyone = [torch.empty_like(mine, device=self.device) for _ in range(self.world)]
-        dist.all_gather(everyone, mine.to(self.device), group=self.group)
-        return torch.stack(everyone).cpu()
+    def _gather(self, own: Tensor) -> Tensor:
+        """Gathers `own` of all ranks, stacked by rank, on the CPU."""
+        parts = [torch.empty_like(own, device=self.device) for _ in range(self.world)]
+        dist.all_gather(parts, own.to(self.device), group=self.group)
+        return torch.stack(parts).cpu()

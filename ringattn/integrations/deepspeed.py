@@ -1,13 +1,13 @@
-"""DeepSpeed: its sequence parallelism with ringattn inside. Any number of heads; nothing else in a job changes.
+"""Replaces DeepSpeed's sequence-parallel attention by ringattn's, with any number of heads and no other change to a job.
 
     mpu = register_with_transformers(model, "sdpa", sequence_parallel_size, micro_batch_size)   # or sequence_parallel(size)
     engine, *_ = deepspeed.initialize(model=model, mpu=mpu, config=...)
     loss = sp_loss(engine(input_ids=..., position_ids=...).logits, shift_labels, engine)
 
-`register_with_transformers` stands where `UlyssesSPAttentionHF`'s does and takes the batches of `UlyssesSPDataLoaderAdapter`:
-each rank has its part of the sequence, the parts one behind another. `DistributedAttention` stands where `deepspeed.sequence`'s
-does. Gradients are DeepSpeed's to reduce, and it does so rightly only for an `mpu`: with a mesh, ZeRO 0 to 2 leave the sequence
-group out, which is refused here. Interfaces: https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/
+`register_with_transformers` replaces that of `UlyssesSPAttentionHF` and takes the batches of `UlyssesSPDataLoaderAdapter`: each
+rank holds a contiguous part of the sequence. `DistributedAttention` replaces the class of that name in `deepspeed.sequence`.
+DeepSpeed reduces gradients correctly only with an `mpu`: with a mesh, ZeRO 0 to 2 leave out the sequence group, which is
+refused here. Interfaces: https://www.deepspeed.ai/tutorials/ulysses-alst-sequence-parallelism/
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ MESH = (
 
 
 def sp_loss(logits: Tensor, shift_labels: Tensor, engine: Any, ignore_index: int = IGNORE) -> Tensor:
-    """Mean cross-entropy in nats over the tokens of all ranks, whose gradient is right at the engine's ZeRO stage.
+    """Computes the mean cross-entropy in nats over the tokens of all ranks, with the gradient that the ZeRO stage requires.
 
     With an `mpu`, ZeRO 0, 1 and 2 sum gradients over the ranks of a sequence and average over replicas; ZeRO 3 averages over
-    all ranks. The loss is the same on each rank; its gradient makes up for what the stage divides by.
+    all ranks. The loss is the same on each rank; its gradient compensates for the divisor of the stage.
 
     Args:
         logits: (batch, rows, vocab_size), of this rank.
@@ -57,19 +57,19 @@ def sp_loss(logits: Tensor, shift_labels: Tensor, engine: Any, ignore_index: int
     problem = _unreduced(engine.mpu)
     if problem:  # what deepspeed.initialize was given: the same on all ranks
         raise InputError(problem)
-    everyone = engine.mpu.get_sequence_data_parallel_group()
-    ranks = dist.get_world_size(everyone)
+    all_ranks = engine.mpu.get_sequence_data_parallel_group()
+    ranks = dist.get_world_size(all_ranks)
     divided_by = ranks if engine.zero_optimization_stage() == 3 else ranks // engine.mpu.get_sequence_parallel_world_size()
-    return cross_entropy(logits, shift_labels, everyone, ignore_index, averaged_over=divided_by)
+    return cross_entropy(logits, shift_labels, all_ranks, ignore_index, averaged_over=divided_by)
 
 
 def _unreduced(mpu: Any) -> str | None:
-    """Why DeepSpeed would not reduce gradients over the sequence, or None."""
+    """The reason why DeepSpeed would not reduce gradients over the sequence, or None."""
     if problem := _mesh():
         return problem
     if not hasattr(mpu, "get_sequence_parallel_world_size"):
         return (
-            "the engine has no groups for sequences, so DeepSpeed takes all ranks for replicas: call "
+            "the engine has no groups for sequences, so DeepSpeed treats all ranks as replicas: call "
             "deepspeed.initialize(..., mpu=ringattn.integrations.deepspeed.sequence_parallel(size))"
         )
     return None
@@ -87,18 +87,18 @@ def register_with_transformers(
     schedule: str = "auto",
     topology: Topology | str | None = None,
 ) -> SequenceParallel | None:
-    """Put ringattn in the place of one of transformers' attentions; as `UlyssesSPAttentionHF.register_with_transformers`.
+    """Replaces one of transformers' attentions by ringattn; as `UlyssesSPAttentionHF.register_with_transformers`.
 
-    Every forward of a model with that attention then needs `position_ids` (batch or 1, rows): this rank's part of the whole
-    sequence's, beginning anew with each packed document. Ranks may hold parts of different lengths. `attention_mask`
+    Every forward of a model with that attention then needs `position_ids` (batch or 1, rows): this rank's part of those of
+    the whole sequence, restarting with each packed document. Ranks may hold parts of different lengths. `attention_mask`
     (batch, rows), which DeepSpeed drops, is honoured.
 
     Args:
-        model_name_or_path: a model, or what AutoConfig.from_pretrained takes.
-        core_attn_implementation: whose place ringattn takes: the model's `attn_implementation`, such as "sdpa".
+        model_name_or_path: a model, or a name or path for AutoConfig.from_pretrained.
+        core_attn_implementation: the attention to replace: the model's `attn_implementation`, such as "sdpa".
         sequence_parallel_size: ranks per sequence; with 1 nothing is done and None returned.
         micro_batch_size: sequences per forward; another number is refused.
-        seq_length: whole length of every batch, where `seq_length_is_variable` is False.
+        seq_length: length of the whole sequences, where `seq_length_is_variable` is False.
         disable_in_eval: a model in eval mode keeps its own attention, and whole sequences.
         schedule: for `make_plan`.
         topology: for `make_plan`.
@@ -107,11 +107,11 @@ def register_with_transformers(
         mpu for `deepspeed.initialize`.
 
     Raises:
-        InputError: the model cannot be cut, or does not use that attention.
+        InputError: the model cannot be sharded, or does not use that attention.
     """
     if sequence_parallel_size == 1:
         return None
-    from ringattn.integrations.transformers.gathered import take_place  # transformers is needed for this function alone
+    from ringattn.integrations.transformers.gathered import replace_attention  # only this function needs transformers
 
     length = None if seq_length_is_variable else seq_length
     if not seq_length_is_variable and seq_length is None:
@@ -119,7 +119,7 @@ def register_with_transformers(
     mpu = sequence_parallel(sequence_parallel_size)
     make = partial(make_plan, world=sequence_parallel_size, schedule=schedule, topology=topology)
     shape = (micro_batch_size, length)
-    take_place(
+    replace_attention(
         model_name_or_path, core_attn_implementation, mpu.get_sequence_parallel_group(), make, shape, disable_in_eval, _mesh
     )
     return mpu
@@ -130,23 +130,23 @@ def _mesh() -> str | None:
 
 
 class DistributedAttention(nn.Module):
-    """In the place of `deepspeed.sequence.layer.DistributedAttention`: same constructor, same call, any number of heads.
+    """Replaces `deepspeed.sequence.layer.DistributedAttention`: same constructor, same call, any number of heads.
 
-    ringattn computes attention itself, so `local_attention` is not called: it says what is meant. A `ringattn.Mask`, or a
-    module with a bool `causal` or `is_causal` and perhaps `softmax_scale`, as flash attention modules have.
+    ringattn computes attention itself, so `local_attention` is not called; it only specifies the attention: a `ringattn.Mask`,
+    or a module with a bool `causal` or `is_causal` and an optional `softmax_scale`, as flash attention modules have.
 
     Args:
-        local_attention: what attention is meant.
-        sequence_process_group: the ranks of a sequence; each holds an equal part, one behind another.
+        local_attention: specifies mask and scale.
+        sequence_process_group: the ranks of a sequence; each holds an equal contiguous part.
         scatter_idx: dimension of heads: 2.
         gather_idx: dimension of the sequence: 0, or 1 where the batch comes first.
         sp_stream: None. Communication overlaps with compute in any case.
-        num_kv_heads: None, or what the keys have.
+        num_kv_heads: None, or the number of heads of the keys.
         schedule: for `make_plan`.
         topology: for `make_plan`.
 
     Raises:
-        InputError: `local_attention` does not say what it means, or means what cannot be cut.
+        InputError: `local_attention` does not specify its mask, or one that cannot be sharded.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class DistributedAttention(nn.Module):
             raise InputError("sp_stream: ringattn overlaps communication with compute by itself; leave sp_stream out")
         if scatter_idx != 2 or gather_idx not in (0, 1):
             raise InputError(f"scatter_idx={scatter_idx}, gather_idx={gather_idx}: heads are dimension 2, the sequence 0 or 1")
-        self.mask, self.scale = _meaning(local_attention)
+        self.mask, self.scale = _mask_and_scale(local_attention)
         self.group, self.gather_idx, self.num_kv_heads = sequence_process_group, gather_idx, num_kv_heads
         self.world, self.rank = dist.get_world_size(sequence_process_group), dist.get_rank(sequence_process_group)
         self.make = partial(make_plan, world=self.world, schedule=schedule, topology=topology)
@@ -187,7 +187,7 @@ class DistributedAttention(nn.Module):
         Returns `query`'s shape.
         """
         if problem := self._problem(query, key, batch_dim_idx, args, kwargs):
-            agree(self.group, {}, problem)  # meets the others' agreement on `attention`, so that they hear of it
+            agree(self.group, {}, problem)  # matches the `agree` call of `attention` on the other ranks, which then raise too
         q, k, v = (x if self.gather_idx else x.transpose(0, 1) for x in (query, key, value))
         rows = q.shape[1]
         if rotary_pos_emb is not None:
@@ -214,36 +214,37 @@ class DistributedAttention(nn.Module):
             )
         if self.num_kv_heads not in (None, key.shape[2]):
             return f"num_kv_heads={self.num_kv_heads} and key has {key.shape[2]} heads"
-        more = [
+        extra = [
             *(f"argument {n + 6}" for n, x in enumerate(args) if x is not None),
             *(k for k, x in kwargs.items() if x is not None),
         ]
-        if more:
-            return f"{', '.join(more)}: meant for the local attention, which ringattn does not call; say the mask in its place"
+        if extra:
+            return f"{', '.join(extra)}: meant for the local attention, which ringattn does not call; pass the mask instead"
         return None
 
 
-def _meaning(local: Any) -> tuple[Mask, float | None]:
-    """The mask and the scale that a local attention stands for."""
+def _mask_and_scale(local: Any) -> tuple[Mask, float | None]:
+    """The mask and the scale that a local attention specifies."""
     if isinstance(local, Mask):
         return local, None
-    told = getattr(local, "causal", getattr(local, "is_causal", None))
-    if not isinstance(told, bool):
+    is_causal_flag = getattr(local, "causal", getattr(local, "is_causal", None))
+    if not isinstance(is_causal_flag, bool):
         raise InputError(
-            f"local_attention is a {type(local).__name__} that does not say what it computes, and ringattn computes it itself: "
-            "pass a ringattn.Mask (ringattn.causal(), ringattn.full(), ...), or a module with a bool attribute causal"
+            f"local_attention is a {type(local).__name__} that does not specify its mask, and ringattn computes attention "
+            "itself: pass a ringattn.Mask (ringattn.causal(), ringattn.full(), ...), or a module with a bool attribute causal"
         )
-    dropped = {name: getattr(local, name, None) for name in ("dropout", "dropout_p", "attention_dropout", "window_size")}
-    odd = {name: value for name, value in dropped.items() if value not in (None, 0, 0.0, (-1, -1))}
-    if odd:
+    options = {name: getattr(local, name, None) for name in ("dropout", "dropout_p", "attention_dropout", "window_size")}
+    unsupported = {name: value for name, value in options.items() if value not in (None, 0, 0.0, (-1, -1))}
+    if unsupported:
         raise InputError(
-            f"local_attention asks for {odd}, which would be lost: set it to None, or say the window as a ringattn.Mask"
+            f"local_attention asks for {unsupported}, which would be lost: set it to None, or pass the window as a "
+            "ringattn.Mask"
         )
-    return (causal() if told else full()), getattr(local, "softmax_scale", None)
+    return (causal() if is_causal_flag else full()), getattr(local, "softmax_scale", None)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions as DeepSpeed applies them: halves are rotated, what lies beyond the tables passes."""
-    turned, passed = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, passed), dim=-1)
+    """Applies rotary positions as DeepSpeed does: halves are rotated, channels beyond the tables are unchanged."""
+    rotated, unrotated = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-second, first), dim=-1) * sin, unrotated), dim=-1)

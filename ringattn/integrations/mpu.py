@@ -1,11 +1,11 @@
-"""The groups of a DeepSpeed job whose sequences are cut over ranks, in the form DeepSpeed asks for them: `mpu`.
+"""Builds the process groups of a DeepSpeed job with sequence parallelism, in the form DeepSpeed expects: `mpu`.
 
-World rank = replica x sequence_parallel_size + place in the sequence, as in DeepSpeed's own
-`deepspeed/runtime/sequence_parallel/parallel_state_sp.py`, whose functions this object has. It has two things more: number and
-place of the replica, so that DeepSpeed can make the data loader too, and a model parallel side of one rank, since parameters
+World rank = replica x sequence_parallel_size + index in the sequence group, as in DeepSpeed's own
+`deepspeed/runtime/sequence_parallel/parallel_state_sp.py`, whose functions this object has. It has two additions: number and
+index of the replica, so that DeepSpeed can also make the data loader, and a model-parallel group of one rank, since parameters
 are whole on every rank.
 
-It has no `get_data_parallel_group`, on purpose: ZeRO 3 would cut parameters over that group and leave the ranks of a sequence
+It has no `get_data_parallel_group`, on purpose: ZeRO 3 would shard parameters over that group and leave the ranks of a sequence
 out when it reduces gradients.
 """
 
@@ -22,7 +22,7 @@ from ringattn.errors import InputError, LaunchError
 
 
 def sequence_parallel(size: int) -> SequenceParallel:
-    """The groups for sequences cut over `size` ranks each; collective over the default group, which has to exist.
+    """Builds the groups for sequences sharded over `size` ranks each; collective over the default group, which must exist.
 
     Raises:
         LaunchError: there is no process group.
@@ -41,12 +41,12 @@ def sequence_parallel(size: int) -> SequenceParallel:
 
 @dataclass(frozen=True)
 class SequenceParallel:
-    """What `deepspeed.initialize(mpu=...)` takes. mesh: (data, sequence, model), the last of size 1."""
+    """The object for `deepspeed.initialize(mpu=...)`. mesh: (data, sequence, model), the last of size 1."""
 
     mesh: DeviceMesh
 
     def initialize_sequence_parallel(self, sequence_parallel_size: int) -> None:
-        """The groups exist; DeepSpeed tells by this name what kind of mpu it was given."""
+        """Checks the size; the groups exist. DeepSpeed recognises the kind of mpu by this method's name."""
         if sequence_parallel_size != self.get_sequence_parallel_world_size():
             raise InputError(
                 f"sequence_parallel_size={sequence_parallel_size}, and these groups are for "

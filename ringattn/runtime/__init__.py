@@ -1,4 +1,4 @@
-"""Running under torchrun: `init` makes the process group, `note` adds a line to this rank's journal."""
+"""Starts ranks under torchrun: `init` makes the process group, `note` adds an event to this rank's event log."""
 
 from ringattn.faults.event_log import note
 from ringattn.runtime.init import init

@@ -1,7 +1,7 @@
-"""Under which address this host is reached by the others, and who can reach whom: asked of sockets, before any process group.
+"""Determines this host's address and which ranks cannot connect to each other, by sockets and before there is a process group.
 
-gloo takes the address of the interface in GLOO_SOCKET_IFNAME, else what the host's name resolves to, and says nothing of it
-when peers cannot connect. A host whose name resolves to 127.0.1.1, as some distributions have it, is the usual trouble.
+gloo uses the address of the interface in GLOO_SOCKET_IFNAME, else what the hostname resolves to, and reports neither when peers
+cannot connect. A hostname that resolves to 127.0.1.1, as in some distributions, is the usual cause.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from torch.distributed.distributed_c10d import Store
 
 from ringattn.errors import LaunchError
 
-NEAR = 16  # ranks to each side that are tried: all, on a few hosts
+NEAR = 16  # ranks tried on each side
 INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915  # of linux: the IPv4 address of an interface
 
 
 def address() -> str:
-    """IPv4 address that gloo will tell the others. Raises `LaunchError` if GLOO_SOCKET_IFNAME names no interface with one."""
+    """The IPv4 address that gloo announces to other ranks. Raises `LaunchError` if GLOO_SOCKET_IFNAME names none with one."""
     name = os.environ.get(INTERFACE, "").split(",")[0]
     if not name:
-        return _of_name()
-    there = [known for _, known in socket.if_nameindex()]
-    if name not in there:
-        raise LaunchError(f"{INTERFACE}={name}: this host ({socket.gethostname()}) has {', '.join(there)}; name one of these")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        return _address_of_hostname()
+    names = [known for _, known in socket.if_nameindex()]
+    if name not in names:
+        raise LaunchError(f"{INTERFACE}={name}: this host ({socket.gethostname()}) has {', '.join(names)}; name one of these")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
-            found = fcntl.ioctl(asking.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            request = fcntl.ioctl(sock.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
         except OSError as error:
             raise LaunchError(f"{INTERFACE}={name}: this interface has no IPv4 address; name one that has") from error
-    return socket.inet_ntoa(found[20:24])
+    return socket.inet_ntoa(request[20:24])
 
 
-def _of_name() -> str:
-    """What this host's name stands for; the loopback address where that is none of this host's, as gloo has it."""
+def _address_of_hostname() -> str:
+    """The address of the hostname, or the loopback address where that is not an address of this host; as gloo chooses."""
     try:
-        found = socket.gethostbyname(socket.gethostname())
-        with socket.socket() as trying:
-            trying.bind((found, 0))
+        resolved = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as sock:
+            sock.bind((resolved, 0))
     except OSError:
         return "127.0.0.1"
-    return found
+    return resolved
 
 
 def unreachable(store: Store, rank: int, peers: Iterable[int], timeout: float) -> dict[int, str]:
-    """Those of `peers` to which this rank can open no connection, each with its address and why; every rank calls it.
+    """Maps the `peers` that this rank cannot connect to, to address and reason; every rank calls it.
 
-    Each rank listens on its own address, tells it through the store, tries all its peers, and stays until all are done.
+    Each rank listens on its own address, announces it through the store, tries its peers, and stays until all are done.
     """
     own = address()
     peers = list(peers)
-    with socket.socket() as listening:
-        listening.bind((own, 0))
-        listening.listen(len(peers) + 1)
-        store.set(f"listens/{rank}", f"{own}:{listening.getsockname()[1]}")
-        places = [store.get(f"listens/{peer}").decode() for peer in peers]
-        with ThreadPoolExecutor(len(peers) or 1) as together:  # where packets are dropped each takes all of its time
-            found = dict(zip(peers, together.map(lambda place: _refusal(place, timeout), places), strict=True))
+    with socket.socket() as listener:
+        listener.bind((own, 0))
+        listener.listen(len(peers) + 1)
+        store.set(f"listens/{rank}", f"{own}:{listener.getsockname()[1]}")
+        endpoints = [store.get(f"listens/{peer}").decode() for peer in peers]
+        with ThreadPoolExecutor(len(peers) or 1) as pool:  # where packets are dropped, each waits for the whole timeout
+            reasons = dict(zip(peers, pool.map(lambda endpoint: _refusal(endpoint, timeout), endpoints), strict=True))
         store.set(f"tried/{rank}", "")
         store.wait([f"tried/{peer}" for peer in peers])
-    return {peer: why for peer, why in found.items() if why}
+    return {peer: why for peer, why in reasons.items() if why}
 
 
-def _refusal(place: str, timeout: float) -> str:
-    """Why no connection can be opened to host:port; empty if one can."""
-    host, _, port = place.rpartition(":")
+def _refusal(endpoint: str, timeout: float) -> str:
+    """The reason why no connection can be opened to host:port; empty if one can."""
+    host, _, port = endpoint.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=timeout).close()
     except OSError as error:
@@ -79,9 +79,11 @@ def _refusal(place: str, timeout: float) -> str:
     return ""
 
 
-def cut_off(store: Any, rank: int, world: int, timeout: float) -> str:
-    """Pairs of near ranks of which neither can connect to the other, in words, the same on every rank; empty if there is none.
-    One direction is enough for gloo. Every rank calls it."""
+def unreachable_pairs_of(store: Any, rank: int, world: int, timeout: float) -> str:
+    """Lists pairs of near ranks of which neither can connect to the other, as text, the same on every rank; empty if none.
+
+    One direction is enough for gloo. Every rank calls it.
+    """
     near = sorted({(rank + n) % world for n in range(-NEAR, NEAR + 1)} - {rank})
     failed = unreachable(store, rank, near, timeout)
     store.set(f"failed/{rank}", " ".join(map(str, failed)))

@@ -1,8 +1,8 @@
-"""`init`: from torchrun's environment to a process group that fails early, clearly, and restarts.
+"""Joins the process group of a torchrun job: `init` fails early with clear errors, and supports restarts.
 
-What it adds to `torch.distributed.init_process_group`: the environment is read first and a gap is answered with the command to
-use; the store's keys carry the attempt number, without which a torchrun restart reads the addresses of dead workers and cannot
-connect; every wait has a deadline; and near ranks have exchanged a message before the first attention relies on it.
+In addition to `torch.distributed.init_process_group` it reads the environment first and answers a gap with the command to use;
+the store's keys carry the attempt number, without which a torchrun restart reads the addresses of dead workers and cannot
+connect; every wait has a deadline; and near ranks exchange a message before the first attention depends on it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from ringattn.errors import LaunchError
 from ringattn.faults.event_log import begin
 from ringattn.faults.watchdog import watch
 from ringattn.runtime.gpus import choose, nccl_options
-from ringattn.runtime.hosts import INTERFACE, address, cut_off
+from ringattn.runtime.hosts import INTERFACE, address, unreachable_pairs_of
 
 AXIS = "sequence"
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 MOST_CTAS = 64  # NCCL's channels
 MOST_RANKS = 1 << 20
 REACH = 5.0  # seconds in which a host must answer
-LEAVING = 5.0  # seconds for which a rank with an error waits for the others to come to it
-# gloo's threads let go of a collective's tensors a moment after it has returned. If the interpreter is gone by then, the
-# process aborts instead of exiting.
-LAST_BREATH = 0.05
+ERROR_WAIT = 5.0  # seconds for which a rank with an error waits for the others to detect it
+# gloo's threads release the tensors of a collective shortly after it returns. If the interpreter has exited by then, the
+# process aborts.
+EXIT_DELAY = 0.05
 WARM_PEERS = 32  # in each direction; connections cost memory, and no schedule needs all of thousands of ranks at once
 
 
@@ -56,29 +56,29 @@ def init(
     max_ctas: int | None = None,
     transport: str | None = None,
 ) -> DeviceMesh:
-    """Join the process group that torchrun started and return it as a 1-D DeviceMesh with axis "sequence".
+    """Joins the process group of a torchrun job and returns it as a 1-D DeviceMesh with axis "sequence".
 
-    A SIGTERM that nobody handles ends a rank as before; but one that waits for others first says whom it misses, and may take
-    two seconds for it.
+    An unhandled SIGTERM ends a rank as before; a rank that is waiting for others first reports which ranks are missing, which
+    may take two seconds.
 
     Args:
         backend: "nccl" or "gloo"; by default nccl where every rank has a GPU of its own, gloo where no rank sees a GPU.
         timeout: seconds that any single communication may take before it is an error.
-        journal: a directory, in which every rank then notes what it does, in `rank00000.jsonl` and so on, see `faults`.
-        high_priority_stream: whether NCCL's transfers go before compute that has not begun. None: yes, with nccl.
-        max_ctas: thread blocks (CTAs), and so at most SMs, that NCCL may take from compute; 1 to 64. None: as NCCL decides.
+        journal: a directory for event logs, one for each rank: `rank00000.jsonl` and so on, see `faults`.
+        high_priority_stream: whether NCCL's transfers have priority over compute that has not begun. None: yes, with nccl.
+        max_ctas: thread blocks (CTAs), and so at most SMs, that NCCL may take from compute; 1 to 64. None: NCCL decides.
         transport: how tensors travel between ranks: "p2p" over the backend; "shared_memory" for those on CPUs, between ranks of
             one host; "symmetric_memory" for those on GPUs of one host, which has not run on GPUs yet. By default shared memory
             in each group whose ranks are all on one host, else p2p. The same on every rank.
 
-    `high_priority_stream` and `max_ctas` are options of nccl. How many SMs attention leaves to transfers is an option of the
-    kernel, which is the plan's: see `make_plan(kernel=)`.
+    `high_priority_stream` and `max_ctas` are options of nccl. The number of SMs that attention leaves to transfers is an
+    option of the plan's kernel: see `make_plan(kernel=)`.
 
     Raises:
-        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not come, GPUs are there but not one
-            for each rank, the job uses gloo, or a process group that exists, and an option is for a new one with nccl, or the
-            transport that was asked for is not possible.
-        CommError: a rank has died since all had come.
+        LaunchError: an argument or torchrun's environment is missing or wrong, a rank does not start, there are GPUs but not
+            one for each rank, an option of nccl is given for gloo or an existing process group, or the requested transport is
+            not possible.
+        CommError: a rank died after all had started.
     """
     _check(backend, timeout, journal, high_priority_stream, max_ctas, transport)
     env = environment()
@@ -86,7 +86,7 @@ def init(
     if dist.is_initialized():
         device = _device_of_existing(backend, env, options)
     else:
-        atexit.register(time.sleep, LAST_BREATH)
+        atexit.register(time.sleep, EXIT_DELAY)
         device = _join(backend, env, timeout, options)
     mesh = DeviceMesh(device, list(range(env["WORLD_SIZE"])), mesh_dim_names=(AXIS,))
     if journal is not None:
@@ -136,27 +136,27 @@ def environment() -> dict[str, int]:
         count(name, env[name], LaunchError, least=int(name == "LOCAL_WORLD_SIZE"), most=MOST_RANKS)
     if not 0 <= env["RANK"] < env["WORLD_SIZE"]:
         raise LaunchError(f"RANK={short_repr(env['RANK'])} does not lie in WORLD_SIZE={env['WORLD_SIZE']}; {LAUNCH_HINT}")
-    address()  # a wrong interface is told here, not by a connection that never comes
+    address()  # reports a wrong interface here, instead of by a timeout
     return env
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:
-    """Options of NCCL where they would do nothing."""
+    """Raises `LaunchError` for options of NCCL that would have no effect."""
     for name, value in options.items():
         if value is not None:
             raise LaunchError(f"{name}={short_repr(value)} is an option of NCCL, {why}; leave it out")
 
 
 def _device_of_existing(backend: str | None, env: Mapping[str, int], options: Mapping[str, object]) -> str:
-    """On which devices the tensors are that the default group moves, which somebody else has made."""
+    """The device type of an existing default group."""
     group = dist.group.WORLD
     assert group is not None
     _refuse(options, "given when a group is made, and the process group exists already")
-    served = backends(group)
-    if backend is not None and backend not in served.values():
-        found = ", ".join(f"{device}:{name}" for device, name in served.items())
-        raise LaunchError(f"backend={backend!r}, and the process group that exists has {found}; leave backend out")
-    device = device_type_of(group) if backend is None else next(one for one, name in served.items() if name == backend)
+    backend_of = backends(group)
+    if backend is not None and backend not in backend_of.values():
+        backend_list = ", ".join(f"{device}:{name}" for device, name in backend_of.items())
+        raise LaunchError(f"backend={backend!r}, and the existing process group has {backend_list}; leave backend out")
+    device = device_type_of(group) if backend is None else next(kind for kind, name in backend_of.items() if name == backend)
     if device == "cuda" and group.bound_device_id is None and env["LOCAL_RANK"] < torch.cuda.device_count():
         torch.cuda.set_device(env["LOCAL_RANK"])
     return device
@@ -165,15 +165,15 @@ def _device_of_existing(backend: str | None, env: Mapping[str, int], options: Ma
 def connect(env: Mapping[str, int], timeout: float) -> Store:
     """torchrun's store, with keys of this attempt only. Raises `LaunchError` when it does not answer."""
     # Under torchrun the agent hosts the store; without it rank 0 must.
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], env["MASTER_PORT"]
-    said = host if len(host) < 200 else short_repr(host)
+    shown_host = host if len(host) < 200 else short_repr(host)
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
             port,
             env["WORLD_SIZE"],
-            is_master=not hosted and env["RANK"] == 0,
+            is_master=not hosted_by_agent and env["RANK"] == 0,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
         )
@@ -184,15 +184,16 @@ def connect(env: Mapping[str, int], timeout: float) -> Store:
             else "is rank 0 running, and is this address right and reachable from here?"
         )
         raise LaunchError(
-            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {said}:{port} (MASTER_ADDR, MASTER_PORT) "
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not use the store at {shown_host}:{port} (MASTER_ADDR, "
+            "MASTER_PORT) "
             f"within {timeout:.0f} s: {hint} The backend says: {_first_line(error)}"
         ) from error
     attempt = os.environ.get(ATTEMPT, "0")
     return PrefixStore(f"attempt_{attempt}", store)
 
 
-def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
-    """Return when every rank has come. Raises `LaunchError` naming those that have not within `timeout` seconds."""
+def wait_for_ranks(store: Store, env: Mapping[str, int], timeout: float) -> None:
+    """Waits until every rank has started. Raises `LaunchError` naming those that have not within `timeout` seconds."""
     store.set(f"here/{env['RANK']}", socket.gethostname())
     keys = [f"here/{rank}" for rank in range(env["WORLD_SIZE"])]
     try:
@@ -202,21 +203,23 @@ def roll_call(store: Store, env: Mapping[str, int], timeout: float) -> None:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
         except RuntimeError:
             raise LaunchError(
-                f"rank {env['RANK']} of {env['WORLD_SIZE']} lost the store while it waited for the others; see what ended the "
+                f"rank {env['RANK']} of {env['WORLD_SIZE']} lost the store while it waited for the others; check what ended "
+                "the "
                 "process that hosts it (torchrun's agent, or rank 0)"
             ) from error
         raise LaunchError(
-            f"{format_ranks(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not come within {timeout:.0f} s, says rank "
+            f"{format_ranks(missing, env['WORLD_SIZE'])} of {env['WORLD_SIZE']} did not start within {timeout:.0f} s, reports "
+            "rank "
             f"{env['RANK']}; see the log of what should have started there, and that WORLD_SIZE (--nnodes x --nproc-per-node) "
             "is the number of ranks that are started"
         ) from error
 
 
 def _join(backend: str | None, env: Mapping[str, int], timeout: float, options: Mapping[str, Any]) -> str:
-    """Make the default group; returns the type of device it is for."""
+    """Makes the default group; returns its device type."""
     store = connect(env, timeout)
-    roll_call(PrefixStore("ringattn/init", store), env, timeout)
-    apart, limit, more = "", timedelta(seconds=timeout), {}
+    wait_for_ranks(PrefixStore("ringattn/init", store), env, timeout)
+    unreachable_pairs, limit, more = "", timedelta(seconds=timeout), {}
     try:
         backend, gpu = choose(PrefixStore("ringattn/gpus", store), env, backend, timeout)
         if backend == "nccl":
@@ -224,28 +227,32 @@ def _join(backend: str | None, env: Mapping[str, int], timeout: float, options: 
             more = {"pg_options": nccl_options(**options)}
         else:
             _refuse(options, "and this job uses gloo")
-        if backend == "gloo":  # which would try for 30 s, whatever the timeout, and name nobody
-            apart = cut_off(PrefixStore("ringattn/reach", store), env["RANK"], env["WORLD_SIZE"], min(timeout, REACH))
-        if not apart:
+        if backend == "gloo":  # gloo itself would retry for 30 s, whatever the timeout, and name no rank
+            unreachable_pairs = unreachable_pairs_of(
+                PrefixStore("ringattn/reach", store), env["RANK"], env["WORLD_SIZE"], min(timeout, REACH)
+            )
+        if not unreachable_pairs:
             dist.init_process_group(backend, store=store, rank=env["RANK"], world_size=env["WORLD_SIZE"], timeout=limit, **more)
     except LaunchError:
-        _leave_together(PrefixStore("ringattn/left", store), env, min(timeout, LEAVING))
+        _wait_before_raising(PrefixStore("ringattn/left", store), env, min(timeout, ERROR_WAIT))
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise LaunchError(
-            f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have come but could not connect to each "
-            f"other within {timeout:.0f} s; `ringattn doctor` under the same torchrun says who cannot reach whom, and "
+            f"rank {env['RANK']} of {env['WORLD_SIZE']}, at {address()}: all ranks have started but could not connect to each "
+            f"other within {timeout:.0f} s; `ringattn doctor` under the same torchrun names the pairs that cannot connect, and "
             f"{INTERFACE} which interface is used. The backend says: {_first_line(error)}"
         ) from error
-    if apart:
-        raise LaunchError(f"{apart}; set {INTERFACE} to the interface that joins the hosts (`ip address`), and open its ports")
+    if unreachable_pairs:
+        raise LaunchError(
+            f"{unreachable_pairs}; set {INTERFACE} to the interface that joins the hosts (`ip address`), and open its ports"
+        )
     return "cuda" if backend == "nccl" else "cpu"
 
 
-def _leave_together(store: Store, env: Mapping[str, int], timeout: float) -> None:
-    """Wait until every rank is about to raise. Rank 0 may host the store: if it left at once, the others would lose the store
-    while they read what is wrong, and would raise that instead."""
-    with suppress(RuntimeError):  # a rank that does not come has its own error; this one keeps its own
+def _wait_before_raising(store: Store, env: Mapping[str, int], timeout: float) -> None:
+    """Waits until every rank is about to raise. Rank 0 may host the store: if it exited at once, the others would lose the
+    store while they read the error, and would raise that instead."""
+    with suppress(RuntimeError):  # a rank that is missing has its own error; this rank keeps its own
         store.set(str(env["RANK"]), "")
         store.wait([str(rank) for rank in range(env["WORLD_SIZE"])], timedelta(seconds=timeout))
 
@@ -255,7 +262,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _warm_up(mesh: DeviceMesh) -> None:
-    """One byte to and from each near rank, in one batch: connections exist before anything depends on them."""
+    """Exchanges one byte with each near rank, in one batch, so that connections exist before attention needs them."""
     group, rank, world = mesh.get_group(), mesh.get_local_rank(), mesh.size()
     if world == 1:
         return

@@ -191,9 +191,7 @@ def test_a_saver_tells_every_rank_of_a_failure_with_the_next_call(tmp_path):
 
 DIES_WRITING = """
 import os, signal, sys, torch
-from ringattn.runtime import checkpoint
-from ringattn.checkpoint.store import write_state
-from ringattn.checkpoint.async_save import Saver
+from ringattn import checkpoint
 model = torch.nn.Linear(4, 4)
 optimizer = torch.optim.AdamW(model.parameters())
 checkpoint.save(sys.argv[1], 1, model, optimizer)

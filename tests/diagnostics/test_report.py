@@ -14,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 
 def packed(file: Path) -> dict[str, str]:
-    with zipfile.ZipFile(file) as found:
-        return {name: found.read(name).decode() for name in found.namelist()}
+    with zipfile.ZipFile(file) as candidate:
+        return {name: candidate.read(name).decode() for name in candidate.namelist()}
 
 
 def test_it_holds_findings_surroundings_and_the_ends_of_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,13 +29,13 @@ def test_it_holds_findings_surroundings_and_the_ends_of_logs(tmp_path: Path, mon
     (run / "weights.distcp").write_text("large")
     (run / "a/b/c/deep.log").write_text("too deep")
     names = report.write(tmp_path / "new/out.zip", [Finding("torch", "2.13", "update it")], [run])
-    found = packed(tmp_path / "new/out.zip")
-    assert list(found) == names and len([name for name in names if name.startswith("logs/")]) == 1
-    assert found["doctor.txt"] == "torch: 2.13 (TO DO: update it)\n"
-    assert "NCCL_DEBUG=INFO" in found["environment.txt"]
-    assert "secret" not in found["environment.txt"] and "elsewhere" not in found["environment.txt"]
-    assert "torch==" in found["packages.txt"] and "RLIMIT_MEMLOCK" in found["system.txt"]
-    assert found[f"logs{run}/metrics.jsonl"] == "x" * report.END
+    candidate = packed(tmp_path / "new/out.zip")
+    assert list(candidate) == names and len([name for name in names if name.startswith("logs/")]) == 1
+    assert candidate["doctor.txt"] == "torch: 2.13 (TO DO: update it)\n"
+    assert "NCCL_DEBUG=INFO" in candidate["environment.txt"]
+    assert "secret" not in candidate["environment.txt"] and "elsewhere" not in candidate["environment.txt"]
+    assert "torch==" in candidate["packages.txt"] and "RLIMIT_MEMLOCK" in candidate["system.txt"]
+    assert candidate[f"logs{run}/metrics.jsonl"] == "x" * report.END
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_one_command_alone_and_under_torchrun(tmp_path: Path) -> None:
     (tmp_path / "rank0.log").write_text("what it said")
     code, out, err = finish(start(["-m", "ringattn", "report", str(tmp_path), "--out", str(tmp_path / "one.zip")]), 50)
     assert code == 0 and "doctor.txt" in out, err
-    found = packed(tmp_path / "one.zip")
-    assert "sdpa kernel" in found["doctor.txt"] and found[f"logs{tmp_path}/rank0.log"] == "what it said"
+    candidate = packed(tmp_path / "one.zip")
+    assert "sdpa kernel" in candidate["doctor.txt"] and candidate[f"logs{tmp_path}/rank0.log"] == "what it said"
     code, out, err = torchrun("-m", "ringattn", "report", "--out", str(tmp_path / "two.zip"), ranks=2)
     assert code == 0 and out.count("doctor.txt") == 1, err
     assert "every rank connects to every other" in packed(tmp_path / "two.zip")["doctor.txt"]

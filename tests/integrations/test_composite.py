@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
-from ringattn.integrations.transformers.gathered import take_place
+from ringattn.integrations.transformers.gathered import replace_attention
 from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.planner import make_plan
@@ -235,8 +235,8 @@ def registered(rank: int) -> dict[str, float | str]:
     def make(*args: object, **kwargs: object) -> object:
         return make_plan(*args, world=2, schedule="ring", topology="cpu", **kwargs)
 
-    take_place(small, "sdpa", group, make, (7, None), False, lambda: None)  # another job's: this one's layers pass it
-    take_place(model, "sdpa", group, make, (1, None), False, lambda: None)
+    replace_attention(small, "sdpa", group, make, (7, None), False, lambda: None)  # another job's: this one's layers pass it
+    replace_attention(model, "sdpa", group, make, (1, None), False, lambda: None)
     calls.pop("a smaller one")
     found: dict[str, float | str] = {name: (call() - meant[name]).abs().max().item() for name, call in calls.items()}
     own = slice(8 * rank, 8 * rank + 8)

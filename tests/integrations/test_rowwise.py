@@ -1,4 +1,4 @@
-"""Models whose rows meet outside ringattn, or that count positions on each rank, are found by running them, and refused."""
+"""Tests that models which mix rows outside ringattn, or count positions on each rank, are detected by a run and refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,12 +119,12 @@ def raises(model: Any) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Any], None], str]] = [
-    (local_positions, "the query of attention 1 (LlamaAttention) of LlamaForCausalLM hangs on which other rows are there"),
+    (local_positions, "the query of attention 1 (LlamaAttention) of LlamaForCausalLM depends on which other rows are present"),
     (shift_in_the_first_layer, "reached others before attention 2"),
     (shift_in_the_last_layer, "reached logits of others after the last attention"),
     (mean_of_rows, "reached others before attention 2"),
     (batch_norm, "BatchNorm1d of LlamaForCausalLM takes the mean of this rank's rows in training"),
-    (own_attention, "rows meet outside ringattn"),
+    (own_attention, "rows mix outside ringattn"),
     (raises, "does not run on some rows of a sequence (IndexError: index 3"),
     (lambda model: model.set_attn_implementation("sdpa"), "no attention of LlamaForCausalLM came to ringattn"),
 ]
@@ -217,7 +217,7 @@ OWN_POSITIONS: list[tuple[str, dict[str, Any], dict[str, Tensor], str]] = [
         "roberta",
         {"is_decoder": True},
         {},
-        "RobertaForCausalLM does not count positions 0, 1, 2, ... where it is given",
+        "RobertaForCausalLM does not count positions 0, 1, 2, ... where it gets none",
     ),
     ("opt", {"ffn_dim": 32}, {"attention_mask": torch.arange(12)[None] > 2}, "and the left is padded"),
     ("gpt_oss", MOE | {"head_dim": 8}, {"position_ids": torch.arange(12)[None] % 7}, "documents_apart=True"),

@@ -19,7 +19,7 @@ from ringattn import InputError, make_plan
 from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.seq2seq.decoder_inputs import with_decoder_inputs
-from ringattn.integrations.transformers.seq2seq.relative_bias import plans_for, relative_attention, runs
+from ringattn.integrations.transformers.seq2seq.relative_bias import consecutive_buckets, plans_for, relative_attention
 from ringattn.integrations.transformers.whole import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.sequence.mask import END, Band
@@ -184,7 +184,7 @@ def biased(causal: bool, world: int, rank: int, group=None) -> list[float]:
     (meant * weight).sum().backward()
     layout = "zigzag" if causal else "striped"
     shape = dict(world=world, heads=heads, head_dim=8, dtype="float64", schedule="ring", layout=layout)
-    plans = plans_for(runs(indices, counts, 1 - length), lambda mask: make_plan(length, mask=mask, **shape))
+    plans = plans_for(consecutive_buckets(indices, counts, 1 - length), lambda mask: make_plan(length, mask=mask, **shape))
     rows = resident_positions(plans[0].plan.layout, rank)
     own = [x[:, rows].clone().requires_grad_() for x in (q, k, v)] + [table.clone().requires_grad_()]
     out = relative_attention(*own, plans, key_bias=hidden[:, rows], scale=0.5, group=group)
@@ -295,12 +295,12 @@ def test_what_a_mask_function_keeps_is_found_by_evaluating_it() -> None:
     from transformers import masking_utils as masks
 
     from ringattn.integrations.transformers.layers import MaskInfo
-    from ringattn.integrations.transformers.seq2seq.stacks import reach
+    from ringattn.integrations.transformers.seq2seq.stacks import distance_band
 
-    assert reach(MaskInfo(None, function=masks.causal_mask_function)) == Band(right=0)
-    assert reach(MaskInfo(None, function=masks.bidirectional_mask_function)) == Band()
-    assert reach(MaskInfo(5, function=masks.sliding_window_causal_mask_function(5))) == Band(-4, 0)
-    assert reach(MaskInfo(5, function=masks.sliding_window_bidirectional_mask_function(5))) == Band(-5, 5)
-    assert reach(MaskInfo(None, function=lambda b, h, q, k: k >= q)) == Band(0, END)
+    assert distance_band(MaskInfo(None, function=masks.causal_mask_function)) == Band(right=0)
+    assert distance_band(MaskInfo(None, function=masks.bidirectional_mask_function)) == Band()
+    assert distance_band(MaskInfo(5, function=masks.sliding_window_causal_mask_function(5))) == Band(-4, 0)
+    assert distance_band(MaskInfo(5, function=masks.sliding_window_bidirectional_mask_function(5))) == Band(-5, 5)
+    assert distance_band(MaskInfo(None, function=lambda b, h, q, k: k >= q)) == Band(0, END)
     with pytest.raises(InputError, match="no run of distances"):
-        reach(MaskInfo(None, function=lambda b, h, q, k: (k - q) % 2 == 0))
+        distance_band(MaskInfo(None, function=lambda b, h, q, k: (k - q) % 2 == 0))

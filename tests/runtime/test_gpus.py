@@ -174,7 +174,7 @@ def test_options_that_cannot_be_are_named(given: dict[str, Any], text: str) -> N
         ),
         (
             "import torch.distributed as d; d.init_process_group(); ringattn.init('nccl')",
-            "backend='nccl', and the process group that exists has cpu:gloo; leave backend out",
+            "backend='nccl', and the existing process group has cpu:gloo; leave backend out",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_arguments_that_cannot_be_are_named(argument: str, monkeypatch: pytest.M
 def test_a_rank_that_never_comes_is_named_in_time() -> None:
     begin = time.monotonic()
     ran = run_alone(environment(WORLD_SIZE=3))
-    assert "LaunchError: ranks 1, 2 of 3 did not come within 4 s, says rank 0" in ran.stderr
+    assert "LaunchError: ranks 1, 2 of 3 did not start within 4 s, reports rank 0" in ran.stderr
     assert time.monotonic() - begin < 25
 
 

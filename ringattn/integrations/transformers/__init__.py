@@ -1,4 +1,4 @@
-"""Runs Hugging Face transformers models on sequences cut over ranks, with attn_implementation="ringattn"."""
+"""Runs Hugging Face transformers models on sequences sharded over ranks, with attn_implementation="ringattn"."""
 
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.whole import forward_whole

@@ -1,14 +1,14 @@
-"""Hugging Face transformers: `attn_implementation="ringattn"` for decoders whose attention goes through AttentionInterface.
+"""Registers attn_implementation="ringattn" with transformers, and shards batches for models that use it.
 
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="ringattn")
-    inputs, targets = shard_batch(batch, model.config, mesh)         # a batch as ever, the same on each rank
-    loss = cross_entropy(model(**inputs).logits, targets, mesh)      # ringattn.nn's: the exact mean over all ranks
+    inputs, targets = shard_batch(batch, model.config, mesh)         # the usual batch, the same on each rank
+    loss = cross_entropy(model(**inputs).logits, targets, mesh)      # of ringattn.nn: the exact mean over all ranks
 
-`inputs` carries a `Shards` through the model's keyword arguments to each layer, so nothing is kept between calls and recomputed
-layers find the same. The mask interface is registered as well: without it transformers hands no mask on, and padding would be
-dropped without a word. What shards cannot do (generate, dropout, masks of one's own, layers that carry a state along the
-sequence) is refused with what to do instead. Interfaces: https://huggingface.co/docs/transformers/attention_interface
+`inputs` carries a `Shards` through the model's keyword arguments to each layer, so no state is kept between calls and
+recomputed layers find the same. The mask interface is registered as well: without it transformers passes no mask on, and
+padding would be dropped silently. What shards do not support (generate, dropout, custom masks, layers that carry a state along
+the sequence) is refused with a hint. Interfaces: https://huggingface.co/docs/transformers/attention_interface
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NAME = "ringattn"
 
 
 def register(name: str = NAME) -> None:
-    """Make `attn_implementation=name` known to transformers, attention and mask. Once per process, before models are made."""
+    """Registers `attn_implementation=name` with transformers, attention and mask. Call it once, before models are made."""
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, describe_mask)
     check_models()
@@ -61,30 +61,30 @@ def shard_batch(
     dtype: torch.dtype | None = None,
     documents_apart: bool = False,
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """Cut a batch for this rank: the keyword arguments for the model, and the targets of its rows.
+    """Shards a batch for this rank: the keyword arguments of the model, and the targets of its rows.
 
     Args:
-        batch: what a single process would give the model, the same on every rank of `group`: `input_ids` or `inputs_embeds`
-            (batch, seq_len, ...), and if wanted `labels` (not shifted), `attention_mask` (batch, seq_len; padding on either
-            side), `position_ids` (batch or 1, seq_len; where they begin anew a packed document begins). Further tensors
-            (batch, seq_len, ...) are cut alike, whatever else there is goes through.
+        batch: the arguments of the model in a single process, the same on every rank of `group`: `input_ids` or `inputs_embeds`
+            (batch, seq_len, ...), and optionally `labels` (not shifted), `attention_mask` (batch, seq_len; padding on either
+            side), `position_ids` (batch or 1, seq_len; where they restart a packed document begins). Further tensors
+            (batch, seq_len, ...) are sharded alike, other values are passed through.
         config: the model's. Its layers must be softmax attention, causal.
         group: the process group or 1-D DeviceMesh that holds the sequence; the default group, if there is one, by default.
         schedule: for `make_plan`.
         layout: for `make_plan`.
         topology: for `make_plan`.
         training: for `make_plan`: whether backward counts in the choice.
-        dtype: that attention will see, for the choice of the layout; the model's by default.
-        documents_apart: packed documents do not see each other, also in a model whose own masks do not look at position_ids,
-            which is refused otherwise.
+        dtype: of attention, for the choice of the layout; the model's by default.
+        documents_apart: separates packed documents also in a model whose own masks ignore position_ids, which is refused
+            otherwise.
 
     Returns:
         inputs: for `model(**inputs)`; the cache is off, and `ringattn` is a `Shards`.
-        targets: int64 (batch, rows), shifted before the cut, for `ringattn.nn.cross_entropy`; None without labels. The model is
-            given no labels, since its own loss would be a mean over this rank alone.
+        targets: int64 (batch, rows), shifted before sharding, for `ringattn.nn.cross_entropy`; None without labels. The model
+            gets no labels, since its own loss would be a mean over this rank alone.
 
     Raises:
-        InputError: the batch or the model cannot be cut; says why and what to do. Raised on every rank.
+        InputError: the batch or the model cannot be sharded; the message has a hint. Raised on every rank.
     """
     check_models()
     process_group = reduction_group(group)
@@ -103,7 +103,7 @@ def shard_batch(
             shards, plan = _shards(batch, config, group, world, dtype, layout, choices)
             shards.packed = bool(shards.mask.bounds) and not documents_apart
             agreed = {"shape": tuple(sequence_of(batch).shape), "plan": plan.digest}
-        except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
+        except (InputError, PlanError) as error:  # possibly of one rank only: raised on all ranks below
             problem = str(error)
     agree(process_group, {"call": "shard_batch", **agreed}, problem)
     assert shards is not None  # else all ranks have raised
@@ -120,7 +120,7 @@ def _shards(
     layout: str | Layout,
     choices: dict[str, Any],
 ) -> tuple[Shards, Plan]:
-    """How the batch is cut, and the plan that settled its layout: that of the model's first kind of layer."""
+    """Shards the batch; also returns the plan that determined the layout, that of the model's first kind of layer."""
     text = config.get_text_config()
     tokens = batch.get("attention_mask")
     positions = text_positions(batch.get("position_ids"), tokens)
@@ -140,13 +140,13 @@ def _shards(
     _, rank = group_and_rank(group, world)
     own = None if bias is None else bias.index_select(1, resident_positions(plan.layout, rank).to(bias.device))
     shards = Shards(plan.layout, mask, partial(make, layout=plan.layout), group, own, assumed=_assumed(batch))
-    for window in (first, *others):  # planned before the model runs: torch.compile would trace the planner
+    for window in (first, *others):  # planned before the model runs, since torch.compile would trace the planner
         shards.plan(**kind, window=window)
     return shards, plan
 
 
 def first_layer(text: PretrainedConfig) -> Any:
-    """The config of the first layer, where layers differ in heads or their size, as Gemma 4's; else the model's."""
+    """The config of the first layer where layers differ in heads or head size, as in Gemma 4; else the model's."""
     return text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
 
 
@@ -158,7 +158,7 @@ def _assumed(batch: Mapping[str, Any]) -> str | None:
 
 
 def _windows(text: PretrainedConfig) -> list[int | None]:
-    """Of each kind of layer, the first layer's first: of all layers alike where the config names no kinds, as Mistral's."""
+    """The window of each kind of layer, the first layer's first; one for all where the config names no kinds (Mistral)."""
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
     size = getattr(first_layer(text), "sliding_window", None)
     return list(dict.fromkeys(size if kind == "sliding_attention" else None for kind in kinds))

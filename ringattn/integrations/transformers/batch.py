@@ -1,9 +1,8 @@
-"""A batch as a single process would have it, cut for one rank, and what attention has to know of the whole beside it.
+"""Shards a batch of a single process for one rank, and collects what attention must know about the whole sequence.
 
-A model on a rank sees its own rows only. Everything that hangs on the whole sequence is therefore settled before the cut:
-where rows stand, which documents they belong to, which keys are padding, and what comes after the last row (labels are shifted
-first). It travels to each attention layer as one object, `Shards`, which has a plan for whatever heads, dtype and window a
-layer has.
+A model on a rank sees its own rows only. Everything that depends on the whole sequence is therefore determined before sharding:
+positions, documents, padding of keys, and the next token of the last row (labels are shifted first). One object, `Shards`,
+carries it to each attention layer and makes a plan for the heads, dtype and window of the layer.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from ringattn.plan.plan import Plan
 from ringattn.sequence.layout import Layout
 from ringattn.sequence.mask import END, Band, Mask, Rect, bidirectional_blocks, causal, documents, sliding_window
 
-LEFT_OUT = ("attention_mask", *OF_FLASH_ATTENTION)  # `Shards` say it: padding, and where documents begin
+LEFT_OUT = ("attention_mask", *OF_FLASH_ATTENTION)  # `Shards` have padding and document boundaries
 
 Bounds = tuple[tuple[int, int], ...]  # start and stop of each block of one sequence, in global positions
 
 
 class ImageBlocks(NamedTuple):
-    """Tokens that see each other in both directions, of each sequence of a batch; images inside of causal text.
+    """Blocks of tokens that see each other in both directions, by sequence of a batch: images within causal text.
 
-    under_window: whether a layer's window hides keys of the same block, too, as in Gemma 3.
+    under_window: whether a layer's window also hides keys of the same block, as in Gemma 3.
     """
 
     bounds: tuple[Bounds, ...]
@@ -42,15 +41,15 @@ class ImageBlocks(NamedTuple):
 
 @dataclass
 class Shards:
-    """A sequence on the ranks of `group`: how it is cut, and what its attention is.
+    """A sequence on the ranks of `group`: its layout and its attention.
 
-    mask: of the whole sequence, windows of single layers excepted.
-    make: `make_plan` with all that layers have in common, the layout included.
+    mask: of the whole sequence, without windows of single layers.
+    make: `make_plan` with the arguments that layers have in common, the layout included.
     key_bias: (batch, rows), 0 or -inf where a key is padding; None where none is.
-    check_outputs: whether what the model returns is checked to be this rank's rows, see `outputs`.
-    assumed: what positions that the batch did not give were assumed to be, "counted" or "counted, left padding"; None if given.
-    packed: whether there are documents, which the model's own masks then have to tell apart.
-    blocks: what layers see in both directions, by the window of the layer; empty where no layer does.
+    check_outputs: whether outputs of the model are checked to be of this rank's rows, see `outputs`.
+    assumed: how missing positions were made, "counted" or "counted, left padding"; None if the batch has positions.
+    packed: whether there are documents, which the model's own masks must then separate.
+    blocks: tokens that see each other in both directions, by the window of the layer; empty where there are none.
     """
 
     layout: Layout
@@ -62,7 +61,7 @@ class Shards:
     assumed: str | None = None
     packed: bool = False
     blocks: Mapping[int | None, ImageBlocks | None] = field(default_factory=dict)
-    plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)  # made so far, which torch.compile finds here
+    plans: dict[tuple[object, ...], Plan] = field(default_factory=dict)  # cached, also for torch.compile
 
     def plan(
         self,
@@ -84,7 +83,7 @@ class Shards:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, **options: Any) -> Tensor:
         """`ringattn.attention` over these shards. q, k, v as there; `options`: scale, softcap, sinks.
 
-        Raises `InputError` for a layer whose window is none of those that the model made masks for.
+        Raises `InputError` for a layer with a window for which the model made no mask.
         """
         if self.blocks and window not in self.blocks:
             raise InputError(f"a layer asks for sliding_window={window}, and the model made masks for {list(self.blocks)}")
@@ -93,9 +92,9 @@ class Shards:
             bounds, under = (blocks.bounds[0], blocks.under_window) if blocks else ((), False)
             return self._attend(q, k, v, self.key_bias, window, bounds, under, options)
         bias = [None] * len(q) if self.key_bias is None else self.key_bias.split(1)
-        each = zip(q.split(1), k.split(1), v.split(1), bias, blocks.bounds, strict=True)
+        sequences = zip(q.split(1), k.split(1), v.split(1), bias, blocks.bounds, strict=True)
         under = blocks.under_window
-        return torch.cat([self._attend(*qkv, b, window, bounds, under, options) for *qkv, b, bounds in each])  # type: ignore[call-arg]
+        return torch.cat([self._attend(*qkv, b, window, bounds, under, options) for *qkv, b, bounds in sequences])  # type: ignore[call-arg]
 
     def _attend(
         self,
@@ -109,7 +108,7 @@ class Shards:
         options: Mapping[str, Any],
     ) -> Tensor:
         plan = self.plan(q.shape[2], k.shape[2], q.shape[3], cast_dtype(q), window, bounds, under_window)
-        surplus = q.shape[1] if self.rows == 0 else 0  # the row that `cut` gives to a rank without any
+        surplus = q.shape[1] if self.rows == 0 else 0  # the row that `cut` gives to a rank without rows
         if surplus:
             q, k, v = (x[:, :0] for x in (q, k, v))
         out: Tensor = attention(q, k, v, plan, key_bias=key_bias, group=self.group, **options)
@@ -117,17 +116,17 @@ class Shards:
 
     @property
     def rows(self) -> int:
-        """How many rows of the sequence this rank holds."""
+        """The number of rows of the sequence on this rank."""
         return self.layout.rows(group_and_rank(self.group, self.layout.world)[1])
 
 
 def windowed(mask: Mask, window: int | None) -> Mask:
-    """`mask` for layers that see `window` keys each, the query's own included: transformers counts it, flash-attn does not."""
+    """Restricts `mask` to `window` keys, the query's own included: transformers counts it, flash-attn does not."""
     return mask if window is None else mask & sliding_window(window - 1)
 
 
 def with_blocks(mask: Mask, window: int | None, bounds: Bounds, under_window: bool = False) -> Mask:
-    """(`mask` and the window) or the same block; with `under_window` (`mask` or the same block) and the window."""
+    """Adds blocks: (`mask` and window) or same block; with `under_window` (`mask` or same block) and window."""
     if not bounds:
         return windowed(mask, window)
     if not under_window or window is None:
@@ -137,12 +136,12 @@ def with_blocks(mask: Mask, window: int | None, bounds: Bounds, under_window: bo
 
 
 def text_positions(position_ids: Tensor | None, attention_mask: Tensor | None = None) -> Tensor | None:
-    """The positions (batch or 1, seq_len) that separate documents, or None where there are none.
+    """Returns the positions (batch or 1, seq_len) that separate documents, or None where there are none.
 
-    Models whose rotary positions count frames, rows and columns of images take (3, batch, seq_len), which say nothing of
+    Models whose rotary positions count frames, rows and columns of images take (3, batch, seq_len), which do not separate
     documents, or (4, batch, seq_len), of which the first are positions in the text.
 
-    Raises `InputError` for another shape, or where (3, batch, seq_len) begin anew as a document does.
+    Raises `InputError` for another shape, or where (3, batch, seq_len) restart as with a document.
     """
     if position_ids is None or position_ids.ndim == 2:
         return position_ids
@@ -154,24 +153,24 @@ def text_positions(position_ids: Tensor | None, attention_mask: Tensor | None = 
             "frames, rows and columns (3, batch, seq_len), or (4, batch, seq_len) with positions in the text first"
         )
     before, after = position_ids[..., :-1], position_ids[..., 1:]
-    begins = (after == 0).all(0) & (before > 0).any(0)  # an image begins behind what came before it in all three
+    begins = (after == 0).all(0) & (before > 0).any(0)  # an image continues after the preceding positions in all three
     if attention_mask is not None:
         begins = begins & (attention_mask[:, 1:] * attention_mask[:, :-1]).bool().to(begins.device)
     if begins.any():
         raise InputError(
-            "position_ids of shape (3, batch, seq_len) begin anew at 0, and models read no documents from them: put positions "
-            "in the text, which begin anew with each document, in front, as (4, batch, seq_len)"
+            "position_ids of shape (3, batch, seq_len) restart at 0, and models read no documents from them: put positions "
+            "in the text, which restart with each document, in front, as (4, batch, seq_len)"
         )
     return None
 
 
 def documents_of(position_ids: Tensor, masked: bool = False) -> Mask:
-    """The causal mask of documents packed one behind another: one begins where positions do not increase.
+    """Makes the causal mask of packed documents: one begins where positions do not increase.
 
     Args:
         position_ids: int64 (batch or 1, seq_len), of the whole sequence.
         masked: whether the batch has an attention_mask. Without one, transformers' own attention begins a document also where
-            positions jump forward, and with one it does not.
+            positions jump forward; with one it does not.
 
     Raises:
         InputError: the rows of a batch are packed differently, or positions jump forward without an attention_mask.
@@ -181,7 +180,7 @@ def documents_of(position_ids: Tensor, masked: bool = False) -> Mask:
         raise InputError(
             "position_ids jump forward by more than 1 and the batch has no attention_mask, which transformers' backends read "
             "differently: pass attention_mask=torch.ones_like(input_ids) for one sequence with a gap in its positions, or let "
-            "positions begin anew at 0 where a document begins"
+            "positions restart at 0 where a document begins"
         )
     begins = step <= 0
     if (begins != begins[:1]).any():
@@ -194,35 +193,33 @@ def documents_of(position_ids: Tensor, masked: bool = False) -> Mask:
 
 
 def padding_of(attention_mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
-    """key_bias (batch, seq_len), fp32, -inf on padding; None where nothing is padded. attention_mask: 1 or True is a token.
+    """Makes key_bias (batch, seq_len), fp32, -inf on padding; None without padding. attention_mask: 1 or True is a token.
 
     Raises `InputError` where a sequence has both padding and documents.
     """
     tokens = attention_mask.bool()
     if tokens.all():
         return None
-    if position_ids is not None and any(
-        _begins_anew(p, t) for p, t in zip(position_ids.expand_as(tokens), tokens, strict=True)
-    ):
+    if position_ids is not None and any(_restarts(p, t) for p, t in zip(position_ids.expand_as(tokens), tokens, strict=True)):
         raise InputError(
-            "attention_mask has padding and position_ids begin anew between tokens: a batch is either padded or packed; "
+            "attention_mask has padding and position_ids restart between tokens: a batch is either padded or packed; "
             "leave the padding out of a packed batch, or give each document a sequence of its own"
         )
     return torch.zeros(tokens.shape).masked_fill(~tokens.cpu(), float("-inf")).to(tokens.device)
 
 
-def _begins_anew(positions: Tensor, tokens: Tensor) -> bool:
-    """Whether positions of the tokens of one sequence, padding left out, ever do not increase."""
+def _restarts(positions: Tensor, tokens: Tensor) -> bool:
+    """Whether positions of one sequence, without padding, fail to increase somewhere."""
     of_tokens = positions[tokens.to(positions.device)]
     return bool((of_tokens[1:] <= of_tokens[:-1]).any())
 
 
 def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, Any], Tensor | None]:
-    """The rows of `rank` of every tensor (batch, seq_len, ...), and its targets if the batch has labels.
+    """Takes the rows of `rank` of every tensor (batch, seq_len, ...), and its targets if the batch has labels.
 
-    Positions are made where there are none, since a model that makes its own begins at 0 on every rank; padding is left out, it
-    is `Shards.key_bias`, and what stands on padding predicts nothing. A rank without rows gets the first one, since models of
-    transformers fail on none: `Shards.attend` leaves it out, and its target is ignored.
+    Missing positions are made, since a model would start them at 0 on every rank. The attention_mask is left out: padding is in
+    `Shards.key_bias`, and targets of padding are ignored. A rank without rows gets the first row, since models of transformers
+    fail without rows: `Shards.attend` drops it, and its target is ignored.
     """
     rows = resident_positions(layout, rank)
     empty = len(rows) == 0
@@ -232,7 +229,7 @@ def cut(batch: Mapping[str, Any], layout: Layout, rank: int) -> tuple[dict[str, 
     whole |= {name: value for name, value in batch.items() if name not in LEFT_OUT and value is not None}
     if "labels" in whole:
         whole["labels"] = shift_labels(whole["labels"], IGNORE)
-        if batch.get("attention_mask") is not None:  # left padding would be asked for the first token
+        if batch.get("attention_mask") is not None:  # with left padding the first token would be a target of padding
             whole["labels"] = whole["labels"].masked_fill(batch["attention_mask"] == 0, IGNORE)
     device = next(value.device for value in batch.values() if isinstance(value, Tensor))
     own = {

@@ -1,4 +1,4 @@
-"""Lets a compiled model end its graphs where ranks speak to each other, and not be compiled anew in each call."""
+"""Ends the graphs of a compiled model where ranks communicate, and avoids recompilation in each call."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-_in_progress: list[Callable[..., Any]] = []  # losses of calls within calls, the innermost last
+_in_progress: list[Callable[..., Any]] = []  # loss functions of nested calls, the innermost last
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, at which a compiled model ends its graph: what ranks say to each other cannot be traced."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled; importing it takes seconds
+    """Returns the function with a graph break around it: communication cannot be traced."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import takes seconds
         return function
     if not hasattr(function, "outside_graphs"):
         function.outside_graphs = torch.compiler.disable(function)  # type: ignore[attr-defined]
@@ -23,13 +23,13 @@ def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loss_in_progress(*args: Any, **kwargs: Any) -> Any:
-    """One function for all calls: a compiled model is compiled anew for another."""
+    """Calls the current loss. One function for all calls, since a new one would trigger recompilation."""
     return _in_progress[-1](*args, **kwargs)
 
 
 @contextmanager
 def loss_function(model: Any, loss: Callable[..., Any]) -> Iterator[None]:
-    """Within it `loss` is the model's loss function."""
+    """Replaces the model's loss function by `loss` within the context."""
     before = model.loss_function
     model.loss_function = outside_graphs(_loss_in_progress)
     _in_progress.append(loss)

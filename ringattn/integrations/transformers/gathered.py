@@ -1,13 +1,11 @@
-"""Refuses what a model makes of one rank's rows alone, where batches come to the ranks already cut.
+"""Runs attention on batches that reach the ranks already sharded, as in DeepSpeed jobs.
 
-DeepSpeed's jobs hand no `Shards` to the model: its first layer makes them, or finds them. So the outermost model that was
-called is checked if attention on shards ran within its call. See `rows` for how results are recognised, and why.
+A rank holds a contiguous part of the sequence and its `position_ids`. With the first layer of a forward the ranks of a sequence
+gather positions and padding to make the `Shards`; later layers, and recomputed ones, find them by the `position_ids` tensor.
+The cache holds no entry longer than that tensor lives.
 
-Shards of a batch that came to the ranks already cut: each says its positions, once per forward, and learns the whole.
-
-This is how DeepSpeed's jobs come: a rank's part of the sequence, parts one behind another, `position_ids` beside it. The ranks
-of a sequence gather positions and padding with the first layer of a forward, and later layers (and recomputed ones) find the
-`Shards` by the `position_ids` they are given. Nothing outlives that tensor.
+Since no `Shards` are passed to the model, the outermost called model is checked when attention ran on shards within its call:
+outputs that are not of this rank's rows are refused, see `outputs`.
 """
 
 from __future__ import annotations
@@ -45,32 +43,32 @@ from ringattn.sequence.layout import Layout, Span
 from ringattn.sequence.mask import causal
 
 HINT = (
-    "Let the model return logits of its rows (no labels, no logits_to_keep, no output_router_logits) and make the loss with "
+    "Let the model return logits of its rows (no labels, no logits_to_keep, no output_router_logits) and compute the loss with "
     "ringattn.integrations.deepspeed.sp_loss(logits, shift_labels, engine). Rewards, classes of sequences and load-balancing "
     "losses need ringattn.integrations.transformers.forward_whole(model, batch, group) or ringattn.integrations.trainer, with "
-    "DDP or FSDP in DeepSpeed's place"
+    "DDP or FSDP instead of DeepSpeed"
 )
 
 
 class LastUsed:
-    """The `Shards` that attention has used since the outermost model of transformers was called, or None."""
+    """Records the `Shards` that attention used since the outermost model of transformers was called, or None."""
 
     def __init__(self) -> None:
         self.shards: Shards | None = None
         self.within = False
 
     def note(self, shards: Shards) -> None:
-        if self.within:  # not where a layer is recomputed in backward
+        if self.within:  # false where a layer is recomputed in backward
             self.shards = shards
 
 
 def check_outputs_of(used: LastUsed) -> None:
-    """Let every model of transformers, in whose call attention sets `used.shards`, check that it returns its rows."""
+    """Makes every model of transformers check its outputs if attention set `used.shards` within its call."""
     call: Callable[..., Any] = PreTrainedModel.__call__
 
     @wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if used.within:  # models within the outermost return what they like to it
+        if used.within:  # inner models may return anything to the outermost
             return call(self, *args, **kwargs)
         used.shards, used.within = None, True
         try:
@@ -86,12 +84,12 @@ def check_outputs_of(used: LastUsed) -> None:
 
 
 POSITIONS = (
-    "pass position_ids (batch or 1, rows) with every forward: this rank's part of the whole sequence's, "
-    "torch.arange(seq_len) cut like input_ids, beginning anew where a packed document does"
+    "pass position_ids (batch or 1, rows) with every forward: this rank's part of those of the whole sequence, "
+    "torch.arange(seq_len) sharded like input_ids, restarting with each packed document"
 )
 
 
-def take_place(
+def replace_attention(
     model: Any,
     name: str,
     group: dist.ProcessGroup,
@@ -100,23 +98,21 @@ def take_place(
     disable_in_eval: bool,
     refused: Callable[[], str | None],
 ) -> None:
-    """Put attention over gathered shards where transformers has `name`, attention and mask, for the layers of `model`.
+    """Replaces transformers' attention and mask function `name` by attention on shards, for the layers of `model`.
 
-    Layers of other models, and towers beside the text of this one, keep what they had. Raises `InputError`.
+    Layers of other models, and other towers of this one, keep the original. Raises `InputError`.
     """
     config = model.config if hasattr(model, "config") else AutoConfig.from_pretrained(model)
     used = getattr(config, "_attn_implementation", None)
     if hasattr(model, "config") and used not in (None, name):
-        raise InputError(
-            f"core_attn_implementation={name!r}, and the model uses {used!r}: pass the same, so that ringattn takes its place"
-        )
+        raise InputError(f"core_attn_implementation={name!r}, and the model uses {used!r}: pass the same name")
     if name not in ALL_ATTENTION_FUNCTIONS and name != "eager":
         raise InputError(
             f"core_attn_implementation={name!r} is none of {', '.join(sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()))}"
         )
     problem = unsupported_balance({}, config.get_text_config()) or unsupported_model(config.get_text_config(), 0)
     if name == "eager":
-        problem = "'eager' is a function of each model, whose place cannot be taken; load the model with 'sdpa'"
+        problem = "'eager' is a function of each model and cannot be replaced; load the model with 'sdpa'"
     if getattr(config, "is_encoder_decoder", False):
         problem = (
             f"{config.model_type} has an encoder and a decoder, whose rows position_ids do not distinguish; use "
@@ -125,7 +121,7 @@ def take_place(
     if problem:
         raise InputError(problem)
     served = Served(model, config)
-    whole = ShardCache(group, config.get_text_config(), make, shape, refused)
+    shard_cache = ShardCache(group, config.get_text_config(), make, shape, refused)
     used = LastUsed()
     check_outputs_of(used)
     try_models_of(served, group, disable_in_eval)
@@ -139,21 +135,21 @@ def take_place(
             deferred = isinstance(attention_mask, partial) and attention_mask.func is mask_of_core
             mask = attention_mask() if deferred else attention_mask
             return core(module, query, key, value, mask, **rest)
-        shards = whole.shards(rest.get("position_ids"), attention_mask, len(query), query.shape[2])
+        shards = shard_cache.shards(rest.get("position_ids"), attention_mask, len(query), query.shape[2])
         used.note(shards)
         info = _info(attention_mask)
-        info = info._replace(tokens=None) if isinstance(info, MaskInfo) else info  # padding is known to `shards`
+        info = info._replace(tokens=None) if isinstance(info, MaskInfo) else info  # `shards` has the padding
         return attend(module, query, key, value, info, ringattn=shards, **rest)
 
-    def mask(**asked: Any) -> Any:  # which of both is known only in the layer, where the module says whether it trains
-        return partial(mask_of_core, **asked) if served.mask(asked.get("config")) else mask_of_core(**asked)
+    def mask(**kwargs: Any) -> Any:  # deferred to the layer: only there is known whether the module trains
+        return partial(mask_of_core, **kwargs) if served.mask(kwargs.get("config")) else mask_of_core(**kwargs)
 
-    ALL_ATTENTION_FUNCTIONS[name] = attention  # not register(): what DeepSpeed put there before would go first
+    ALL_ATTENTION_FUNCTIONS[name] = attention  # not register(): an earlier entry of DeepSpeed would take precedence
     ALL_MASK_ATTENTION_FUNCTIONS[name] = mask
 
 
 def try_models_of(served: Served, group: dist.ProcessGroup, disable_in_eval: bool) -> None:
-    """Let every model whose layers are served be tried before its first call, see `trial`."""
+    """Makes every model whose layers are served run a trial before its first call, see `trial`."""
     call: Callable[..., Any] = PreTrainedModel.__call__
 
     @wraps(call)
@@ -161,27 +157,27 @@ def try_models_of(served: Served, group: dist.ProcessGroup, disable_in_eval: boo
         positions = kwargs.get("position_ids")
         own = NAME in kwargs or torch.compiler.is_compiling() or (disable_in_eval and not model.training)
         if not own and isinstance(positions, Tensor) and served.model(model, positions):
-            given = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
-            try_rows(model, given, positions.shape[-1], group)
+            arguments = inspect.signature(model.forward).bind_partial(*args).arguments | kwargs
+            try_rows(model, arguments, positions.shape[-1], group)
         return call(model, *args, **kwargs)
 
     PreTrainedModel.__call__ = tried  # type: ignore[method-assign]
 
 
-def _info(asked: Any) -> Any:
-    """What a layer's mask says, and None or what was made by hand as they are: `attend` refuses those."""
-    if not isinstance(asked, partial):
-        return asked
-    tokens = asked.keywords.get("attention_mask")
-    return describe_mask(**asked.keywords | {"attention_mask": None})._replace(tokens=tokens, own=asked)
+def _info(mask: Any) -> Any:
+    """The `MaskInfo` of a deferred mask; None and other masks are returned unchanged, and `attend` refuses them."""
+    if not isinstance(mask, partial):
+        return mask
+    tokens = mask.keywords.get("attention_mask")
+    return describe_mask(**mask.keywords | {"attention_mask": None})._replace(tokens=tokens, own=mask)
 
 
 @dataclass
 class ShardCache:
     """Finds the `Shards` of a forward by its position_ids; collective over `group` when they are new.
 
-    shape: sequences per batch, and the length of the whole one if that is fixed.
-    refused: what is wrong with the job as a whole, or None.
+    shape: sequences per batch, and the sequence length if that is fixed.
+    refused: returns the reason why the job is not supported, or None.
     """
 
     group: dist.ProcessGroup
@@ -191,8 +187,8 @@ class ShardCache:
     refused: Callable[[], str | None]
     known: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
-    def shards(self, position_ids: Tensor | None, asked: Any, batch: int, rows: int) -> Shards:
-        info = _info(asked)
+    def shards(self, position_ids: Tensor | None, mask: Any, batch: int, rows: int) -> Shards:
+        info = _info(mask)
         tokens = info.tokens if isinstance(info, MaskInfo) else None
         if position_ids is not None and position_ids in self.known:
             version, before, shards = self.known[position_ids]
@@ -209,26 +205,26 @@ class ShardCache:
         if problem := self.refused():
             return problem
         if position_ids is None:
-            return f"attention came without position_ids; {POSITIONS}"
+            return f"attention was called without position_ids; {POSITIONS}"
         if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != rows:
             return f"position_ids has shape {tuple(position_ids.shape)} for {batch} sequences of {rows} rows; {POSITIONS}"
         if batch != self.shape[0]:
-            return f"the batch has {batch} sequences; register_with_transformers was told micro_batch_size={self.shape[0]}"
+            return f"the batch has {batch} sequences; register_with_transformers was given micro_batch_size={self.shape[0]}"
         if tokens is not None and tuple(tokens.shape) != (batch, rows):
             return f"attention_mask has shape {tuple(tokens.shape)}; pass this rank's part of it, ({batch}, {rows})"
         return None
 
     def _gather(self, position_ids: Tensor, tokens: Tensor | None, batch: int) -> Shards:
-        there = torch.ones_like(position_ids) if tokens is None else tokens.to(position_ids)
-        mine = torch.stack([position_ids.expand(batch, -1), there.expand(batch, -1)]).long()
-        parts = _of_all(mine.to(device_of(self.group)), self.group)
+        present = torch.ones_like(position_ids) if tokens is None else tokens.to(position_ids)
+        own_rows = torch.stack([position_ids.expand(batch, -1), present.expand(batch, -1)]).long()
+        parts = _gather_last_dim(own_rows.to(device_of(self.group)), self.group)
         counts = [part.shape[2] for part in parts]
         ends = list(accumulate(counts))
-        positions, real = torch.cat(parts, dim=2)
+        positions, present = torch.cat(parts, dim=2)
         length, rank = ends[-1], dist.get_rank(self.group)
-        bias = padding_of(real, positions)
+        bias = padding_of(present, positions)
         problem = self._wrong(parts, length) or unsupported_model(self.text, length)
-        if problem:  # of what all ranks know alike
+        if problem:  # of gathered values, so it is the same on all ranks
             raise InputError(problem)
         layout = Layout("contiguous", tuple((Span(end - n, n),) for n, end in zip(counts, ends, strict=True)))
         own = None if bias is None else bias[:, ends[rank] - counts[rank] : ends[rank]].to(position_ids.device)
@@ -237,7 +233,7 @@ class ShardCache:
 
     def _wrong(self, parts: list[Tensor], length: int) -> str | None:
         if self.shape[1] not in (None, length):
-            return f"the ranks hold {length} rows together; register_with_transformers was told seq_length={self.shape[1]}"
+            return f"the ranks hold {length} rows together; register_with_transformers was given seq_length={self.shape[1]}"
         if len(parts) > 1 and all((part[0] == torch.arange(part.shape[2], device=part.device)).all() for part in parts):
             return (
                 "position_ids begin at 0 on every rank, as a model makes them that is given none: each rank would be a "
@@ -246,14 +242,14 @@ class ShardCache:
         return None
 
 
-def _of_all(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """`mine` of every rank; the last dimension may differ."""
+def _gather_last_dim(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """All-gathers `own`; the last dimension may differ between ranks."""
     world = dist.get_world_size(group)
-    counts = [torch.empty(1, dtype=torch.int64, device=mine.device) for _ in range(world)]
+    counts = [torch.empty(1, dtype=torch.int64, device=own.device) for _ in range(world)]
     with comm_errors("gathering whole sequences", f"rank {dist.get_rank(group)}: gathering whole sequences failed"):
-        all_gather(counts, torch.tensor([mine.shape[-1]], device=mine.device), group)
+        all_gather(counts, torch.tensor([own.shape[-1]], device=own.device), group)
         most = max(int(count) for count in counts)
-        padded = nn.functional.pad(mine, (0, most - mine.shape[-1])).contiguous()
-        whole = [torch.empty_like(padded) for _ in range(world)]
-        all_gather(whole, padded, group)
-    return [part[..., : int(count)] for part, count in zip(whole, counts, strict=True)]
+        padded = nn.functional.pad(own, (0, most - own.shape[-1])).contiguous()
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        all_gather(parts, padded, group)
+    return [part[..., : int(count)] for part, count in zip(parts, counts, strict=True)]

@@ -1,7 +1,7 @@
-"""What a layer of a model calls in the place of its attention and of its mask, and what it asks for that shards do not give.
+"""Computes the attention of a model's layers on shards, and refuses layer options that shards do not support.
 
-The attention interface hands over one rank's q, k, v; the mask interface says what a layer means to see. `Shards` knows the
-whole sequence, so no mask is made: `attend` compares what both say, and whatever would be lost is refused.
+The attention interface passes one rank's q, k, v; the mask interface describes what a layer may see. `Shards` knows the whole
+sequence, so no mask is made: `attend` compares both descriptions, and refuses what would be lost.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from ringattn.comm.consistency import agree
 from ringattn.comm.process_group import group_and_rank
 from ringattn.errors import InputError
 from ringattn.integrations.transformers.batch import Shards
-from ringattn.integrations.transformers.composite.towers import keeps_its_own, misplaced
+from ringattn.integrations.transformers.composite.towers import keeps_own_attention, misplaced_tower
 from ringattn.integrations.transformers.mask_functions import MaskReading, read_mask
 from ringattn.integrations.transformers.seq2seq.stacks import PADDED_BY_ITSELF, StackShards
 from ringattn.integrations.transformers.support.rowwise import WITHOUT_SHARDS, Probe
 
 OWN_FUNCTION = (
-    "the mask of {layer} has a function of the model's own beside the causal mask ({function}), which ringattn cannot cut over "
-    "ranks"
+    "the mask of {layer} has a function of the model's own beside the causal mask ({function}), which ringattn cannot shard "
+    "over ranks"
 )
 
 
 class MaskInfo(NamedTuple):
-    """What transformers' mask says a layer may see; `attend` compares it with what the layer itself asks for.
+    """Describes transformers' mask for a layer; `attend` compares it with the options of the layer.
 
-    tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` knows it already.
-    reading: what the mask function means; None where a compiled graph cannot ask.
+    tokens: bool (batch, rows), False where this rank's rows are padding; None where `Shards` has the padding.
+    reading: the meaning of the mask function; None in a compiled graph.
     own: makes the mask for transformers' sdpa, for layers that keep their own attention.
     function: transformers' mask function of (batch, head, query, key), which the stacks of an encoder-decoder evaluate.
-    custom: whether the model has added a function of its own to that.
+    custom: whether the model added a function of its own.
     """
 
     window: int | None
@@ -49,14 +49,14 @@ class MaskInfo(NamedTuple):
 
     @property
     def padding(self) -> Tensor | None:
-        """As tokens; None where nothing is hidden."""
+        """`tokens`, or None where no row is padding."""
         return None if self.tokens is None or self.tokens.all() else self.tokens
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise InputError(
-            "a layer of this model computes with its attention mask by itself: its attention does not come to ringattn and "
-            "would see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
+            "a layer of this model uses its attention mask itself: its attention does not run in ringattn "
+            "and would see this rank's rows alone; use a model whose attention goes through transformers' AttentionInterface"
         )
 
 
@@ -74,19 +74,21 @@ def attend(
     ringattn: Shards | StackShards | Probe | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """What a layer calls. query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns rows before heads.
+    """Computes the attention of a layer.
+
+    query: (batch, heads, rows, head_dim); key, value: with kv_heads. Returns (batch, rows, heads, head_dim).
 
     Raises:
-        InputError: called without `shard_batch`, or for what shards cannot do.
+        InputError: called without `shard_batch`, or with an option that shards do not support.
     """
-    if ringattn is None and keeps_its_own(module):
-        asked = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux} | rest
+    if ringattn is None and keeps_own_attention(module):
+        options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux} | rest
         mask = attention_mask.own() if isinstance(attention_mask, MaskInfo) and attention_mask.own else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **asked)
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
     if ringattn is None:
-        raise InputError(misplaced(module) or WITHOUT_SHARDS)
+        raise InputError(misplaced_tower(module) or WITHOUT_SHARDS)
     position_bias = rest.pop("position_bias", None) if isinstance(ringattn, StackShards) else None
-    problem = None if isinstance(ringattn, StackShards) else _blocks_of_rows(type(module).__name__, attention_mask)
+    problem = None if isinstance(ringattn, StackShards) else _block_problem(type(module).__name__, attention_mask)
     problem = problem or _unsupported_call(module, attention_mask, dropout, sliding_window, rest)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = dict(scale=scaling, softcap=softcap, sinks=None if s_aux is None else s_aux.to(query.dtype))
@@ -96,38 +98,38 @@ def attend(
         if problem:
             raise InputError(problem)
         return ringattn.attend(module, q, k, v, attention_mask, position_bias, **options), None
-    two_ways = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
-    if ringattn.blocks.get(sliding_window) is not None:  # masks of the whole sequence are made, and say which keys are seen
-        two_ways = False
+    bidirectional = rest.get("is_causal") is False or not getattr(module, "is_causal", True)
+    if ringattn.blocks.get(sliding_window) is not None:  # the blocks determine which keys are seen
+        bidirectional = False
     if isinstance(attention_mask, MaskInfo):
-        problem = _unlike_causal(type(module).__name__, attention_mask, two_ways) or problem
+        problem = _noncausal_problem(type(module).__name__, attention_mask, bidirectional) or problem
     if isinstance(ringattn, Probe):
         if problem and not ringattn.lenient:
-            raise InputError(problem)  # which the probe tells all ranks
+            raise InputError(problem)  # the trial raises it on all ranks
         ringattn.packed.append(bool(attention_mask.reading and attention_mask.reading.packed))
         return ringattn.attend(module, query, key, value), None
-    if problem:  # of one rank, perhaps: it meets the others' agreement on `attention`, so that they hear of it
+    if problem:  # possibly of one rank only: matches the `agree` call of `attention` on the others, which then raise
         agree(group_and_rank(ringattn.group, ringattn.layout.world)[0], {}, problem)
     out = ringattn.attend(q, k, v, window=sliding_window, **options)
     return out, None
 
 
-def describe_mask(**asked: Any) -> MaskInfo:
-    """The mask interface's side: no mask is made, what it says is known to `Shards`, or made by a layer that needs it."""
-    tokens, window, function = asked.get("attention_mask"), asked.get("local_size"), asked.get("mask_function")
+def describe_mask(**kwargs: Any) -> MaskInfo:
+    """The registered mask function: describes the mask without making it; a layer that needs the tensor makes it."""
+    tokens, window, function = kwargs.get("attention_mask"), kwargs.get("local_size"), kwargs.get("mask_function")
     if torch.compiler.is_compiling() or function is None:
-        reading = MaskReading(unknown="a function of the model's own") if asked.get("use_vmap") else None
+        reading = MaskReading(unknown="a function of the model's own") if kwargs.get("use_vmap") else None
     else:
         reading = read_mask(function)
-    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **asked), function, bool(asked.get("use_vmap")))
+    return MaskInfo(window, tokens, reading, partial(sdpa_mask, **kwargs), function, bool(kwargs.get("use_vmap")))
 
 
 def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int | None, rest: Mapping[str, Any]) -> str | None:
-    """What the layer asks for and would not get on any shards, or None."""
+    """The reason why options of the layer are not supported on shards, or None."""
     name = type(module).__name__
     if mask is None:
         return (
-            "attention came without its mask: the mask interface does not know this attention; register both with "
+            "attention was called without its mask: the mask interface does not know this attention; register both with "
             "ringattn.integrations.transformers.register(name); to an encoder-decoder give attention_mask with the batch"
         )
     if not isinstance(mask, MaskInfo):
@@ -137,18 +139,19 @@ def _unsupported_call(module: nn.Module, mask: Any, dropout: float, window: int 
         )
     if mask.window != window:
         return (
-            f"{name} asks for sliding_window={window} and its mask for {mask.window}: chunks or windows ringattn does not know"
+            f"{name} asks for sliding_window={window} and its mask for {mask.window}: ringattn does not support such chunks or "
+            "windows"
         )
     if dropout:
         return f"{name} asks for attention dropout {dropout}; set config.attention_dropout = 0 (config.dropout_rate of T5)"
-    for asked in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
-        if rest.get(asked) is not None:
-            return f"{name} is given {asked}, which ringattn does not take; documents are given by position_ids"
+    for option in ("position_bias", "head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if rest.get(option) is not None:
+            return f"{name} is given {option}, which ringattn does not take; documents are given by position_ids"
     return None
 
 
-def _blocks_of_rows(name: str, mask: Any) -> str | None:
-    """What a mask says of image blocks that was made of one rank's rows, or None."""
+def _block_problem(name: str, mask: Any) -> str | None:
+    """The reason why a mask with image blocks of one rank's rows is refused, or None."""
     if not isinstance(mask, MaskInfo) or mask.reading is None or mask.reading.block_ids is None:
         return None
     return (
@@ -157,12 +160,12 @@ def _blocks_of_rows(name: str, mask: Any) -> str | None:
     )
 
 
-def _unlike_causal(name: str, mask: Any, two_ways: bool) -> str | None:
-    """What the layer asks for beside causal attention over documents, which `Shards` know, or None."""
+def _noncausal_problem(name: str, mask: Any, bidirectional: bool) -> str | None:
+    """The reason why the mask is more than the causal mask with documents of `Shards`, or None."""
     if mask.padding is not None:
         return PADDED_BY_ITSELF
     if mask.reading is not None and mask.reading.unknown:
         return OWN_FUNCTION.format(layer=name, function=mask.reading.unknown)
-    if two_ways or (mask.reading is not None and not mask.reading.causal):
+    if bidirectional or (mask.reading is not None and not mask.reading.causal):
         return f"{name} asks for attention in both directions; ringattn runs causal decoders here"
     return None

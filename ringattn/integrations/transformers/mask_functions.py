@@ -1,8 +1,8 @@
-"""Reads what a mask function of transformers means: causal, a window, packed documents, image blocks seen both ways.
+"""Reads the meaning of transformers' mask functions: causal, windows, packed documents, bidirectional image blocks.
 
-transformers builds masks from a few functions of (batch, head, query, key), joined by `and_masks` and `or_masks`, and hands the
-result to the mask interface. It is read from those parts, each recognised by its code, so that nothing of the size of a mask is
-made. A function that is none of them is named, and refused by whoever reads it. Functions:
+transformers builds masks from a few functions of (batch, head, query, key), joined by `and_masks` and `or_masks`, and passes
+the result to the mask interface. The parts are recognised by their code objects, so no tensor of the size of a mask is made. An
+unknown function is named, and refused by the callers. Functions:
 https://github.com/huggingface/transformers/blob/main/src/transformers/masking_utils.py
 """
 
@@ -21,14 +21,14 @@ from ringattn.integrations.transformers.batch import ImageBlocks
 
 
 class MaskReading(NamedTuple):
-    """What a mask function says.
+    """The meaning of a mask function.
 
-    causal: whether keys after the query are hidden, those of its block excepted.
+    causal: whether keys after the query are hidden, except those of its block.
     window: keys that a query sees, its own included; None for all.
-    packed: whether documents are separated, which ringattn knows from positions.
-    block_ids: int64 (batch, seq_len); rows with the same number, not negative, see each other.
-    window_over_blocks: whether the window holds within a block, too.
-    unknown: the part that ringattn does not know, or None.
+    packed: whether documents are separated; ringattn reads documents from positions.
+    block_ids: int64 (batch, seq_len); rows with the same nonnegative number see each other.
+    window_over_blocks: whether the window also applies within a block.
+    unknown: the name of an unknown part, or None.
     """
 
     causal: bool = False
@@ -62,11 +62,11 @@ def read_mask(function: Any) -> MaskReading:
 
 
 def blocks_of(reading: MaskReading, tokens: Tensor | None) -> ImageBlocks | None:
-    """Where the blocks of each sequence lie, or None where there are none.
+    """The bounds of the blocks of each sequence, or None where there are none.
 
-    tokens: bool (batch, seq_len), False on padding, which belongs to no block: no token sees it.
+    tokens: bool (batch, seq_len), False on padding, which belongs to no block.
 
-    Raises `InputError` where a block is not in one piece.
+    Raises `InputError` where a block is not contiguous.
     """
     if reading.block_ids is None:
         return None
@@ -76,14 +76,15 @@ def blocks_of(reading: MaskReading, tokens: Tensor | None) -> ImageBlocks | None
 
 
 def _runs(ids: Tensor) -> tuple[tuple[int, int], ...]:
-    """Start and stop of every run of one number, where that is not negative. ids: (seq_len,)."""
+    """Start and stop of every run of one nonnegative number. ids: (seq_len,)."""
     edges = (ids[1:] != ids[:-1]).nonzero().flatten() + 1
     stops = [0, *edges.tolist(), len(ids)]
     runs = [(int(ids[a]), a, b) for a, b in pairwise(stops) if a < b and ids[a] >= 0]
     if len({number for number, _, _ in runs}) < len(runs):
         raise InputError(
-            "a block of tokens that see each other in both directions is interrupted by other tokens; ringattn takes blocks in "
-            "one piece each: number the parts differently (token_type_ids), or run this batch in one process"
+            "a block of tokens that see each other in both directions is interrupted by other tokens; ringattn supports "
+            "contiguous "
+            "blocks: number the parts differently (token_type_ids), or run this batch in one process"
         )
     return tuple((start, stop) for _, start, stop in runs)
 
@@ -107,7 +108,7 @@ def _all_of(parts: Sequence[MaskReading]) -> MaskReading:
 
 
 def _any_of(parts: Sequence[MaskReading]) -> MaskReading:
-    """Only blocks beside something else are known."""
+    """Recognises the union of blocks and one other mask."""
     blocks = [part for part in parts if part.block_ids is not None]
     others = [part for part in parts if part.block_ids is None]
     unknown = next((part.unknown for part in parts if part.unknown), None)
@@ -117,7 +118,7 @@ def _any_of(parts: Sequence[MaskReading]) -> MaskReading:
 
 
 def _part(function: Any) -> tuple[str, Mapping[str, Any]]:
-    """Which function of transformers made this one, and of what; or the name of an unknown one."""
+    """The name and the closure of the transformers function that made this one, or the name of an unknown one."""
     code = getattr(function, "__code__", None)
     if code is None or code not in _MAKERS:
         return str(getattr(function, "__qualname__", function)), {}
@@ -126,7 +127,7 @@ def _part(function: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _code_within(maker: Callable[..., Any]) -> CodeType:
-    """Of the function that `maker` returns; comprehensions within it have code, too."""
+    """The code object of the function that `maker` returns; comprehensions within it are skipped."""
     codes = (constant for constant in maker.__code__.co_consts if isinstance(constant, CodeType))
     return next(code for code in codes if not code.co_name.startswith("<"))
 

@@ -1,7 +1,7 @@
-"""A model that takes whole batches and runs them on shards, and is the model it stands for in everything else.
+"""Wraps a model so that it takes whole batches and runs on shards, and otherwise behaves like the wrapped model.
 
-Trainer and its subclasses call the model and read its outputs; they ask it also for its class, its config and its parameters,
-and accelerate takes wrappers off it. All of that goes to the model itself. Only the call differs.
+Trainer and its subclasses call the model and read its outputs; they also use its class, config and parameters, and accelerate
+unwraps it. All of that is forwarded to the model. Only the call differs.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.integrations.transformers.whole import bare, forward_whole
+from ringattn.integrations.transformers.whole import forward_whole, unwrap
 
 
 class _LossOnly(dict[str, Any]):
-    """The loss of `outputs`; what else they have is gathered where a loss of the trainer's own asks for it by name."""
+    """Holds the loss of `outputs`; other outputs are gathered when a custom loss of the trainer reads them by name."""
 
     def __init__(self, outputs: Any) -> None:
         super().__init__(loss=outputs["loss"])
@@ -31,10 +31,10 @@ class _LossOnly(dict[str, Any]):
 
 
 class OnShards:
-    """`model`, whose calls are `forward_whole` over `mesh`, for gradients that are averaged over ranks.
+    """Wraps `model`: a call is `forward_whole` over `mesh`, for gradients that are averaged over ranks.
 
     sharding: for `shard_batch`.
-    loss_only: whether only the loss is wanted of a call with labels, so that logits need not be gathered.
+    loss_only: whether a call with labels needs only the loss, so that logits are not gathered.
     """
 
     __slots__ = ("_loss_only", "_mesh", "_model", "_sharding")
@@ -44,13 +44,13 @@ class OnShards:
             object.__setattr__(self, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = inspect.signature(bare(self._model).forward).bind_partial(*args).arguments | kwargs
+        batch = inspect.signature(unwrap(self._model).forward).bind_partial(*args).arguments | kwargs
         outputs = forward_whole(self._model, batch, self._mesh, averaged_over=self._mesh.size(), **self._sharding)
         loss = outputs.get("loss")
         return _LossOnly(outputs) if self._loss_only and loss is not None else outputs
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance() then answers as for the model
+    def __class__(self) -> Any:  # isinstance() then behaves as for the model
         return type(self._model)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,1 +1,1 @@
-"""Models with towers beside their text decoder: vision, audio."""
+"""Shards models that have other towers (vision, audio) beside their text decoder."""

@@ -1,4 +1,4 @@
-"""The loss of a model with towers beside its text, of logits of this rank's rows: logits of the whole are not made for it."""
+"""Computes the loss of a model with other towers from the logits of this rank's rows, without logits of the whole sequence."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ringattn.integrations.transformers import routers
 from ringattn.integrations.transformers.attention_interface import NAME
 from ringattn.integrations.transformers.batch import Shards
 from ringattn.integrations.transformers.compiled import loss_function, outside_graphs
-from ringattn.integrations.transformers.composite.run import cut_for_decoder, each, mapped
+from ringattn.integrations.transformers.composite.run import as_sequence, cut_for_decoder, map_tensors
 from ringattn.integrations.transformers.outputs import OF_OTHER_INPUTS, GatheredOutputs, ScaledGradient, is_rows
 from ringattn.integrations.transformers.support.rowwise import Probe
 from ringattn.nn.loss import IGNORE, cross_entropy, shift_labels
 
 
-def rows_to_the_loss(
+def run_head_on_rows(
     model: nn.Module,
     inner: Any,
     decoder: nn.Module,
@@ -31,30 +31,30 @@ def rows_to_the_loss(
     sharding: Mapping[str, Any],
     size: int,
 ) -> GatheredOutputs | None:
-    """The outputs of a causal language model whose head and loss run on rows, too; None where they may not.
+    """Runs a causal language model with head and loss on rows; returns its outputs, or None where that is not valid.
 
-    They may where the head is given what the decoder returns, and the model returns the loss of its logits.
+    It is valid where the head's input is the decoder's output, and the model returns the loss of its logits.
     """
-    if routers.asked_for(batch, inner.config):
+    if routers.wants_router_logits(batch, inner.config):
         return None
     loss = _LossOfRows(batch.get("labels"), batch.get("attention_mask"), averaged_over)
     with _on_rows(decoder, inner.get_output_embeddings(), loss, group, sharding), loss_function(inner, loss):
         outputs = model(**{**batch, "return_dict": True})
-    if not loss.is_that_of(outputs):
+    if not loss.is_loss_of(outputs):
         return None
     shards, rows = loss.shards, {}
-    assert shards is not None  # else it is not
+    assert shards is not None  # implied by is_loss_of
     of_whole: dict[str, Any] = {}
     for name, value in outputs.items():
         if name == "loss" or value is None:
             continue
-        tensors = [x for x in each(value) if isinstance(x, Tensor) and x.is_floating_point()]
+        tensors = [x for x in as_sequence(value) if isinstance(x, Tensor) and x.is_floating_point()]
         if name == "logits" or name in loss.decoder_outputs:
             rows[name] = value
             if not all(is_rows(x, shards) for x in tensors):
                 return None
         elif name.startswith(OF_OTHER_INPUTS) or not tensors:
-            of_whole[name] = mapped(value, lambda x: ScaledGradient.apply(x, averaged_over / size)) if tensors else value
+            of_whole[name] = map_tensors(value, lambda x: ScaledGradient.apply(x, averaged_over / size)) if tensors else value
         else:
             return None
     if loss.value is not None:
@@ -63,7 +63,7 @@ def rows_to_the_loss(
 
 
 class _LossOfRows:
-    """Takes the place of a model's loss function, of logits of this rank's rows and labels of the whole batch."""
+    """Replaces a model's loss function, for logits of this rank's rows and labels of the whole batch."""
 
     def __init__(self, labels: Tensor | None, tokens: Tensor | None, averaged_over: int) -> None:
         self.labels, self.tokens, self.averaged_over = labels, tokens, averaged_over
@@ -84,7 +84,9 @@ class _LossOfRows:
             return logits.sum() * float("nan")
         targets = kwargs.get("shift_labels")
         targets = shift_labels(labels, IGNORE) if targets is None else targets
-        if self.tokens is not None and self.tokens.shape == targets.shape:  # left padding would be asked for the first token
+        if (
+            self.tokens is not None and self.tokens.shape == targets.shape
+        ):  # with left padding the first token would be a target of padding
             targets = targets.masked_fill(self.tokens == 0, IGNORE)
         _, rank = group_and_rank(shards.group, shards.layout.world)
         own = targets.index_select(1, resident_positions(shards.layout, rank).to(targets.device)).to(logits.device)
@@ -95,18 +97,18 @@ class _LossOfRows:
         self.version = None if torch.compiler.is_compiling() or value.is_inference() else value._version
         return value
 
-    def is_that_of(self, outputs: Mapping[str, Any]) -> bool:
-        """Whether decoder, head and loss ran once each, one behind another, and the model returned that loss as it is."""
+    def is_loss_of(self, outputs: Mapping[str, Any]) -> bool:
+        """Whether decoder, head and loss ran once each, in this order, and the model returned that loss unchanged."""
         if self.decoder_calls != 1 or self.head_calls != 1:
             return False
-        found: Tensor | None = outputs.get("loss")
+        returned: Tensor | None = outputs.get("loss")
         if self.labels is None:
-            return found is None
-        if self.calls != 1 or found is None or self.of_rows is None:
+            return returned is None
+        if self.calls != 1 or returned is None or self.of_rows is None:
             return False
-        if found is self.value and self.version is not None:
-            return bool(found._version == self.version)  # without waiting for a GPU; models add other losses in place
-        return bool(torch.equal(found.detach(), self.of_rows))
+        if returned is self.value and self.version is not None:
+            return bool(returned._version == self.version)  # without synchronising; models add other losses in place
+        return bool(torch.equal(returned.detach(), self.of_rows))
 
 
 def _is_same(x: Tensor, other: Tensor | None) -> bool:
@@ -117,7 +119,7 @@ def _is_same(x: Tensor, other: Tensor | None) -> bool:
 def _on_rows(
     decoder: nn.Module, head: nn.Module, loss: _LossOfRows, group: Group | None, sharding: Mapping[str, Any]
 ) -> Iterator[None]:
-    """Hooks cut what the decoder is given, and look whether the head is given what it returned."""
+    """Shards the inputs of the decoder by hooks, and checks that the head's input is the decoder's output."""
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         if isinstance(kwargs.get(NAME), Probe):

@@ -1,8 +1,8 @@
-"""Finds the text decoder of a model that has other towers beside it (vision, audio), and lets those keep their own attention.
+"""Finds the text decoder of a model that has other towers (vision, audio), and lets those keep their own attention.
 
-`attn_implementation="ringattn"` reaches every part of a composite model. Only its text decoder runs on shards; what stands
-beside it sees whole images, and runs transformers' sdpa. Parts are distinguished by structure: the decoder is what the model
-names as such and runs on the text section of the config.
+`attn_implementation="ringattn"` reaches every part of a composite model. Only its text decoder runs on shards; the other towers
+see whole images and run transformers' sdpa. Parts are distinguished by structure: the decoder is what `get_decoder` returns and
+has the text section of the config.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-TOWERS = "_ringattn_towers"  # of a composite model: its modules outside the text decoder
-OWN = "_ringattn_keeps_its_own"  # of such a module: whether its attention may run on what this rank gives it
+TOWERS = "_ringattn_towers"  # attribute of a composite model: its modules outside the text decoder
+OWN = "_ringattn_keeps_its_own"  # attribute of such a module: whether it may run its own attention
 
-NO_TEXT = ("vision_config", "audio_config")  # sections of a composite config, to which a config may say it belongs
+NO_TEXT = ("vision_config", "audio_config")  # sections of a composite config
 
 
 def text_decoder(model: Any) -> Any:
@@ -29,29 +29,29 @@ def text_decoder(model: Any) -> Any:
     try:
         text = config.get_text_config()
         decoder = model.get_decoder()
-    except (AttributeError, ValueError):  # several texts, or none
+    except (AttributeError, ValueError):  # several text sections, or none
         return None
     if text is config or decoder is model or type(getattr(decoder, "config", None)) is not type(text):
         return None
     return decoder
 
 
-def minding_towers(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call` of any model of transformers, whose towers keep their own attention unless the model is given `Shards`."""
+def with_towers_set_up(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps the call of transformers models: towers keep their own attention unless the model is given `Shards`."""
 
     @wraps(call)
-    def minding(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return call(self, *args, **kwargs)
         find_towers(self)
         with _given_shards(self) if kwargs.get("ringattn") is not None else nullcontext():
             return call(self, *args, **kwargs)
 
-    return minding
+    return wrapped
 
 
 def find_towers(model: Any) -> None:
-    """Let modules beside the text decoder of `model` run their own attention, from now on. Idempotent."""
+    """Makes modules outside the text decoder of `model` keep their own attention from now on. Idempotent."""
     if TOWERS in vars(model):
         return
     decoder = text_decoder(model)
@@ -64,7 +64,7 @@ def find_towers(model: Any) -> None:
 
 @contextmanager
 def _given_shards(model: Any) -> Iterator[None]:
-    """While `model` itself runs on shards, what a tower is given may be a part of the sequence: its attention is refused."""
+    """Refuses attention of towers while `model` itself runs on shards, since their inputs may be parts of the sequence."""
     before = [(vars(module), vars(module)[OWN]) for module in vars(model)[TOWERS]]
     for attributes, _ in before:
         attributes[OWN] = False
@@ -75,8 +75,8 @@ def _given_shards(model: Any) -> Iterator[None]:
             attributes[OWN] = own
 
 
-def misplaced(module: nn.Module) -> str | None:
-    """Why a tower cannot run within a call on shards, or None for what is no tower."""
+def misplaced_tower(module: nn.Module) -> str | None:
+    """The reason why a tower cannot run within a call on shards, or None for a module outside towers."""
     if getattr(module, OWN, None) is not False:
         return None
     return (
@@ -85,7 +85,7 @@ def misplaced(module: nn.Module) -> str | None:
     )
 
 
-def keeps_its_own(module: nn.Module) -> bool:
-    """Whether it stands beside the text decoder of a model that has run, or belongs to what sees no text at all."""
+def keeps_own_attention(module: nn.Module) -> bool:
+    """Whether the module belongs to a tower beside a text decoder, or to a model without text."""
     own: bool | None = getattr(module, OWN, None)
     return own if own is not None else getattr(getattr(module, "config", None), "base_config_key", "") in NO_TEXT

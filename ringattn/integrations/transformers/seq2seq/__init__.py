@@ -1,1 +1,1 @@
-"""Encoder-decoder models on shards: two sequences cut over the same ranks."""
+"""Runs encoder-decoder models on shards: two sequences sharded over the same ranks."""

@@ -1,9 +1,9 @@
-"""Encoder-decoder models on shards: two sequences cut over the same ranks, and three kinds of attention between them.
+"""Shards the batch of an encoder-decoder model: two sequences over the same ranks, and three kinds of attention.
 
-Encoder rows attend to encoder rows both ways, decoder rows to decoder rows causally, and decoder rows to the encoder's rows of
-all ranks, which is attention whose keys have a layout of their own. `shard_batch` comes here when the config says
-`is_encoder_decoder`. Decoder inputs are made of labels before the cut, by the model's own forward, since what comes first on a
-rank is the last of the rank before it.
+Encoder rows attend to encoder rows in both directions, decoder rows to decoder rows causally, and decoder rows to the encoder
+rows of all ranks, which is attention whose keys have their own layout. `shard_batch` calls this module when the config has
+`is_encoder_decoder`. Decoder inputs are made from labels before sharding, by the model's own forward, since the first input on
+a rank is the last label of the rank before it.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ POSITIONS = ("position_ids", "decoder_position_ids")
 
 @dataclass
 class DecoderShards(Shards):
-    """The decoder's sequence, as what the model returns is of its rows; and the encoder's, and attention between both.
+    """The shards of the decoder, whose rows most outputs have, of the encoder, and of attention between both.
 
     cross: layout of the decoder with keys laid out as the encoder; its key_bias is the encoder's padding.
     """
 
     encoder: Shards = field(kw_only=True)
     cross: Shards = field(kw_only=True)
-    ids: tuple[Tensor | None, Tensor | None] = (None, None)  # whole input_ids of encoder and decoder: positions hang on them
+    ids: tuple[Tensor | None, Tensor | None] = (None, None)  # whole input_ids of encoder and decoder, for positions
 
     def of(self, name: str) -> Shards:
-        """Those that a result of the model called `name` is rows of."""
+        """The shards whose rows the output `name` has."""
         return self.encoder if name.startswith("encoder_") else self
 
 
 def unsupported_seq2seq(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
-    """Why this batch of an encoder-decoder model cannot be cut over ranks, or None. Decoder inputs must be in it."""
-    source, target = _one(batch, ENCODER), _one(batch, DECODER)
+    """The reason why a batch of an encoder-decoder model cannot be sharded, or None. It must hold decoder inputs."""
+    source, target = _first_present(batch, ENCODER), _first_present(batch, DECODER)
     if source is None:
         return (
-            f"{config.model_type} encodes what ringattn does not cut: the batch has neither input_ids nor inputs_embeds, only "
+            f"{config.model_type} encodes inputs that ringattn does not shard: the batch has neither input_ids nor "
+            "inputs_embeds, only "
             f"{', '.join(batch) or 'nothing'}; encoders of sounds and images, which begin with convolutions, cannot be cut"
         )
     if target is None:
         return (
-            "the batch has no decoder_input_ids, and this model makes none of its labels: put them into the batch, whole, as "
+            "the batch has no decoder_input_ids, and this model makes none from its labels: put them into the batch, whole, as "
             "model.prepare_decoder_input_ids_from_labels(labels) or transformers' DataCollatorForSeq2Seq(model=...) makes them"
         )
     for name in ("encoder_outputs", "past_key_values"):
@@ -69,13 +70,13 @@ def unsupported_seq2seq(batch: Mapping[str, Any], config: PretrainedConfig) -> s
     if batch.get("use_cache"):
         return "use_cache: a cache cannot be cut over ranks; leave it out"
     for name, value in batch.items():
-        if isinstance(value, Tensor) and (problem := _unlike_sequence(name, value, source, target)):
+        if isinstance(value, Tensor) and (problem := _sequence_problem(name, value, source, target)):
             return problem
     return None
 
 
-def _unlike_sequence(name: str, value: Tensor, source: Tensor, target: Tensor) -> str | None:
-    """Why the tensor `name` is neither of the encoder's nor of the decoder's sequence, or None."""
+def _sequence_problem(name: str, value: Tensor, source: Tensor, target: Tensor) -> str | None:
+    """The reason why the tensor `name` belongs to neither sequence, or None."""
     whose, sequence = ("decoder", target) if _of_decoder(name) else ("encoder", source)
     if name in ("attention_mask", "decoder_attention_mask") and value.ndim != 2:
         return (
@@ -89,7 +90,7 @@ def _unlike_sequence(name: str, value: Tensor, source: Tensor, target: Tensor) -
         )
     if name in POSITIONS and (value != torch.arange(value.shape[1], device=value.device)).any():
         return (
-            f"{name} are not 0, 1, 2, ...: packed documents and positions of one's own are not cut for encoder-decoder models; "
+            f"{name} are not 0, 1, 2, ...: packed documents and custom positions are not supported for encoder-decoder models; "
             "leave them out, and pass padding as attention_mask"
         )
     return None
@@ -99,7 +100,7 @@ def _of_decoder(name: str) -> bool:
     return name.startswith("decoder_") or name == "labels"
 
 
-def _one(batch: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
+def _first_present(batch: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
     return next((batch[name] for name in names if batch.get(name) is not None), None)
 
 
@@ -112,7 +113,7 @@ def shard_seq2seq(
     layout: str | Layout,
     choices: dict[str, Any],
 ) -> tuple[DecoderShards, dict[str, Any], Tensor | None]:
-    """`shard_batch` of an encoder-decoder: what attention knows, this rank's inputs and its targets; raises as that does."""
+    """`shard_batch` for an encoder-decoder: the shards, this rank's inputs and its targets; raises alike."""
     agreed: dict[str, object] = {}
     problem: str | None = None
     own: Any = None
@@ -123,7 +124,7 @@ def shard_seq2seq(
             *own, plan = cut_seq2seq(batch, config, group, world, dtype, layout, choices)
             shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
             agreed = {"shapes": shapes, "plan": plan.digest}
-    except (InputError, PlanError) as error:  # of one rank, perhaps: the others must hear of it
+    except (InputError, PlanError) as error:  # possibly of one rank only: raised on all ranks below
         problem = str(error)
     agree(reduction_group(group), {"call": "shard_batch", **agreed}, problem)
     assert own is not None  # else all ranks have raised
@@ -140,11 +141,11 @@ def cut_seq2seq(
     layout: str | Layout,
     choices: dict[str, Any],
 ) -> tuple[DecoderShards, dict[str, Any], Tensor | None, Plan]:
-    """What attention knows, this rank's inputs and targets, and the plan of the decoder's first layer.
+    """Shards both sequences: the shards, this rank's inputs and targets, and the plan of the decoder's first layer.
 
     layout: a name, for both sequences; "auto" chooses that of the decoder, and the encoder then has one of the same stride.
     """
-    source, target = _one(batch, ENCODER), _one(batch, DECODER)
+    source, target = _first_present(batch, ENCODER), _first_present(batch, DECODER)
     assert source is not None and target is not None  # see `unsupported_seq2seq`
     if isinstance(layout, Layout):
         raise InputError(
@@ -174,7 +175,7 @@ def cut_seq2seq(
     inputs = {name: value for name, value in inputs.items() if value is not None and name not in POSITIONS}
     for prefix, sequence in (("", encoder), ("decoder_", shards)):
         mask, ids = inputs.get(f"{prefix}attention_mask"), batch.get(f"{prefix}input_ids")
-        if mask is not None or not has_padding(ids, config):  # given, so that the model makes none of its own: all is there
+        if mask is not None or not has_padding(ids, config):  # an explicit mask of ones, so that the model makes none
             ones = torch.ones(len(source), len(own_rows(sequence)), dtype=torch.int64, device=source.device)
             inputs[f"{prefix}attention_mask"] = ones if mask is None else torch.ones_like(mask)
     targets = inputs.pop("labels", None)
@@ -184,7 +185,7 @@ def cut_seq2seq(
 
 
 def _kind(config: PretrainedConfig, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Heads of the decoder, as far as the config tells them: for the choice of the layout, layers say their own."""
+    """Heads of the decoder as in the config, for the choice of the layout; layers have their own plans."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return dict(
@@ -202,14 +203,14 @@ def _padding(mask: Tensor | None, layout: Layout, rank: int) -> Tensor | None:
 
 
 def has_padding(ids: Tensor | None, config: PretrainedConfig) -> bool:
-    """Whether whole ids hold padding, which some models hide by themselves where no mask says otherwise."""
+    """Whether whole ids hold padding, which some models mask by themselves where they get no mask."""
     padding = getattr(config, "pad_token_id", None)
     padding = getattr(config.get_text_config(), "pad_token_id", None) if padding is None else padding
     return ids is not None and padding is not None and bool((ids == padding).any())
 
 
 def own_rows(shards: Shards) -> Tensor:
-    """The positions of the rows that the model runs on: those of this rank, or the first one where it has none."""
+    """The positions of the rows that the model runs on: those of this rank, or the first row where it has none."""
     rows = resident_positions(shards.layout, group_and_rank(shards.group, shards.layout.world)[1])
     return rows if len(rows) else torch.zeros(1, dtype=torch.int64)
 

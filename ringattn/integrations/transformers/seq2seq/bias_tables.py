@@ -1,7 +1,7 @@
-"""Lets layers with a relative position bias (T5's) hand on their table instead of rows x keys of it.
+"""Makes layers with a relative position bias (T5) pass on their table instead of a bias of rows x keys.
 
-A layer makes its bias of the rows and keys it is given, which on a rank are a part, and in the quadratic size that sharding is
-there to avoid. Called on shards it gives attention its table, (buckets, heads), and which distances share a row of it.
+A layer computes its bias for its rows and keys, which on a rank are a part, and at the quadratic size that sharding avoids.
+Called on shards, it passes attention its table, (buckets, heads), and the distances that share a row of it.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ringattn.integrations.transformers.seq2seq.relative_bias import Bucket, runs
+from ringattn.integrations.transformers.seq2seq.relative_bias import Bucket, consecutive_buckets
 
 
-def hand_on_table(module: nn.Module) -> None:
-    """From now on a module with a relative position bias hands on its table wherever it is called on shards.
+def return_bias_table(module: nn.Module) -> None:
+    """Makes a module with a relative position bias pass on its table whenever it is called on shards.
 
-    For good, since activation checkpointing calls the layers again in backward, when the model's call is over.
+    Permanent, since activation checkpointing calls the layers again in backward, after the model's call.
     """
     if not hasattr(module, "compute_bias") or not hasattr(module, "has_relative_attention_bias"):
         return
-    if getattr(module, "_hands_on_table", False):
+    if getattr(module, "_returns_bias_table", False):
         return
-    module._hands_on_table = True  # type: ignore[assignment]
+    module._returns_bias_table = True  # type: ignore[assignment]
     module.register_forward_pre_hook(_table_before, with_kwargs=True)
     module.register_forward_hook(_table_after, with_kwargs=True, always_call=True)
 
 
 def _table_before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    its: Any = kwargs.get("ringattn")
-    if not hasattr(its, "buckets"):  # not within a stack on shards
+    stack_shards: Any = kwargs.get("ringattn")
+    if not hasattr(stack_shards, "buckets"):  # not within a stack on shards
         return
     biased = module.has_relative_attention_bias
-    if biased and not its.buckets:
-        its.buckets = buckets_of(module, its.own.layout.length)
+    if biased and not stack_shards.buckets:
+        stack_shards.buckets = buckets_of(module, stack_shards.own.layout.length)
     vars(module)["biased_before"] = biased
-    module.has_relative_attention_bias = True  # else zeros of rows x keys would be made
+    module.has_relative_attention_bias = True  # otherwise zeros of rows x keys would be made
     module.compute_bias = (lambda *_, **__: _table(module)) if biased else (lambda *_, **__: torch.zeros(0))
 
 
@@ -55,7 +55,7 @@ def _table(module: Any) -> Tensor:
 
 
 def buckets_of(module: Any, length: int) -> tuple[Bucket, ...]:
-    """The buckets of all distances in a sequence: `module` computes the bias of a table that holds the number of each row."""
+    """The buckets of all distances in a sequence, from `module` run on a table whose rows hold their index."""
     probe = copy.copy(module)
     count = module.relative_attention_bias.num_embeddings
     probe._modules = module._modules | {"relative_attention_bias": _Index(count)}
@@ -63,11 +63,11 @@ def buckets_of(module: Any, length: int) -> tuple[Bucket, ...]:
     before = probe.compute_bias(length, 1, device=cpu).flatten().flip(0)  # distances -(length - 1) .. 0
     behind = probe.compute_bias(1, length, device=cpu).flatten()  # 0 .. length - 1
     indices, counts = torch.unique_consecutive(torch.cat([before, behind[1:]]), return_counts=True)
-    return runs(indices.tolist(), counts.tolist(), 1 - length)
+    return consecutive_buckets(indices.tolist(), counts.tolist(), 1 - length)
 
 
 class _Index(nn.Module):
-    """An embedding of each number as itself."""
+    """An embedding that maps each index to itself."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

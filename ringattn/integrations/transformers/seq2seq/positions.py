@@ -1,8 +1,8 @@
-"""Positions of the whole sequence for models that embed positions of their own, beginning at 0 on every rank.
+"""Provides positions of the whole sequence to models that embed their own positions, which would start at 0 on every rank.
 
-A module that embeds positions is called for the whole sequence, and this rank's rows are taken of what it returns. So whatever
-it makes positions of, as ids without their padding, it makes them as in one process. What it returns for the whole is let go at
-once: (seq_len, hidden), or (batch, seq_len, hidden) where positions hang on ids.
+A module that embeds positions is called for the whole sequence, and this rank's rows are taken from its output. It therefore
+computes positions as in one process, also from ids without their padding. Its output for the whole sequence is freed at once:
+(seq_len, hidden), or (batch, seq_len, hidden) where positions depend on ids.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAKES_POSITIONS = ("position_ids", "past_key_values_length")  # arguments of a f
 
 
 def embed_positions(stack: nn.Module) -> Iterator[nn.Module]:
-    """Modules beside the layers whose forward makes positions, as its arguments tell."""
+    """Finds modules outside the layers whose forward makes positions, by its arguments."""
     for child in stack.children():
         if isinstance(child, nn.ModuleList | GradientCheckpointingLayer):
             continue
@@ -35,10 +35,10 @@ def embed_positions(stack: nn.Module) -> Iterator[nn.Module]:
 
 
 class WholePositions:
-    """Calls a module that embeds positions for the whole sequence, and takes this rank's rows of what it returns.
+    """Calls a module that embeds positions for the whole sequence, and takes this rank's rows of its output.
 
-    What such a module is given of this rank's rows is their ids, their shape, or positions 0, 1, 2, ... Of a tensor that is
-    asked for its shape the whole holds NaN, so that one whose numbers are used is found.
+    The inputs of such a module are ids, a shape, or positions 0, 1, 2, ... A floating-point tensor that serves for its shape is
+    replaced by NaN, so that any use of its values is detected.
     """
 
     def __init__(self, shards: Shards, ids: Tensor | None) -> None:
@@ -61,7 +61,7 @@ class WholePositions:
                 return x.new_full((), float("nan")).expand(x.shape[0], self.length, *x.shape[2:])
             if self.ids is not None and torch.equal(x, self.ids.to(x.device).index_select(1, self.rows.to(x.device))):
                 return self.ids.to(x.device)
-        raise InputError(f"positions are made of a tensor of shape {tuple(x.shape)} that holds neither ids nor places")
+        raise InputError(f"positions are made from a tensor of shape {tuple(x.shape)} that holds neither ids nor places")
 
     def after(self, module: nn.Module, args: Any, outputs: Any) -> Any:
         if isinstance(outputs, tuple):
@@ -72,5 +72,7 @@ class WholePositions:
             raise InputError(f"{name} returned positions of shape {shape}, which are not those of {self.length} rows")
         own = outputs.index_select(dim, self.rows.to(outputs.device))
         if own.isnan().any():
-            raise InputError(f"{type(module).__name__} makes positions of the numbers of its rows, which only their ranks have")
+            raise InputError(
+                f"{type(module).__name__} makes positions from the values of its rows, which only their ranks have"
+            )
         return own

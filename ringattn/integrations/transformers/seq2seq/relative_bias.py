@@ -1,13 +1,13 @@
-"""Attention with a learned bias for each bucket of distances (T5's relative position bias), exact over shards.
+"""Computes attention with a learned bias for each bucket of distances (T5's relative position bias), exact over shards.
 
 softmax(q k^T * scale + table[bucket(position of key - position of query)]) v
 
-A bucket is a run of distances, so the pairs of queries and keys that share a bias are a `Band`, and its bias is the same number
-for all keys: `key_bias`. Attention over each band alone gives a partial result; partial results merge by log-sum-exp, as do
-those of ranks. In backward each band is given the log-sum-exp and the out of the whole row, so its probabilities, and with them
-the gradients of q, k, v and of its bias, are those of the whole. No tensor of rows x keys is made; the table never travels.
+A bucket is a run of distances, so the pairs of queries and keys that share a bias form a `Band`, and its bias is one number for
+all keys: `key_bias`. Attention over each band gives a partial result; partial results merge by log-sum-exp, like those of
+ranks. In backward each band gets the log-sum-exp and the out of the whole row, so its probabilities, and with them the
+gradients of q, k, v and of its bias, are exact. No tensor of rows x keys is made; the table is not communicated.
 
-Most bands are a few distances wide: of them only the rows at the ends of shards travel. The bias: Raffel et al. 2020,
+Most bands are a few distances wide: they move only the rows at the ends of shards. The bias: Raffel et al. 2020,
 https://arxiv.org/abs/1910.10683 section 2.1. The merge: https://arxiv.org/abs/2310.01889.
 """
 
@@ -44,17 +44,17 @@ class Bucket(NamedTuple):
 
     @property
     def mask(self) -> Mask:
-        """The pairs of a bucket; what lies beyond a sequence is left out of a plan anyway."""
+        """The pairs of a bucket; plans ignore distances beyond the sequence."""
         return Mask(f"distances({self.left}..{self.right})", (Rect(0, END, 0, END, Band(self.left, self.right)),))
 
 
-def runs(indices: Sequence[int], counts: Sequence[int], first: int) -> tuple[Bucket, ...]:
-    """Buckets one behind another: `counts` distances each, the lowest of them `first`."""
-    found = []
+def consecutive_buckets(indices: Sequence[int], counts: Sequence[int], first: int) -> tuple[Bucket, ...]:
+    """Makes consecutive buckets of `counts` distances each, starting at `first`."""
+    buckets = []
     for index, count in zip(indices, counts, strict=True):
-        found.append(Bucket(index, first, first + count - 1))
+        buckets.append(Bucket(index, first, first + count - 1))
         first += count
-    return tuple(found)
+    return tuple(buckets)
 
 
 class BiasedPlan(NamedTuple):
@@ -75,13 +75,13 @@ def relative_attention(
     scale: float = 1.0,
     group: Group | None = None,
 ) -> Tensor:
-    """Attention whose logits have table[bucket of the distance] added to them; collective over `group`.
+    """Computes attention with table[bucket of the distance] added to the logits; collective over `group`.
 
     Args:
         q: (batch, rows, heads, head_dim), in the plans' dtype, this rank's rows.
         k, v: as q, with kv_heads.
         table: (buckets, kv_heads), float; the same on every rank. Its gradient is this rank's share, to be summed over ranks.
-        plans: of buckets that do not overlap; a pair of a query and a key that is in none is hidden.
+        plans: of disjoint buckets; a pair of query and key in no bucket is hidden.
         key_bias: (batch, rows), 0 or -inf where a key is hidden; no gradient flows through it.
         scale: of the logits; T5's is 1.
         group: the process group or 1-D DeviceMesh whose ranks hold the sequence; the default group by default.
@@ -90,12 +90,12 @@ def relative_attention(
         (batch, rows, heads, head_dim) in q's dtype. A row that sees no key is 0.
 
     Raises:
-        InputError: shapes do not fit, or a compiled graph is being made. Raised on every rank.
-        MismatchError: ranks came with other plans or shapes.
+        InputError: shapes do not fit, or the call is being compiled. Raised on every rank.
+        MismatchError: ranks passed different plans or shapes.
     """
     q, k, v = (x.to(cast_dtype(x)) for x in (q, k, v))
-    transport, taking_part = _checked(q, k, v, table, plans, key_bias, scale, group)
-    if taking_part:
+    transport, joins_backward = _checked(q, k, v, table, plans, key_bias, scale, group)
+    if joins_backward:
         q = in_backward(q)
     with without_autocast(q.device.type):
         out: Tensor = _Relative.apply(q, k, v, table, key_bias, tuple(plans), Options(float(scale)), transport)
@@ -112,7 +112,7 @@ def _checked(
     scale: float,
     group: Group | None,
 ) -> tuple[Transport, bool]:
-    """The transport, when all ranks have come with what fits; and whether q has to take part in backward for other ranks."""
+    """Checks arguments on all ranks; returns the transport, and whether q must join backward for the sake of other ranks."""
     process_group, rank = resolve_group(plans[0].plan, group)
     gradient = gradient_of(q, k, v, table)
     fields = {
@@ -132,7 +132,7 @@ def _checked(
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, plans: Sequence[BiasedPlan], rank: int, key_bias: Tensor | None
 ) -> str | None:
-    """The first thing wrong with this rank's arguments, or None."""
+    """The first problem of this rank's arguments, or None."""
     if torch.compiler.is_compiling():
         return "attention with a relative position bias cannot be compiled; leave torch.compile out for this model"
     if problem := unsupported_transform(q, k, v, table):
@@ -188,13 +188,13 @@ class _Relative(torch.autograd.Function):
             sums = [torch.zeros_like(x, dtype=accum_dtype(x.dtype)) for x in (q, k, v, table)]
             for bucket, plan in ctx.plans:
                 inputs = Inputs(q, k, v, _bias(table, bucket, key_bias, k))
-                # The log-sum-exp and out of the whole row: the band's probabilities are then its share of the whole.
-                (found,) = run_backward([inputs], [out, lse], [dout], [{}], iter(()), plan, ctx.options, ctx.transport)
-                for total, grad in zip(sums, found[:3], strict=False):
+                # With the log-sum-exp and out of the whole row, the band's probabilities are its share of the whole row.
+                (band_grads,) = run_backward([inputs], [out, lse], [dout], [{}], iter(()), plan, ctx.options, ctx.transport)
+                for total, grad in zip(sums, band_grads[:3], strict=False):
                     if grad is not None:
                         total += grad
-                if found[3] is not None:  # of the bias, which is the same for all keys and the whole batch
-                    sums[3][bucket.row] += found[3].sum((0, 2))
+                if band_grads[3] is not None:  # of the bias, which is the same for all keys and sequences
+                    sums[3][bucket.row] += band_grads[3].sum((0, 2))
             totals = [total.to(x.dtype) for total, x in zip(sums, (q, k, v, table), strict=True)]
         return (*differentiable_once(totals, out, dout), None, None, None, None)
 
@@ -205,6 +205,6 @@ def _bias(table: Tensor, bucket: Bucket, key_bias: Tensor | None, k: Tensor) -> 
     return bias.contiguous() if key_bias is None else bias + key_bias[:, None].to(bias)
 
 
-def plans_for(found: Sequence[Bucket], make: Callable[[Mask], Plan]) -> tuple[BiasedPlan, ...]:
-    """The plans of all buckets, from a function that makes one for a mask."""
-    return tuple(BiasedPlan(bucket, make(bucket.mask)) for bucket in found)
+def plans_for(buckets: Sequence[Bucket], make: Callable[[Mask], Plan]) -> tuple[BiasedPlan, ...]:
+    """Plans all buckets, with a function that makes the plan for a mask."""
+    return tuple(BiasedPlan(bucket, make(bucket.mask)) for bucket in buckets)

@@ -1,8 +1,8 @@
-"""Lets the encoder and the decoder of a model know which rows of the whole they are given, while they are called.
+"""Passes the shards of the whole sequences to the encoder and the decoder of a model while they are called.
 
-Each stack is handed its own shards, so its layers need not know what else there is. Within a stack a layer is known by what it
-asks for: the mask it comes with (evaluated, as transformers would) and the rows it brings. Two kinds of module see positions of
-their own and are given those of the whole: see `whole_positions` and `bias_tables`.
+Each stack gets its own shards, so its layers need no other information. Within a stack a layer is recognised by its mask
+(evaluated, as transformers would) and the number of its rows. Two kinds of module depend on positions of the whole sequence and
+get them: see `positions` and `bias_tables`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ringattn.errors import InputError
 from ringattn.execution.attention import attention, cast_dtype
 from ringattn.integrations.transformers.batch import Shards
 from ringattn.integrations.transformers.seq2seq.batch import DecoderShards, has_padding
-from ringattn.integrations.transformers.seq2seq.bias_tables import hand_on_table
+from ringattn.integrations.transformers.seq2seq.bias_tables import return_bias_table
 from ringattn.integrations.transformers.seq2seq.positions import WholePositions, embed_positions
 from ringattn.integrations.transformers.seq2seq.relative_bias import BiasedPlan, Bucket, plans_for, relative_attention
 from ringattn.plan.plan import Plan
@@ -36,11 +36,11 @@ PADDED_BY_ITSELF = (
 
 @dataclass
 class StackShards:
-    """What the layers of one stack attend to: the stack's own rows, and those of the encoder if it is a decoder.
+    """The shards that the layers of one stack attend to: its own, and those of the encoder if it is a decoder.
 
     ids: the whole input_ids, if the batch has any.
-    padded: whether the whole ids of (this stack, the encoder) hold padding, which a model may hide by itself.
-    buckets: of the relative position bias of its layers, once the first of them has been called.
+    padded: whether the whole ids of (this stack, the encoder) hold padding, which a model may mask by itself.
+    buckets: of the relative position bias of its layers, set when the first layer is called.
     """
 
     own: Shards
@@ -49,14 +49,14 @@ class StackShards:
     name: str
     padded: tuple[bool, bool] = (False, False)
     buckets: tuple[Bucket, ...] = ()
-    calls: set[str] = field(default_factory=set)  # kinds of attention that have come here
+    calls: set[str] = field(default_factory=set)  # kinds of attention that ran here
     plans: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
     def attend(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, position_bias: Tensor | None, **options: Any
     ) -> Tensor:
         """Attention of a layer. q, k, v: (batch, rows, heads, head_dim); mask: `MaskInfo`; options: scale, softcap, sinks."""
-        band = reach(mask)
+        band = distance_band(mask)
         crosses = self.cross is not None and band == Band()
         shards = self.cross if self.cross is not None and crosses else self.own
         problem = self._problem(module, band, crosses, q, k) or self._unsupported_bias(module, crosses, position_bias, options)
@@ -76,10 +76,10 @@ class StackShards:
         return torch.cat([out, out.new_zeros(len(out), surplus, *out.shape[2:])], dim=1) if surplus else out
 
     def _problem(self, module: nn.Module, band: Band, crosses: bool, q: Tensor, k: Tensor) -> str | None:
-        """What this layer asks for that its stack does not have, or None."""
-        layer, asked = type(module).__name__, getattr(module, "is_causal", band.right == 0)
-        if asked != (band.right == 0):
-            return f"{layer} has is_causal={asked} and a mask that keeps distances {band.left} to {band.right}"
+        """The reason why this layer does not fit its stack, or None."""
+        layer, is_causal = type(module).__name__, getattr(module, "is_causal", band.right == 0)
+        if is_causal != (band.right == 0):
+            return f"{layer} has is_causal={is_causal} and a mask that keeps distances {band.left} to {band.right}"
         if self.cross is not None and not crosses and band.right != 0:
             return f"{layer} of the decoder asks for distances {band.left} to {band.right}, neither causal nor all keys"
         shards = self.cross if self.cross is not None and crosses else self.own
@@ -92,13 +92,13 @@ class StackShards:
     def _unsupported_bias(
         self, module: nn.Module, crosses: bool, position_bias: Tensor | None, options: dict[str, Any]
     ) -> str | None:
-        """Why this layer's position bias cannot be added over shards, or None. A table of buckets has 2 dimensions."""
+        """The reason why this layer's position bias is not supported, or None. A table of buckets has 2 dimensions."""
         if position_bias is None or not position_bias.numel():
             return None
         if position_bias.ndim != 2 or not self.buckets:
             return (
                 f"{type(module).__name__} brings a position bias of shape {tuple(position_bias.shape)}, of this rank's rows; "
-                "ringattn adds the relative bias of layers that make it by compute_bias from an embedding, as T5's do"
+                "ringattn supports the relative bias of layers that compute it by compute_bias from an embedding, like T5's"
             )
         others = [name for name, option in options.items() if name != "scale" and option is not None]
         if crosses or others:
@@ -115,7 +115,7 @@ class StackShards:
         return plan
 
     def _plans(self, shards: Shards, q: Tensor, k: Tensor, band: Band) -> tuple[BiasedPlan, ...]:
-        """Plans of all buckets that a layer with this mask sees. A ring each: few rows of a narrow band travel at all."""
+        """Plans of all buckets that a layer with this mask sees, each a ring, since a narrow band moves few rows."""
         key = (q.shape[2:], k.shape[2], cast_dtype(q), band)
         if key not in self.plans:
             reached = [bucket for bucket in self.buckets if bucket.left <= band.right and bucket.right >= band.left]
@@ -126,9 +126,9 @@ class StackShards:
 
 
 def _key_bias(shards: Shards, padding: Tensor | None, padded: bool, k: Tensor) -> Tensor | None:
-    """What hides padding: the batch's attention_mask, or without one a mask that the model has made of ids on its own.
+    """The bias that hides padding: from the batch's attention_mask, or else from a mask that the model made from ids.
 
-    padded: known to all ranks alike, so that all have a bias or none.
+    padded: the same on all ranks, so that all have a bias or none.
     """
     if shards.key_bias is not None or not padded:
         if padding is not None:
@@ -139,30 +139,30 @@ def _key_bias(shards: Shards, padding: Tensor | None, padded: bool, k: Tensor) -
 
 
 def _without_surplus(x: Tensor, layout: Any, shards: Shards) -> tuple[Tensor, int]:
-    """Without the one row that a rank without any is given; and how many rows that were."""
+    """Drops the extra row that a rank without rows has; returns also the number of dropped rows."""
     rows = layout.rows(group_and_rank(shards.group, layout.world)[1])
     return x[:, :rows], x.shape[1] - rows
 
 
-def reach(mask: Any) -> Band:
-    """The distances (key minus query) that transformers' mask function keeps, found by evaluating it; mask: `MaskInfo`.
+def distance_band(mask: Any) -> Band:
+    """Evaluates transformers' mask function for the distances (key minus query) that it keeps; mask: `MaskInfo`.
 
     Raises `InputError` for a mask that is no band.
     """
     far = 2 * (mask.window or 1) + 2
-    place = torch.zeros((), dtype=torch.int64)
-    kept = mask.function(place, place, place + far, torch.arange(2 * far + 1)).expand(2 * far + 1)
+    zero = torch.zeros((), dtype=torch.int64)
+    kept = mask.function(zero, zero, zero + far, torch.arange(2 * far + 1)).expand(2 * far + 1)
     distances = (kept.nonzero().flatten() - far).tolist()
     if not distances or len(distances) != distances[-1] - distances[0] + 1:
-        raise InputError("the mask function of this model keeps no run of distances, which ringattn cannot cut over ranks")
+        raise InputError("the mask function of this model keeps no run of distances, which ringattn cannot shard over ranks")
     first, last = distances[0], distances[-1]
     return Band(-END if first == -far else first, END if last == far else last)
 
 
 @contextmanager
 def on_stacks(model: Any, shards: Any) -> Iterator[None]:
-    """While it lasts, the encoder and decoder of `model` are given their shards; nothing changes for other models."""
-    handles = place(model, shards) if isinstance(shards, DecoderShards) else []
+    """Passes their shards to the encoder and decoder of `model` within the context; has no effect on other models."""
+    handles = hook_stacks(model, shards) if isinstance(shards, DecoderShards) else []
     try:
         yield
     finally:
@@ -170,8 +170,8 @@ def on_stacks(model: Any, shards: Any) -> Iterator[None]:
             handle.remove()
 
 
-def place(model: Any, shards: DecoderShards) -> list[Any]:
-    """Hooks on the stacks of `model`, to be removed after its call. Raises `InputError` on every rank."""
+def hook_stacks(model: Any, shards: DecoderShards) -> list[Any]:
+    """Installs hooks on the stacks of `model`, to be removed after its call. Raises `InputError` on every rank."""
     encoder, decoder = model.get_encoder(), model.get_decoder()
     problem = unsupported_stacks(model, encoder, decoder)
     group, _ = group_and_rank(shards.group, shards.layout.world)
@@ -186,29 +186,29 @@ def place(model: Any, shards: DecoderShards) -> list[Any]:
         (decoder, StackShards(shards, shards.cross, shards.ids[1], "decoder", (target, source))),
     )
     handles: list[Any] = []
-    for stack, its in stacks:
-        handles.append(stack.register_forward_pre_hook(_Given(its), with_kwargs=True))
-        handles.append(stack.register_forward_hook(_Came(its)))
+    for stack, stack_shards in stacks:
+        handles.append(stack.register_forward_pre_hook(_PassShards(stack_shards), with_kwargs=True))
+        handles.append(stack.register_forward_hook(_CheckCalls(stack_shards)))
         for module in embed_positions(stack):
-            whole = WholePositions(its.own, its.ids)
+            whole = WholePositions(stack_shards.own, stack_shards.ids)
             handles.append(module.register_forward_pre_hook(whole.before, with_kwargs=True))
             handles.append(module.register_forward_hook(whole.after))
         for module in stack.modules():
-            hand_on_table(module)
+            return_bias_table(module)
     return handles
 
 
 def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
-    """Why the stacks of this model cannot run on a part of their rows, or None."""
+    """The reason why the stacks of this model cannot run on shards, or None."""
     name = type(model).__name__
     if model in (encoder, decoder) or encoder is decoder:
-        return f"{name} has no encoder and decoder of its own that ringattn could hand their rows to"
+        return f"{name} has no separate encoder and decoder for ringattn to shard"
     for module in (model, encoder, decoder):
         kinds = {parameter.kind for parameter in inspect.signature(module.forward).parameters.values()}
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             return (
-                f"the forward of {type(module).__name__} hands no further arguments on to its layers, so that their attention "
-                "cannot come to ringattn; use a model whose attention goes through transformers' AttentionInterface"
+                f"the forward of {type(module).__name__} passes no further arguments on to its layers, so their attention "
+                "cannot run in ringattn; use a model whose attention goes through transformers' AttentionInterface"
             )
     if model.base_model is not model and model.get_output_embeddings() is None:
         return (
@@ -219,38 +219,38 @@ def unsupported_stacks(model: Any, encoder: Any, decoder: Any) -> str | None:
         dropped = getattr(stack, "layerdrop", 0.0)
         if stack.training and dropped:
             return (
-                f"{type(stack).__name__} leaves out layers at random (layerdrop={dropped}), on each rank others; set "
+                f"{type(stack).__name__} leaves out layers at random (layerdrop={dropped}), different ones on each rank; set "
                 "config.encoder_layerdrop and config.decoder_layerdrop to 0"
             )
         for module in stack.modules():
             if hasattr(module, "expert_capacity"):
                 return (
-                    f"{type(module).__name__} has experts of a limited capacity, which the tokens of the sequence fill up in "
-                    "order: which of this rank's tokens still find room depends on those of other ranks. Use a model without"
+                    f"{type(module).__name__} has experts of limited capacity, which the tokens of the sequence fill in "
+                    "order: which of this rank's tokens fit depends on those of other ranks. Use a model without"
                 )
     return None
 
 
-class _Given:
-    """Hands a stack its shards."""
+class _PassShards:
+    """Passes its shards to a stack."""
 
-    def __init__(self, its: StackShards) -> None:
-        self.its = its
+    def __init__(self, stack_shards: StackShards) -> None:
+        self.stack_shards = stack_shards
 
     def __call__(self, stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self.its.calls.clear()
-        return args, kwargs | {"ringattn": self.its}
+        self.stack_shards.calls.clear()
+        return args, kwargs | {"ringattn": self.stack_shards}
 
 
-class _Came:
-    """Makes sure that the attention of a stack came to ringattn."""
+class _CheckCalls:
+    """Checks that the attention of a stack ran in ringattn."""
 
-    def __init__(self, its: StackShards) -> None:
-        self.its = its
+    def __init__(self, stack_shards: StackShards) -> None:
+        self.stack_shards = stack_shards
 
     def __call__(self, stack: nn.Module, args: Any, outputs: Any) -> None:
-        expected = {"self"} if self.its.cross is None else {"self", "cross"}
-        if missing := expected - self.its.calls:
+        expected = {"self"} if self.stack_shards.cross is None else {"self", "cross"}
+        if missing := expected - self.stack_shards.calls:
             raise InputError(
                 f"{' and '.join(sorted(missing))} attention of {type(stack).__name__} did not come to ringattn: this model "
                 "computes it by itself, on this rank's rows alone; use a model whose attention goes through transformers' "

@@ -1,7 +1,7 @@
-"""`forward_whole` of encoder-decoder language models: on rows throughout, with the loss of the whole where it is the usual one.
+"""Implements `forward_whole` for encoder-decoder language models: all on rows, with the global loss where it is the usual one.
 
-Whether a model's loss is the mean cross-entropy of labels that are not shifted is found by comparing what it returns for this
-rank's rows with that; and whether it divides by num_items_in_batch, by giving it a number of no other meaning.
+Whether a model's loss is the mean cross-entropy of unshifted labels is determined by comparing its value for this rank's rows
+with that mean; whether it divides by num_items_in_batch, by passing an otherwise meaningless number.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ringattn.nn.loss import IGNORE, cross_entropy, summed
 MEAN, DIVIDED, OTHER = range(3)  # over the targets, by num_items_in_batch, or another loss altogether
 
 
-def seq2seq_rows_throughout(
+def run_seq2seq_on_rows(
     model: nn.Module, inner: Any, batch: dict[str, Any], group: Group | None, averaged_over: int, sharding: dict[str, Any]
 ) -> GatheredOutputs | None:
-    """The outputs of one process; None where the model's loss is another one, and the head has to run on the whole.
+    """Computes the outputs of one process; None where the model has another loss, so the head must run on the whole.
 
-    Raises `InputError` on every rank where it has to and there is no head apart from the model.
+    Raises `InputError` on every rank where it must and the model has no separate head.
     """
     batch = dict(batch)
     items = batch.pop("num_items_in_batch", None)
     own, targets = shard_batch(with_decoder_inputs(batch, inner.config, type(inner)), inner.config, group, **sharding)
     shards: DecoderShards = own[NAME]
-    shards.check_outputs = False  # the loss of the whole is not a row
+    shards.check_outputs = False  # the global loss is not a tensor of rows
     count = 0 if targets is None else int((targets != IGNORE).sum())
     probe = {} if targets is None else {"labels": targets} | ({} if items is None else {"num_items_in_batch": 2 * count + 1})
     with on_stacks(inner, shards):
@@ -43,12 +43,12 @@ def seq2seq_rows_throughout(
     if targets is None:
         return GatheredOutputs(outputs, shards, averaged_over, ())
     logits: Tensor = outputs["logits"]
-    kind = _of_all(_kind_of_loss(outputs.get("loss"), logits.detach(), targets, count), group, logits.device)
+    kind = _agreed_kind(_kind_of_loss(outputs.get("loss"), logits.detach(), targets, count), group, logits.device)
     if kind == OTHER:
         if inner.base_model is inner:
             raise InputError(
                 f"the loss of {type(inner).__name__} is not the mean cross-entropy of its labels, so it cannot be computed on "
-                "shards: leave labels out, give decoder_input_ids, and make the loss of the logits"
+                "shards: leave labels out, give decoder_input_ids, and compute the loss from the logits"
             )
         return None
     loss = cross_entropy(logits, targets, group, averaged_over=averaged_over, num_items=items if kind == DIVIDED else None)
@@ -56,7 +56,7 @@ def seq2seq_rows_throughout(
 
 
 def _kind_of_loss(loss: Tensor | None, logits: Tensor, targets: Tensor, count: int) -> int | None:
-    """What `loss` of this rank's rows is; None where this rank has no targets to tell it by."""
+    """Classifies the `loss` of this rank's rows; None where this rank has no targets."""
     if loss is None or logits.shape[:-1] != targets.shape:
         return OTHER
     if count == 0:
@@ -69,10 +69,10 @@ def _kind_of_loss(loss: Tensor | None, logits: Tensor, targets: Tensor, count: i
     return OTHER
 
 
-def _of_all(kind: int | None, group: Group | None, device: torch.device) -> int:
-    """The one kind that the ranks found; `OTHER` where they differ."""
-    found = torch.zeros(3, dtype=torch.float64, device=device)
+def _agreed_kind(kind: int | None, group: Group | None, device: torch.device) -> int:
+    """The common kind of all ranks; `OTHER` where they differ."""
+    flags = torch.zeros(3, dtype=torch.float64, device=device)
     if kind is not None:
-        found[kind] = 1
-    kinds = sum_over(reduction_group(group), found, "kinds of loss").nonzero().flatten().tolist()
+        flags[kind] = 1
+    kinds = sum_over(reduction_group(group), flags, "kinds of loss").nonzero().flatten().tolist()
     return MEAN if not kinds else kinds[0] if len(kinds) == 1 else OTHER

@@ -1,1 +1,1 @@
-"""Finds out whether a model or a batch can be cut over ranks, and says why not."""
+"""Determines whether a model or a batch can be sharded over ranks, and reports why not."""

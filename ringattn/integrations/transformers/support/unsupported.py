@@ -1,6 +1,6 @@
-"""Says why a batch or a model of transformers cannot be cut over ranks, from its tensors' shapes and its config.
+"""Reports why a batch or a model of transformers cannot be sharded over ranks, from its tensors' shapes and its config.
 
-What only shows when the model runs is found where it runs: what a layer asks of attention in `transformers.attend`.
+Options that only show when the model runs are checked there: see `layers.attend`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ringattn.errors import InputError
 SOFTMAX_ATTENTION = ("full_attention", "sliding_attention")
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels")
-OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # say again what position_ids say
-TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that hang on the longest position a rank has seen
+OF_FLASH_ATTENTION = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # repeat the content of position_ids
+TABLES_BY_LENGTH = ("dynamic", "longrope")  # rotary tables that depend on the longest position on a rank
 
 
 def refuse_without_interface(name: str) -> None:
-    """Let models whose layers do not use the attention interface refuse `attn_implementation=name` when they are made.
+    """Makes models whose layers do not use the attention interface refuse `attn_implementation=name` at construction.
 
-    transformers itself would look the name up in tables of the model's own, or keep it and never call it. Idempotent.
+    transformers itself would look the name up in the model's tables, or keep it and never call it. Idempotent.
     """
     choose = PreTrainedModel.get_correct_attn_implementation
     names = getattr(choose, "names_of_ringattn", None)
@@ -37,7 +37,7 @@ def refuse_without_interface(name: str) -> None:
     @wraps(choose)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         if requested_attention in names and without_interface(self):
-            if not _is_text(self.config):  # a tower beside the text keeps its own
+            if not _is_text(self.config):  # another tower keeps its attention
                 return choose(self, None, *args, **kwargs)
             raise InputError(
                 f"attn_implementation={requested_attention!r}: the layers of {type(self).__name__} do not use transformers' "
@@ -50,8 +50,8 @@ def refuse_without_interface(name: str) -> None:
 
 
 def without_interface(model: Any) -> bool:
-    """Whether the layers of this very model have attention of their own: transformers has found so in their source, or looks
-    them up in a table of classes. A composite model has no layers itself; those within it are asked for themselves."""
+    """Whether the layers of this model do not use the attention interface: transformers detects it from their source, or looks
+    them up in a table of classes. A composite model has no layers itself; its parts are checked separately."""
     cls, config = type(model), model.config
     if _has_text_within(config):
         return False
@@ -60,11 +60,11 @@ def without_interface(model: Any) -> bool:
     return any(map(_is_table, vars(sys.modules.get(cls.__module__, object)).values()))
 
 
-def _is_table(thing: object) -> bool:
+def _is_table(value: object) -> bool:
     """Whether it is a dict of attention classes by the name of their implementation."""
-    if not isinstance(thing, dict) or "eager" not in thing:
+    if not isinstance(value, dict) or "eager" not in value:
         return False
-    return all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in thing.values())
+    return all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in value.values())
 
 
 def _has_text_within(config: PretrainedConfig) -> bool:
@@ -79,13 +79,13 @@ def _is_text(config: PretrainedConfig) -> bool:
 
 
 def sequence_of(batch: Mapping[str, Any]) -> Tensor:
-    """What the batch has a row of for each token: input_ids (batch, seq_len) or inputs_embeds (batch, seq_len, hidden)."""
+    """The tensor with a row for each token: input_ids (batch, seq_len) or inputs_embeds (batch, seq_len, hidden)."""
     ids: Tensor = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     return ids
 
 
 def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str | None:
-    """Why this batch or this model cannot be cut, or None."""
+    """The reason why this batch or this model cannot be sharded, or None."""
     text = config.get_text_config()
     if batch.get("input_ids") is None and batch.get("inputs_embeds") is None:
         return f"the batch has neither input_ids nor inputs_embeds, only {', '.join(batch) or 'nothing'}"
@@ -103,11 +103,11 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
             f"attention_mask has shape {tuple(mask.shape)}; pass (batch, seq_len), which says what is padding: documents are "
             "given by position_ids, windows by the model's config"
         )
-    if problem := _unlike_positions(batch):
+    if problem := _flash_argument_problem(batch):
         return problem
     if text is not config and not config.is_encoder_decoder and (others := _of_other_towers(batch)):
         return (
-            f"the batch has {', '.join(others)}, of which a model with towers beside its text makes what hangs on the "
+            f"the batch has {', '.join(others)}, from which a model with other towers computes values of the "
             "whole sequence: call ringattn.integrations.transformers.forward_whole(model, batch, group), or merge images into "
             "inputs_embeds first and leave the rest out"
         )
@@ -130,8 +130,8 @@ def unsupported_batch(batch: Mapping[str, Any], config: PretrainedConfig) -> str
     return unsupported_balance(batch, text) or unsupported_model(text, ids.shape[1])
 
 
-def _unlike_positions(batch: Mapping[str, Any]) -> str | None:
-    """Why flash attention's own arguments say something else than position_ids, or None. They are left out of what is cut."""
+def _flash_argument_problem(batch: Mapping[str, Any]) -> str | None:
+    """The reason why flash attention's arguments contradict position_ids, or None. They are not sharded."""
     ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
     if ends is None:
         return None
@@ -140,15 +140,15 @@ def _unlike_positions(batch: Mapping[str, Any]) -> str | None:
         if ends.tolist() == [0, *begins.tolist(), positions.shape[1]]:
             return None
     return (
-        f"cu_seq_lens_q is {ends.tolist()}, and documents are given by position_ids, which begin anew with each: pass "
-        "position_ids (batch or 1, seq_len) that say the same, or leave cu_seq_lens_q and cu_seq_lens_k out"
+        f"cu_seq_lens_q is {ends.tolist()}, and documents are given by position_ids, which restart with each: pass "
+        "position_ids (batch or 1, seq_len) with the same documents, or leave cu_seq_lens_q and cu_seq_lens_k out"
     )
 
 
 def unsupported_balance(batch: Mapping[str, Any], text: PretrainedConfig) -> str | None:
-    """Why the load-balancing loss of this model would not be that of the batch, or None."""
-    asked = batch.get("output_router_logits")
-    if getattr(text, "output_router_logits", False) if asked is None else asked:
+    """The reason why the load-balancing loss of this model would not be that of the batch, or None."""
+    flag = batch.get("output_router_logits")
+    if getattr(text, "output_router_logits", False) if flag is None else flag:
         return (
             "output_router_logits adds a load-balancing loss of this rank's tokens alone, which is not that of the batch: use "
             "ringattn.integrations.transformers.forward_whole(model, batch, group) or ringattn.integrations.trainer, which "
@@ -170,7 +170,7 @@ def _is_of_rows(name: str, value: Tensor, length: int) -> bool:
 
 
 def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
-    """Why the model of this text config cannot run on a cut sequence of `length` tokens, or None."""
+    """The reason why the model of this text config cannot run on a sharded sequence of `length` tokens, or None."""
     if not hasattr(text, "num_attention_heads"):
         return (
             f"the config of {text.model_type} names no num_attention_heads: it has no attention heads, or models within it do. "
@@ -179,30 +179,32 @@ def unsupported_model(text: PretrainedConfig, length: int) -> str | None:
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - set(SOFTMAX_ATTENTION))
     if kinds:
         return (
-            f"this model has layers of type {', '.join(kinds)}, of which ringattn knows no way over ranks: it runs softmax "
+            f"this model has layers of type {', '.join(kinds)}, which ringattn does not support on shards: it runs softmax "
             "attention over all or a window of the keys before, and what other layers carry along the sequence would end at "
-            "each rank's rows. Use a model without them"
+            "each rank's rows. Use a model without such layers"
         )
     if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         return "this model's config asks for attention in both directions; shard_batch is for causal decoders"
-    dropped = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
-    if dropped:
+    layer_drops = {name: getattr(text, name) for name in LAYER_DROPS if getattr(text, name, 0)}
+    if layer_drops:
         return (
-            f"config.{' and config.'.join(f'{name}={value}' for name, value in dropped.items())} leaves layers out at random, "
-            "each rank others, so that layers of different depth would meet in attention; set it to 0"
+            f"config.{' and config.'.join(f'{name}={value}' for name, value in layer_drops.items())} leaves layers out at "
+            "random, "
+            "different ones on each rank, so that attention would mix layers of different depth; set it to 0"
         )
     return _unsupported_rope(text, length)
 
 
 def _unsupported_rope(text: PretrainedConfig, length: int) -> str | None:
-    """Why the rotary tables of this model would differ between ranks, or None. Some models have tables by kind of layer."""
+    """The reason why rotary tables would differ between ranks, or None. Some models have tables by kind of layer."""
     rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     most = getattr(text, "max_position_embeddings", None) or length
     for tables in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         original = tables.get("original_max_position_embeddings") or most
         if tables.get("rope_type") in TABLES_BY_LENGTH and length > original:
             return (
-                f"rope_type={tables['rope_type']!r} makes its tables from the longest position it has seen; {original} is "
-                "passed here, and each rank would see another; use 'yarn', 'linear' or 'llama3'"
+                f"rope_type={tables['rope_type']!r} makes its tables from the longest position it has seen; this batch exceeds "
+                f"{original}, "
+                "and each rank would see another; use 'yarn', 'linear' or 'llama3'"
             )
     return None
