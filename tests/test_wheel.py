@@ -38,7 +38,7 @@ class Installed:
         )  # fmt: skip
 
     def run(self, *command: str) -> tuple[str, str]:
-        code, out, err = finish(self.start(*command), timeout=50)
+        code, out, err = finish(self.start(*command), timeout=120)
         assert code == 0, err
         return out, err
 
