@@ -142,10 +142,10 @@ def path(name: str, value: Any, error: type[RingAttnError]) -> Path:
 
 
 class Registry(dict[str, T]):
-    """Everything of one kind that can be chosen by name: what the library brings, and what a program adds.
+    """Entries of one kind that are chosen by name: those of the library, and those that a program registers.
 
-    Lists of choices, flags, error messages and pages are made from it. `changes` counts additions and removals, for caches of
-    what depends on the names.
+    Lists of choices, flags, error messages and pages are built from it. `changes` counts additions and removals, for caches
+    that depend on the names.
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, T], *, reserved: Iterable[str] = ()) -> None:
@@ -154,7 +154,7 @@ class Registry(dict[str, T]):
         self.changes = 0
 
     def register(self, name: str, entry: T) -> None:
-        """Add `entry`. Raises `InputError` if there is one of this name, or if the name cannot be one."""
+        """Adds `entry`. Raises `InputError` if the name exists already or is not valid."""
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             raise InputError(f"name of a {self.kind}: {short_repr(name)}; give letters, digits, _ and -, a letter first")
         if name in self.built_in or name in self.reserved:
@@ -165,7 +165,7 @@ class Registry(dict[str, T]):
         self.changes += 1
 
     def unregister(self, name: str) -> None:
-        """Remove what `register` has added. Raises `InputError` if there is none of this name."""
+        """Removes an entry that `register` added. Raises `InputError` if there is none of this name."""
         added = [other for other in self if other not in self.built_in]
         if not isinstance(name, str) or name not in added:
             raise InputError(f"unregister({short_repr(name)}): registered {self.kind} names are: {', '.join(added) or 'none'}")

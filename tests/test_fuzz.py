@@ -87,10 +87,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda **move: make("mine", 2, RING.tiles, [Move(**move)], BufferLimits(9, 9, 9, 9)).digest,
         dict(kind=Kind.Q, index=0, src=0, dst=1, depart=0, arrival=1),
     ),
-    "Schedule.home": (RING.owner, dict(kind=Kind.Q, index=1)),
-    "Schedule.rest": (RING.resident_rank, dict(kind=Kind.Q, index=1)),
-    "Schedule.to_rest": (RING.moves_to_resident, dict(move=RING.moves[0])),
-    "Schedule.straight_home": (RING.returns_to_owner, dict(kind=Kind.Q_ACC)),
+    "Schedule.owner": (RING.owner, dict(kind=Kind.Q, index=1)),
+    "Schedule.resident_rank": (RING.resident_rank, dict(kind=Kind.Q, index=1)),
+    "Schedule.moves_to_resident": (RING.moves_to_resident, dict(move=RING.moves[0])),
+    "Schedule.returns_to_owner": (RING.returns_to_owner, dict(kind=Kind.Q_ACC)),
     "make": (
         make,
         dict(

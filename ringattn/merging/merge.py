@@ -46,7 +46,7 @@ class Merge:
         into: int64 (batch, seq_len), for each row the position of its group's last row; -1 for one that is deleted.
         ready: int64 (batch, seq_len), for each row the first position that may depend on the merging of it and of all rows
             before it; nondecreasing. A group is known where its last row is ready.
-        sees_all: why this merge cannot be used under a causal mask, in words; empty if it can.
+        noncausal_reason: why this merge cannot be used under a causal mask, in words; empty if it can.
     """
 
     into: Tensor
@@ -61,7 +61,7 @@ class Merge:
             labels: int64 (batch, seq_len) or (seq_len,), below seq_len; rows with a negative label are deleted.
             decided: int64, the same shape: the position at which the merging of this row is decided; its own by default, and
                 seq_len or more where it is not decided within this sequence.
-            sees_all: see `Merge`.
+            noncausal_reason: see `Merge`.
 
         Raises:
             InputError: labels or decided have another shape or dtype, or a label is out of range.

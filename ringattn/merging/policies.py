@@ -81,6 +81,7 @@ class Policy:
     static: whether it depends on positions alone, so that one merge serves every step.
     pairs: whether it merges rows in pairs, so that `remove` is at most a half.
     deletes: whether a learned gate deletes rows.
+    causal: whether it may be used under a causal mask.
     """
 
     decide: Callable[[MergeRequest], Merge]
@@ -88,6 +89,7 @@ class Policy:
     static: bool = False
     pairs: bool = False
     deletes: bool = False
+    causal: bool = True
 
 
 def register(name: str, decide: Callable[[MergeRequest], Merge], *, summary: str = "", static: bool = False) -> None:
@@ -168,7 +170,7 @@ POLICIES: Registry[Policy] = Registry(
     {
         "windows": Policy(_windows, "every `factor` rows", static=True),
         "similar": Policy(_similar, "similar rows within windows of `window`", pairs=True),
-        "bipartite": Policy(_bipartite, "similar rows of the whole sequence, not causal", pairs=True),
+        "bipartite": Policy(_bipartite, "similar rows of the whole sequence, not causal", pairs=True, causal=False),
         "words": Policy(_words, "rows up to and including a token of `ends`"),
         "gate": Policy(_gate, "all but the rows that a learned gate deletes", deletes=True),
     },

@@ -39,7 +39,7 @@ class CatalogEntry:
     """A schedule that has a name.
 
     variants: see `register`.
-    summary: what it does, in a line.
+    summary: what it does, in one line.
     automatic: whether "auto" considers it, where there are `least_ranks` or more.
     """
 
@@ -170,8 +170,8 @@ def _mesh(request: CatalogRequest) -> Variants:
 
 
 def _all_gather(request: CatalogRequest) -> Variants:
-    everyone = ring(request.world, routing="direct", lookahead=max(1, request.world - 1))
-    yield "", (replace(everyone, name="all_gather"),)
+    schedule = ring(request.world, routing="direct", lookahead=max(1, request.world - 1))
+    yield "", (replace(schedule, name="all_gather"),)
 
 
 def _cut(kind: str, request: CatalogRequest, routing: str, direction: int, schedule: Schedule) -> Variants:
@@ -207,22 +207,22 @@ def register(
     automatic: bool = False,
     least_ranks: int = 1,
 ) -> None:
-    """Let `make_plan(schedule=name)` choose among schedules that `variants` yields. Do it on every rank alike.
+    """Lets `make_plan(schedule=name)` choose among the schedules that `variants` yields. Call it on every rank alike.
 
     Every schedule is proved by `check` before it is used. Its text is part of a plan's digest, so ranks whose `variants` differ
     raise `MismatchError` at the first call instead of waiting for each other.
 
     Args:
         name: letters, digits, _ and -.
-        variants: for a `CatalogRequest`, pairs of a few words that tell one variant from another, and its schedules: one that
-            computes all heads, or several that share them out. It may yield none for a number of ranks that it cannot serve,
-            and must depend on nothing but the request.
+        variants: for a `CatalogRequest`, yields pairs of a text that distinguishes variants, and the schedules: one that
+            computes all heads, or several that divide them. It may yield none for a number of ranks that it does not
+            support, and must depend on nothing but the request.
         summary: what it does, for lists.
         automatic: whether schedule="auto" considers it too.
         least_ranks: with fewer, "auto" leaves it out.
 
     Raises:
-        InputError: the name is taken or no name; `variants` is no function.
+        InputError: the name exists already or is not valid; `variants` is not a function.
     """
     if not callable(variants):
         raise InputError(f"variants={short_repr(variants)}; give a function of a CatalogRequest that yields (words, schedules)")
@@ -232,12 +232,12 @@ def register(
 
 
 def unregister(name: str) -> None:
-    """Forget a schedule that was registered. Plans made with it stay as they are. Raises `InputError` if there is none."""
+    """Removes a registered schedule. Plans made with it stay as they are. Raises `InputError` if there is none."""
     NAMES.unregister(name)
 
 
 def automatic_names(ranks: int) -> list[str]:
-    """What "auto" considers on so many ranks. With one rank all are the same."""
+    """The names that "auto" considers on `ranks` ranks. With one rank all schedules are equal."""
     return ["ring"] if ranks == 1 else [name for name, e in NAMES.items() if e.automatic and ranks >= e.least_ranks]
 
 

@@ -176,13 +176,13 @@ def even_parts(length: int, parts: int) -> Iterator[tuple[int, int]]:
 
 def take(spans: tuple[Span, ...], begin: int, end: int) -> tuple[Span, ...]:
     """Local rows [begin, end) of a shard, as spans."""
-    taken, offset = [], 0
+    parts, offset = [], 0
     for span in spans:
         lo, hi = max(begin - offset, 0), min(end - offset, span.length)
         if lo < hi:
-            taken.append(span.cut(lo, hi))
+            parts.append(span.cut(lo, hi))
         offset += span.length
-    return tuple(taken)
+    return tuple(parts)
 
 
 def joined(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -202,7 +202,7 @@ checkpoint.save(sys.argv[1], 2, model, optimizer)
 
 @pytest.mark.case(23)
 def test_a_process_that_dies_while_writing_leaves_the_one_before(tmp_path):
-    code, *_ = finish(start(["-c", DIES_WRITING, str(tmp_path)]), timeout=40)
+    code, *_ = finish(start(["-c", DIES_WRITING, str(tmp_path)]), timeout=120)
     assert code == -signal.SIGKILL
     assert list(tmp_path.glob(".step_00000002"))
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001" and checkpoint.damage(tmp_path / "step_00000001") is None

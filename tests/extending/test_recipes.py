@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         q, k, v = self.project(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, **options)
         return x + self.back(out.transpose(1, 2).flatten(-2))
 
 

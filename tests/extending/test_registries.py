@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from ringattn import (
     schedule,
     shard,
 )
+from ringattn.cli.train.config import TrainConfig
 from ringattn.comm import P2P, Transport
 from ringattn.kernels import KernelOption, Reference
 from ringattn.merging import Merge, MergeRequest, windows
@@ -206,6 +207,12 @@ def test_a_schedule_that_is_wrong_is_refused_by_make_plan(variants: Any, error: 
             make_plan(20, world=2, schedule="mine", **MODEL)
     finally:
         schedule.unregister("mine")
+
+
+def test_a_run_can_be_asked_for_every_policy_that_is_causal() -> None:
+    """The flags of `ringattn train` are written out, as its help is printed where there is no torch."""
+    choices = get_args(get_type_hints(TrainConfig)["merge"])
+    assert choices == ("none", *(name for name, policy in merging.POLICIES.items() if policy.causal))
 
 
 # Ranks that have registered different things

@@ -7,13 +7,17 @@ is killed; the test fails with all of them in its message. Scripts are started h
 
 import atexit
 import contextlib
+import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ _pool = Pool(_context)
 atexit.register(_pool.end)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 50, isolated: bool = False) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 100, isolated: bool = False) -> list[Any]:
     """`[function(rank, *args) for rank in range(world)]`, each in its own process of one gloo group, made for this call.
 
     Return numbers, text or numpy arrays: a tensor is sent as shared memory, which ends with the rank that made it. isolated: in
@@ -83,15 +87,34 @@ def start(command: list[str], *, fresh: bool = False, ranks: int | None = None, 
     )
 
 
-def torchrun(*command: str, ranks: int, timeout: float = 50, fresh: bool = False, **more: str) -> tuple[int, str, str]:
+def torchrun(*command: str, ranks: int, timeout: float = 100, fresh: bool = False, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a script under what torchrun sets up; `fresh`: under torchrun itself."""
     return finish(start(list(command), fresh=fresh, ranks=ranks, **more), timeout)
 
 
 JITS = 300  # seconds: the first use of DeepSpeed in a run compiles its CPU collectives
+KEPT = Path(__file__).parents[2] / ".pytest_cache" / "torch_extensions"
 
 
 def torch_extensions(tmp_path: Path) -> str:
     """Where C++ is compiled: a folder of this run, which its workers share. In that of the user a process that was killed while
-    it compiled leaves a lock, for which every later one would wait without end."""
-    return str(tmp_path.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "torch_extensions")
+    it compiled leaves a lock, for which every later one would wait without end.
+
+    What was compiled to the end is kept for later runs with the same versions, which begin with a copy of it.
+    """
+    folder = tmp_path.parents[1 if "PYTEST_XDIST_WORKER" in os.environ else 0] / "torch_extensions"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "ninja"))
+    kept = KEPT / hashlib.sha256(f"{sys.prefix} {sys.version} {versions}".encode()).hexdigest()[:16]
+    if kept.exists() and not folder.exists():
+        _copied(kept, folder)
+    elif not kept.exists() and list(folder.glob("*/*.so")) and not list(folder.glob("*/lock")):
+        _copied(folder, kept)
+    return str(folder)
+
+
+def _copied(source: Path, target: Path) -> None:
+    """All or nothing, whoever else does the same at the same time. Times of change go along, or all would be compiled again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside, contextlib.suppress(OSError):
+        shutil.copytree(source, Path(beside) / "copy")
+        (Path(beside) / "copy").rename(target)
