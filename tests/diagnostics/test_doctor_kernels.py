@@ -105,7 +105,7 @@ def test_doctor_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert "; try kernel='flash3' (it is there)" in next(iter(doctor._auto())).found
     hopper = Facts((9, 0), 91900, (2, 11), (13, 0))
     monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: hopper)
-    monkeypatch.setattr(doctor, "_devices_to_ask", lambda: [torch.device("cuda", 0)])
+    monkeypatch.setattr(doctor, "_devices_to_examine", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(doctor, "_torchs_own", lambda device, dtype, dim: "efficient" if dtype == torch.float32 else "cudnn")
     message = {finding.what: finding.found for finding in doctor._auto()}
     assert (
