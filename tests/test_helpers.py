@@ -90,6 +90,14 @@ def test_signals_and_uncaught_errors_reach_a_command(fresh: bool) -> None:
     assert code == 1 and err.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_command_that_hangs_shows_its_stacks_and_ends(ranks: int | None) -> None:
+    hanging = start(["-c", "import time\ndef waits(): time.sleep(100)\nwaits()"], ranks=ranks)
+    with pytest.raises(RankFailure, match=r"(?s)no end within 5 s.*in waits" + ".*in waits" * (ranks == 2)):
+        finish(hanging, timeout=5)
+    assert hanging.poll() is not None
+
+
 VARIABLES = """
 import os, sys
 import torch.distributed as dist
