@@ -31,14 +31,14 @@ def test_the_example_runs_and_prints_what_its_page_shows(example: Path, tmp_path
     launch = re.search(r"torchrun --standalone --nproc-per-node (\d) (\S+)|python (\S+)", text)
     assert launch and (launch[2] or launch[3]) == f"docs/examples/{example.name}", "its head says how it is run"
     if launch[1]:
-        limit = JITS if "deepspeed" in text else 50
+        limit = JITS if "deepspeed" in text else 100
         extensions = torch_extensions(tmp_path)
         real = example.stem == "readme"  # the others need no interpreters of their own, nor torchrun's agent
         code, out, err = torchrun(
             str(example), ranks=int(launch[1]), timeout=limit, fresh=real, TORCH_EXTENSIONS_DIR=extensions, PYTHONPATH=str(ROOT)
         )
     else:
-        code, out, err = finish(start([str(example), str(tmp_path)], PYTHONPATH=str(ROOT)), timeout=50)
+        code, out, err = finish(start([str(example), str(tmp_path)], PYTHONPATH=str(ROOT)), timeout=120)
     assert code == 0, err
     displayed = DOCS / "examples" / "outputs" / f"{example.stem}.txt"
     if displayed.exists():
@@ -100,7 +100,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site; a broken link, anchor, page, include or docstring fails the build."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), timeout=55)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=_environment(), timeout=120)
     assert run.returncode == 0, run.stderr
     return folder
 

@@ -38,7 +38,7 @@ class Installed:
         )  # fmt: skip
 
     def run(self, *command: str) -> tuple[str, str]:
-        code, out, err = finish(self.start(*command), timeout=50)
+        code, out, err = finish(self.start(*command), timeout=120)
         assert code == 0, err
         return out, err
 
@@ -58,7 +58,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     venv.create(environment, with_pip=False, symlinks=True)
     subprocess.run([*pip, "--python", str(environment / "bin" / "python"), "install", *offline, str(wheel)], check=True)
     # torch and the others, behind the environment's own packages. A path in a .pth file is searched, but the .pth files in it
-    # are not read, so that a ringattn which is installed there as editable is not found.
+    # are not read, so that a ringattn which is installed there as editable is not metadata.
     (packages,) = environment.glob("lib/python*/site-packages")
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (packages / "others.pth").write_text("\n".join(others) + "\n")
@@ -88,14 +88,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(installed: Installed) -> N
 
 def test_metadata_says_what_a_user_needs(installed: Installed) -> None:
     show = "import json; from importlib.metadata import metadata; print(json.dumps(metadata('ringattn').json))"
-    found = json.loads(installed.run("python", "-c", show)[0])
-    assert (found["author"], found["license_expression"], found["requires_python"]) == (
+    metadata = json.loads(installed.run("python", "-c", show)[0])
+    assert (metadata["author"], metadata["license_expression"], metadata["requires_python"]) == (
         "ringattn developers",
         "Apache-2.0",
         ">=3.11",
     )
-    assert {line.partition(">")[0] for line in found["requires_dist"] if "extra" not in line} == {"torch", "numpy"}
-    assert {'tyro>=0.9; extra == "cli"', 'rich>=13; extra == "cli"'} <= set(found["requires_dist"])
+    assert {line.partition(">")[0] for line in metadata["requires_dist"] if "extra" not in line} == {"torch", "numpy"}
+    assert {'tyro>=0.9; extra == "cli"', 'rich>=13; extra == "cli"'} <= set(metadata["requires_dist"])
 
 
 def test_it_is_the_wheel_that_is_imported(installed: Installed) -> None:

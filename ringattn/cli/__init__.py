@@ -14,6 +14,7 @@ The command line needs tyro and rich (`pip install 'ringattn[cli]'`), which noth
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -41,7 +42,13 @@ def main() -> None:
         import tyro
 
         functions = {name: getattr(import_module(f"ringattn.cli.{module}"), name) for name, module in COMMANDS.items()}
-        tyro.extras.subcommand_cli_from_dict(functions, prog="ringattn", description=DESCRIPTION)
+        try:
+            tyro.extras.subcommand_cli_from_dict(functions, prog="ringattn", description=DESCRIPTION)
+        finally:
+            sys.stdout.flush()
     except RingAttnError as error:
         print(f"ringattn: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader, as `head`, has closed its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would fail too
+        sys.exit(1)

@@ -88,14 +88,14 @@ def _other_kernels() -> Iterator[Finding]:
         why = unsupported_reason(name, _device(), torch.bfloat16, 16)
         if why is None:
             try:
-                found = f"runs, within {_error_of(name, torch.bfloat16):.0e} of the reference"
+                result = f"runs, within {_error_of(name, torch.bfloat16):.0e} of the reference"
             except Exception as error:  # packages may raise any type; the other kernels are still tested
-                found = f"there, but fails: {error}"
+                result = f"there, but fails: {error}"
         else:
-            found = why.removeprefix(f"kernel {name!r}").lstrip(": ")
+            result = why.removeprefix(f"kernel {name!r}").lstrip(": ")
             for suffix in ("; make the plan with kernel='sdpa'", ", or make the plan with kernel='sdpa'"):
-                found = found.removesuffix(suffix)
-        yield Finding(f"{name} kernel", found)
+                result = result.removesuffix(suffix)
+        yield Finding(f"{name} kernel", result)
 
 
 def _auto() -> Iterator[Finding]:
@@ -108,8 +108,8 @@ def _auto() -> Iterator[Finding]:
             sizes: dict[str, list[str]] = {}
             for dim in dims:
                 sizes.setdefault(_default(device, dtype, dim), []).append(str(dim))
-            found = ", ".join(f"{operator} for {' and '.join(which)}" for operator, which in sizes.items())
-            yield Finding(f"default on {device}, {_short(dtype)}", found if len(sizes) > 1 else next(iter(sizes)))
+            result = ", ".join(f"{operator} for {' and '.join(which)}" for operator, which in sizes.items())
+            yield Finding(f"default on {device}, {_short(dtype)}", result if len(sizes) > 1 else next(iter(sizes)))
 
 
 _HEAD_SIZES = {torch.bfloat16: (64, 128, 256), torch.float32: (128,)}  # head sizes
@@ -179,13 +179,13 @@ def _torchrun() -> Finding:
 
 
 def _memory() -> Finding:
-    found = []
+    sizes = []
     try:
         with open("/proc/meminfo") as meminfo:
             free = next(int(line.split()[1]) for line in meminfo if line.startswith("MemAvailable"))
-        found.append(f"{free / 2**20:.1f} GiB on the host")
+        sizes.append(f"{free / 2**20:.1f} GiB on the host")
     except (OSError, StopIteration):
-        found.append("unknown on the host (no /proc/meminfo)")
+        sizes.append("unknown on the host (no /proc/meminfo)")
     if torch.cuda.is_available():
-        found += [f"{torch.cuda.mem_get_info(n)[0] / 2**30:.1f} GiB on GPU {n}" for n in range(torch.cuda.device_count())]
-    return Finding("free memory", ", ".join(found))
+        sizes += [f"{torch.cuda.mem_get_info(n)[0] / 2**30:.1f} GiB on GPU {n}" for n in range(torch.cuda.device_count())]
+    return Finding("free memory", ", ".join(sizes))

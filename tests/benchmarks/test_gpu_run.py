@@ -58,7 +58,7 @@ def test_every_stage_runs_with_nothing_but_torch(tmp_path: Path) -> None:
     report = [str(GPU / "report.py"), str(tmp_path / "out"), "--into", str(page)]
     filled = []
     for _ in range(2):
-        code, _, err = finish(start(report, fresh=True), timeout=30)
+        code, _, err = finish(start(report, fresh=True), timeout=120)
         assert code == 0, err
         filled.append(page.read_text())
     assert filled[0] == filled[1] != PAGE.read_text()
@@ -92,7 +92,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_stage_that_dies_is_reported(tmp_path: Path) -> None:
-    code, message, results = run(tmp_path, "--stages", "merge", "--minutes", "1", "--break", "merge:die", timeout=50)
+    code, message, results = run(tmp_path, "--stages", "merge", "--minutes", "1", "--break", "merge:die", timeout=120)
     assert code == 1, message
     assert (results["merge"]["status"], results["merge"]["failures"]) == ("broken", ["died of SIGKILL"])
 
@@ -131,19 +131,19 @@ execution.attend = lambda *given: [(out * 1.05, lse) for out, lse in right(*give
     ],
 )
 def test_unknown_stages_are_named(arguments: tuple[str, str], words: str, tmp_path: Path) -> None:
-    code, _, err = finish(start([str(GPU / "run.py"), *arguments, "--out", str(tmp_path)]), timeout=30)
+    code, _, err = finish(start([str(GPU / "run.py"), *arguments, "--out", str(tmp_path)]), timeout=120)
     assert code == 2 and words in err
 
 
 def test_a_page_with_an_unknown_marker_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- gpu:speed -->\n<!-- gpu:end -->\n")
-    code, _, err = finish(start([str(GPU / "report.py"), str(tmp_path), "--into", str(page)]), timeout=30)
+    code, _, err = finish(start([str(GPU / "report.py"), str(tmp_path), "--into", str(page)]), timeout=120)
     assert code == 1 and "a marker for 'speed'" in err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks torch, which may find another kind of GPU elsewhere")
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    code, _, err = finish(start([str(GPU / "run.py"), "--out", str(tmp_path / "out")], **hidden), timeout=50)
+    code, _, err = finish(start([str(GPU / "run.py"), "--out", str(tmp_path / "out")], **hidden), timeout=120)
     assert code == 2 and "--device cpu" in err and not (tmp_path / "out").exists()

@@ -31,7 +31,7 @@ def test_a_link_carries_no_more_than_it_was_given(kind: str, tmp_path: Path) -> 
     script = tmp_path / "link.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(RUN), "--kind", kind, "--hosts", "2", "--mbit", "40", "--uplink-mbit", "20"]
-    ran = subprocess.run([*command, str(script), "{topology}"], capture_output=True, text=True, timeout=50)
+    ran = subprocess.run([*command, str(script), "{topology}"], capture_output=True, text=True, timeout=120)
     if "Operation not" in ran.stderr or "qdisc kind is unknown" in ran.stderr:
         pytest.skip(f"this kernel shapes no links: {ran.stderr.strip().splitlines()[-1]}")
     assert ran.returncode == 0, ran.stderr

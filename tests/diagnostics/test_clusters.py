@@ -37,8 +37,8 @@ def test_doctor_examines_the_ranks_of_two_agents() -> None:
     agents = [agent(port, "-m", "ringattn", "doctor") for _ in range(2)]
     ends = [finish(one, timeout=90) for one in agents]
     assert [code for code, *_ in ends] == [0, 0], ends
-    said = "".join(out for _, out, _ in ends)
-    assert said.count("ringattn doctor") == 1  # rank 0 alone
+    message = "".join(out for _, out, _ in ends)
+    assert message.count("ringattn doctor") == 1  # rank 0 alone
     for word in (
         "4: ",
         "source of ringattn",
@@ -48,7 +48,7 @@ def test_doctor_examines_the_ranks_of_two_agents() -> None:
         "sdpa kernel",
         "clocks",
     ):
-        assert word in said, word
+        assert word in message, word
 
 
 @pytest.mark.case(30)
@@ -62,11 +62,11 @@ def test_two_jobs_on_one_host_do_not_meet(tmp_path: Path) -> None:
 
 def test_what_differs_between_ranks_is_named_with_the_cure() -> None:
     same = {"ranks": "a", "torch": "2.13", "source of ringattn": "0"}
-    found = {f.what: f for f in together._compared([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
-    assert found["ranks"] == Finding("ranks", "3: a on ranks 0, 2; b on rank 1")
-    assert found["torch"] == Finding("torch", "2.13 on every rank")
-    assert found["source of ringattn"].found == "0 on ranks 0, 1; 1 on rank 2"
-    assert "install the same on every host" in found["source of ringattn"].hint
+    actual = {f.what: f for f in together._compared([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
+    assert actual["ranks"] == Finding("ranks", "3: a on ranks 0, 2; b on rank 1")
+    assert actual["torch"] == Finding("torch", "2.13 on every rank")
+    assert actual["source of ringattn"].found == "0 on ranks 0, 1; 1 on rank 2"
+    assert "install the same on every host" in actual["source of ringattn"].hint
 
 
 def test_a_peer_that_cannot_be_reached_is_named() -> None:
@@ -128,5 +128,5 @@ def test_the_manifest_holds_together() -> None:
     assert node["name"] == container["name"] == "node"  # what the operator looks for
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in node["template"]["spec"]["template"]["spec"]["volumes"]}
-    said = textwrap.dedent(job["spec"]["trainer"]["args"][0])
-    assert "-m ringattn doctor &&" in said and "launch/train.py --auto-resume" in said
+    message = textwrap.dedent(job["spec"]["trainer"]["args"][0])
+    assert "-m ringattn doctor &&" in message and "launch/train.py --auto-resume" in message

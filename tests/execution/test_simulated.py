@@ -17,6 +17,7 @@ def expected(e: Example) -> tuple[torch.Tensor, ...]:
     return (e.out.detach(), e.lse.detach(), *e.grads)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # many cases in one test; none can hang, the simulated transport raises when it stalls
 @pytest.mark.parametrize("world", range(1, 9))
 @pytest.mark.parametrize("length", [37, 5], ids=["uneven", "some_ranks_empty"])

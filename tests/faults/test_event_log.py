@@ -80,7 +80,7 @@ def test_any_value_can_be_noted(tmp_path: Path) -> None:
 
 def test_init_begins_one(tmp_path: Path) -> None:
     code = f"import ringattn; ringattn.init(journal={str(tmp_path)!r}); import ringattn.runtime as r; r.note('done')"
-    ended, _, err = finish(start(["-c", code], **{name: str(value) for name, value in environment().items()}), timeout=40)
+    ended, _, err = finish(start(["-c", code], **{name: str(value) for name, value in environment().items()}), timeout=120)
     assert ended == 0, err
     first, last = [json.loads(line) for line in (tmp_path / "rank00000.jsonl").read_text().splitlines()]
     assert (first["event"], first["world"], first["attempt"], first["backend"]) == ("begin", 1, 0, "gloo")

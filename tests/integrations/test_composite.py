@@ -47,18 +47,18 @@ def compared(name: str, kind: str = "plain", averaged: bool = False, recomputed:
     got.loss.backward()
     reduce_gradients(model.parameters())
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
-    found = {n: p.grad / world if averaged else p.grad for n, p in model.named_parameters() if n in meant}
+    actual = {n: p.grad / world if averaged else p.grad for n, p in model.named_parameters() if n in meant}
     return [
         abs(got.loss.item() / wanted.loss.item() - 1),
         ((got.logits - wanted.logits)[real].norm() / wanted.logits[real].norm()).item(),
-        apart(found, meant),
+        apart(actual, meant),
     ]
 
 
-def apart(found: dict[str, Tensor], meant: dict[str, Tensor]) -> float:
+def apart(actual: dict[str, Tensor], meant: dict[str, Tensor]) -> float:
     """The worst gradient. Those of keys' biases are 0 but for rounding: softmax does not change with them."""
     least = 1e-2 * max(grad.norm().item() for grad in meant.values())
-    return max(((found[n] - grad).norm() / grad.norm().clamp(min=least)).item() for n, grad in meant.items())
+    return max(((actual[n] - grad).norm() / grad.norm().clamp(min=least)).item() for n, grad in meant.items())
 
 
 def refused(call: Callable[[], object]) -> str:
@@ -71,7 +71,7 @@ def refused(call: Callable[[], object]) -> str:
 
 def head_on_the_whole() -> list[float]:
     """A few logits, and classes of sequences that hang on images: loss aside, the gradients of a tower."""
-    found = []
+    actual = []
     model, batch = model_of("llava"), batch_of("llava") | {"logits_to_keep": 3}
     del batch["labels"]
     classifier = AutoModelForSequenceClassification.from_config(model_of("gemma3", num_labels=2).config).double().eval()
@@ -86,23 +86,23 @@ def head_on_the_whole() -> list[float]:
         got = forward_whole(net, given, **PLAIN)
         (got.logits.square().sum() if wanted.loss is None else got.loss).backward()
         reduce_gradients(net.parameters())
-        found.append(((got.logits - wanted.logits).norm() / wanted.logits.norm()).item())
-        found.append(apart({n: p.grad for n, p in net.named_parameters()}, meant))
-    return found
+        actual.append(((got.logits - wanted.logits).norm() / wanted.logits.norm()).item())
+        actual.append(apart({n: p.grad for n, p in net.named_parameters()}, meant))
+    return actual
 
 
 def features() -> list[float]:
     """What vision towers return by themselves, before and after their model has run, and beside a loss."""
-    found = []
+    actual = []
     for name in ("gemma3", "qwen2_5_vl"):
         model, batch = model_of(name), batch_of(name)
         images = {k: batch[k] for k in ("pixel_values", "image_grid_thw") if k in batch}
         wanted = model.get_image_features(**images).last_hidden_state
         model.set_attn_implementation("ringattn")
         for _ in range(2):
-            found.append((model.get_image_features(**images).last_hidden_state - wanted).abs().max().item())
+            actual.append((model.get_image_features(**images).last_hidden_state - wanted).abs().max().item())
             forward_whole(model, batch, **PLAIN)
-    return found
+    return actual
 
 
 def merged() -> list[float]:
@@ -174,25 +174,25 @@ CURES = [
 
 def on_two(rank: int) -> dict[str, object]:
     register()
-    found: dict[str, object] = {name: compared(name, averaged=n % 2 == 1) for n, name in enumerate(FAMILIES)}
-    found["logits kept, classes"] = head_on_the_whole()
-    found["features of towers"] = features()
-    found["merged embeddings"] = merged()
-    found["layers recomputed"] = compared("qwen2_5_vl", "padded", recomputed=True)
-    return found
+    actual: dict[str, object] = {name: compared(name, averaged=n % 2 == 1) for n, name in enumerate(FAMILIES)}
+    actual["logits kept, classes"] = head_on_the_whole()
+    actual["features of towers"] = features()
+    actual["merged embeddings"] = merged()
+    actual["layers recomputed"] = compared("qwen2_5_vl", "padded", recomputed=True)
+    return actual
 
 
 def on_three(rank: int) -> dict[str, object]:
     register()
-    found: dict[str, object] = {name: compared(name, "padded", averaged=True) for name in ("gemma3", "qwen3_vl", "paligemma")}
-    found["refused"] = refusals()
-    return found
+    actual: dict[str, object] = {name: compared(name, "padded", averaged=True) for name in ("gemma3", "qwen3_vl", "paligemma")}
+    actual["refused"] = refusals()
+    return actual
 
 
 @pytest.mark.timeout(200)  # seconds on a quiet machine, a minute and more on a busy one
 def test_models_with_images_are_those_of_one_process_or_refused() -> None:
-    for found in run_ranks(2, on_two, timeout=190):
-        for name, value in found.items():
+    for actual in run_ranks(2, on_two, timeout=190):
+        for name, value in actual.items():
             if name in REFUSED:
                 assert REFUSED[name] in value, name
             else:
@@ -201,10 +201,10 @@ def test_models_with_images_are_those_of_one_process_or_refused() -> None:
 
 @pytest.mark.timeout(200)
 def test_padded_batches_on_three_ranks_and_what_is_refused() -> None:
-    for found in run_ranks(3, on_three, timeout=190):
-        for text, hint in zip(found.pop("refused"), CURES, strict=True):
+    for actual in run_ranks(3, on_three, timeout=190):
+        for text, hint in zip(actual.pop("refused"), CURES, strict=True):
             assert hint in text
-        for name, value in found.items():
+        for name, value in actual.items():
             assert all(x < CLOSE for x in value), (name, value)
 
 
@@ -238,17 +238,17 @@ def registered(rank: int) -> dict[str, float | str]:
     replace_attention(small, "sdpa", group, make, (7, None), False, lambda: None)  # another job's: this one's layers pass it
     replace_attention(model, "sdpa", group, make, (1, None), False, lambda: None)
     calls.pop("a smaller one")
-    found: dict[str, float | str] = {name: (call() - meant[name]).abs().max().item() for name, call in calls.items()}
+    actual: dict[str, float | str] = {name: (call() - meant[name]).abs().max().item() for name, call in calls.items()}
     own = slice(8 * rank, 8 * rank + 8)
     part = {"input_ids": ids[:1, own], "position_ids": torch.arange(15)[None, own], "use_cache": False}
     for name, net in (("model", model), ("copy", copy)):
-        found[f"rows of the {name}"] = (net(**part).logits - wanted[name][:, own]).abs().max().item()
-    found["refused"] = refused(lambda: model(ids[:1, own]))
-    found["as before"] = (copy(ids[:1]).logits - wanted["copy"]).abs().max().item()  # whole, without positions
-    return found
+        actual[f"rows of the {name}"] = (net(**part).logits - wanted[name][:, own]).abs().max().item()
+    actual["refused"] = refused(lambda: model(ids[:1, own]))
+    actual["as before"] = (copy(ids[:1]).logits - wanted["copy"]).abs().max().item()  # whole, without positions
+    return actual
 
 
 def test_registration_serves_the_model_it_was_given() -> None:
-    for found in run_ranks(2, registered):
-        assert "begin at 0 on every rank" in found.pop("refused")
-        assert all(off < CLOSE for off in found.values()), found
+    for actual in run_ranks(2, registered):
+        assert "begin at 0 on every rank" in actual.pop("refused")
+        assert all(off < CLOSE for off in actual.values()), actual

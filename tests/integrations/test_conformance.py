@@ -44,13 +44,15 @@ def swept(tmp_path: Path, models: list[tuple[str, str]], **more: Any) -> dict[tu
 @pytest.mark.timeout(120)
 def test_model_types_are_exact_or_refused(tmp_path: Path) -> None:
     models = [("seq2seq" if name in SEQ2SEQ else "causal", name) for name in EXACT + REFUSED + EITHER]
-    found = swept(tmp_path, models, cases=CASES)
-    assert not {case: said for case, said in found.items() if said.startswith("third")}
-    tried = {case: said for case, said in found.items() if not said.startswith("none")}  # JetMoE knows no recomputation
-    wrong = {case: said for case, said in tried.items() if case[0] in EXACT and said != "exact"}
+    actual = swept(tmp_path, models, cases=CASES)
+    assert not {case: message for case, message in actual.items() if message.startswith("third")}
+    tried = {
+        case: message for case, message in actual.items() if not message.startswith("none")
+    }  # JetMoE knows no recomputation
+    wrong = {case: message for case, message in tried.items() if case[0] in EXACT and message != "exact"}
     assert not wrong
-    assert all(said.startswith("refused") for (name, _), said in found.items() if name in REFUSED)
-    assert {name for name, _ in found} == {*EXACT, *REFUSED, *EITHER}
+    assert all(message.startswith("refused") for (name, _), message in actual.items() if name in REFUSED)
+    assert {name for name, _ in actual} == {*EXACT, *REFUSED, *EITHER}
     assert set(report.markdown(report.lines(tmp_path / "results.jsonl")).split()) >= {"llama", "mamba"}
 
 
@@ -90,10 +92,10 @@ def wrong_models(rank: int, job: ranks.Job, models: list[tuple[str, str]]) -> No
 @pytest.mark.timeout(120)
 def test_the_sweep_notices_what_is_neither(tmp_path: Path) -> None:
     models = [("causal", "llama"), ("causal", "gpt2"), ("causal", "qwen2")]
-    found = swept(tmp_path, models, cases=("plain",), patience=3, run=wrong_models)
-    assert found["llama", "plain"].startswith("third loss off by")
-    assert found["gpt2", "plain"].startswith("third")
-    assert found["qwen2", "plain"] == "exact"  # behind a case in which ranks fell out of step
+    actual = swept(tmp_path, models, cases=("plain",), patience=3, run=wrong_models)
+    assert actual["llama", "plain"].startswith("third loss off by")
+    assert actual["gpt2", "plain"].startswith("third")
+    assert actual["qwen2", "plain"] == "exact"  # behind a case in which ranks fell out of step
 
 
 MOST = {"num_hidden_layers": 5, "hidden_size": 64, "vocab_size": VOCABULARY}

@@ -29,9 +29,9 @@ def job(kind: str, ranks: int, out: Path, *more: str) -> dict[str, object]:
 @pytest.mark.timeout(JITS + 10)
 @pytest.mark.parametrize(("replicas", "sp"), [(1, 2), (2, 2), (1, 4)])
 def test_gradients_and_losses_at_every_stage_are_those_of_one_process(replicas: int, sp: int, tmp_path: Path) -> None:
-    found = job("stages", replicas * sp, tmp_path / "out.json", str(sp))
-    assert set(found) == {"0", "1", "2", "3"}
-    for stage, (ratio, off, apart, again) in found.items():
+    actual = job("stages", replicas * sp, tmp_path / "out.json", str(sp))
+    assert set(actual) == {"0", "1", "2", "3"}
+    for stage, (ratio, off, apart, again) in actual.items():
         assert abs(ratio - 1) < 1e-5, stage
         assert off < 1e-5, stage
         assert apart < 1e-5, stage  # the worst of 20 losses

@@ -77,8 +77,8 @@ def test_masks_of_transformers_are_read_as_they_are_meant() -> None:
     }
     for name, function in functions.items():
         reading = read_mask(function)
-        found = blocks_of(reading, None)
-        mask: Mask = with_blocks(causal(), reading.window, *((found.bounds[0], found.under_window) if found else ((),)))
+        actual = blocks_of(reading, None)
+        mask: Mask = with_blocks(causal(), reading.window, *((actual.bounds[0], actual.under_window) if actual else ((),)))
         assert reading.causal and reading.unknown is None
         for q, k in product(range(37), range(37)):
             meant = bool(function(torch.tensor(0), torch.tensor(0), torch.tensor(q), torch.tensor(k)))

@@ -57,10 +57,10 @@ def steps(kind: str, padding: str) -> dict[str, float]:
     wanted.backward()
     meant = [p.grad for p in model.parameters()]
     model.get_base_model().set_attn_implementation("ringattn")
-    found = {}
+    actual = {}
 
     def compare(way: str, loss: torch.Tensor) -> None:
-        found[way] = max(abs(loss.item() / wanted.item() - 1), off(model, meant))
+        actual[way] = max(abs(loss.item() / wanted.item() - 1), off(model, meant))
         model.zero_grad(set_to_none=True)
 
     model.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ def steps(kind: str, padding: str) -> dict[str, float]:
     loss = forward_whole(averaged, batch, averaged_over=2, **RING).loss
     loss.backward()
     compare("DDP", loss)
-    return found
+    return actual
 
 
 def refusals() -> list[str]:
@@ -103,13 +103,13 @@ def refusals() -> list[str]:
 
 def everything(rank: int) -> tuple[dict[str, dict[str, float]], list[str]]:
     register()
-    found = {kind: steps(kind, "plain") for kind in ADAPTERS | TOKENS}
-    return found | {f"{kind}, padded": steps(kind, "padded right") for kind in ("LoRA", *TOKENS)}, refusals()
+    actual = {kind: steps(kind, "plain") for kind in ADAPTERS | TOKENS}
+    return actual | {f"{kind}, padded": steps(kind, "padded right") for kind in ("LoRA", *TOKENS)}, refusals()
 
 
 def test_tuned_models_are_those_of_one_process_or_refused() -> None:
-    for found, answers in run_ranks(2, everything, timeout=110):
-        for kind, ways in found.items():
+    for actual, answers in run_ranks(2, everything, timeout=110):
+        for kind, ways in actual.items():
             assert all(x < CLOSE for x in ways.values()), (kind, ways)  # NaN is not close either
         prompts, prefix, whole = answers
         assert "given inputs_embeds of" in prompts and "forward_whole(model, batch, group)" in prompts

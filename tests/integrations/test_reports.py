@@ -38,11 +38,11 @@ def compare(one_process: Loss, on_ranks: Loss, model: Any, averaged: bool = Fals
     meant = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     model.set_attn_implementation("ringattn")
-    found = on_ranks(model)
-    found.backward()
+    actual = on_ranks(model)
+    actual.backward()
     if not averaged:
         reduce_gradients(model.parameters())
-    return {"loss": abs(found.item() / wanted.item() - 1), "gradients": off(model, meant)}
+    return {"loss": abs(actual.item() / wanted.item() - 1), "gradients": off(model, meant)}
 
 
 def own(batch: dict[str, Tensor]) -> Loss:
@@ -130,17 +130,17 @@ def two_models() -> dict[str, float]:
     losses = [own(batch)(model) for model in (first, second)]
     sum(losses).backward()
     meant = [[p.grad for p in model.parameters()] for model in (first, second)]
-    found = []
+    actual = []
     for model in (first, second):
         model.zero_grad(set_to_none=True)
         model.set_attn_implementation("ringattn")
-        found.append(whole(batch)(model))
-    for loss in found:
+        actual.append(whole(batch)(model))
+    for loss in actual:
         loss.backward()
     for model in (first, second):
         reduce_gradients(model.parameters())
     return {
-        "losses": max(abs(a.item() / b.item() - 1) for a, b in zip(found, losses, strict=True)),
+        "losses": max(abs(a.item() / b.item() - 1) for a, b in zip(actual, losses, strict=True)),
         "gradients": max(off(model, grads) for model, grads in zip((first, second), meant, strict=True)),
     }
 
@@ -209,7 +209,7 @@ def everything(rank: int) -> dict[str, dict[str, float]]:
 
 
 def test_what_was_reported_of_other_libraries_is_right_here() -> None:
-    for found in run_ranks(3, everything, timeout=110):
-        assert set(found) == set(REPORTS)
-        for name, numbers in found.items():
+    for actual in run_ranks(3, everything, timeout=110):
+        assert set(actual) == set(REPORTS)
+        for name, numbers in actual.items():
             assert all(x < CLOSE for x in numbers.values()), (name, numbers)  # NaN is not close either

@@ -61,8 +61,8 @@ def padded(kind: str) -> dict[str, Tensor]:
     return batch
 
 
-def off(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm().clamp(min=1e-3)).item()
+def off(actual: Tensor, wanted: Tensor) -> float:
+    return ((actual - wanted).norm() / wanted.norm().clamp(min=1e-3)).item()
 
 
 def apart(
@@ -79,17 +79,17 @@ def apart(
     if checkpoint:
         model.gradient_checkpointing_enable()
         model.train()
-    found = forward_whole(model, batch, group, averaged_over=averaged_over, schedule="ring", layout="zigzag")
-    found.loss.backward()
+    actual = forward_whole(model, batch, group, averaged_over=averaged_over, schedule="ring", layout="zigzag")
+    actual.loss.backward()
     reduce_gradients(model.parameters(), group)
     grads = [p.grad / averaged_over for p in model.parameters()]
-    results = {field: off(found[field], wanted[field]) for field in ("loss", "aux_loss")}
+    results = {field: off(actual[field], wanted[field]) for field in ("loss", "aux_loss")}
     tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()  # what padding becomes is nobody's concern
     routers = [
-        off(a[tokens.flatten()], b[tokens.flatten()]) for a, b in zip(found.router_logits, wanted.router_logits, strict=True)
+        off(a[tokens.flatten()], b[tokens.flatten()]) for a, b in zip(actual.router_logits, wanted.router_logits, strict=True)
     ]
     return results | {
-        "logits": off(found.logits[tokens], wanted.logits[tokens]),
+        "logits": off(actual.logits[tokens], wanted.logits[tokens]),
         "router_logits": max(routers),
         "gradients": max(off(g, m) for g, m in zip(grads, meant, strict=True) if m is not None),
     }
@@ -150,7 +150,7 @@ def refusals() -> list[str]:
 def everything(rank: int, world: int) -> tuple[dict[str, dict[str, float]], list[str]]:
     register()
     short = {key: value[:, :2] for key, value in padded("plain").items()}
-    found = {name: apart(name, padded("plain")) for name in MODELS} | {
+    actual = {name: apart(name, padded("plain")) for name in MODELS} | {
         "gpt_oss, padded right": apart("gpt_oss", padded("padded right")),
         "mixtral, padded left, gradients averaged": apart("mixtral", padded("padded left"), averaged_over=world),
         "recomputed": apart("mixtral", padded("plain"), checkpoint=True),
@@ -160,12 +160,12 @@ def everything(rank: int, world: int) -> tuple[dict[str, dict[str, float]], list
     }
     pair = dist.new_group([0, 1])
     if rank < 2:
-        found["two ranks"] = apart("qwen3_moe", padded("padded left"), averaged_over=2, group=pair)
-    return found, refusals()
+        actual["two ranks"] = apart("qwen3_moe", padded("padded left"), averaged_over=2, group=pair)
+    return actual, refusals()
 
 
 def test_load_balancing_losses_are_those_of_one_process() -> None:
-    for found, answers in run_ranks(3, everything, 3, timeout=110):
-        for case, numbers in found.items():
+    for actual, answers in run_ranks(3, everything, 3, timeout=110):
+        for case, numbers in actual.items():
             assert all(x < CLOSE for x in numbers.values()), (case, numbers)  # NaN is not close either
         assert all("forward_whole(model, batch, group)" in answer for answer in answers), answers

@@ -131,20 +131,20 @@ DAMAGES: list[tuple[Callable[[Any], None], str]] = [
 
 
 def refusals(rank: int, world: int) -> list[str]:
-    found = []
+    actual = []
     for damage, _ in DAMAGES:
         model = model_of()
         damage(model)
         with pytest.raises(InputError) as raised:
             run(model)
-        found.append(str(raised.value))
-    return found
+        actual.append(str(raised.value))
+    return actual
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_rows_that_meet_outside_attention_are_refused_on_every_rank(world: int) -> None:
-    for found in run_ranks(world, refusals, world):
-        for text, (_, expected) in zip(found, DAMAGES, strict=True):
+    for actual in run_ranks(world, refusals, world):
+        for text, (_, expected) in zip(actual, DAMAGES, strict=True):
             assert expected in text, text
 
 

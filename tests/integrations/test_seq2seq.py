@@ -113,14 +113,14 @@ def batch_of(padded: str = "", source: int = SOURCE, target: int = TARGET) -> di
 
 
 def gradients(model: torch.nn.Module) -> list[Tensor | None]:
-    found = [p.grad for p in model.parameters()]
+    actual = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
-    return found
+    return actual
 
 
-def apart(found: list[Tensor | None], meant: list[Tensor | None]) -> float:
+def apart(actual: list[Tensor | None], meant: list[Tensor | None]) -> float:
     """The worst gradient's distance, relative to its norm."""
-    pairs = [(a, b) for a, b in zip(found, meant, strict=True) if b is not None]
+    pairs = [(a, b) for a, b in zip(actual, meant, strict=True) if b is not None]
     return max(((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in pairs)
 
 
@@ -196,7 +196,7 @@ def biased(causal: bool, world: int, rank: int, group=None) -> list[float]:
 
 def refused(group) -> dict[str, str]:
     """By call what this rank is told."""
-    batch, told = batch_of(), {}
+    batch, raised = batch_of(), {}
     t5, bart = (model_of(name) for name in ("t5", "bart"))
     for model in (t5, bart):
         model.set_attn_implementation("ringattn")
@@ -232,8 +232,8 @@ def refused(group) -> dict[str, str]:
     for name, call in calls.items():
         with pytest.raises(InputError) as error:
             call()
-        told[name] = str(error.value)
-    return told
+        raised[name] = str(error.value)
+    return raised
 
 
 CURES = {
@@ -257,28 +257,28 @@ CURES = {
 def everything(rank: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     register()
     pair = torch.distributed.new_group([0, 1])
-    found = {name: on_rows(name, batch_of("left"), "zigzag") for name in ("t5", "umt5", "bart", "m2m_100", "t5gemma")}
-    found["t5, recomputed"] = on_rows("t5", batch_of("right"), "zigzag", reentrant=True)
-    found |= {f"{name}, short": on_rows(name, batch_of(source=2, target=1), "zigzag") for name in ("t5", "bart")}
-    found["relative bias, causal"] = biased(True, 3, rank)
+    actual = {name: on_rows(name, batch_of("left"), "zigzag") for name in ("t5", "umt5", "bart", "m2m_100", "t5gemma")}
+    actual["t5, recomputed"] = on_rows("t5", batch_of("right"), "zigzag", reentrant=True)
+    actual |= {f"{name}, short": on_rows(name, batch_of(source=2, target=1), "zigzag") for name in ("t5", "bart")}
+    actual["relative bias, causal"] = biased(True, 3, rank)
     if rank == 2:
-        return found, {}
-    found |= {f"{name} on two": on_rows(name, batch_of(), "contiguous", pair) for name in ("t5", "bart")}
-    found["t5 on two, recomputed"] = on_rows("t5", batch_of("right"), "contiguous", pair, reentrant=False)
-    found |= {f"{name}, whole": whole(name, batch_of("right"), pair) for name in ("t5", "m2m_100")}
+        return actual, {}
+    actual |= {f"{name} on two": on_rows(name, batch_of(), "contiguous", pair) for name in ("t5", "bart")}
+    actual["t5 on two, recomputed"] = on_rows("t5", batch_of("right"), "contiguous", pair, reentrant=False)
+    actual |= {f"{name}, whole": whole(name, batch_of("right"), pair) for name in ("t5", "m2m_100")}
     classes = batch_of() | {"labels": torch.tensor([2, 0])}
     classes["input_ids"][:, -1] = 2  # the end of a sequence, whose state is classified
-    found["bart, classes"] = whole("bart", classes, pair, AutoModelForSequenceClassification, num_labels=3)
-    found["relative bias both ways"] = biased(False, 2, rank, pair)
-    return found, refused(pair)
+    actual["bart, classes"] = whole("bart", classes, pair, AutoModelForSequenceClassification, num_labels=3)
+    actual["relative bias both ways"] = biased(False, 2, rank, pair)
+    return actual, refused(pair)
 
 
 @pytest.mark.timeout(180)
 def test_encoder_decoders_are_those_of_one_process_or_refused() -> None:
     """On three ranks and on two of them, in one job: most of its time is spent on importing transformers."""
-    for found, told in run_ranks(3, everything, timeout=150):
-        assert not {case: off for case, off in found.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
-        for case, text in told.items():
+    for actual, raised in run_ranks(3, everything, timeout=150):
+        assert not {case: off for case, off in actual.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
+        for case, text in raised.items():
             assert CURES[case] in text, (case, text)
 
 

@@ -20,9 +20,9 @@ def test_losses_gradients_and_predictions_are_those_of_plain_trainer(tmp_path: P
     for process in [start([JOB, str(alone)]), start([JOB, str(two)], ranks=2)]:  # at the same time
         code, _, err = finish(process, timeout=150)
         assert code == 0, err
-    wanted, found = (json.loads(path.read_text()) for path in (alone, two))
-    assert "set_attn_implementation('sdpa')" in found.pop("generating")
+    wanted, actual = (json.loads(path.read_text()) for path in (alone, two))
+    assert "set_attn_implementation('sdpa')" in actual.pop("generating")
     for kind, of_one in wanted.items():
         for what, numbers in of_one.items():
-            assert found[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
-    assert found["smoothed"]["logged"][0] != pytest.approx(found["plain"]["logged"][0], rel=1e-3)
+            assert actual[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
+    assert actual["smoothed"]["logged"][0] != pytest.approx(actual["plain"]["logged"][0], rel=1e-3)

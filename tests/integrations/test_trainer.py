@@ -21,13 +21,13 @@ def answer(folder: Path) -> dict:
     return json.loads((folder / "answer.json").read_text())
 
 
-def same(found: dict, wanted: dict) -> None:
-    a, b = (torch.tensor(x["parameters"], dtype=torch.float64) for x in (found, wanted))
+def same(actual: dict, wanted: dict) -> None:
+    a, b = (torch.tensor(x["parameters"], dtype=torch.float64) for x in (actual, wanted))
     assert (a - b).norm() < CLOSE * b.norm()
-    count = len(found["losses"])
-    assert count and found["losses"] == pytest.approx(wanted["losses"][-count:], rel=CLOSE)
-    assert found["eval"] == pytest.approx(wanted["eval"], rel=CLOSE)
-    assert found["batch"] == wanted["batch"] == 4
+    count = len(actual["losses"])
+    assert count and actual["losses"] == pytest.approx(wanted["losses"][-count:], rel=CLOSE)
+    assert actual["eval"] == pytest.approx(wanted["eval"], rel=CLOSE)
+    assert actual["batch"] == wanted["batch"] == 4
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,15 @@ def test_losses_gradients_predictions_and_metrics_are_those_of_plain_trainer(tmp
     for process in [start([JOB, str(alone)]), start([JOB, str(two)], ranks=2)]:  # at the same time
         code, _, err = finish(process, timeout=150)
         assert code == 0, err
-    wanted, found = (json.loads(path.read_text()) for path in (alone, two))
-    smoothed, halves, generated = found.pop("refused")
+    wanted, actual = (json.loads(path.read_text()) for path in (alone, two))
+    smoothed, halves, generated = actual.pop("refused")
     assert "neftune_noise_alpha=5.0" in smoothed
     assert "eval_use_gather_object" in halves
     assert "predict_with_generate generates" in generated
-    assert set(found) == set(wanted)
+    assert set(actual) == set(wanted)
     for kind, of_one in wanted.items():
         for what, numbers in of_one.items():
-            assert found[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
-    first = {kind: one["logged"][0] for kind, one in found.items()}
+            assert actual[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
+    first = {kind: one["logged"][0] for kind, one in actual.items()}
     assert first["a class below"] == pytest.approx(10 * first["plain"], rel=CLOSE)
     assert first["label smoothing"] != pytest.approx(first["plain"], rel=1e-6)

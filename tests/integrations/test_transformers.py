@@ -86,7 +86,7 @@ CASES = [(name, "plain") for name in MODELS] + [
 def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, tuple[float, float]]:
     """By case how far the loss and the worst gradient are from those of one process."""
     register()
-    found = {}
+    actual = {}
     for name, kind in CASES:
         model, batch = model_of(name), batch_of(kind)
         wanted = meaning(model, batch)
@@ -105,8 +105,8 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
         off = max(
             ((p.grad - m).norm() / m.norm().clamp(min=1e-3)).item() for p, m in zip(model.parameters(), meant, strict=True)
         )
-        found[f"{name}, {kind}"] = abs(loss.item() / wanted.item() - 1), off
-    return found
+        actual[f"{name}, {kind}"] = abs(loss.item() / wanted.item() - 1), off
+    return actual
 
 
 @pytest.mark.case(20)
@@ -114,9 +114,9 @@ def compared(rank: int, world: int, layout: str, checkpoint: bool) -> dict[str, 
     ("world", "layout", "checkpoint"), [(1, "contiguous", False), (3, "zigzag", True), (4, "contiguous", False)]
 )
 def test_losses_and_gradients_are_those_of_one_process(world: int, layout: str, checkpoint: bool) -> None:
-    for found in run_ranks(world, compared, world, layout, checkpoint, timeout=170):
-        assert set(found) == {f"{name}, {kind}" for name, kind in CASES}
-        worst = {case: off for case, off in found.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
+    for actual in run_ranks(world, compared, world, layout, checkpoint, timeout=170):
+        assert set(actual) == {f"{name}, {kind}" for name, kind in CASES}
+        worst = {case: off for case, off in actual.items() if not all(x < CLOSE for x in off)}  # NaN is not close either
         assert not worst
 
 
@@ -171,12 +171,12 @@ def refused(rank: int, world: int) -> list[str]:
         lambda: shard_batch(batch, model.config, schedule="bucket brigade"),
         lambda: shard_batch({"input_ids": ids[0]} if rank else batch, model.config),  # of one rank only
     ]
-    told = []
+    raised = []
     for call in calls if world > 1 else calls[:-1]:
         with pytest.raises(InputError) as error:
             call()
-        told.append(str(error.value))
-    return told
+        raised.append(str(error.value))
+    return raised
 
 
 CURES = [
@@ -206,8 +206,8 @@ CURES = [
 @pytest.mark.case(20)
 @pytest.mark.parametrize("world", [1, 2])
 def test_what_shards_cannot_do_is_refused_with_what_to_do_instead(world: int) -> None:
-    for told in run_ranks(world, refused, world):
-        for text, hint in zip(told, CURES if world > 1 else CURES[:-1], strict=True):
+    for raised in run_ranks(world, refused, world):
+        for text, hint in zip(raised, CURES if world > 1 else CURES[:-1], strict=True):
             assert hint in text
 
 
@@ -223,7 +223,7 @@ def in_bfloat16(rank: int) -> list[float]:
         inputs, _ = shard_batch(batch, model.config, dtype=torch.bfloat16)
         own = model(**inputs).logits
     rows = inputs["position_ids"][0]
-    return [((found.float() - exact[:, rows]).norm() / exact[:, rows].norm()).item() for found in (own, alone[:, rows])]
+    return [((actual.float() - exact[:, rows]).norm() / exact[:, rows].norm()).item() for actual in (own, alone[:, rows])]
 
 
 def test_under_autocast_attention_is_in_its_dtype() -> None:

@@ -41,8 +41,8 @@ HEADS = {
 
 
 def off(model, meant) -> float:
-    found = [(p.grad, m) for p, m in zip(model.parameters(), meant, strict=True) if m is not None]
-    return max(((g - m).norm() / m.norm().clamp(min=1e-3)).item() for g, m in found)
+    actual = [(p.grad, m) for p, m in zip(model.parameters(), meant, strict=True) if m is not None]
+    return max(((g - m).norm() / m.norm().clamp(min=1e-3)).item() for g, m in actual)
 
 
 def head(name: str) -> tuple[list[float], str]:
@@ -100,13 +100,13 @@ def compiled(rank: int) -> list[float]:
     batch = {"input_ids": IDS, "labels": IDS}
     wanted = model(**batch).loss.item()
     model.set_attn_implementation("ringattn")
-    found, graphs = [], torch.compile(model, backend="eager")
+    actual, graphs = [], torch.compile(model, backend="eager")
     for again in (False, True, True):
         with torch._dynamo.config.patch(error_on_recompile=again):
             loss = forward_whole(graphs, batch, schedule="ring", layout="zigzag").loss
         loss.backward()
-        found.append(abs(loss.item() / wanted - 1))
-    return found
+        actual.append(abs(loss.item() / wanted - 1))
+    return actual
 
 
 def everything(rank: int) -> dict:
@@ -126,8 +126,8 @@ def everything(rank: int) -> dict:
 
 @pytest.mark.timeout(120)
 def test_results_of_many_rows_are_those_of_one_process_or_refused() -> None:
-    for found in run_ranks(3, everything, timeout=110):
-        for name, value in found.items():
+    for actual in run_ranks(3, everything, timeout=110):
+        for name, value in actual.items():
             numbers, answer = value if isinstance(value, tuple) else (value, None)
             assert all(x < CLOSE for x in numbers), (name, numbers)
             if name != "tokens" and answer is not None:  # token classes are rows: theirs are right on a rank
@@ -136,8 +136,8 @@ def test_results_of_many_rows_are_those_of_one_process_or_refused() -> None:
 
 @pytest.mark.timeout(120)
 def test_a_compiled_model_is_compiled_once() -> None:
-    for found in run_ranks(2, compiled, timeout=110):
-        assert all(x < CLOSE for x in found), found
+    for actual in run_ranks(2, compiled, timeout=110):
+        assert all(x < CLOSE for x in actual), actual
 
 
 def test_documents_begin_where_positions_do_not_increase() -> None:

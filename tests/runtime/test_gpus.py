@@ -86,8 +86,8 @@ def chosen(rank: int, world: int, shown: list[list[str]], local: list[int], file
 def test_every_rank_comes_to_the_same_answer(
     shown: list[list[str]], local: list[int], expected: list[str], tmp_path: Path
 ) -> None:
-    said = run_ranks(2, chosen, 2, shown, local, str(tmp_path / "store"))
-    assert all(want in got for want, got in zip(expected, said, strict=True)), said
+    message = run_ranks(2, chosen, 2, shown, local, str(tmp_path / "store"))
+    assert all(want in got for want, got in zip(expected, message, strict=True)), message
 
 
 def slow_timedelta(**given: float) -> timedelta:
@@ -112,8 +112,8 @@ def shares(rank: int, port: int) -> str:
 
 
 def test_init_takes_gloo_silently_no_more() -> None:
-    for said in run_ranks(2, shares, free_port()):
-        assert said.startswith("not every rank has a GPU of its own: every rank would share one GPU (u0)"), said
+    for message in run_ranks(2, shares, free_port()):
+        assert message.startswith("not every rank has a GPU of its own: every rank would share one GPU (u0)"), message
 
 
 class Options:

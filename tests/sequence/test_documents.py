@@ -111,6 +111,7 @@ def test_documents_of_one_row_see_the_same_keys_as_before(rows: list[int], causa
     assert sum(r.q_stop - r.q_start for r in mask.near(0, bounds[-1])) == bounds[-1], "each row once"
 
 
+@pytest.mark.slow
 def test_planning_a_thousand_documents_again_takes_no_time() -> None:
     """The first call may be slow; later calls read a cache, whose key includes the mask by value."""
     bounds = mixed(65536, 0)
@@ -129,6 +130,7 @@ def test_planning_a_thousand_documents_again_takes_no_time() -> None:
     )
 
 
+@pytest.mark.slow
 def test_bytes_of_a_window_grow_with_the_window_and_not_with_the_sequence() -> None:
     """A rank sends only the keys that the rows after its own look back to."""
 

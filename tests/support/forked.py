@@ -172,7 +172,7 @@ def _agent(command: list[str], ranks: int) -> int:
     gc.collect()
     gc.freeze()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1])}
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(listening.getsockname()[1])}
         children: dict[int, int] = {}
         signal.signal(signal.SIGTERM, lambda *_: [_kill(child, signal.SIGTERM) for child in children])
         for rank in range(ranks):
@@ -201,6 +201,7 @@ def _rank(command: list[str], rank: int, ranks: int, address: dict[str, str], li
         os.environ.update({**of_rank, **of_all, **address, "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default"})
         os.environ.update(TORCHELASTIC_RESTART_COUNT="0", TORCHELASTIC_MAX_RESTARTS="0", TORCHELASTIC_RUN_ID="none")
         os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCH_NCCL_ASYNC_ERROR_HANDLING="1")
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
         random.seed()
         code = _main(command)
     finally:

@@ -316,7 +316,7 @@ def _run_job(folder: Path) -> None:
         for rank in range(JOB_RANKS)
     ]
     try:
-        errors = [process.communicate(timeout=50)[1] for process in started]
+        errors = [process.communicate(timeout=120)[1] for process in started]
     finally:
         for process in started:
             process.kill()

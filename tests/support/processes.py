@@ -20,7 +20,7 @@ def run_alone(
     env: dict[str, object], code: str = "import ringattn; print(ringattn.init(timeout=4))"
 ) -> subprocess.CompletedProcess[str]:
     command = ["-c", code]
-    ended, out, err = finish(start(command, **{name: str(value) for name, value in env.items()}), timeout=40)
+    ended, out, err = finish(start(command, **{name: str(value) for name, value in env.items()}), timeout=120)
     return subprocess.CompletedProcess(command, ended, out, err)
 
 

@@ -34,7 +34,7 @@ _pool = Pool(_context)
 atexit.register(_pool.end)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 50, isolated: bool = False) -> list[Any]:
+def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 100, isolated: bool = False) -> list[Any]:
     """`[function(rank, *args) for rank in range(world)]`, each in its own process of one gloo group, made for this call.
 
     Return numbers, text or numpy arrays: a tensor is sent as shared memory, which ends with the rank that made it. isolated: in
@@ -87,7 +87,7 @@ def start(command: list[str], *, fresh: bool = False, ranks: int | None = None, 
     )
 
 
-def torchrun(*command: str, ranks: int, timeout: float = 50, fresh: bool = False, **more: str) -> tuple[int, str, str]:
+def torchrun(*command: str, ranks: int, timeout: float = 100, fresh: bool = False, **more: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a script under what torchrun sets up; `fresh`: under torchrun itself."""
     return finish(start(list(command), fresh=fresh, ranks=ranks, **more), timeout)
 

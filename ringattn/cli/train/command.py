@@ -18,10 +18,7 @@ OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # process
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a byte-level language model on long contexts, the sequence cut over the ranks of torchrun.
-
-    `torchrun --nproc-per-node 4 -m ringattn train` trains on 4 ranks, `ringattn train` on one.
-    """
+    """Train a byte-level language model on long contexts, the sequence cut over the ranks of torchrun; without it on one."""
     require("torch")
     if _alone():
         print("one rank; for N: torchrun --nproc-per-node N -m ringattn train ...", file=sys.stderr, flush=True)

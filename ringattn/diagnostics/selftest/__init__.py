@@ -7,8 +7,8 @@
 ranks, with the tiles, merges and packing that real ranks have; what only a link can get wrong is tested under torchrun. Then
 come traps: shapes and biases that have broken kernels before.
 
-`cases` and `traps` are what is asked, `simulated_error` and `equal_bits` answer for one kernel and schedule, `simulated` goes
-through all of it and gives plain data, for scripts.
+`cases` and `traps` define the inputs, `simulated_error` and `equal_bits` test one kernel and schedule, `simulated` runs
+everything and yields plain data, for scripts.
 """
 
 from ringattn.diagnostics.selftest.case import Case, cases, traps

@@ -1,7 +1,7 @@
-"""What is asked of every kernel and schedule, and the exact answers: dense attention in fp64.
+"""Defines the cases of the self-test and their exact results: dense attention in fp64.
 
 The shapes are small and awkward: lengths that nothing divides, few heads over fewer, documents in a window, biases that hide
-keys. An error is a norm relative to that of the exact result; rounding is far below what is allowed, a wrong mask or scale far
+keys. An error is a norm relative to that of the exact result; rounding is far below the tolerance, a wrong mask or scale far
 above.
 """
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 class Example(NamedTuple):
-    """Whole tensors, the same on every rank, and the exact results: out, dq, dk, dv and perhaps dbias, in fp64."""
+    """Whole tensors, the same on every rank, and the exact results: out, dq, dk, dv and, with a bias, dbias, in fp64."""
 
     q: Tensor  # (batch, rows, heads, head_dim)
     k: Tensor
@@ -53,7 +53,7 @@ class Example(NamedTuple):
 
 
 def cases() -> tuple[Case, ...]:
-    """What every kernel is asked through every schedule."""
+    """The cases for every kernel and schedule."""
     boundaries = (0, 3, 64, 65, 150, LENGTH)
     return (
         Case("full", full(), bias=True),
@@ -65,7 +65,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def traps() -> tuple[Case, ...]:
-    """What has broken kernels before: each once, through few schedules."""
+    """Cases that have broken kernels before, each with few schedules."""
     return (
         Case("300 hidden keys at the end", full(), bias=True, length=400, hidden=300),
         Case("300 hidden keys, causal", causal(), bias=True, length=400, hidden=300),
@@ -103,7 +103,7 @@ def _dense(case: Case, *tensors: Tensor | None) -> list[Tensor]:
         logits = case.softcap * torch.tanh(logits / case.softcap)
     if bias is not None:
         logits = logits + bias.repeat_interleave(shared, 1).unsqueeze(2)
-    keep = _kept(case.mask, rows).to(q.device)
+    keep = _keep_matrix(case.mask, rows).to(q.device)
     hidden = (~keep | logits.isneginf()).detach()
     # A row that sees nothing has weights of 0 and not NaN, backward too.
     empty = hidden.all(-1, keepdim=True)
@@ -113,13 +113,13 @@ def _dense(case: Case, *tensors: Tensor | None) -> list[Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _kept(mask: Mask, rows: int) -> Tensor:
+def _keep_matrix(mask: Mask, rows: int) -> Tensor:
     """(rows, keys) bool, by the definition of a mask."""
     return torch.tensor([[mask.keeps(row, key) for key in range(rows)] for row in range(rows)])
 
 
 def plan_for(case: Case, dtype: torch.dtype, kernel: str, world: int, schedule: str) -> Plan | None:
-    """None where the schedule is none for so many ranks."""
+    """The plan of a case, or None where the schedule does not exist for this number of ranks."""
     how: dict[str, Any] = {"schedule": schedule}
     if schedule == "ulysses":
         degree = next((n for n in range(2, case.heads + 1) if world % n == 0), None)

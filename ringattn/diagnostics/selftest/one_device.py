@@ -22,7 +22,7 @@ TRAP_SCHEDULES, TRAP_WORLD = ("ring", "token_ring"), 2
 
 
 class Outcome(NamedTuple):
-    """What one kernel made of one schedule, all cases together; or of one trap."""
+    """The result of one kernel with one schedule over all cases, or with one trap."""
 
     kernel: str
     dtype: str
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     trap: str  # "" for the cases
     worst: float  # largest relative error; inf where something raised
     failures: tuple[str, ...]
-    skipped: str = ""  # why nothing was tried
+    skipped: str = ""  # why nothing was run
 
     @property
     def passed(self) -> bool:
@@ -51,9 +51,9 @@ def simulated_error(
     plan = plan_for(case, dtype, kernel, world, "ring" if schedule == "alone" else schedule)
     if plan is None:
         return None
-    e = example(case, case.rows(world), device, dtype)
-    found, wanted = _results(e, case, plan), _shards(e, plan)
-    return {name: _error(zip(a, b, strict=True)) for name, a, b in zip(RESULTS, found, wanted, strict=False)}
+    tensors = example(case, case.rows(world), device, dtype)
+    actual, expected = _results(tensors, case, plan), _shards(tensors, plan)
+    return {name: _error(zip(a, b, strict=True)) for name, a, b in zip(RESULTS, actual, expected, strict=False)}
 
 
 def equal_bits(case: Case, kernel: str, schedule: str, world: int, *, device: torch.device, dtype: torch.dtype) -> bool:
@@ -80,30 +80,30 @@ def simulated(
     worlds: Iterable[int] = WORLDS,
     schedules: Iterable[str] = SCHEDULES,
 ) -> Iterator[Outcome]:
-    """Every kernel alone, then through every schedule, then the traps; a kernel that fails alone is not tried further.
+    """Every kernel alone, then through every schedule, then the traps; a kernel that fails alone is not run further.
 
     `kernels`: names; one that cannot run here counts as a failure. None for every kernel that runs here.
     """
     for dtype in dtypes:
         for kernel in kernels or kernels_here(device, dtype):
-            why = unsupported_reason(kernel, device, dtype, cases()[0].head_dim, bias=True)
-            if why is not None:
-                yield Outcome(kernel, short(dtype), 1, "alone", "", float("inf"), (why,))
+            reason = unsupported_reason(kernel, device, dtype, cases()[0].head_dim, bias=True)
+            if reason is not None:
+                yield Outcome(kernel, short(dtype), 1, "alone", "", float("inf"), (reason,))
                 continue
-            alone = _through(kernel, device, dtype, 1, "alone")
+            alone = _run_schedule(kernel, device, dtype, 1, "alone")
             yield alone
             if not alone.passed:
                 continue
             for world in worlds:
                 for schedule in schedules:
-                    yield _through(kernel, device, dtype, world, schedule)
+                    yield _run_schedule(kernel, device, dtype, world, schedule)
             for trap in traps():
                 yield _trap(trap, kernel, device, dtype)
             yield _bits(kernel, device, dtype)
 
 
 def kernels_here(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those that run on `device` in `dtype`; flex last, which is compiled for minutes."""
+    """The kernels that run on `device` in `dtype`; flex last, since its compilation takes minutes."""
     fit = [name for name in KERNELS if unsupported_reason(name, device, dtype, cases()[0].head_dim, bias=True) is None]
     return sorted(fit, key=lambda name: name == "flex")
 
@@ -112,24 +112,24 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _through(kernel: str, device: torch.device, dtype: torch.dtype, world: int, schedule: str) -> Outcome:
+def _run_schedule(kernel: str, device: torch.device, dtype: torch.dtype, world: int, schedule: str) -> Outcome:
     worst = 0.0
     failures: list[str] = []
     for case in cases():
-        error, said = _tried(case, kernel, schedule, world, device, dtype)
+        error, messages = _try_case(case, kernel, schedule, world, device, dtype)
         if error is None:
             return Outcome(kernel, short(dtype), world, schedule, "", 0.0, (), "-")
-        worst, failures = max(worst, error), failures + said
+        worst, failures = max(worst, error), failures + messages
     return Outcome(kernel, short(dtype), world, schedule, "", worst, tuple(failures))
 
 
 def _trap(case: Case, kernel: str, device: torch.device, dtype: torch.dtype) -> Outcome:
-    why = unsupported_reason(kernel, device, dtype, case.head_dim, bias=case.bias)
-    if why is not None:  # refused by name, before a call: that is an answer
+    reason = unsupported_reason(kernel, device, dtype, case.head_dim, bias=case.bias)
+    if reason is not None:  # refused before a call, which passes
         return Outcome(kernel, short(dtype), TRAP_WORLD, "", case.name, 0.0, (), "refused")
-    found = [_tried(case, kernel, schedule, TRAP_WORLD, device, dtype) for schedule in TRAP_SCHEDULES]
-    failures = tuple(failure for _, said in found for failure in said)
-    return Outcome(kernel, short(dtype), TRAP_WORLD, "", case.name, max(error or 0.0 for error, _ in found), failures)
+    results = [_try_case(case, kernel, schedule, TRAP_WORLD, device, dtype) for schedule in TRAP_SCHEDULES]
+    failures = tuple(failure for _, messages in results for failure in messages)
+    return Outcome(kernel, short(dtype), TRAP_WORLD, "", case.name, max(error or 0.0 for error, _ in results), failures)
 
 
 def _bits(kernel: str, device: torch.device, dtype: torch.dtype) -> Outcome:
@@ -144,45 +144,47 @@ def _bits(kernel: str, device: torch.device, dtype: torch.dtype) -> Outcome:
     return Outcome(kernel, short(dtype), TRAP_WORLD, "", name, 0.0, failures, "refused" if kernel == "cudnn" else "")
 
 
-def _tried(
+def _try_case(
     case: Case, kernel: str, schedule: str, world: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[float | None, list[str]]:
-    """The worst error of one case and, where it is too large or something raised, what to tell of it."""
+    """Runs one case; returns its worst error, and messages where it is too large or something raised."""
     try:
         errors = simulated_error(case, kernel, schedule, world, device=device, dtype=dtype)
-    except Exception as error:  # whatever a package may raise, the others are still to be tried
+    except Exception as error:  # packages may raise any type; the others are still run
         return float("inf"), [f"{case.name}: {type(error).__name__}: {error}"]
     if errors is None:
         return None, []
-    off = [f"{name} {error:.0e}" for name, error in errors.items() if not error <= ALLOWED[dtype]]
-    return max(errors.values()), [f"{case.name}, {schedule or 'alone'}: {', '.join(off)}"] if off else []
+    too_large = [f"{name} {error:.0e}" for name, error in errors.items() if not error <= ALLOWED[dtype]]
+    return max(errors.values()), [f"{case.name}, {schedule or 'alone'}: {', '.join(too_large)}"] if too_large else []
 
 
-def _results(e: Example, case: Case, plan: Plan) -> list[list[Tensor]]:
+def _results(tensors: Example, case: Case, plan: Plan) -> list[list[Tensor]]:
     """out, dq, dk, dv (and dbias), each as one tensor for every rank."""
     inputs = []
     for rank in range(plan.world):
-        q, k, v = (shard(x, plan, rank=rank).requires_grad_() for x in (e.q, e.k, e.v))
-        inputs.append(Inputs(q, k, v, None if e.bias is None else shard(e.bias, plan, dim=2, rank=rank).requires_grad_()))
-    made = attend(inputs, plan, Options(case.head_dim**-0.5, case.softcap), Simulated(plan.world))
+        q, k, v = (shard(x, plan, rank=rank).requires_grad_() for x in (tensors.q, tensors.k, tensors.v))
+        inputs.append(
+            Inputs(q, k, v, None if tensors.bias is None else shard(tensors.bias, plan, dim=2, rank=rank).requires_grad_())
+        )
+    outputs = attend(inputs, plan, Options(case.head_dim**-0.5, case.softcap), Simulated(plan.world))
     leaves = [x for i in inputs for x in i if x is not None]
-    douts = [shard(e.dout, plan, rank=rank) for rank in range(plan.world)]
-    grads = torch.autograd.grad([out for out, _ in made], leaves, douts)
+    douts = [shard(tensors.dout, plan, rank=rank) for rank in range(plan.world)]
+    grads = torch.autograd.grad([out for out, _ in outputs], leaves, douts)
     count = len(leaves) // plan.world
-    return [[out.detach() for out, _ in made], *(list(grads[n::count]) for n in range(count))]
+    return [[out.detach() for out, _ in outputs], *(list(grads[n::count]) for n in range(count))]
 
 
-def _shards(e: Example, plan: Plan) -> list[list[Tensor]]:
+def _shards(tensors: Example, plan: Plan) -> list[list[Tensor]]:
     ranks = range(plan.world)
-    return [[shard(x, plan, dim=1 if n < 4 else 2, rank=rank) for rank in ranks] for n, x in enumerate(e.exact)]
+    return [[shard(x, plan, dim=1 if n < 4 else 2, rank=rank) for rank in ranks] for n, x in enumerate(tensors.exact)]
 
 
 def _error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """The norm of all differences relative to that of the exact results."""
-    off, size = 0.0, 0.0
-    for found, exact in pairs:
-        if not found.isfinite().all():
+    too_large, size = 0.0, 0.0
+    for actual, exact in pairs:
+        if not actual.isfinite().all():
             return float("inf")
-        off += float((found.double() - exact).square().sum())
+        too_large += float((actual.double() - exact).square().sum())
         size += float(exact.square().sum())
-    return float((off / size) ** 0.5) if size else float(off > 0)
+    return float((too_large / size) ** 0.5) if size else float(too_large > 0)

@@ -1,4 +1,4 @@
-"""Shows outcomes as a table of plain text, so that nothing but torch is needed."""
+"""Formats outcomes as a plain-text table; needs torch alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def transposed(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[l
 
 
 def as_table(outcomes: Sequence[Outcome], title: str) -> str:
-    """The table, then what failed, then the sum of it."""
+    """The table, then the failures, then their number."""
     columns, rows = transposed(*table(outcomes))
     widths = [max(len(line[n]) for line in (columns, *rows)) for n in range(len(columns))]
     lines = [

@@ -40,8 +40,8 @@ def run(
     for kernel in kernels:
         parse(kernel, InputError)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        given = {"device": device, "worlds": worlds, "schedules": schedules}
-        for name, value in given.items():
+        arguments = {"device": device, "worlds": worlds, "schedules": schedules}
+        for name, value in arguments.items():
             if value is not None:
                 raise InputError(f"{name}={value}: under torchrun ranks are real and all schedules run; leave it out")
         return _over_ranks(kernels)
@@ -51,15 +51,15 @@ def run(
 
 
 def _simulated(kernels: Sequence[str], device: str | None, worlds: Sequence[int], schedules: Sequence[str]) -> bool:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda":
-        where = torch.device("cuda", torch.cuda.current_device())
+    torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if torch_device.type == "cuda":
+        torch_device = torch.device("cuda", torch.cuda.current_device())
     outcomes = []
-    for outcome in simulated(kernels, device=where, worlds=worlds, schedules=schedules):
+    for outcome in simulated(kernels, device=torch_device, worlds=worlds, schedules=schedules):
         outcomes.append(outcome)
         what = outcome.trap or f"{outcome.schedule} over {outcome.world}"
         print(f"{outcome.kernel} {outcome.dtype} {what}: {outcome}", file=sys.stderr, flush=True)
-    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {where}"))
+    print(as_table(outcomes, f"ringattn selftest: simulated ranks on {torch_device}"))
     return all(outcome.passed for outcome in outcomes)
 
 
