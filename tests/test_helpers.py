@@ -76,8 +76,8 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_forked_command_is_like_one_in_its_own_interpreter(fresh: bool) -> None:
-    found = finish(start(["-c", SAYS, "7"], fresh=fresh, COLOUR="blue"), timeout=120)
-    assert found == (7, "__main__ ['7'] blue False False\nthe end\n", "a word")
+    actual = finish(start(["-c", SAYS, "7"], fresh=fresh, COLOUR="blue"), timeout=120)
+    assert actual == (7, "__main__ ['7'] blue False False\nthe end\n", "a word")
 
 
 @pytest.mark.parametrize("fresh", [False, True])

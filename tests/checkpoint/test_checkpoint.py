@@ -138,7 +138,9 @@ def test_resume_takes_the_newest_sound_one(tmp_path):
     with pytest.warns(UserWarning) as raised:
         assert checkpoint.resume(tmp_path, *training()) == 1
     assert "step_00000003 is damaged" in str(raised[0].message) and "distcp has digest" in str(raised[0].message)
-    assert any("step_00000002 is damaged" in str(one.message) and "is missing" in str(one.message) for one in raised)
+    assert any(
+        "step_00000002 is damaged" in str(warning.message) and "is missing" in str(warning.message) for warning in raised
+    )
     (paths[1] / "__0_0.distcp").mkdir()  # cannot be read
     assert "s a directory" in checkpoint.damage(paths[1])
     with pytest.raises(CheckpointError, match=r"step_00000003 is incomplete: .*Error.*use the one before it"):
@@ -278,8 +280,8 @@ def test_ranks_that_part_ways_lose_no_checkpoint(tmp_path):
     first, second = run_ranks(2, apart, tmp_path)
     words = ("all ranks must write into one directory", "all ranks must write into one directory", "step is 2 on rank 0 and 3")
     words += ("on rank 1: checkpoint", "on rank 1: there is no checkpoint")
-    for wanted, one, other in zip(words, first, second, strict=True):
-        assert wanted in one and wanted in other, (one, other)
+    for wanted, of_first, of_second in zip(words, first, second, strict=True):
+        assert wanted in of_first and wanted in of_second, (of_first, of_second)
 
 
 def fail_on_ranks(rank: int, directory: Path) -> str:

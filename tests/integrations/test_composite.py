@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.gathered import replace_attention
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.planner import make_plan
 
@@ -112,9 +112,9 @@ def merged() -> list[float]:
     wanted.loss.backward()
     meant = model.lm_head.weight.grad
     model.zero_grad()
-    ids, seen = batch["input_ids"], batch["input_ids"] == IMAGE
+    ids, is_image = batch["input_ids"], batch["input_ids"] == IMAGE
     images = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-    embeddings = model.get_input_embeddings()(ids).masked_scatter(seen[..., None], torch.cat(list(images)))
+    embeddings = model.get_input_embeddings()(ids).masked_scatter(is_image[..., None], torch.cat(list(images)))
     grids = {k: batch[k] for k in ("image_grid_thw", "mm_token_type_ids", "attention_mask")}
     positions, _ = model.model.get_rope_index(ids, **grids)
     model.set_attn_implementation("ringattn")
