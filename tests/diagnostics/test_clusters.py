@@ -35,7 +35,7 @@ def agent(port: int, *command: str) -> "subprocess.Popen[str]":
 def test_doctor_examines_the_ranks_of_two_agents() -> None:
     port = free_port()
     agents = [agent(port, "-m", "ringattn", "doctor") for _ in range(2)]
-    ends = [finish(one, timeout=90) for one in agents]
+    ends = [finish(agent, timeout=90) for agent in agents]
     assert [code for code, *_ in ends] == [0, 0], ends
     message = "".join(out for _, out, _ in ends)
     assert message.count("ringattn doctor") == 1  # rank 0 alone
