@@ -101,7 +101,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "RateController": (RateController, dict(target=0.5, kp=0.5, ki=1e-5, smooth=0.0)),
     "RateController()": (RateController(0.5), dict(deleted=torch.zeros(()))),
     "LayerCost": (LayerCost, dict(layers=1, batch=1, dim=8, row_flops=0.0)),
-    "Merge.of": (Merge.of, dict(labels=torch.arange(13), decided=torch.arange(13), noncausal_reason="")),
+    "Merge.of": (Merge.of, dict(labels=torch.arange(13), decided=torch.arange(13), sees_all="")),
     "Merge.then": (windows(13, 2).then, dict(after=windows(7, 2))),
     "windows": (windows, dict(seq_len=13, factor=2, protected=FLAGS[0], cu_seqlens=(0, 4, 13), batch=2, device="cpu")),
     "segments": (segments, dict(ends=FLAGS, lookahead=1)),

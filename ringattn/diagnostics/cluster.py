@@ -160,7 +160,7 @@ def _hosts(own: list[Finding]) -> Iterator[Finding]:
         if finding.what in ("python", "torch", "ringattn", "torchrun"):
             continue  # reported above for all ranks
         where = "" if ranks == examined else f" (host of {format_ranks(ranks, len(by_rank))})"
-        yield finding._replace(found=finding.found + where)
+        yield finding._replace(outcome=finding.outcome + where)
 
 
 def _gather(own: Any) -> list[Any]:

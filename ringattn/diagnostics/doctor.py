@@ -30,7 +30,7 @@ class Finding(NamedTuple):
     """One line of the report. A hint means that ringattn cannot run without a change."""
 
     what: str
-    found: str
+    outcome: str
     hint: str = ""
 
 

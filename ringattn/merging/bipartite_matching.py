@@ -113,7 +113,7 @@ def match_over_ranks(
         index = torch.arange(layout.length, device=side.device).expand_as(side)
         scores = match[..., 0].where(side == A, NO_MATCH)
         selected = select_pairs(scores, _pairs(side, match_args), match_args.threshold)
-        merges.append(Merge.of(match[..., 1].where(selected, index), noncausal_reason=NONCAUSAL_REASON))
+        merges.append(Merge.of(match[..., 1].where(selected, index), sees_all=NONCAUSAL_REASON))
     return merges
 
 

@@ -46,27 +46,27 @@ class Merge:
         into: int64 (batch, seq_len), for each row the position of its group's last row; -1 for one that is deleted.
         ready: int64 (batch, seq_len), for each row the first position that may depend on the merging of it and of all rows
             before it; nondecreasing. A group is known where its last row is ready.
-        noncausal_reason: why this merge cannot be used under a causal mask, in words; empty if it can.
+        sees_all: why this merge cannot be used under a causal mask, in words; empty if it can.
     """
 
     into: Tensor
     ready: Tensor
-    noncausal_reason: str = ""
+    sees_all: str = ""
 
     @staticmethod
-    def of(labels: Tensor, *, decided: Tensor | None = None, noncausal_reason: str = "") -> Merge:
+    def of(labels: Tensor, *, decided: Tensor | None = None, sees_all: str = "") -> Merge:
         """Makes the merge in which rows with the same label form a group.
 
         Args:
             labels: int64 (batch, seq_len) or (seq_len,), below seq_len; rows with a negative label are deleted.
             decided: int64, the same shape: the position at which the merging of this row is decided; its own by default, and
                 seq_len or more where it is not decided within this sequence.
-            noncausal_reason: see `Merge`.
+            sees_all: see `Merge`.
 
         Raises:
             InputError: labels or decided have another shape or dtype, or a label is out of range.
         """
-        text("noncausal_reason", noncausal_reason, InputError)
+        text("sees_all", sees_all, InputError)
         for name, tensor in (("labels", labels), *([("decided", decided)] if decided is not None else [])):
             as_strided_tensor(name, tensor)
         labels = labels[None] if labels.ndim == 1 else labels
@@ -79,7 +79,7 @@ class Merge:
         into = ends.gather(1, slots).where(labels >= 0, DELETED)
         # The decision about an earlier row may depend on this one, so no row is ready before the rows that precede it.
         ready = positions if decided is None else torch.maximum(decided, positions).cummax(1).values
-        return Merge(into, ready, noncausal_reason)
+        return Merge(into, ready, sees_all)
 
     @property
     def batch(self) -> int:
@@ -142,7 +142,7 @@ class Merge:
         times[:, last] = self.seq_len
         ready = times.gather(1, after.ready.expand(self.batch, -1).clamp(max=last))
         decided = ready.gather(1, numbers).where(self.leads, 0)
-        return Merge.of(labels, decided=decided, noncausal_reason=self.noncausal_reason or after.noncausal_reason)
+        return Merge.of(labels, decided=decided, sees_all=self.sees_all or after.sees_all)
 
 
 def device_for(device: torch.device | str) -> torch.device:

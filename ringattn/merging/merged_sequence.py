@@ -237,8 +237,8 @@ def shorten(
             "shorten(plan): queries and keys of this plan have different layouts; merge with a plan in which they are the same "
             "rows"
         )
-    if merge.noncausal_reason and (is_causal(plan.mask) or len(plan.mask.bounds) > 2):
-        raise InputError(f"mask {plan.mask} hides keys from some rows: {merge.noncausal_reason}")
+    if merge.sees_all and (is_causal(plan.mask) or len(plan.mask.bounds) > 2):
+        raise InputError(f"mask {plan.mask} hides keys from some rows: {merge.sees_all}")
     row = crosses_documents(merge, plan.mask)
     if row is not None:
         raise InputError(

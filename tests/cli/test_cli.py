@@ -201,7 +201,7 @@ def test_doctor_tries_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for get, output in ((lambda name: Off() if name == "sdpa" else Reference(), "within 1e-01"), (missing, "has no attribute")):
         monkeypatch.setattr(doctor, "get", get)
         actual = [finding for finding in doctor.examine() if finding.what.startswith("sdpa")]
-        assert len(actual) == 2 and all(output in f.found and "kernel='reference'" in f.hint for f in actual), actual
+        assert len(actual) == 2 and all(output in f.outcome and "kernel='reference'" in f.hint for f in actual), actual
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_differs_between_ranks_is_named_with_the_cure() -> None:
     actual = {f.what: f for f in together._compared([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
     assert actual["ranks"] == Finding("ranks", "3: a on ranks 0, 2; b on rank 1")
     assert actual["torch"] == Finding("torch", "2.13 on every rank")
-    assert actual["source of ringattn"].found == "0 on ranks 0, 1; 1 on rank 2"
+    assert actual["source of ringattn"].outcome == "0 on ranks 0, 1; 1 on rank 2"
     assert "install the same on every host" in actual["source of ringattn"].hint
 
 

@@ -95,19 +95,19 @@ def test_what_is_picked(there, generation, asked, picked, installed) -> None:
 def test_doctor_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_device", lambda: CPU)
     actual = {finding.what: finding for finding in doctor.examine()}
-    assert "runs, within" in actual["flex kernel"].found
+    assert "runs, within" in actual["flex kernel"].outcome
     for name in ("cudnn", "flash2", "flash3", "flash4"):
-        assert "runs on CUDA and the tensors are on cpu" in actual[f"{name} kernel"].found
+        assert "runs on CUDA and the tensors are on cpu" in actual[f"{name} kernel"].outcome
         assert not actual[f"{name} kernel"].hint
-    assert actual["kernel='auto'"].found == "means sdpa on every rank and machine"
-    assert actual["default on cpu, bfloat16"].found == "cpu"
+    assert actual["kernel='auto'"].outcome == "means sdpa on every rank and machine"
+    assert actual["default on cpu, bfloat16"].outcome == "cpu"
     monkeypatch.setattr(doctor, "pick", lambda *_: pick.Pick("flash3", "it is there"))
-    assert "; try kernel='flash3' (it is there)" in next(iter(doctor._auto())).found
+    assert "; try kernel='flash3' (it is there)" in next(iter(doctor._auto())).outcome
     hopper = Facts((9, 0), 91900, (2, 11), (13, 0))
     monkeypatch.setattr(choice, "_read_gpu_facts", lambda device: hopper)
     monkeypatch.setattr(doctor, "_devices_to_examine", lambda: [torch.device("cuda", 0)])
     monkeypatch.setattr(doctor, "_torchs_own", lambda device, dtype, dim: "efficient" if dtype == torch.float32 else "cudnn")
-    message = {finding.what: finding.found for finding in doctor._auto()}
+    message = {finding.what: finding.outcome for finding in doctor._auto()}
     assert (
         message["default on cuda:0, bfloat16"]
         == "cudnn for 64 and 128, flash (efficient for bands, torch itself: cudnn) for 256"

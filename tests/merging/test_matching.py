@@ -164,7 +164,7 @@ def test_bipartite_finds_the_groups_of_the_papers_on_every_rank_by_every_schedul
     actual = match_simulated(*case, schedule, shuffle=seed)
     wanted = expected(case.metric, case.protected, case.match_args)
     assert [merge.into.tolist() for merge in actual] == [wanted] * case.layout.world
-    assert all("decides from the whole sequence" in merge.noncausal_reason for merge in actual)
+    assert all("decides from the whole sequence" in merge.sees_all for merge in actual)
 
 
 @settings(max_examples=250)
@@ -179,7 +179,7 @@ def test_similar_finds_the_groups_of_the_papers_in_every_window_and_document(cas
     )
     ends = [next(end - 1 for end in bounds if row < end) for row in range(length)]
     for merge in actual:
-        assert not merge.noncausal_reason
+        assert not merge.sees_all
         for sequence in range(merge.batch):
             for row in merge.leads[sequence].nonzero().flatten().tolist():
                 known = min(int(merge.ready[sequence, row]), length - 1)  # a window that is cut short ends at its full width

@@ -159,10 +159,10 @@ def test_what_is_never_known_is_not_known_after_another_merge() -> None:
 
 
 def test_a_composition_with_a_noncausal_merge_is_noncausal() -> None:
-    pairs, noncausal = windows(8, 2), Merge.of(torch.arange(8) // 2, noncausal_reason="looks ahead")
-    assert noncausal.then(windows(4, 2)).noncausal_reason == "looks ahead"
-    assert pairs.then(Merge.of(torch.arange(4), noncausal_reason="looks ahead")).noncausal_reason == "looks ahead"
-    assert pairs.then(windows(4, 2)).noncausal_reason == ""
+    pairs, noncausal = windows(8, 2), Merge.of(torch.arange(8) // 2, sees_all="looks ahead")
+    assert noncausal.then(windows(4, 2)).sees_all == "looks ahead"
+    assert pairs.then(Merge.of(torch.arange(4), sees_all="looks ahead")).sees_all == "looks ahead"
+    assert pairs.then(windows(4, 2)).sees_all == ""
 
 
 # Policies by position
@@ -184,7 +184,7 @@ def test_windows_are_so_many_rows_each_anew_in_every_document_and_without_the_pr
     protected = torch.tensor([row in protected_rows for row in range(23)]) if protected_rows else None
     merge = windows(23, factor, protected=protected, cu_seqlens=cuts, batch=2)
     assert groups(merge, 0) == groups(merge, 1) == sorted(expected, key=lambda rows: rows[-1])
-    assert not merge.noncausal_reason
+    assert not merge.sees_all
     for rows in expected:
         assert merge.ready[0, rows[-1]] == max(decided[row] for row in range(rows[-1] + 1))
 
@@ -277,7 +277,7 @@ def test_sequences_that_are_equal_up_to_a_row_are_known_alike_up_to_there(policy
     @given(changed())
     def run(example: tuple[Tensor, Tensor, int]) -> None:
         a, b = (CAUSAL[policy](values) for values in example[:2])
-        assert not a.noncausal_reason
+        assert not a.sees_all
         for at in range(example[2] + 1):
             assert known(a, at) == known(b, at)
 
