@@ -85,11 +85,6 @@ EXCEPTIONS = {
     ("ringattn/faults/sigterm.py", "said"): "a field of event logs, whose format stays as it is",
     ("ringattn/planner/closed_form/rounds.py", "rounds"): "rounds of a schedule, the word of collective algorithms",
     ("ringattn/planner/closed_form/family.py", "rounds"): "rounds of a schedule, the word of collective algorithms",
-    ("tests/cli/test_cli.py", "found"): "a field of findings, which the doctor prints",
-    ("tests/diagnostics/test_clusters.py", "found"): "a field of findings, which the doctor prints",
-    ("tests/diagnostics/test_doctor_kernels.py", "found"): "a field of findings, which the doctor prints",
-    ("ringattn/diagnostics/cluster.py", "found"): "a field of findings, which the doctor prints",
-    ("ringattn/diagnostics/doctor.py", "found"): "a field of findings, which the doctor prints",
 }
 
 
