@@ -85,8 +85,6 @@ EXCEPTIONS = {
     ("ringattn/faults/sigterm.py", "said"): "a field of event logs, whose format stays as it is",
     ("ringattn/planner/closed_form/rounds.py", "rounds"): "rounds of a schedule, the word of collective algorithms",
     ("ringattn/planner/closed_form/family.py", "rounds"): "rounds of a schedule, the word of collective algorithms",
-    ("ringattn/integrations/transformers/whole.py", "whole"): "runs a model on whole batches: `forward_whole`",
-    ("ringattn/integrations/transformers/seq2seq/whole.py", "whole"): "runs a model on whole batches: `forward_whole`",
 }
 
 

@@ -33,7 +33,7 @@ from ringattn.faults.watchdog import comm_errors
 from ringattn.integrations.transformers.attention_interface import NAME, register
 from ringattn.integrations.transformers.on_shards import OnShards
 from ringattn.integrations.transformers.support.unsupported import without_interface
-from ringattn.integrations.transformers.whole import unwrap
+from ringattn.integrations.transformers.whole_batch import unwrap
 from ringattn.nn.loss import IGNORE
 
 __all__ = ["SequenceParallel"]

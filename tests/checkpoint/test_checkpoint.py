@@ -280,8 +280,8 @@ def test_ranks_that_part_ways_lose_no_checkpoint(tmp_path):
     first, second = run_ranks(2, apart, tmp_path)
     words = ("all ranks must write into one directory", "all ranks must write into one directory", "step is 2 on rank 0 and 3")
     words += ("on rank 1: checkpoint", "on rank 1: there is no checkpoint")
-    for wanted, warning, other in zip(words, first, second, strict=True):
-        assert wanted in warning and wanted in other, (warning, other)
+    for wanted, of_first, of_second in zip(words, first, second, strict=True):
+        assert wanted in of_first and wanted in of_second, (of_first, of_second)
 
 
 def fail_on_ranks(rank: int, directory: Path) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.gathered import replace_attention
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.planner import make_plan
 

@@ -18,7 +18,7 @@ from test_whole import off
 
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

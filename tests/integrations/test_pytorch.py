@@ -91,7 +91,7 @@ def trained(rank: int, kind: str, accumulated: int) -> tuple[float, float, bool]
     for step in range(STEPS):
         batches = [text(step, micro)[replica : replica + 1] for micro in range(accumulated)]
         batches = [{"input_ids": ids, "labels": labels_of(ids, micro)} for micro, ids in enumerate(batches)]
-        cut = [shard_batch(item, config, mesh["sequence"], dtype=torch.float64, topology="cpu") for item in batches]
+        cut = [shard_batch(batch, config, mesh["sequence"], dtype=torch.float64, topology="cpu") for batch in batches]
         count = torch.stack([(targets != -100).sum() for _, targets in cut]).sum()
         dist.all_reduce(count)
         for micro, (inputs, targets) in enumerate(cut):
@@ -156,7 +156,7 @@ def trained_with_tensor_parallel(rank: int) -> tuple[float, float]:
         plan = dict.fromkeys(COLUMNS, ColwiseParallel()) | dict.fromkeys(ROWS, RowwiseParallel())
         parallelize_module(layer, mesh["tensor"], plan)
     model = sharded(model, mesh["sequence"])
-    optimizers = [torch.optim.SGD(item.parameters(), lr=0.1, momentum=0.9) for item in (model, alone)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, alone)]
     apart = 0.0
     for step in range(STEPS):
         ids = text(step, 0)[:1]
@@ -164,12 +164,12 @@ def trained_with_tensor_parallel(rank: int) -> tuple[float, float]:
         inputs, targets = shard_batch(batch, model.config, mesh["sequence"], dtype=torch.float64, topology="cpu")
         loss = cross_entropy(model(**inputs).logits, targets, mesh["sequence"], averaged_over=2)
         meant = F.cross_entropy(alone(ids, use_cache=False).logits.flatten(0, 1), shift_labels(ids).flatten())
-        for item, optimizer in zip((loss, meant), optimizers, strict=True):
+        for value, optimizer in zip((loss, meant), optimizers, strict=True):
             optimizer.zero_grad()
-            item.backward()
+            value.backward()
             optimizer.step()
         apart = max(apart, abs(loss.item() / meant.item() - 1))
-    got, wanted = (torch.cat([whole(p).flatten() for p in item.parameters()]) for item in (model, alone))
+    got, wanted = (torch.cat([whole(p).flatten() for p in m.parameters()]) for m in (model, alone))
     return apart, ((got - wanted).norm() / wanted.norm()).item()
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import reduce_gradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]

@@ -20,7 +20,7 @@ from ringattn.execution.sharding import resident_positions
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.seq2seq.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.transformers.seq2seq.relative_bias import consecutive_buckets, plans_for, relative_attention
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.sequence.mask import END, Band
 

@@ -33,6 +33,6 @@ def test_losses_gradients_predictions_and_metrics_are_those_of_plain_trainer(tmp
     for kind, of_one in wanted.items():
         for what, numbers in of_one.items():
             assert actual[kind][what] == pytest.approx(numbers, rel=CLOSE), (kind, what)
-    first = {kind: result["logged"][0] for kind, result in actual.items()}
+    first = {kind: results["logged"][0] for kind, results in actual.items()}
     assert first["a class below"] == pytest.approx(10 * first["plain"], rel=CLOSE)
     assert first["label smoothing"] != pytest.approx(first["plain"], rel=1e-6)

@@ -71,9 +71,9 @@ def meaning(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     total, count = torch.zeros((), dtype=torch.float64), 0
     for n in range(len(batch["input_ids"])):
         tokens = batch["attention_mask"][n].bool() if "attention_mask" in batch else torch.ones(LENGTH, dtype=torch.bool)
-        document = {key: value[n][tokens][None] for key, value in batch.items() if key != "attention_mask"}
-        targets = shift_labels(document.pop("labels")).flatten()
-        total = total + F.cross_entropy(model(**document, use_cache=False).logits[0], targets, reduction="sum")
+        sequence = {key: value[n][tokens][None] for key, value in batch.items() if key != "attention_mask"}
+        targets = shift_labels(sequence.pop("labels")).flatten()
+        total = total + F.cross_entropy(model(**sequence, use_cache=False).logits[0], targets, reduction="sum")
         count += int((targets != -100).sum())
     return total / count
 

@@ -20,7 +20,7 @@ from transformers import (
 from ringattn import InputError
 from ringattn.integrations.transformers.attention_interface import register, shard_batch
 from ringattn.integrations.transformers.batch import documents_of, padding_of
-from ringattn.integrations.transformers.whole import forward_whole
+from ringattn.integrations.transformers.whole_batch import forward_whole
 from ringattn.nn import cross_entropy, reduce_gradients
 from ringattn.sequence.mask import causal, documents
 

@@ -38,16 +38,16 @@ from ringattn.sequence.layout import LAYOUTS, Layout, Span
 Groups = list[list[int]]
 
 
-def groups(merge: Merge, sample: int = 0) -> Groups:
-    """The rows of each group of sequence `sample`, in order of their last rows."""
-    into = merge.into[sample].tolist()
+def groups(merge: Merge, b: int = 0) -> Groups:
+    """The rows of each group of sequence `b`, in order of their last rows."""
+    into = merge.into[b].tolist()
     return [[row for row, to in enumerate(into) if to == last] for last in sorted(set(into) - {-1})]
 
 
-def known(merge: Merge, at: int, sample: int = 0) -> Groups:
+def known(merge: Merge, at: int, b: int = 0) -> Groups:
     """The groups that are ready at row `at`."""
-    ready = merge.ready[sample].tolist()
-    return [rows for rows in groups(merge, sample) if ready[rows[-1]] <= at]
+    ready = merge.ready[b].tolist()
+    return [rows for rows in groups(merge, b) if ready[rows[-1]] <= at]
 
 
 def labelled(labels: list[int]) -> Groups:
@@ -61,8 +61,8 @@ def labelled(labels: list[int]) -> Groups:
 @st.composite
 def labels(draw: st.DrawFn, batch: int = 2, most: int = 14) -> Tensor:
     length = draw(st.integers(1, most))
-    sample = st.lists(st.integers(-1, length - 1), min_size=length, max_size=length)
-    return torch.tensor([draw(sample) for _ in range(batch)])
+    of_sequence = st.lists(st.integers(-1, length - 1), min_size=length, max_size=length)
+    return torch.tensor([draw(of_sequence) for _ in range(batch)])
 
 
 @st.composite
@@ -81,13 +81,13 @@ def merges(draw: st.DrawFn, batch: int = 2) -> Merge:
 def test_rows_of_one_label_are_one_group_and_groups_are_numbered_by_their_last_rows(actual: Tensor) -> None:
     merge = Merge.of(actual)
     assert (merge.batch, merge.seq_len) == tuple(actual.shape)
-    for sample, given_labels in enumerate(actual.tolist()):
+    for b, given_labels in enumerate(actual.tolist()):
         expected = labelled(given_labels)
-        assert groups(merge, sample) == expected
-        assert merge.counts[sample] == len(expected)
+        assert groups(merge, b) == expected
+        assert merge.counts[b] == len(expected)
         number = {row: n for n, rows in enumerate(expected) for row in rows}
-        assert merge.numbers[sample].tolist() == [number.get(row, -1) for row in range(merge.seq_len)]
-        assert merge.leads[sample].nonzero().flatten().tolist() == [rows[-1] for rows in expected]
+        assert merge.numbers[b].tolist() == [number.get(row, -1) for row in range(merge.seq_len)]
+        assert merge.leads[b].nonzero().flatten().tolist() == [rows[-1] for rows in expected]
 
 
 @given(st.data(), labels(batch=1))
@@ -104,21 +104,21 @@ def test_a_group_is_ready_when_all_is_decided_of_the_rows_up_to_its_last(data: s
 
 @given(merges())
 def test_the_latest_group_is_the_last_that_is_ready_and_readiness_never_falls(merge: Merge) -> None:
-    for sample in range(merge.batch):
-        ready = [merge.ready[sample, rows[-1]] for rows in groups(merge, sample)]
+    for b in range(merge.batch):
+        ready = [merge.ready[b, rows[-1]] for rows in groups(merge, b)]
         assert all(a <= b for a, b in pairwise(ready))
         for row in range(merge.seq_len):
-            assert merge.latest[sample, row] == len(known(merge, row, sample)) - 1
+            assert merge.latest[b, row] == len(known(merge, row, b)) - 1
 
 
 def test_digests_are_equal_exactly_when_merges_are() -> None:
-    sample = torch.tensor([[0, 0, 2, 2]])
+    labels = torch.tensor([[0, 0, 2, 2]])
     same = [
-        Merge.of(sample),
+        Merge.of(labels),
         Merge.of(torch.tensor([3, 3, 0, 0])),
-        Merge.of(sample.clone(), decided=torch.tensor([0, 1, 1, 3])),
+        Merge.of(labels.clone(), decided=torch.tensor([0, 1, 1, 3])),
     ]
-    others = [Merge.of(sample, decided=torch.tensor([0, 2, 2, 3])), Merge.of(torch.tensor([0, 0, 2, 3])), Merge.of(sample - 1)]
+    others = [Merge.of(labels, decided=torch.tensor([0, 2, 2, 3])), Merge.of(torch.tensor([0, 0, 2, 3])), Merge.of(labels - 1)]
     assert len({m.digest for m in same}) == 1
     assert len({m.digest for m in [same[0], *others]}) == 4
 
@@ -130,14 +130,14 @@ def test_two_merges_in_a_row_join_the_groups_whose_numbers_the_second_joins(data
     second = data.draw(labels(batch=first.batch, most=count).filter(lambda actual: actual.shape[1] == count))
     after = Merge.of(second if data.draw(st.booleans()) else second[:1])
     both = first.then(after)
-    for sample in range(first.batch):
-        before = groups(first, sample)
-        joined = [[before[n] for n in ns if n < len(before)] for ns in groups(after, sample if after.batch > 1 else 0)]
+    for b in range(first.batch):
+        before = groups(first, b)
+        joined = [[before[n] for n in ns if n < len(before)] for ns in groups(after, b if after.batch > 1 else 0)]
         expected = [sorted(row for rows in parts for row in rows) for parts in joined if parts]
-        assert groups(both, sample) == sorted(expected, key=lambda rows: rows[-1])
-        for rows in groups(both, sample):  # a group is not ready before its parts
+        assert groups(both, b) == sorted(expected, key=lambda rows: rows[-1])
+        for rows in groups(both, b):  # a group is not ready before its parts
             parts = [part for part in before if part[-1] in rows]
-            assert both.ready[sample, rows[-1]] >= max(first.ready[sample, part[-1]] for part in parts)
+            assert both.ready[b, rows[-1]] >= max(first.ready[b, part[-1]] for part in parts)
 
 
 @given(merges())
@@ -145,9 +145,9 @@ def test_a_merge_of_single_groups_behind_another_changes_nothing(first: Merge) -
     assume(max(first.counts))
     both = first.then(Merge.of(torch.arange(max(first.counts))))
     assert torch.equal(both.into, first.into)
-    for sample in range(first.batch):
-        for rows in groups(first, sample):
-            assert both.ready[sample, rows[-1]] == first.ready[sample, rows[-1]]
+    for b in range(first.batch):
+        for rows in groups(first, b):
+            assert both.ready[b, rows[-1]] == first.ready[b, rows[-1]]
 
 
 def test_what_is_never_known_is_not_known_after_another_merge() -> None:
@@ -399,14 +399,14 @@ def test_every_group_has_a_slot_in_order_and_stays_or_is_dealt_out_evenly(data, 
     assert 1 <= capacity <= merge.seq_len and placement.layout.world == layout.world
     of_row = {row: rank for rank in range(layout.world) for row in layout.positions(rank)}
     of_slot = {slot: rank for rank in range(layout.world) for slot in placement.layout.positions(rank)}
-    for sample in range(merge.batch):
-        leaders = placement.leaders[sample].tolist()
-        assert [row for row in leaders if row >= 0] == [rows[-1] for rows in groups(merge, sample)], "in order, each once"
-        for number, rows in enumerate(groups(merge, sample)):
-            slot = placement.slots[sample, number].item()
+    for b in range(merge.batch):
+        leaders = placement.leaders[b].tolist()
+        assert [row for row in leaders if row >= 0] == [rows[-1] for rows in groups(merge, b)], "in order, each once"
+        for number, rows in enumerate(groups(merge, b)):
+            slot = placement.slots[b, number].item()
             assert leaders[slot] == rows[-1]
             assert is_even or of_slot[slot] == of_row[rows[-1]]
-        assert torch.equal(placement.slots_of(merge.numbers)[sample] >= 0, merge.into[sample] >= 0)
+        assert torch.equal(placement.slots_of(merge.numbers)[b] >= 0, merge.into[b] >= 0)
     if is_even:
         named = {name: make(capacity, layout.world) for name, make in LAYOUTS.items()}
         assert placement.layout == named.get(layout.name, named["contiguous"])
@@ -509,8 +509,8 @@ def test_a_row_that_the_last_of_its_group_does_not_see_is_found(merge: Merge, ex
     mask = mask_for(example, merge.seq_len) & other
     protected_rows = [
         row
-        for sample in range(merge.batch)
-        for rows in groups(merge, sample)
+        for b in range(merge.batch)
+        for rows in groups(merge, b)
         for row in rows
         if row != rows[-1] and not mask.keeps(rows[-1], row)
     ]
@@ -523,10 +523,10 @@ def test_a_group_that_is_shown_before_it_is_ready_is_found(merge: Merge, example
     """A row before it may see the group, and not the row at which it is known what the group is."""
     mask, last = mask_for(example, merge.seq_len), [rows[-1] for rows in groups(merge)]
     ready = {row: merge.ready[0, row].item() for row in last}
-    revealed = [row for row in last if any(mask.keeps(t, row) and not mask.keeps(t, ready[row]) for t in range(row))]
+    visible_early = [row for row in last if any(mask.keeps(t, row) and not mask.keeps(t, ready[row]) for t in range(row))]
     actual = seen_before_ready(merge, mask)
     if is_causal(mask) and not mask.bounds:
-        assert not revealed or actual is not None
+        assert not visible_early or actual is not None
         assert actual is None or ready[actual] > actual
     else:
         assert actual is None
@@ -566,10 +566,7 @@ def test_rows_are_summed_to_slots_and_read_back_and_bytes_are_those_that_move(da
     sums = sum_to_slots(exchanges, leaves, transport)
     owner = [{p: rank for rank in range(world) for p in layout.positions(rank)} for layout in (before, after)]
     moved = {
-        (owner[0][row], owner[1][slot], sample, slot)
-        for sample in range(2)
-        for row, slot in enumerate(slots[sample].tolist())
-        if slot >= 0
+        (owner[0][row], owner[1][slot], b, slot) for b in range(2) for row, slot in enumerate(slots[b].tolist()) if slot >= 0
     }
     expected = Counter((a, b) for a, b, *_ in moved if a != b)
     expected = {link: 24 * count for link, count in expected.items()}
@@ -578,15 +575,13 @@ def test_rows_are_summed_to_slots_and_read_back_and_bytes_are_those_that_move(da
     both_ways = {link: expected.get(link, 0) + expected.get(link[::-1], 0) for link in transport.bytes_sent}
     assert transport.bytes_sent == both_ways, "read_slots sends as much, the other way"
     for rank in range(world):
-        for sample in range(2):
+        for b in range(2):
             for n, slot in enumerate(cells[rank].tolist()):
-                mine = [x[sample, row] for row in range(slots.shape[1]) if slots[sample, row] == slot]
-                torch.testing.assert_close(sums[rank][sample, n], sum(mine, torch.zeros(3, dtype=torch.float64)))
+                mine = [x[b, row] for row in range(slots.shape[1]) if slots[b, row] == slot]
+                torch.testing.assert_close(sums[rank][b, n], sum(mine, torch.zeros(3, dtype=torch.float64)))
             for n, row in enumerate(rows[rank].tolist()):
-                slot = slots[sample, row]
-                assert torch.equal(
-                    backs[rank][sample, n], y[sample, slot] if slot >= 0 else torch.zeros(3, dtype=torch.float64)
-                )
+                slot = slots[b, row]
+                assert torch.equal(backs[rank][b, n], y[b, slot] if slot >= 0 else torch.zeros(3, dtype=torch.float64))
     grads = torch.autograd.grad(sums, leaves, [y[:, own] for own in cells])
     assert all(torch.equal(grad, back) for grad, back in zip(grads, backs, strict=True)), (
         "backward of sum_to_slots is read_slots"
@@ -602,7 +597,7 @@ def test_gathered_rows_are_in_the_order_of_the_sequence(layout: str, world: int)
         actual = gather_all_rows(
             [whole[:, resident_positions(layout_of_rows, rank)] for rank in range(world)], layout_of_rows, transport
         )
-        assert all(torch.equal(sample, whole) for sample in actual)
+        assert all(torch.equal(gathered, whole) for gathered in actual)
         sizes = {rank: len(whole) * layout_of_rows.rows(rank) * whole.element_size() for rank in range(world)}
         assert transport.bytes_sent == {(a, b): sizes[a] for a in range(world) for b in range(world) if a != b and sizes[a]}
 

@@ -55,10 +55,10 @@ def groups_of(merge: Merge, x: Tensor) -> tuple[Tensor, Tensor]:
     """The means of each group, in order of their last rows, and the sizes; sequences with fewer groups are filled with 0."""
     means = x.new_zeros(len(x), max(merge.counts), *x.shape[2:])
     sizes = torch.zeros(len(x), max(merge.counts), dtype=torch.int64)
-    for sample, into in enumerate(merge.into.tolist()):
+    for b, into in enumerate(merge.into.tolist()):
         for number, leader in enumerate(sorted(set(into) - {-1})):
             rows = [n for n, to in enumerate(into) if to == leader]
-            means[sample, number], sizes[sample, number] = x[sample, rows].mean(0), len(rows)
+            means[b, number], sizes[b, number] = x[b, rows].mean(0), len(rows)
     return means, sizes
 
 
@@ -117,8 +117,8 @@ def test_merge_computes_mean_sum_and_last(how):
     plan = make_plan(23, world=1, mask=full(), schedule="ring", **HEADS)
     means, sizes = groups_of(merge, x)
     last = torch.zeros_like(means)
-    for sample, into in enumerate(merge.into.tolist()):
-        last[sample, : merge.counts[sample]] = x[sample, sorted(set(into) - {-1})]
+    for b, into in enumerate(merge.into.tolist()):
+        last[b, : merge.counts[b]] = x[b, sorted(set(into) - {-1})]
     expected = {"mean": means, "sum": means * sizes.unsqueeze(-1), "last": last}[how]
     short = shorten(merge, plan, schedule="ring")
     torch.testing.assert_close(short.merge(x, how), expected, atol=1e-14, rtol=1e-14)

@@ -21,34 +21,39 @@ from ringattn.runtime import gpus
 from ringattn.runtime.gpus import VisibleGpus, choose, decide
 
 
-def visible(*gpu: str | None, backend: str | None = None, host: str = "a", gpus: int = 1, **more: Any) -> list[VisibleGpus]:
+def reports_of(*gpu: str | None, backend: str | None = None, host: str = "a", gpus: int = 1, **more: Any) -> list[VisibleGpus]:
     """Ranks of one host, each with the UUID of the GPU it would take."""
     given = dict(nccl=True, shares=False) | more
-    return [VisibleGpus(backend, host, gpus if index else 0, (0, index) if index else None, **given) for index in gpu]
+    return [VisibleGpus(backend, host, gpus if uuid else 0, (0, uuid) if uuid else None, **given) for uuid in gpu]
 
 
 def test_nccl_where_every_rank_has_a_gpu_of_its_own_and_gloo_where_there_is_none() -> None:
     for backend in (None, "nccl"):
-        assert decide(visible("u0", "u1", backend=backend)) == "nccl", "each rank sees one GPU, another one"
-        assert decide([*visible("u0", "u1", gpus=2, backend=backend), *visible("u2", host="b", backend=backend)]) == "nccl"
-    assert decide(visible(None, None)) == "gloo"
-    assert decide(visible("u0", "u0", backend="gloo")) == "gloo"
-    assert decide(visible("u0", "u0", backend="nccl", shares=True)) == "nccl", "NCCL has been told to allow it"
+        assert decide(reports_of("u0", "u1", backend=backend)) == "nccl", "each rank sees one GPU, another one"
+        assert (
+            decide([*reports_of("u0", "u1", gpus=2, backend=backend), *reports_of("u2", host="b", backend=backend)]) == "nccl"
+        )
+    assert decide(reports_of(None, None)) == "gloo"
+    assert decide(reports_of("u0", "u0", backend="gloo")) == "gloo"
+    assert decide(reports_of("u0", "u0", backend="nccl", shares=True)) == "nccl", "NCCL has been told to allow it"
 
 
 @pytest.mark.parametrize(
     ("everyone", "text"),
     [
-        (visible("u0", "u0", "u0", "u0"), r"every rank would share one GPU \(u0\)\. GPUs: on a 4 ranks see 1\. Start as many"),
-        (visible("u0", "u1", "u0", gpus=2), r"ranks 0, 2 would share one GPU \(u0\)\. GPUs: on a 3 ranks see 2\."),
-        (visible("u0", None), r"rank 1 sees no GPU\. GPUs: on a 2 ranks see 0 to 1\."),
         (
-            [*visible("u0", "u1", gpus=2), *visible(None, None, host="b")],
+            reports_of("u0", "u0", "u0", "u0"),
+            r"every rank would share one GPU \(u0\)\. GPUs: on a 4 ranks see 1\. Start as many",
+        ),
+        (reports_of("u0", "u1", "u0", gpus=2), r"ranks 0, 2 would share one GPU \(u0\)\. GPUs: on a 3 ranks see 2\."),
+        (reports_of("u0", None), r"rank 1 sees no GPU\. GPUs: on a 2 ranks see 0 to 1\."),
+        (
+            [*reports_of("u0", "u1", gpus=2), *reports_of(None, None, host="b")],
             r"ranks 2, 3 see no GPU\. GPUs: on a 2 .* 2; on b 2 .* 0\.",
         ),
-        (visible(None, None, backend="nccl"), r"every rank see no GPU|every rank sees no GPU"),
-        (visible("u0", "u1", nccl=False), r"torch was built without NCCL"),
-        ([*visible("u0", backend="nccl"), *visible("u1")], r"ranks disagree on backend: nccl on rank 0, None on rank 1"),
+        (reports_of(None, None, backend="nccl"), r"every rank see no GPU|every rank sees no GPU"),
+        (reports_of("u0", "u1", nccl=False), r"torch was built without NCCL"),
+        ([*reports_of("u0", backend="nccl"), *reports_of("u1")], r"ranks disagree on backend: nccl on rank 0, None on rank 1"),
     ],
 )
 def test_gpus_that_are_not_one_for_each_rank_are_refused_with_the_cure(everyone: list[VisibleGpus], text: str) -> None:
@@ -65,9 +70,9 @@ def show_gpus(uuids: list[str], nccl: bool = True) -> None:
     dist.is_nccl_available = lambda: nccl
 
 
-def chosen(rank: int, world: int, visible_devices: list[list[str]], local: list[int], file: str) -> str:
+def chosen(rank: int, world: int, visible: list[list[str]], local: list[int], file: str) -> str:
     """What a rank hears that is shown these GPUs."""
-    show_gpus(visible_devices[rank])
+    show_gpus(visible[rank])
     env = {"RANK": rank, "LOCAL_RANK": local[rank], "WORLD_SIZE": world}
     try:
         return str(choose(dist.FileStore(file, world), env, None, 10.0))
@@ -76,7 +81,7 @@ def chosen(rank: int, world: int, visible_devices: list[list[str]], local: list[
 
 
 @pytest.mark.parametrize(
-    ("visible_devices", "local", "expected"),
+    ("visible", "local", "expected"),
     [
         ([["u0", "u1"]] * 2, [0, 1], ["('nccl', 0)", "('nccl', 1)"]),  # torchrun
         ([["u0"], ["u1"]], [0, 1], ["('nccl', 0)", "('nccl', 0)"]),  # Slurm and Ray, each rank shown its own
@@ -87,9 +92,9 @@ def chosen(rank: int, world: int, visible_devices: list[list[str]], local: list[
     ],
 )
 def test_every_rank_comes_to_the_same_answer(
-    visible_devices: list[list[str]], local: list[int], expected: list[str], tmp_path: Path
+    visible: list[list[str]], local: list[int], expected: list[str], tmp_path: Path
 ) -> None:
-    message = run_ranks(2, chosen, 2, visible_devices, local, str(tmp_path / "store"))
+    message = run_ranks(2, chosen, 2, visible, local, str(tmp_path / "store"))
     assert all(want in got for want, got in zip(expected, message, strict=True)), message
 
 

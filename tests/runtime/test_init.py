@@ -79,7 +79,7 @@ def test_hosts_that_cannot_reach_each_other_are_named_on_every_rank() -> None:
     commands += [f"link add {cables[0]} netns {hosts[0]} type veth peer name {cables[1]} netns {hosts[1]}"]
     for n, (host, cable) in enumerate(zip(hosts, cables, strict=True)):
         rest = (f"addr add 10.9.8.{n + 1}/24 dev {cable}", f"link set {cable} up", "link set lo up")
-        commands += [f"-n {host} {entry}" for entry in rest]
+        commands += [f"-n {host} {command}" for command in rest]
     try:
         for command in commands:
             subprocess.run(["ip", *shlex.split(command)], check=True)
@@ -89,12 +89,12 @@ def test_hosts_that_cannot_reach_each_other_are_named_on_every_rank() -> None:
             ranks = [
                 subprocess.Popen(
                     ["ip", "netns", "exec", host, sys.executable, "-c", code],
-                    env=CLEAN | {name: str(value) for name, value in entry.items()},
+                    env=CLEAN | {name: str(value) for name, value in variables.items()},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,
                 )
-                for host, entry in zip(hosts, given, strict=True)
+                for host, variables in zip(hosts, given, strict=True)
             ]
             message = [rank.communicate(timeout=120)[0] for rank in ranks]
             assert all(float(re.search(r"^seconds (.*)", text, re.MULTILINE)[1]) < 15 for text in message), message

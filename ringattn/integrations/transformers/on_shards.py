@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringattn.integrations.transformers.whole import forward_whole, unwrap
+from ringattn.integrations.transformers.whole_batch import forward_whole, unwrap
 
 
 class _LossOnly(dict[str, Any]):

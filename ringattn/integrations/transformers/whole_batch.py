@@ -33,7 +33,7 @@ from ringattn.integrations.transformers.outputs import GatheredOutputs, ScaledGr
 from ringattn.integrations.transformers.seq2seq.batch import DecoderShards
 from ringattn.integrations.transformers.seq2seq.decoder_inputs import with_decoder_inputs
 from ringattn.integrations.transformers.seq2seq.stacks import hook_stacks
-from ringattn.integrations.transformers.seq2seq.whole import run_seq2seq_on_rows
+from ringattn.integrations.transformers.seq2seq.whole_batch import run_seq2seq_on_rows
 from ringattn.integrations.transformers.support.rowwise import Probe
 from ringattn.integrations.transformers.support.trial import try_model
 from ringattn.nn.loss import IGNORE, cross_entropy
