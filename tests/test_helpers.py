@@ -1,7 +1,9 @@
 """What tests stand on: living ranks that start every run alike, commands in forked processes, and the order of a run."""
 
+import ast
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,3 +134,15 @@ def test_slow_tests_come_first_in_every_share() -> None:
     items = [item(f"{file}{n}", file in "ab") for file in "xaybz" for n in range(2)]
     order.spread(items, 2)  # type: ignore[arg-type]
     assert [i.name for i in items] == ["a0", "a1", "x0", "x1", "y0", "b0", "b1", "y1", "z0", "z1"]
+
+
+def imported(rank: int, names: list[str]) -> list[str]:
+    return [name for name in names if name not in sys.modules]
+
+
+def test_the_fork_server_has_imported_what_ranks_need() -> None:
+    """One import that fails, as of a module that has a new name, and every rank would silently import all for itself."""
+    pytest.importorskip("transformers")
+    source = (Path(__file__).parent / "support" / "preload.py").read_text()
+    names = [node.names[0].name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)]
+    assert len(names) > 5 and run_ranks(2, imported, ["tests.support.preload", *names], isolated=True) == [[], []]

@@ -50,8 +50,8 @@ class Handle:
 
 
 def fall_behind() -> None:
-    one_way = duplex._one_way
-    duplex._one_way = lambda transfer, way: Handle(one_way(transfer, way), transfer.tensor)
+    post = duplex._post
+    duplex._post = lambda transfer, connection: Handle(post(transfer, connection), transfer.tensor)
     # A dead rank is found, and an error heard of, long before a deadline; and where there is nothing but a deadline, rank 3
     # gives up long before the others, who then still wait without a word.
     seconds = {"kill": 60.0, "raise": 60.0, "stop": DEADLINE, "sleep": 3.0 if RANK == 3 else 60.0}[KIND]
