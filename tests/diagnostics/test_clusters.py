@@ -62,7 +62,7 @@ def test_two_jobs_on_one_host_do_not_meet(tmp_path: Path) -> None:
 
 def test_what_differs_between_ranks_is_named_with_the_cure() -> None:
     same = {"ranks": "a", "torch": "2.13", "source of ringattn": "0"}
-    actual = {f.what: f for f in together._compared([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
+    actual = {f.what: f for f in together._compare([same, {**same, "ranks": "b"}, {**same, "source of ringattn": "1"}])}
     assert actual["ranks"] == Finding("ranks", "3: a on ranks 0, 2; b on rank 1")
     assert actual["torch"] == Finding("torch", "2.13 on every rank")
     assert actual["source of ringattn"].outcome == "0 on ranks 0, 1; 1 on rank 2"
