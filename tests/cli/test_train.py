@@ -222,7 +222,9 @@ def test_a_killed_rank_costs_nothing_under_max_restarts(tmp_path, record_propert
     again = [event["time"] for event in events if event["event"] == "resumed"]
     assert [event["attempt"] for event in events if event["event"] == "begin"] == [0, 1] and len(again) == 1
     record_property("seconds", again[0] - begin)
-    assert again[0] - begin < 10
+    # Two interpreters import torch in this time, which takes as much longer as other processes want the cores.
+    crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert again[0] - begin < 10 * crowd
 
 
 @pytest.mark.case(25)
