@@ -25,6 +25,8 @@ from ringattn.faults import procfs as process
 
 BEAT = 0.4  # seconds
 SILENT = 3 * BEAT  # without a new beat a rank is dead, or stopped
+GRACE = 1.4  # seconds after which a rank that still waits, though another has failed, is ended
+INFORMED = GRACE + 2 * BEAT  # seconds until such a rank has read who failed: a beat to learn of it, and one to notice the time
 IDLE = "outside of transfers"
 
 State = dict[str, Any]
@@ -62,9 +64,7 @@ class HealthStore:
         while not (failed := self.known_failures()) and time.monotonic() < until:
             time.sleep(BEAT / 5)
         failed = failed or self._missing(lambda beat: beat in before.values()) or self._read("ended")
-        failed = failed or self._missing(lambda beat: beat["doing"] == IDLE) or self._read("left")
-        self.acknowledge(failed)
-        return failed
+        return failed or self._missing(lambda beat: beat["doing"] == IDLE) or self._read("left")
 
     def known_failures(self) -> Failed:
         """Ranks that have reported an exception, or whose processes have ended or been stopped."""
@@ -81,7 +81,7 @@ class HealthStore:
         self.put("waits")  # so that others do not count this rank as failed
         self.put("informed")
         if self.rank == 0:
-            others, until = {*range(1, self.world)} - {*failed}, time.monotonic() + SILENT
+            others, until = {*range(1, self.world)} - {*failed}, time.monotonic() + INFORMED
             while others - self._ranks("informed") - self._ranks("left") - self._ranks("ended") and time.monotonic() < until:
                 time.sleep(BEAT / 5)
 

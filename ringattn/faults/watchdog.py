@@ -35,13 +35,12 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_s
 
 from ringattn.errors import CommError, RingAttnError
 from ringattn.faults import procfs as process
-from ringattn.faults.diagnosis import BEAT, IDLE, SILENT, Failed, HealthStore, State, describe_failures
+from ringattn.faults.diagnosis import BEAT, GRACE, IDLE, INFORMED, SILENT, Failed, HealthStore, State, describe_failures
 from ringattn.faults.event_log import note
 from ringattn.faults.pending import PendingTransfers, Posted
 from ringattn.faults.sigterm import SigtermHandler
 
 ANSWER = 2 * SILENT + 0.2  # seconds to wait for an answer of the store
-GRACE = 1.4  # seconds after which a rank that still waits, though another has failed, is ended
 LEAVING = 10.0  # seconds in which a process must end after a CommError: other threads may wait for the same peer
 STUCK = 2.0  # seconds after which a rank whose GPU waits for the same transfer checks whether another rank has died
 PATIENCE = 2.0  # seconds in which a rank that received SIGTERM may report which rank it waits for
@@ -182,13 +181,17 @@ class Watchdog:
         self._ask(partial(self.health.fail, {**self._state(), "cause": cause}), None)
 
     def explain(self) -> str:
-        """Text that names the ranks that have failed and why; empty if unknown. Takes up to three seconds."""
+        """Text that names the ranks that have failed and why; empty if unknown. Takes up to six seconds."""
         self.doing, self.lost = None, True
         no_answer = (
             "the store does not answer: what hosts it (torchrun's agent, or else rank 0) has ended, is stopped or out of reach"
         )
-        failures: str = self._ask(lambda: describe_failures(self.health.find_failures()), no_answer)
-        return failures
+        unknown: Failed | None = None
+        if (failed := self._ask(self.health.find_failures, unknown)) is None:
+            return no_answer
+        # By itself: where rank 0 hosts the store, it may end as soon as it has read this, before the reply to it arrives.
+        self._ask(partial(self.health.acknowledge, failed), None, INFORMED + BEAT)
+        return describe_failures(failed)
 
     def _write(self) -> None:
         """The thread that writes heartbeats. Only it uses the store: it also runs the questions of other threads."""

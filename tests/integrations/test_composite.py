@@ -160,7 +160,7 @@ def refusals() -> list[str]:
 CURES = [
     "call model(**inputs) with the inputs of ringattn.integrations.transformers.shard_batch",
     "call model(**inputs) with the inputs of ringattn.integrations.transformers.shard_batch",
-    "pixel_values, token_type_ids, of which",
+    "pixel_values, token_type_ids, from which a model with other towers",
     "stands beside the text decoder",
     "made of one rank's rows: call ringattn.integrations.transformers.forward_whole",
     "as (4, batch, seq_len)",

@@ -38,5 +38,5 @@ def test_a_plan_names_it_and_is_priced_by_it() -> None:
 
 @pytest.mark.parametrize("kernel", ["emulated:", "emulated:fast", "emulated:-1", "emulated:inf", "emulated:0"])
 def test_invalid_rates_raise(kernel: str) -> None:
-    with pytest.raises(PlanError, match="give the flop/s to emulate as a positive number"):
+    with pytest.raises(PlanError, match="pass the flop/s to emulate as a positive number"):
         make_plan(64, **ARGUMENTS, kernel=kernel)

@@ -140,7 +140,7 @@ def interpreted() -> None:
 @TRITON
 def test_triton_and_torch_agree() -> None:
     code = "import test_fused; test_fused.interpreted(); print('agreed')"
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}:{ROOT / 'tests' / 'support'}"}
     process = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert process.stdout.strip() == "agreed", process.stderr
 
