@@ -36,6 +36,7 @@ def test_ranks_are_used_again_and_begin_alike() -> None:
     assert run_ranks(2, who) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -92,6 +93,7 @@ def test_signals_and_uncaught_errors_reach_a_command(fresh: bool) -> None:
     assert code == 1 and err.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_a_command_that_hangs_shows_its_stacks_and_ends(ranks: int | None) -> None:
     hanging = start(["-c", "import time\ndef waits(): time.sleep(100)\nwaits()"], ranks=ranks)

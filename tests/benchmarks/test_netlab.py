@@ -25,6 +25,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not namespaces_allowed(), reason="needs root and iproute2, and namespaces allowed")
 @pytest.mark.parametrize("kind", ["mesh", "switch", "nodes", "rails"])
 def test_a_link_carries_no_more_than_it_was_given(kind: str, tmp_path: Path) -> None:

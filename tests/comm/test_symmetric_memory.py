@@ -94,6 +94,7 @@ def transports(world: int, timeout_ms: int = 20_000) -> list[SymmetricMemory]:
     return [SymmetricMemory(None, Arena(FakeMemory(shared, rank), FakeSide(), FakeSide(), **options)) for rank in range(world)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_schedule_has_the_bits_of_simulation(world: int) -> None:
     e = example(HEADS["9over3"], 41, MASKS["causal"])

@@ -119,6 +119,7 @@ def block_by_inductor(plan: Plan, rank: int = 0) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_block_compiled_by_inductor() -> None:
     block_by_inductor(plan_for(1, length=6))
@@ -233,6 +234,7 @@ def every_form(rank: int) -> None:
             assert same_bits(plan, rank - 1, group=group)
 
 
+@pytest.mark.slow
 def test_the_same_bits_on_several_ranks() -> None:
     run_ranks(3, every_form)
 
@@ -243,6 +245,7 @@ def blocks(rank: int) -> None:
         block_by_inductor(plan, rank)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_blocks_compiled_by_inductor_on_two_ranks() -> None:
     run_ranks(2, blocks)

@@ -120,6 +120,7 @@ def stay_away() -> None:
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_hang_fails_in_time_and_shows_every_stack() -> None:
     with pytest.raises(RankFailure, match=r"(?s)rank 0: did not return.*in hang.*rank 1: did not return.*in stay_away"):
         run_ranks(2, hang, timeout=6)

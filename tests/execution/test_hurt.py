@@ -115,6 +115,7 @@ def large_logits(rank: int) -> None:
             assert (actual[0].double() - shard(exact, plan)).norm() <= allowed, (dtype, schedule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "on_every_rank",
     [

@@ -17,6 +17,7 @@ def rms(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return ((actual.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)  # sixteen ranks in one process
 @pytest.mark.parametrize("world", [2, 4, 8, 16])
 @pytest.mark.parametrize("mask", ["full", "causal"])

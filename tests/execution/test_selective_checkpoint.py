@@ -64,6 +64,7 @@ def plain(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return function(*tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_bit_changes_whatever_is_saved(schedule: str, mask: Mask) -> None:

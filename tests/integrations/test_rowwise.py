@@ -249,6 +249,7 @@ def test_models_with_attention_of_their_own_are_refused_when_they_are_made(name:
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name), attn_implementation="ringattn")
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_tried_while_it_is_traced() -> None:
     model = model_of()
     with torch.no_grad():

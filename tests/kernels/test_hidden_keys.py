@@ -49,6 +49,7 @@ def tensors(place: str) -> tuple[torch.Tensor, ...]:
     return q, k, v, bias, dout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-150, 20)], ids=str)
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4", "sdpa", "flex"])

@@ -158,6 +158,7 @@ def match_cases(draw: st.DrawFn, most: int = 26) -> Drawn:
     return Drawn(metric, protected, layout, match_args)
 
 
+@pytest.mark.slow
 @settings(max_examples=250)
 @given(match_cases(), st.sampled_from(sorted(NAMES)), st.integers(0, 99))
 def test_bipartite_finds_the_groups_of_the_papers_on_every_rank_by_every_schedule(case: Drawn, schedule, seed) -> None:
@@ -186,6 +187,7 @@ def test_similar_finds_the_groups_of_the_papers_in_every_window_and_document(cas
                 assert known == ends[row], "the merge of a window is ready at its end"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "match_args",
     [MatchArgs(0.4), MatchArgs(0.4, scorer="energy"), MatchArgs(None, 0.5, "random", seed=1)],

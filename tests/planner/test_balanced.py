@@ -222,6 +222,7 @@ def test_grouped_heads_and_the_bytes_that_travel() -> None:
     assert sum(traffic(plan).values()) == measure(problem, search(problem)).total * 8 * 8 + statistics
 
 
+@pytest.mark.slow
 def test_all_ranks_find_the_same() -> None:
     """In new interpreters with other hash seeds, and with the table in another order."""
     code = (

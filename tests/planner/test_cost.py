@@ -43,6 +43,7 @@ def predicted(plan: Plan, **options: Any) -> list[dict[tuple[int, int], int]]:
     return [traffic(plan, backward=backward, **options) for backward in (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_bytes_are_those_that_travel(name: str, world: int) -> None:

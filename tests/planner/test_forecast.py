@@ -62,6 +62,7 @@ def forecast_of(family: Family, heads: str, mask: Mask, topology: Topology, *, b
     return forecast(family, seq_len=ROWS * family.world, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", range(2, 13))
 @pytest.mark.parametrize("heads", HEADS)
 def test_bytes_are_exact_and_buffers_bounded(heads: str, world: int) -> None:

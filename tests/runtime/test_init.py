@@ -66,6 +66,7 @@ def test_a_port_that_is_taken_and_an_interface_that_is_not_there() -> None:
     assert "LaunchError: GLOO_SOCKET_IFNAME=warp9: this host" in ran.stderr and "name one of these" in ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.case(18)
 @pytest.mark.skipif(not namespaces_allowed(), reason="needs root and iproute2, and namespaces allowed")
 def test_hosts_that_cannot_reach_each_other_are_named_on_every_rank() -> None:

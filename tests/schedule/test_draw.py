@@ -280,6 +280,7 @@ def test_arrow_head_points_forward() -> None:
     assert tip == (10, 0) and left[0] == right[0] == 5 and left[1] == -right[1] != 0
 
 
+@pytest.mark.slow
 @cases
 def test_png(schedules: Sequence[Schedule], backward: bool, tmp_path) -> None:
     image = pytest.importorskip("matplotlib.image")

@@ -82,6 +82,7 @@ def test_prune_drops_what_no_rank_reads() -> None:
     assert len(prune(token_ring(4, direction=-1), below).moves) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", [1, 2, 3])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 def test_split_schedules_are_correct_too(q: int, kv: int) -> None:
@@ -165,6 +166,7 @@ def mutations(schedule: Schedule):
                 yield f"{move} to {dst}", replace(schedule, moves=(*before, move._replace(dst=dst), *after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_check_rejects_exactly_the_mutations_that_compute_wrongly(name: str, mask: str) -> None:
