@@ -2,7 +2,7 @@
 # Makes .venv, installs ringattn with its test extras, and runs everything CI runs: lint, types, tests.
 # Run it again at any time: what is installed stays installed.
 #
-#     bash launch/test.sh                    everything, about 15 minutes on 2 cores
+#     bash launch/test.sh                    everything, about 17 minutes on 2 cores
 #     bash launch/test.sh --quick            without the tests marked `slow`, under 4 minutes: for every change
 #     bash launch/test.sh -k token_ring      other arguments go to pytest, also after --quick
 set -euo pipefail

@@ -1,6 +1,8 @@
 """Processes outside of any job: a clean environment, a free port, and whether this machine allows network namespaces."""
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -11,9 +13,12 @@ CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC"
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the range from which the kernel gives ports to connections: nobody takes it before the test does."""
+    while True:
+        port = random.SystemRandom().randint(10_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_alone(
